@@ -1,0 +1,351 @@
+"""Tasks: which images go in, which regions come out, and which label numbers a label file may hold."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+from timm_ext.errors import InputError
+
+Labels = npt.NDArray[np.uint8]
+
+CLASSES: dict[int, str] = {
+    1: "cerebellum grey matter",
+    2: "cerebral grey matter",
+    3: "thalamus",
+    4: "amygdala",
+    5: "caudate",
+    6: "pallidum",
+    7: "CSF",
+    8: "cerebellum white matter",
+    9: "cerebral white matter",
+    10: "hippocampus",
+    11: "ventricle",
+    12: "putamen",
+    13: "ventral DC",
+    14: "brainstem",
+}
+"""The fourteen structures of Geyer et al. 2019, by class number."""
+
+_FREESURFER_CODES: dict[int, tuple[int, ...]] = {
+    1: (8, 47),
+    2: (3, 42, 26, 58, *range(1000, 3000), *range(11100, 13000)),
+    3: (10, 49),
+    4: (18, 54, 31, 63, 136, 137, 163, 164),
+    5: (11, 50),
+    6: (13, 52),
+    7: (24,),
+    8: (7, 46),
+    9: (2, 41, 77, 78, 79, *range(251, 256), 25, 57),
+    10: (17, 53),
+    11: (4, 5, 43, 44, 14, 15, 72),
+    12: (12, 51),
+    13: (28, 60),
+    14: (16,),
+}
+FREESURFER_TO_CLASS: dict[int, int] = {
+    code: number for number, codes in _FREESURFER_CODES.items() for code in codes
+}
+"""Class number of every FreeSurfer label that belongs to one; all other labels are background."""
+
+_FREESURFER_RIGHT_CEREBRUM = {41, 42}
+_LARGEST_LABEL = 255
+
+
+@dataclass(frozen=True)
+class Region:
+    """An output channel: the union of some labels."""
+
+    name: str
+    labels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a network reads and what it predicts.
+
+    Attributes:
+        name: the task's name.
+        modalities: names of the input channels, in channel order.
+        regions: the output channels, in channel order; regions may overlap.
+        labels: every number that a label file may hold, 0 (background) included; all of them are ≤ 255.
+        exclusive: groups of numbers with one meaning, of which a data set uses a single one: BraTS writes
+            the enhancing tumour as 4 until 2021 and as 3 from 2023.
+        freesurfer: label files may also be FreeSurfer maps (recognised by label 41 or 42, the right half of
+            the cerebrum), which are turned into the fourteen classes.
+    """
+
+    name: str
+    modalities: tuple[str, ...]
+    regions: tuple[Region, ...]
+    labels: frozenset[int]
+    exclusive: tuple[tuple[int, ...], ...] = ()
+    freesurfer: bool = False
+
+    @property
+    def region_names(self) -> tuple[str, ...]:
+        """Names of the output channels, in channel order."""
+        return tuple(region.name for region in self.regions)
+
+    @property
+    def disjoint(self) -> bool:
+        """Whether no label belongs to two regions, so that a voxel may take the likeliest region alone."""
+        count = sum(len(set(region.labels)) for region in self.regions)
+        return count == len(set().union(*(region.labels for region in self.regions)))
+
+    def targets(self, label: npt.ArrayLike) -> Labels:
+        """Turn labels into one binary channel per region.
+
+        Args:
+            label: `[D, H, W]` (any shape), numbers out of `labels`.
+
+        Returns:
+            `[R, D, H, W]` uint8, 1 where the voxel's label belongs to the region.
+        """
+        table = np.zeros((len(self.regions), _LARGEST_LABEL + 1), dtype=np.uint8)
+        for row, region in zip(table, self.regions, strict=True):
+            row[list(region.labels)] = 1
+        return np.take(table, np.asarray(label, dtype=np.uint8), axis=1)
+
+    def paint_order(self) -> tuple[tuple[int, int], ...]:
+        """Say how overlapping regions become one label map: paint them in this order, later over earlier.
+
+        A region is painted with its first label that no strictly smaller region inside it holds, larger
+        regions first: for BraTS whole tumour → 2, tumour core → 1, enhancing tumour → 4.
+
+        Returns:
+            Pairs of region index and label; a region that is no more than the union of regions inside it
+            has no label of its own and is left out.
+        """
+        sets = [set(region.labels) for region in self.regions]
+        order = sorted(range(len(sets)), key=lambda index: -len(sets[index]))
+        pairs = []
+        for index in order:
+            inner = set().union(*(other for other in sets if other < sets[index]))
+            own = [label for label in self.regions[index].labels if label not in inner]
+            pairs.extend([(index, own[0])] if own else [])
+        return tuple(pairs)
+
+    def read_labels(self, values: npt.NDArray[Any], where: object) -> Labels:
+        """Check a label volume against the task and turn it into uint8.
+
+        Args:
+            values: `[D, H, W]` whole numbers as stored in the file.
+            where: the file, for the message.
+
+        Returns:
+            `[D, H, W]` uint8 with numbers out of `labels`.
+
+        Raises:
+            InputError: a label outside the task's set, or two numbers of an exclusive group, with the values.
+        """
+        present = {int(value) for value in np.unique(values)}
+        if self.freesurfer and present & _FREESURFER_RIGHT_CEREBRUM and not present <= self.labels:
+            return freesurfer_classes(values)
+        if outside := sorted(present - self.labels):
+            raise InputError(
+                f"{where}: expected the labels {sorted(self.labels)} of task {self.name} "
+                f"(got {_short(outside)})"
+            )
+        self.check_exclusive(present, where)
+        return values.astype(np.uint8)
+
+    def check_exclusive(self, present: Iterable[int], where: object) -> None:
+        """Refuse labels that mix two numberings of one region.
+
+        Args:
+            present: the labels of a file or of a whole data set.
+            where: the file or data set, for the message.
+
+        Raises:
+            InputError: two numbers of an exclusive group are present.
+        """
+        seen = set(present)
+        for group in self.exclusive:
+            if len(both := sorted(seen.intersection(group))) > 1:
+                raise InputError(
+                    f"{where}: expected one of the labels {sorted(group)}, which mean the same in task "
+                    f"{self.name} (got {both}); declare what they mean in a task of your own"
+                )
+
+    def resolve(self, present: Iterable[int]) -> "Task":
+        """Fix the numbering to the one that a data set uses.
+
+        Args:
+            present: all labels that occur in the data set.
+
+        Returns:
+            The task with every exclusive group reduced to the number that occurs; a group none of whose
+            numbers occurs keeps its first, so that written labels are unambiguous.
+
+        Raises:
+            InputError: two numbers of an exclusive group are present.
+        """
+        seen = set(present)
+        self.check_exclusive(seen, "the data set")
+        unused: set[int] = set()
+        for group in self.exclusive:
+            used = next((label for label in group if label in seen), group[0])
+            unused |= set(group) - {used}
+        regions = tuple(
+            Region(region.name, tuple(label for label in region.labels if label not in unused))
+            for region in self.regions
+        )
+        return replace(self, regions=regions, labels=self.labels - unused, exclusive=())
+
+
+def freesurfer_classes(values: npt.NDArray[Any]) -> Labels:
+    """Turn FreeSurfer labels (aseg, aparc+aseg, SynthSeg) into the fourteen classes.
+
+    Args:
+        values: non-negative FreeSurfer labels, any shape.
+
+    Returns:
+        Class numbers 0–14, same shape; labels that belong to no class become 0.
+    """
+    size = max(FREESURFER_TO_CLASS) + 2
+    table = np.zeros(size, dtype=np.uint8)
+    table[list(FREESURFER_TO_CLASS)] = list(FREESURFER_TO_CLASS.values())
+    return np.take(table, np.asarray(values).astype(np.int64), mode="clip")
+
+
+def brats_task(enhancing: int | None = None) -> Task:
+    """Build the BraTS task: whole tumour, tumour core and enhancing tumour from four modalities.
+
+    Args:
+        enhancing: the number of the enhancing tumour, 4 (BraTS 2017–2021) or 3 (from 2023); None accepts
+            either, but not both in one data set. The necrotic core is 1 and the oedema 2 in all of them.
+    """
+    numbers = (4, 3) if enhancing is None else (enhancing,)
+    regions = (
+        Region("WT", (2, 1, *numbers)),
+        Region("TC", (1, *numbers)),
+        Region("ET", numbers),
+    )
+    name = "brats" if enhancing is None else {4: "brats-2021", 3: "brats-2023"}[enhancing]
+    exclusive = (numbers,) if enhancing is None else ()
+    return Task(name, ("T1", "T1c", "T2", "FLAIR"), regions, frozenset((0, 1, 2, *numbers)), exclusive)
+
+
+def parcellation_task(name: str, classes: Iterable[int]) -> Task:
+    """Build a parcellation task: one region per class; the other classes are background."""
+    regions = tuple(Region(CLASSES[number], (number,)) for number in classes)
+    return Task(name, ("T1", "T2"), regions, frozenset(range(len(CLASSES) + 1)), freesurfer=True)
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        brats_task(),
+        brats_task(enhancing=4),
+        brats_task(enhancing=3),
+        parcellation_task("parcellation", range(1, 15)),
+        parcellation_task("parcellation-1-7", range(1, 8)),
+        parcellation_task("parcellation-8-14", range(8, 15)),
+    )
+}
+
+
+def get_task(name: str | Path) -> Task:
+    """Find a task by name, or read one from a YAML or JSON file.
+
+    Raises:
+        InputError: no such task, or the file does not describe one.
+    """
+    if isinstance(name, str) and name in TASKS:
+        return TASKS[name]
+    path = Path(name)
+    if path.suffix not in {".yaml", ".yml", ".json"}:
+        raise InputError(f"task: expected one of {', '.join(TASKS)} or a YAML or JSON file (got {name})")
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: expected a task (got {' '.join(str(error).split())})") from error
+    return task_from_dict(value, where=path)
+
+
+def task_to_dict(task: Task) -> dict[str, Any]:
+    """Describe a task in plain JSON values that `task_from_dict` reads back."""
+    return {
+        "name": task.name,
+        "modalities": list(task.modalities),
+        "regions": {region.name: list(region.labels) for region in task.regions},
+        "labels": sorted(task.labels),
+        "exclusive": [list(group) for group in task.exclusive],
+        "freesurfer": task.freesurfer,
+    }
+
+
+def task_from_dict(value: Any, *, where: object = "task") -> Task:
+    """Build a task from `name`, `modalities`, `regions` (name → labels) and, optionally, `labels`.
+
+    Args:
+        value: the mapping; `labels` defaults to 0 and the labels of the regions, `exclusive` and
+            `freesurfer` are as in `Task`.
+        where: the file, for the messages.
+
+    Raises:
+        InputError: a key is missing, unknown or of the wrong kind.
+    """
+    known = {"name", "modalities", "regions", "labels", "exclusive", "freesurfer"}
+    if not isinstance(value, Mapping) or not {"name", "modalities", "regions"} <= value.keys() <= known:
+        got = sorted(map(str, value)) if isinstance(value, Mapping) else type(value).__name__
+        raise InputError(f"{where}: expected the keys name, modalities, regions [, labels, ...] (got {got})")
+    name = value["name"]
+    if not isinstance(name, str) or not name:
+        raise InputError(f"{where}: name must be a text (got {name!r})")
+    modalities = _distinct(_list_of(value["modalities"], str, f"{where}: modalities"), f"{where}: modalities")
+    table = value["regions"]
+    if not isinstance(table, Mapping) or not table or not all(isinstance(key, str) for key in table):
+        raise InputError(f"{where}: regions must map names to labels (got {table!r})")
+    regions = tuple(Region(key, _labels(labels, f"{where}: region {key}")) for key, labels in table.items())
+    used = {label for region in regions for label in region.labels}
+    labels = frozenset(_labels(value["labels"], f"{where}: labels")) if "labels" in value else used | {0}
+    if missing := sorted((used | {0}) - labels):
+        raise InputError(
+            f"{where}: labels must hold 0 and the labels of every region (got none of {missing})"
+        )
+    if any(0 in region.labels for region in regions):
+        raise InputError(f"{where}: a region must not hold label 0, the background")
+    groups = _list_of(value.get("exclusive", []), list, f"{where}: exclusive", empty=True)
+    exclusive = tuple(_labels(group, f"{where}: exclusive") for group in groups)
+    freesurfer = value.get("freesurfer", False)
+    if not isinstance(freesurfer, bool):
+        raise InputError(f"{where}: freesurfer must be true or false (got {freesurfer!r})")
+    return Task(name, modalities, regions, frozenset(labels), exclusive, freesurfer)
+
+
+_Kind = TypeVar("_Kind")
+
+
+def _list_of(value: Any, kind: type[_Kind], where: str, *, empty: bool = False) -> tuple[_Kind, ...]:
+    fits = isinstance(value, (list, tuple)) and all(type(item) is kind for item in value)
+    if not fits or not (value or empty):
+        raise InputError(f"{where} must be a list of {kind.__name__} (got {value!r})")
+    return tuple(value)
+
+
+def _distinct(values: tuple[_Kind, ...], where: str) -> tuple[_Kind, ...]:
+    if len(set(values)) != len(values):
+        raise InputError(f"{where} must be distinct (got {list(values)})")
+    return values
+
+
+def _labels(value: Any, where: str) -> tuple[int, ...]:
+    labels = _distinct(_list_of(value, int, where), where)
+    if any(label < 0 or label > _LARGEST_LABEL for label in labels):
+        raise InputError(f"{where} must lie in 0..{_LARGEST_LABEL} (got {list(labels)})")
+    return labels
+
+
+def _short(values: list[int], most: int = 12) -> str:
+    shown = ", ".join(map(str, values[:most]))
+    return f"{shown}, ... {len(values)} values in all" if len(values) > most else shown
