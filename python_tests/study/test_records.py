@@ -1,0 +1,111 @@
+import json
+import multiprocessing
+
+import pytest
+
+from timm_ext.errors import InputError
+from timm_ext.study.records import Folder, Step, with_needs
+
+
+def step(name="a", needs=None, **settings):
+    return Step(name, "module:function", settings, needs or {})
+
+
+def test_digest_depends_on_every_setting_and_on_needed_steps():
+    digests = {
+        step(x=1).digest,
+        step(x=2).digest,
+        Step("a", "module:other", {"x": 1}).digest,
+        step(x=1, needs={"role": step("b")}).digest,
+        step(x=1, needs={"other": step("b")}).digest,
+        step(x=1, needs={"role": step("b", y=0)}).digest,
+    }
+    digests.add(step("b", x=1).digest)
+    assert len(digests) == 7
+
+
+def test_digest_ignores_order_and_cost():
+    one = Step("a", "m:f", {"x": 1, "y": [1, 2]}, cost=1)
+    two = Step("a", "m:f", {"y": [1, 2], "x": 1}, cost=9)
+    assert one.digest == two.digest
+
+
+def test_with_needs_puts_needed_steps_first_and_once():
+    shared = step("shared")
+    left, right = step("left", {"s": shared}), step("right", {"s": shared})
+    assert [s.name for s in with_needs([left, right])] == ["shared", "left", "right"]
+
+
+def test_two_steps_of_one_name_are_refused():
+    with pytest.raises(InputError, match="two different steps named a"):
+        with_needs([step(x=1), step(x=2)])
+
+
+def test_record_round_trip(tmp_path):
+    folder, done = Folder(tmp_path), step(x=1)
+    assert folder.record(done) is None
+    folder.write_record(done, {"dice": 0.5}, seconds=1.0)
+    assert folder.result(done) == {"dice": 0.5}
+    assert folder.run_path(done).name == f"a-{done.digest[:12]}"
+    assert json.loads((folder.run_path(done) / "record.json").read_text())["settings"] == {"x": 1}
+
+
+def test_unfinished_step_has_no_result(tmp_path):
+    with pytest.raises(InputError, match="expected a finished step"):
+        Folder(tmp_path).result(step())
+
+
+def test_record_of_other_settings_is_refused(tmp_path):
+    folder, mine = Folder(tmp_path), step()
+    folder.write_record(mine, {})
+    path = folder.run_path(mine) / "record.json"
+    path.write_text(path.read_text().replace(mine.digest, "0" * 64))
+    with pytest.raises(InputError, match="expected the record of"):
+        folder.record(mine)
+
+
+def hold(path, held, release):
+    with Folder(path).lock():
+        held.set()
+        release.wait(20)
+
+
+def test_second_runner_in_a_folder_is_refused(tmp_path):
+    context = multiprocessing.get_context("fork")
+    held, release = context.Event(), context.Event()
+    holder = context.Process(target=hold, args=(tmp_path, held, release))
+    holder.start()
+    assert held.wait(20)
+    with (
+        pytest.raises(InputError, match=f"in use by another timm-ext process \\({holder.pid}\\)"),
+        Folder(tmp_path).lock(),
+    ):
+        pass
+    holder.kill()
+    holder.join()
+    with Folder(tmp_path).lock():
+        pass
+
+
+def test_lock_in_an_unwritable_place(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be written"), Folder(tmp_path / "file" / "x").lock():
+        pass
+
+
+def test_claim_accepts_the_same_and_extended_settings(tmp_path):
+    folder = Folder(tmp_path)
+    folder.claim({"steps": 5, "seeds": 2, "size": (1, 2)}, extendable=["seeds"])
+    folder.claim({"steps": 5, "seeds": 3, "size": (1, 2)}, extendable=["seeds"])
+
+
+def test_claim_refuses_other_settings_and_foreign_folders(tmp_path):
+    folder = Folder(tmp_path / "study")
+    folder.claim({"steps": 5})
+    with pytest.raises(InputError, match="other settings \\(steps 5 there, 6 here\\)"):
+        folder.claim({"steps": 6})
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").touch()
+    with pytest.raises(InputError, match=r"expected a new, empty.*got thesis\.tex"):
+        Folder(foreign).claim({"steps": 5})

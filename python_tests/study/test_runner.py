@@ -1,0 +1,158 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from timm_ext.errors import InputError
+from timm_ext.study.records import Folder, Step
+from timm_ext.study.runner import run_steps
+
+WORK = """
+import os, signal, time
+from pathlib import Path
+import torch
+from timm_ext.errors import InputError
+from timm_ext.files import read_json
+
+def double(settings, inputs, context):
+    context.report(0.5)
+    with open(context.folder / "calls.txt", "a") as calls:
+        calls.write("x")
+    time.sleep(settings.get("sleep", 0))
+    value = settings["value"]
+    for folder in inputs.values():
+        value += read_json(folder / "record.json")["result"]["value"]
+    return {"value": 2 * value}
+
+def threads(settings, inputs, context):
+    return {"threads": torch.get_num_threads()}
+
+def refuse(settings, inputs, context):
+    raise InputError("cases: expected 3 (got 2)")
+
+def crash(settings, inputs, context):
+    raise KeyError("lost")
+
+def die(settings, inputs, context):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture(autouse=True)
+def work_module(tmp_path, monkeypatch):
+    modules = tmp_path / "modules"
+    modules.mkdir()
+    (modules / "study_work.py").write_text(WORK)
+    monkeypatch.syspath_prepend(modules)
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(modules), os.getcwd(), os.environ.get("PYTHONPATH", "")])
+    )
+    return modules
+
+
+def double(name, value, needs=None, **settings):
+    return Step(name, "study_work:double", {"value": value, **settings}, needs or {})
+
+
+def diamond(**settings):
+    base = double("base", 1, **settings)
+    left = double("left", 10, {"base": base}, **settings)
+    right = double("right", 100, {"base": base}, **settings)
+    return base, left, right, double("top", 0, {"left": left, "right": right}, **settings)
+
+
+def calls(folder, step):
+    return len((folder.run_path(step) / "calls.txt").read_text())
+
+
+def test_shared_steps_run_once_and_results_flow(tmp_path):
+    folder = Folder(tmp_path / "study")
+    base, left, right, top = diamond()
+    events = []
+    assert run_steps([top], folder, workers=2, listener=events.append).complete
+    assert folder.result(top) == {"value": 2 * (2 * (2 + 10) + 2 * (2 + 100))}
+    assert [calls(folder, step) for step in (base, left, right, top)] == [1, 1, 1, 1]
+    assert next(e.step.name for e in events if e.kind == "done") == "base"
+    assert run_steps([top], folder, workers=2).complete
+    assert calls(folder, top) == 1
+
+
+def test_a_failure_is_told_and_the_rest_goes_on(tmp_path):
+    folder = Folder(tmp_path / "study")
+    refused = Step("refused", "study_work:refuse", {})
+    crashed = Step("crashed", "study_work:crash", {})
+    killed = Step("killed", "study_work:die", {})
+    child = double("child", 1, {"role": refused})
+    grandchild = double("grandchild", 1, {"role": child})
+    good = double("good", 4)
+    outcome = run_steps([refused, crashed, killed, grandchild, good], folder, workers=1)
+    assert not outcome.complete
+    assert outcome.failed["refused"] == "cases: expected 3 (got 2)"
+    assert "KeyError: 'lost'" in outcome.failed["crashed"]
+    assert "ended with status -9" in outcome.failed["killed"]
+    assert outcome.skipped == {"child": "refused", "grandchild": "refused"}
+    assert folder.result(good) == {"value": 8}
+    assert "lost" in (folder.run_path(crashed) / "error.txt").read_text()
+
+
+def test_workers_compute_with_one_thread(tmp_path):
+    folder = Folder(tmp_path / "study")
+    step = Step("threads", "study_work:threads", {})
+    run_steps([step], folder)
+    assert folder.result(step) == {"threads": 1}
+
+
+RUN = """
+import sys
+from timm_ext.study.records import Folder, Step
+from timm_ext.study.runner import run_steps
+if __name__ == "__main__":
+    folder = Folder(sys.argv[1])
+    with folder.lock():
+        steps = [Step(f"s{i}", "study_work:double", {"value": i, "sleep": 0.15}) for i in range(12)]
+        run_steps(steps, folder, workers=2)
+"""
+
+
+def run_script(path, modules):
+    script = modules / "run.py"
+    script.write_text(RUN)
+    return subprocess.Popen([sys.executable, str(script), str(path)])
+
+
+def records(folder):
+    return sorted(p.parent.name for p in (folder.path / "runs").glob("*/record.json"))
+
+
+def test_killed_runner_takes_its_workers_along_and_is_continued(tmp_path, work_module):
+    folder = Folder(tmp_path / "study")
+    first = run_script(folder.path, work_module)
+    deadline = time.monotonic() + 60
+    while len(records(folder)) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    done = records(folder)
+    assert 3 <= len(done) < 12
+    time.sleep(0.5)
+    begun = sum(len(p.read_text()) for p in folder.path.glob("runs/*/calls.txt"))
+    time.sleep(0.5)
+    assert sum(len(p.read_text()) for p in folder.path.glob("runs/*/calls.txt")) == begun
+    assert run_script(folder.path, work_module).wait() == 0
+    steps = [Step(f"s{i}", "study_work:double", {"value": i, "sleep": 0.15}) for i in range(12)]
+    assert [folder.result(step) for step in steps] == [{"value": 2 * i} for i in range(12)]
+    assert all(calls(folder, step) == 1 for step in steps if step.folder_name in done)
+
+
+def test_a_foreign_record_stops_the_run(tmp_path):
+    folder = Folder(tmp_path / "study")
+    step = double("a", 1)
+    folder.write_record(step, {})
+    path = folder.run_path(step) / "record.json"
+    path.write_text(path.read_text().replace(step.digest, "0" * 64))
+    with pytest.raises(InputError, match="expected the record of"):
+        run_steps([step], folder)

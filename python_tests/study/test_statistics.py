@@ -1,0 +1,89 @@
+import math
+
+import numpy as np
+import pytest
+
+from timm_ext.errors import InputError
+from timm_ext.study.statistics import bootstrap_interval, compare, holm, mean_spread, wilcoxon
+
+
+def test_mean_spread_is_the_sample_standard_deviation():
+    assert mean_spread([1.0, 2.0, 3.0]) == (2.0, 1.0)
+    assert mean_spread([0.7]) == (0.7, 0.0)
+
+
+def test_mean_spread_of_nothing_is_refused():
+    with pytest.raises(InputError, match="at least one value"):
+        mean_spread([])
+
+
+def test_wilcoxon_is_exact_when_every_pair_agrees():
+    # All n differences positive: 1 of 2^n sign patterns in each tail.
+    a = np.arange(1, 9) / 10
+    assert wilcoxon(a, np.zeros(8)) == pytest.approx(2 / 2**8)
+    assert wilcoxon(np.zeros(8), a) == pytest.approx(2 / 2**8)
+
+
+def test_wilcoxon_by_counting_sign_patterns():
+    differences = np.array([0.1, -0.2, 0.3, 0.4, 0.5])
+    ranks = np.argsort(np.argsort(np.abs(differences))) + 1
+    smaller = min(ranks[differences > 0].sum(), ranks[differences < 0].sum())
+    patterns = [
+        sum(r for r, bit in zip(ranks, f"{code:05b}", strict=True) if bit == "1") for code in range(32)
+    ]
+    expected = 2 * sum(total <= smaller for total in patterns) / 32
+    assert wilcoxon(differences, np.zeros(5)) == pytest.approx(expected)
+
+
+def test_wilcoxon_of_equal_scores_is_one():
+    assert wilcoxon([0.1, 0.2], [0.1, 0.2]) == 1.0
+
+
+def test_holm_by_hand_in_any_order():
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_bootstrap_of_a_constant_is_a_point():
+    assert bootstrap_interval(np.full((3, 5), 0.25)) == (0.25, 0.25)
+
+
+def test_bootstrap_over_cases_has_the_normal_width():
+    cases = np.random.default_rng(1).normal(size=(1, 400))
+    low, high = bootstrap_interval(cases)
+    half = 1.96 * cases.std() / math.sqrt(400)
+    assert (high - low) / 2 == pytest.approx(half, rel=0.1)
+    assert (high + low) / 2 == pytest.approx(cases.mean(), abs=0.2 * half)
+
+
+def test_bootstrap_counts_the_spread_over_seeds():
+    # No spread over cases: the interval comes from drawing two seeds, whose mean is 0, 1 or 1/2.
+    scores = np.array([[0.0] * 10, [1.0] * 10])
+    assert bootstrap_interval(scores) == (0.0, 1.0)
+
+
+def test_compare_tells_clear_from_unclear_differences():
+    cases = np.random.default_rng(0).normal(0.5, 0.1, size=(1, 12))
+    noise = np.random.default_rng(2).normal(0, 0.02, size=(3, 12))
+    scores = {"base": cases + 0 * noise, "better": cases + 0.1 + noise, "same": cases + noise - noise.mean()}
+    better, same = compare(scores, [("better", "base"), ("same", "base")])
+    assert better.difference == pytest.approx(0.1 + noise.mean())
+    assert better.p_holm == pytest.approx(2 * better.p)
+    assert better.beyond_chance
+    assert same.difference == pytest.approx(0.0, abs=1e-12)
+    assert not same.beyond_chance
+
+
+def test_compare_refuses_scores_of_other_cases():
+    with pytest.raises(InputError, match="a and b must be scored on the same seeds and cases"):
+        compare({"a": np.zeros((2, 3)), "b": np.zeros((2, 4))}, [("a", "b")])
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [(np.zeros(3), r"\[seeds, cases\] \(got shape \(3,\)\)"), (np.full((1, 2), np.nan), "finite scores")],
+)
+def test_unusable_scores_are_refused(scores, message):
+    with pytest.raises(InputError, match=message):
+        bootstrap_interval(scores)

@@ -1,0 +1,1 @@
+"""Comparing initialisations: plans of steps, the runner, statistics, the report and the demo."""

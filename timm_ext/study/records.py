@@ -1,0 +1,191 @@
+"""Steps with frozen settings: their folders, named by a hash of those settings, and their records.
+
+A step is one piece of work that others can share: generating cases, training a source network, one
+fine-tuning run. Its hash covers its settings and the hashes of everything it needs, so that a folder is
+either the answer to exactly this question or absent.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from timm_ext.errors import InputError
+from timm_ext.files import read_json, write_json
+
+RECORD = "record.json"
+PLAN = "plan.json"
+LOCK = ".lock"
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One cached piece of work.
+
+    Attributes:
+        name: readable and unique in its plan; the first half of the folder's name.
+        function: `"module:function"`, called as `function(settings, inputs, context)` in a worker process;
+            what it returns is JSON and must depend on nothing but its arguments.
+        settings: JSON values, all that decides the result.
+        needs: role → step; the function gets role → folder of that step.
+        cost: expected seconds, for the order of work and the time left.
+    """
+
+    name: str
+    function: str
+    settings: Mapping[str, Any]
+    needs: Mapping[str, "Step"] = field(default_factory=dict)
+    cost: float = 1.0
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the name, the function, the settings and the digests of the needed steps."""
+        question = {
+            "name": self.name,
+            "function": self.function,
+            "settings": self.settings,
+            "needs": {role: step.digest for role, step in self.needs.items()},
+        }
+        text = json.dumps(question, sort_keys=True, allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def folder_name(self) -> str:
+        """`name-` and the first 12 digits of the digest."""
+        return f"{self.name}-{self.digest[:12]}"
+
+
+def with_needs(steps: Iterable[Step]) -> list[Step]:
+    """Return the steps and all they need, each once, needed ones first.
+
+    Raises:
+        InputError: two different steps share a name.
+    """
+    ordered: dict[str, Step] = {}
+    names: dict[str, str] = {}
+
+    def visit(step: Step) -> None:
+        if step.digest in ordered:
+            return
+        if step.name in names:
+            raise InputError(f"plan: expected one step per name (got two different steps named {step.name})")
+        names[step.name] = step.digest
+        for needed in step.needs.values():
+            visit(needed)
+        ordered[step.digest] = step
+
+    for step in steps:
+        visit(step)
+    return list(ordered.values())
+
+
+class Folder:
+    """The folder of a study: `plan.json`, a lock, and one folder per step under `runs/`."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    def run_path(self, step: Step) -> Path:
+        """Return the step's folder, which need not exist."""
+        return self.path / "runs" / step.folder_name
+
+    def record(self, step: Step) -> dict[str, Any] | None:
+        """Return the record of a finished step, None when it is not finished.
+
+        Raises:
+            InputError: the record is not JSON or belongs to other settings.
+        """
+        path = self.run_path(step) / RECORD
+        if not path.exists():
+            return None
+        record: dict[str, Any] = read_json(path)
+        if record.get("digest") != step.digest:
+            raise InputError(
+                f"{path}: expected the record of {step.digest} (got {record.get('digest')}); remove it"
+            )
+        return record
+
+    def result(self, step: Step) -> dict[str, Any]:
+        """Return what a finished step's function returned.
+
+        Raises:
+            InputError: the step is not finished.
+        """
+        record = self.record(step)
+        if record is None:
+            raise InputError(f"{self.run_path(step)}: expected a finished step (got no {RECORD})")
+        result: dict[str, Any] = record["result"]
+        return result
+
+    def write_record(self, step: Step, result: Mapping[str, Any], **facts: Any) -> None:
+        """Write the step's record, atomically; from now on the step counts as finished."""
+        record = {
+            "name": step.name,
+            "digest": step.digest,
+            "function": step.function,
+            "settings": step.settings,
+            "needs": {role: needed.folder_name for role, needed in step.needs.items()},
+            "result": result,
+            **facts,
+        }
+        write_json(self.run_path(step) / RECORD, record)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for this process; the system releases it however the process ends.
+
+        Raises:
+            InputError: another process holds it, or the folder cannot be written.
+        """
+        path = self.path / LOCK
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - closed below, kept open while locked
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written ({error.strerror})") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise InputError(f"{self.path}: in use by another timm-ext process ({holder})") from error
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            yield
+
+    def claim(self, settings: Mapping[str, Any], *, extendable: Iterable[str] = ()) -> None:
+        """Write the plan's settings, or check them against those of the run that is continued here.
+
+        Args:
+            settings: JSON values that describe the whole plan.
+            extendable: fields that may differ from the earlier run: their steps do not disturb each other.
+
+        Raises:
+            InputError: the folder holds something else, or results of other settings.
+        """
+        plan = self.path / PLAN
+        if plan.exists():
+            earlier = read_json(plan)
+            differing = [
+                f"{name} {earlier.get(name)!r} there, {settings.get(name)!r} here"
+                for name in sorted({*earlier, *settings} - {*extendable})
+                if earlier.get(name) != json.loads(json.dumps(settings.get(name)))
+            ]
+            if differing:
+                listing = "; ".join(differing)
+                raise InputError(
+                    f"{self.path}: holds results of other settings ({listing}); choose another folder"
+                )
+        elif self.path.exists() and (others := sorted(p.name for p in self.path.iterdir() if p.name != LOCK)):
+            raise InputError(
+                f"{self.path}: expected a new, empty or earlier run's folder (got {others[0]} in it)"
+            )
+        write_json(plan, settings)

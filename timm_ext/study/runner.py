@@ -1,0 +1,214 @@
+"""Runs a plan's steps in worker processes, each once, and goes on where an interrupted run stopped.
+
+Every worker computes with one torch thread, so that the results do not depend on the number of cores or
+workers.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from timm_ext.study.records import Folder, Step, with_needs
+from timm_ext.study.worker import SINGLE_THREAD, Job, Reply, serve
+
+Listener = Callable[["Event"], None]
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a listener hears of a step: `started`, `progress`, `done`, `failed` or `skipped`."""
+
+    kind: str
+    step: Step
+    fraction: float = 0.0
+    seconds: float = 0.0
+    message: str = ""
+
+
+@dataclass
+class Outcome:
+    """How a plan ended.
+
+    Attributes:
+        failed: step name → message.
+        skipped: step name → name of the failed step that it needs, directly or not.
+    """
+
+    failed: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every step is finished."""
+        return not self.failed and not self.skipped
+
+
+def run_steps(
+    steps: Iterable[Step],
+    folder: Folder,
+    *,
+    workers: int | None = None,
+    listener: Listener = lambda event: None,
+    facts: Mapping[str, Any] | None = None,
+) -> Outcome:
+    """Run the steps and all they need that have no record yet.
+
+    A failed step is told to the listener and in the outcome; whatever does not need it still runs.
+
+    Args:
+        steps: the wanted steps.
+        folder: where records and files lie; the caller holds its lock.
+        workers: number of processes, one torch thread each; default: the cores this process may use.
+        listener: hears every event, in this process.
+        facts: JSON written into each new record (versions, machine).
+
+    Returns:
+        The failed and the skipped steps.
+
+    Raises:
+        InputError: a record in the folder cannot be read or belongs to other settings.
+    """
+    pending = [step for step in with_needs(steps) if folder.record(step) is None]
+    count = min(workers or available_cores(), len(pending))
+    with _worker_processes(count) as crew:
+        return _Run(folder, crew, pending, listener, dict(facts or {})).work()
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Crew:
+    """Worker processes and the connections to them; a worker that died is replaced."""
+
+    def __init__(self, count: int) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._processes: dict[Connection, Any] = {}
+        self.idle: list[Connection] = [self._start() for _ in range(count)]
+
+    def _start(self) -> Connection:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=serve, args=(theirs,), daemon=True)
+        process.start()
+        theirs.close()
+        self._processes[ours] = process
+        return ours
+
+    def replace(self, connection: Connection) -> int | None:
+        """Put a new worker in the place of a dead one and return the dead one's exit status."""
+        process = self._processes.pop(connection)
+        process.join()
+        connection.close()
+        self.idle.append(self._start())
+        status: int | None = process.exitcode
+        return status
+
+    def stop(self) -> None:
+        """End all workers at once."""
+        for connection, process in self._processes.items():
+            process.kill()
+            process.join()
+            connection.close()
+
+
+@contextmanager
+def _worker_processes(count: int) -> Iterator[_Crew]:
+    before = {name: os.environ.get(name) for name in SINGLE_THREAD}
+    os.environ.update(SINGLE_THREAD)
+    crew = _Crew(count)
+    try:
+        yield crew
+    finally:
+        crew.stop()
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+class _Run:
+    """One pass over the pending steps: hands out what is ready, longest remaining path first."""
+
+    def __init__(
+        self,
+        folder: Folder,
+        crew: _Crew,
+        pending: Sequence[Step],
+        listener: Listener,
+        facts: Mapping[str, Any],
+    ) -> None:
+        self._folder, self._crew, self._listener, self._facts = folder, crew, listener, facts
+        self._waiting = {step.digest: step for step in pending}
+        self._urgency = _path_costs(pending)
+        self._running: dict[Connection, Step] = {}
+        self._outcome = Outcome()
+
+    def work(self) -> Outcome:
+        while True:
+            self._hand_out()
+            if not self._running:
+                return self._outcome
+            for ready in wait(list(self._running)):
+                assert isinstance(ready, Connection)
+                self._hear(ready)
+
+    def _hand_out(self) -> None:
+        unfinished = {*self._waiting, *(step.digest for step in self._running.values())}
+        ready = [
+            s for s in self._waiting.values() if not any(n.digest in unfinished for n in s.needs.values())
+        ]
+        ready.sort(key=lambda step: -self._urgency[step.digest])
+        for step in ready[: len(self._crew.idle)]:
+            connection = self._crew.idle.pop()
+            inputs = {role: self._folder.run_path(needed) for role, needed in step.needs.items()}
+            with suppress(OSError):  # a worker that is already dead is noticed when it is heard
+                connection.send(Job(step.function, step.settings, inputs, self._folder.run_path(step)))
+            self._running[connection] = self._waiting.pop(step.digest)
+            self._listener(Event("started", step))
+
+    def _hear(self, connection: Connection) -> None:
+        step = self._running[connection]
+        try:
+            reply: Reply = connection.recv()
+        except (EOFError, OSError):
+            del self._running[connection]
+            status = self._crew.replace(connection)
+            self._fail(step, f"its worker process ended with status {status} (out of memory?)")
+            return
+        if reply.kind == "progress":
+            self._listener(Event("progress", step, fraction=reply.value))
+            return
+        del self._running[connection]
+        self._crew.idle.append(connection)
+        if reply.kind == "failed":
+            self._fail(step, reply.value)
+        else:
+            self._folder.write_record(step, reply.value, seconds=round(reply.seconds, 3), **self._facts)
+            self._listener(Event("done", step, seconds=reply.seconds))
+
+    def _fail(self, step: Step, message: str) -> None:
+        self._outcome.failed[step.name] = message
+        self._listener(Event("failed", step, message=message))
+        lost = {step.digest}
+        for other in list(self._waiting.values()):
+            if any(needed.digest in lost for needed in other.needs.values()):
+                lost.add(other.digest)
+                del self._waiting[other.digest]
+                self._outcome.skipped[other.name] = step.name
+                self._listener(Event("skipped", other, message=f"needs {step.name}"))
+
+
+def _path_costs(steps: Sequence[Step]) -> dict[str, float]:
+    """Return for each step the expected seconds of the longest chain that starts with it."""
+    costs = {step.digest: step.cost for step in steps}
+    for step in reversed(steps):
+        for needed in step.needs.values():
+            if needed.digest in costs:
+                costs[needed.digest] = max(costs[needed.digest], needed.cost + costs[step.digest])
+    return costs

@@ -1,0 +1,150 @@
+"""Statistics of paired comparisons over cases and seeds.
+
+Scores of one method are an array `[seeds, cases]`; the same cases, in the same order, are scored for every
+method. Cases are the units of the test (each case's score is its mean over seeds); the bootstrap resamples
+cases and seeds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from timm_ext.errors import InputError
+
+Scores = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Method `a` against method `b` on the same cases.
+
+    Attributes:
+        a: name of the first method.
+        b: name of the second method.
+        difference: mean of a − b.
+        low: lower end of the bootstrap 95 % interval of the difference.
+        high: upper end of that interval.
+        p: Wilcoxon signed-rank p-value, two-sided.
+        p_holm: the same after Holm's correction over all comparisons made together.
+        seed_spread: standard deviation over seeds of the difference of the seeds' means; 0 for one seed.
+    """
+
+    a: str
+    b: str
+    difference: float
+    low: float
+    high: float
+    p: float
+    p_holm: float
+    seed_spread: float
+
+    @property
+    def beyond_chance(self) -> bool:
+        """Whether the corrected test, the interval and the spread over seeds all tell the methods apart."""
+        apart = self.low > 0 or self.high < 0
+        return self.p_holm < 0.05 and apart and abs(self.difference) > self.seed_spread
+
+
+def mean_spread(values: ArrayLike) -> tuple[float, float]:
+    """Return the mean and the sample standard deviation (n − 1; 0 for a single value)."""
+    array = np.asarray(values, dtype=np.float64)
+    if array.size == 0:
+        raise InputError("statistics: expected at least one value (got none)")
+    return float(array.mean()), float(array.std(ddof=1)) if array.size > 1 else 0.0
+
+
+def wilcoxon(a: ArrayLike, b: ArrayLike) -> float:
+    """Two-sided Wilcoxon signed-rank test of paired scores (Wilcoxon 1945); 1 where no pair differs.
+
+    Args:
+        a: scores `[cases]`.
+        b: scores of the same cases, `[cases]`.
+
+    Returns:
+        The p-value, exact for few cases without ties.
+    """
+    difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    if not difference.any():
+        return 1.0
+    return float(stats.wilcoxon(difference).pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction (Holm 1979): p₍ᵢ₎ → max over j ≤ i of min(1, (m − j + 1)·p₍ⱼ₎).
+
+    Args:
+        p_values: one per comparison, any order.
+
+    Returns:
+        The corrected p-values in the same order.
+    """
+    corrected = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest
+    return corrected
+
+
+def bootstrap_interval(
+    scores: ArrayLike, *, confidence: float = 0.95, resamples: int = 4000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean, seeds and cases both drawn with replacement (Efron 1979).
+
+    Args:
+        scores: `[seeds, cases]`.
+        confidence: coverage of the interval.
+        resamples: number of draws.
+        seed: of the draws.
+
+    Returns:
+        Lower and upper end.
+    """
+    values = _checked(scores)
+    generator = np.random.default_rng(seed)
+    seeds = generator.integers(values.shape[0], size=(resamples, values.shape[0]))
+    cases = generator.integers(values.shape[1], size=(resamples, values.shape[1]))
+    means = values[seeds[:, :, None], cases[:, None, :]].mean(axis=(1, 2))
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def compare(scores: dict[str, Scores], pairs: Sequence[tuple[str, str]]) -> list[Comparison]:
+    """Compare pairs of methods, with Holm's correction over all the pairs.
+
+    Args:
+        scores: method → `[seeds, cases]`.
+        pairs: (a, b) by name.
+
+    Returns:
+        One comparison per pair, in order.
+
+    Raises:
+        InputError: two methods were not scored on the same seeds and cases.
+    """
+    differences = []
+    for a, b in pairs:
+        first, second = _checked(scores[a]), _checked(scores[b])
+        if first.shape != second.shape:
+            raise InputError(
+                f"statistics: {a} and {b} must be scored on the same seeds and cases "
+                f"(got {first.shape} vs {second.shape})"
+            )
+        differences.append(first - second)
+    p_values = [wilcoxon(d.mean(axis=0), np.zeros(d.shape[1])) for d in differences]
+    return [
+        Comparison(a, b, float(d.mean()), *bootstrap_interval(d), p, p_holm, mean_spread(d.mean(axis=1))[1])
+        for (a, b), d, p, p_holm in zip(pairs, differences, p_values, holm(p_values), strict=True)
+    ]
+
+
+def _checked(scores: ArrayLike) -> Scores:
+    values = np.asarray(scores, dtype=np.float64)
+    if values.ndim != 2 or values.size == 0:
+        raise InputError(f"statistics: expected scores [seeds, cases] (got shape {values.shape})")
+    if not np.isfinite(values).all():
+        raise InputError("statistics: expected finite scores (got NaN or infinity)")
+    return values

@@ -1,0 +1,113 @@
+"""The worker process of the runner: takes steps from a connection and answers with progress and results."""
+
+import importlib
+import os
+import queue
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from timm_ext.errors import InputError
+
+REPORT_EVERY = 0.5
+SINGLE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS": "1",
+}
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a step's function gets beside its settings and inputs.
+
+    Attributes:
+        folder: where the step writes its files; files of an interrupted attempt may lie there.
+        report: tells the runner how far the step is, from 0 to 1.
+    """
+
+    folder: Path
+    report: Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A step as it travels to a worker."""
+
+    function: str
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, Path]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A worker's message: `progress` with a fraction, `done` with a result, or `failed` with a message."""
+
+    kind: str
+    value: Any
+    seconds: float = 0.0
+
+
+def call_step(job: Job, report: Callable[[float], None]) -> dict[str, Any]:
+    """Call a step's function in this process and return its result."""
+    module, _, name = job.function.partition(":")
+    function = getattr(importlib.import_module(module), name)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = function(job.settings, job.inputs, Context(job.folder, report))
+    return result
+
+
+def serve(connection: Connection) -> None:
+    """Work off jobs until None arrives; end at once when the runner is gone, however it went."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    import torch
+
+    torch.set_num_threads(1)
+    jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, jobs), daemon=True).start()
+    while (job := jobs.get()) is not None:
+        start = time.monotonic()
+        reply = _attempt(job, _throttled(connection))
+        connection.send(Reply(reply.kind, reply.value, time.monotonic() - start))
+
+
+def _receive(connection: Connection, jobs: "queue.SimpleQueue[Job | None]") -> None:
+    while True:
+        try:
+            jobs.put(connection.recv())
+        except (EOFError, OSError):
+            os._exit(1)
+
+
+def _attempt(job: Job, report: Callable[[float], None]) -> Reply:
+    try:
+        return Reply("done", call_step(job, report))
+    except InputError as error:
+        return Reply("failed", str(error))
+    except Exception as error:  # a failed step must not take the others with it
+        log = job.folder / "error.txt"
+        with suppress(OSError):
+            log.write_text(traceback.format_exc(), encoding="utf-8")
+        return Reply("failed", f"{type(error).__name__}: {error} (traceback in {log})")
+
+
+def _throttled(connection: Connection) -> Callable[[float], None]:
+    last = 0.0
+
+    def report(fraction: float) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= REPORT_EVERY:
+            last = now
+            connection.send(Reply("progress", min(max(fraction, 0.0), 1.0)))
+
+    return report
