@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The vocabulary of the one-element formulas for plain float and double, on the host and on the device.
+// simd.h gives the same names for vectors.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "portable.h"
+
+namespace timm_ext::math {
+
+template <class To, class From>
+TIMM_EXT_FN To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+TIMM_EXT_FN float select(bool mask, float yes, float no) { return mask ? yes : no; }
+TIMM_EXT_FN double select(bool mask, double yes, double no) { return mask ? yes : no; }
+
+/// The exact power of two 2^-(e+1) that brings x = m·2^e (x >= 0, 1 <= m < 2) into [0.5, 1). At the ends of the range,
+/// where that power is no normal number, the nearest one that is: denormals come to [2^-23, 1), the largest to < 2.
+TIMM_EXT_FN float reciprocal_power_of_two(float x) {
+  const int32_t bits = 0x7E800000 - (bit_cast<int32_t>(x) & 0x7F800000);
+  return bit_cast<float>(bits < 0x00800000 ? 0x00800000 : bits);
+}
+
+TIMM_EXT_FN double reciprocal_power_of_two(double x) {
+  const int64_t smallest = int64_t{1} << 52;
+  const int64_t bits = (int64_t{2045} << 52) - (bit_cast<int64_t>(x) & (int64_t{2047} << 52));
+  return bit_cast<double>(bits < smallest ? smallest : bits);
+}
+
+}  // namespace timm_ext::math
