@@ -1,0 +1,254 @@
+"""Networks by name: the package's own, MONAI's, and those that users register."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from timm_ext.errors import InputError
+from timm_ext.networks.isensee2017 import Isensee2017
+
+_MONAI = "monai."
+_UNKNOWN_DIVISOR = 32  # the coarsest grid of MONAI's networks is 1/32 of the input
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """How to build a network and which of its parameters depend on the task.
+
+    Attributes:
+        name: the name it is saved under.
+        build: called with `in_channels`, `out_channels` and the options; returns a module from images
+            `[B, C, D, H, W]` to logits `[B, R, D, H, W]`.
+        heads: shell patterns on the names of the output layers' parameters. None: the layers whose shapes
+            change with `out_channels`, found by building the network twice without memory.
+        input_layers: names of the weights that read the images. None: those whose shapes change with
+            `in_channels`.
+        defaults: options that are set unless the caller sets them.
+        divisor: number by which every edge of an image must be divisible, from the options.
+    """
+
+    name: str
+    build: Callable[..., nn.Module]
+    heads: tuple[str, ...] | None = None
+    input_layers: tuple[str, ...] | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    divisor: Callable[[Mapping[str, Any]], int] = lambda options: _UNKNOWN_DIVISOR
+
+
+def _stride_product(options: Mapping[str, Any]) -> int:
+    return math.prod(max(s) if isinstance(s, (list, tuple)) else s for s in options["strides"])
+
+
+_UNET = {"spatial_dims": 3, "channels": [16, 32, 64, 128, 256], "strides": [2, 2, 2, 2], "num_res_units": 2}
+_DYNUNET = {
+    "spatial_dims": 3,
+    "kernel_size": [3, 3, 3, 3, 3],
+    "strides": [1, 2, 2, 2, 2],
+    "upsample_kernel_size": [2, 2, 2, 2],
+}
+_MONAI_OPTIONS: dict[str, tuple[dict[str, Any], Callable[[Mapping[str, Any]], int]]] = {
+    "UNet": (_UNET, _stride_product),
+    "AttentionUnet": ({k: v for k, v in _UNET.items() if k != "num_res_units"}, _stride_product),
+    "DynUNet": (_DYNUNET, _stride_product),
+    "SegResNet": ({"blocks_down": [1, 2, 2, 4]}, lambda options: 2 ** (len(options["blocks_down"]) - 1)),
+    "BasicUNet": ({}, lambda options: 16),
+}
+
+_SPECS: dict[str, NetworkSpec] = {
+    "isensee2017": NetworkSpec(
+        name="isensee2017",
+        build=Isensee2017,
+        heads=("heads.*",),
+        input_layers=("encoder.0.entry.conv.weight",),
+        defaults={"base_filters": 16, "levels": 5, "dropout": 0.3, "negative_slope": 0.01},
+        divisor=lambda options: 2 ** (options["levels"] - 1),
+    )
+}
+
+
+def register_network(spec: NetworkSpec) -> None:
+    """Make a network known under `spec.name`, so that it can be built, saved and loaded by name.
+
+    Raises:
+        InputError: the name is taken.
+    """
+    if spec.name in _SPECS or spec.name.startswith(_MONAI):
+        raise InputError(f"network: the name {spec.name!r} is taken")
+    _SPECS[spec.name] = spec
+
+
+def network_names() -> tuple[str, ...]:
+    """Return the names `build_network` takes; any other network of `monai.networks.nets` works as well."""
+    return (*_SPECS, *(f"{_MONAI}{name}" for name in _MONAI_OPTIONS))
+
+
+def network_spec(name: str) -> NetworkSpec:
+    """Look a network up by name.
+
+    Args:
+        name: one of `network_names()`, or `monai.` and the name of a class of `monai.networks.nets`.
+
+    Raises:
+        InputError: there is no such network.
+    """
+    if name in _SPECS:
+        return _SPECS[name]
+    if name.startswith(_MONAI):
+        from monai.networks import nets
+
+        short = name.removeprefix(_MONAI)
+        build = getattr(nets, short, None)
+        if isinstance(build, type) and issubclass(build, nn.Module):
+            options, divisor = _MONAI_OPTIONS.get(short, ({}, lambda options: _UNKNOWN_DIVISOR))
+            return NetworkSpec(name=name, build=build, defaults=options, divisor=divisor)
+    raise InputError(
+        f"network: expected one of {', '.join(network_names())} or monai.<class of monai.networks.nets> "
+        f"(got {name!r})"
+    )
+
+
+def build_network(
+    name: str, *, in_channels: int, out_channels: int, seed: int | None = None, **options: Any
+) -> nn.Module:
+    """Build a network by name and note on it how it was built.
+
+    Args:
+        name: see `network_names`.
+        in_channels: input images C.
+        out_channels: output regions R.
+        seed: makes the initial weights a function of this number alone and leaves the global generator
+            untouched; None draws from the global generator.
+        **options: the network's own options; they must be JSON values for the network to be saved.
+
+    Returns:
+        A module from `[B, C, D, H, W]` to logits `[B, R, D, H, W]`, with `network_config` (a dict that
+        rebuilds it) and `size_divisor` (every edge of an image must be divisible by it).
+
+    Raises:
+        InputError: no such network, or options it does not take.
+    """
+    spec = network_spec(name)
+    config = {
+        "name": name,
+        "in_channels": in_channels,
+        "out_channels": out_channels,
+        "options": {**spec.defaults, **options},
+    }
+    if config["options"].get("deep_supervision"):
+        raise InputError(
+            f"network: {name} with deep_supervision returns several maps; expected one map of logits"
+        )
+    if seed is None:
+        model = _construct(spec, config)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = _construct(spec, config)
+    vars(model)["network_config"] = config
+    vars(model)["size_divisor"] = spec.divisor(config["options"])
+    return model
+
+
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """Return the `network_config` that `build_network` left on a model.
+
+    Raises:
+        InputError: the model was not built by `build_network`.
+    """
+    config = getattr(model, "network_config", None)
+    if not isinstance(config, dict):
+        raise InputError(
+            f"network: expected a model made by build_network (got {type(model).__name__} without "
+            "network_config)"
+        )
+    return config
+
+
+def heads_of(model: nn.Module) -> tuple[str, ...]:
+    """Return shell patterns for the parameters of a model's output layers.
+
+    Raises:
+        InputError: the model was not built by `build_network`, or no layer depends on the output channels.
+    """
+    config = config_of(model)
+    heads = network_spec(config["name"]).heads
+    if heads is not None:
+        return heads
+    layers = (name.rpartition(".")[0] for name in _dependent_on("out_channels", json.dumps(config)))
+    return tuple(f"{layer}.*" for layer in dict.fromkeys(layers))
+
+
+def input_layers_of(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of all weights that read the images; residual networks have two of them.
+
+    Raises:
+        InputError: the model was not built by `build_network`, or no layer depends on the input channels.
+    """
+    config = config_of(model)
+    layers = network_spec(config["name"]).input_layers
+    return layers if layers is not None else _dependent_on("in_channels", json.dumps(config))
+
+
+def input_layer_of(model: nn.Module) -> str:
+    """Return the name of the first convolution's weight.
+
+    Raises:
+        InputError: as for `input_layers_of`.
+    """
+    return input_layers_of(model)[0]
+
+
+def size_divisor_of(model: nn.Module) -> int:
+    """Return the number every edge of an image must be divisible by; 1 for a model that does not say.
+
+    A module that holds the network as `network` (a merged model) answers for it.
+    """
+    holder = model if hasattr(model, "size_divisor") else getattr(model, "network", model)
+    return int(getattr(holder, "size_divisor", 1))
+
+
+def _construct(spec: NetworkSpec, config: Mapping[str, Any]) -> nn.Module:
+    try:
+        return spec.build(
+            in_channels=config["in_channels"], out_channels=config["out_channels"], **config["options"]
+        )
+    except InputError:
+        raise
+    except Exception as error:
+        # A network of a library may refuse its options with any exception.
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"network: {spec.name} cannot be built from {dict(config)}: {reason[0]}") from error
+
+
+@cache
+def _dependent_on(argument: str, config_json: str) -> tuple[str, ...]:
+    """Return the names of the parameters whose shapes change with `argument`, in registration order."""
+    config = json.loads(config_json)
+    spec = network_spec(config["name"])
+    before = _shapes(spec, config)
+    try:
+        after = _shapes(spec, {**config, argument: config[argument] + 1})
+    except InputError:
+        # Some networks want channel counts that divide each other.
+        after = _shapes(spec, {**config, argument: config[argument] * 2})
+    names = tuple(name for name, shape in before.items() if after.get(name) != shape)
+    if not names:
+        raise InputError(f"network: no parameter of {spec.name} depends on {argument}")
+    return names
+
+
+def _shapes(spec: NetworkSpec, config: Mapping[str, Any]) -> dict[str, torch.Size]:
+    try:
+        with torch.device("meta"):
+            model = _construct(spec, config)
+    except InputError:
+        # Constructors that look at values of tensors do not run without memory.
+        with torch.random.fork_rng(devices=[]):
+            model = _construct(spec, config)
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
