@@ -1,0 +1,154 @@
+"""Prepared cases as training samples, each a pure function of (seed, epoch, index)."""
+
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from timm_ext.data.augment import AugmentSettings, apply, draw
+from timm_ext.data.grid import Triple, take_box
+from timm_ext.data.prepare import Prepared
+from timm_ext.data.tasks import Labels, Task
+from timm_ext.data.volume import Array, spacing_of
+from timm_ext.errors import InputError
+
+
+class Sample(TypedDict):
+    """A training sample: the case's id, `image` `[C, D, H, W]` and `target` `[R, D, H, W]`, float32."""
+
+    id: str
+    image: Tensor
+    target: Tensor
+
+
+class CaseDataset(Dataset[Sample]):
+    """Whole volumes or patches of prepared cases, with or without augmentation.
+
+    Everything random in a sample is drawn from a generator keyed on (seed, epoch, index), so that a sample is
+    the same in whatever process, order or resumed run it is made.
+
+    Args:
+        cases: prepared cases with labels.
+        task: says which regions become the target's channels.
+        patch: voxels of a patch; None gives whole volumes. A volume smaller than the patch is zero-padded.
+        samples_per_case: samples that a case gives per epoch; with whole volumes leave it at 1.
+        foreground: share of patches that are centred on a voxel of a region: first a region of those that
+            occur in the case, then one of its voxels. The others lie anywhere in the volume.
+        augment: how samples change; None leaves them as they are.
+        seed: of the patches and the augmentation.
+        in_memory: hold all cases in memory instead of reading the cache file for each sample.
+
+    Raises:
+        InputError: there is no case, or some have no label.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[Prepared],
+        task: Task,
+        *,
+        patch: Triple | None = None,
+        samples_per_case: int = 1,
+        foreground: float = 0.5,
+        augment: AugmentSettings | None = None,
+        seed: int = 0,
+        in_memory: bool = False,
+    ) -> None:
+        if not cases:
+            raise InputError("data set: expected at least one case (got none)")
+        if unlabelled := [case.id for case in cases if not case.has_label]:
+            raise InputError(
+                f"data set: expected a label for every case (got none for {', '.join(unlabelled)})"
+            )
+        if patch is not None and (len(patch) != 3 or min(patch) < 1):
+            raise InputError(f"patch: must be three numbers of voxels ≥ 1 (got {patch})")
+        if samples_per_case < 1 or not 0 <= foreground <= 1:
+            raise InputError(
+                "samples_per_case and foreground: must be ≥ 1 and in 0..1 "
+                f"(got {samples_per_case}, {foreground})"
+            )
+        self.cases = tuple(case.in_memory() if in_memory else case for case in cases)
+        self.task = task
+        self.patch = patch
+        self.samples_per_case = samples_per_case
+        self.foreground = foreground
+        self.augment = augment
+        self.seed = seed
+        # Shared memory, since workers that outlive an epoch must see the next one's number.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch whose samples `[index]` gives."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, before the data loader's iterator is made; workers see it too."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.cases) * self.samples_per_case
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        return self.sample(index, self.epoch)
+
+    def sample(self, index: int, epoch: int) -> Sample:
+        """Make sample `index` of an epoch, whatever epoch is set."""
+        case = self.cases[index // self.samples_per_case]
+        generator = np.random.default_rng([self.seed, epoch, index])
+        image, label = case.image, case.label
+        assert label is not None
+        if self.patch is not None:
+            start = self._start(label, self.patch, generator)
+            image, label = take_box(image, start, self.patch), take_box(label, start, self.patch)
+        if self.augment is None:
+            return Sample(id=case.id, image=torch.from_numpy(image.copy()), target=self._target(label))
+        change = draw(self.augment, len(image), generator)
+        changed, moved = apply(
+            change, torch.from_numpy(image.copy()), torch.from_numpy(label.copy()), spacing_of(case.affine)
+        )
+        return Sample(id=case.id, image=changed.contiguous(), target=self._target(moved.numpy()))
+
+    def _target(self, label: Array) -> Tensor:
+        return torch.from_numpy(self.task.targets(label)).float()
+
+    def _start(self, label: Labels, patch: Triple, generator: np.random.Generator) -> Triple:
+        """Draw the first voxel of a patch: within the volume, or centring a volume smaller than the patch."""
+        room = np.array(label.shape) - np.array(patch)
+        lowest, highest = np.minimum(room // 2, 0), np.where(room > 0, room, room // 2)
+        anywhere = [int(generator.integers(low, high + 1)) for low, high in zip(lowest, highest, strict=True)]
+        if generator.random() >= self.foreground or (voxel := self._voxel(label, generator)) is None:
+            return anywhere[0], anywhere[1], anywhere[2]
+        first, second, third = np.clip(voxel - np.array(patch) // 2, lowest, highest).tolist()
+        return first, second, third
+
+    def _voxel(self, label: Labels, generator: np.random.Generator) -> Array | None:
+        """Draw a voxel of a region, first the region among those that occur."""
+        counts = np.bincount(label.ravel(), minlength=256)
+        regions = [region.labels for region in self.task.regions if counts[list(region.labels)].any()]
+        if not regions:
+            return None
+        wanted = regions[int(generator.integers(len(regions)))]
+        found = np.flatnonzero(np.isin(label, wanted))
+        return np.array(np.unravel_index(found[generator.integers(len(found))], label.shape))
+
+
+def collate(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Stack samples to a batch: ids as a list, tensors with the batch in front.
+
+    Raises:
+        InputError: the samples have different shapes.
+    """
+    shapes = {sample["id"]: tuple(sample["image"].shape) for sample in samples}
+    if len(set(shapes.values())) > 1:
+        listing = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise InputError(
+            f"batch: expected samples of one shape; set size, patch or batch size 1 (got {listing})"
+        )
+    batch: dict[str, Any] = default_collate(list(samples))
+    return batch

@@ -1,0 +1,159 @@
+"""The way from a scan's own grid to the prepared one and back."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from timm_ext.data.volume import Affine, Array, Interpolation, Volume, from_canonical, resample_to
+
+Triple = tuple[int, int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Where a prepared volume lies in the scan it was made from.
+
+    Three grids: the *input* (as stored), the *working* one (canonical axes, resampled), and the *prepared*
+    one, a box of the working grid that may reach beyond it.
+
+    Attributes:
+        input_shape: voxels of the input.
+        input_affine: `[4, 4]`, RAS mm.
+        working_shape: voxels of the working grid.
+        working_affine: `[4, 4]`, RAS mm.
+        resampled: whether the working grid has other voxels than the input, not only other axes.
+        start: first voxel of the box in the working grid; negative where the box reaches beyond.
+        size: voxels of the prepared volume.
+    """
+
+    input_shape: Triple
+    input_affine: Affine
+    working_shape: Triple
+    working_affine: Affine
+    resampled: bool
+    start: Triple
+    size: Triple
+
+    @property
+    def affine(self) -> Affine:
+        """`[4, 4]` from prepared voxel indices to RAS mm."""
+        affine = self.working_affine.copy()
+        affine[:3, 3] += affine[:3, :3] @ np.array(self.start, dtype=np.float64)
+        return affine
+
+    def take(self, data: Array) -> Array:
+        """Cut the box out of `[..., D, H, W]` on the working grid; 0 where it reaches beyond."""
+        return take_box(data, self.start, self.size)
+
+    def restore(self, data: Array) -> Array:
+        """Bring prepared voxels back to the input's grid.
+
+        Args:
+            data: `[D, H, W]` or `[R, D, H, W]` on the prepared grid; whole numbers are labels (nearest
+                neighbour), floating-point numbers are probabilities (linear).
+
+        Returns:
+            `[D', H', W']` or `[R, D', H', W']` on the input's grid, 0 outside the box. Without resampling the
+            voxels inside the box come back exactly.
+        """
+        back = tuple(-first for first in self.start)
+        working = take_box(data, (back[0], back[1], back[2]), self.working_shape)
+        if not self.resampled:
+            return from_canonical(Volume(working, self.working_affine), self.input_affine).data
+        interpolation: Interpolation = "linear" if working.dtype.kind == "f" else "nearest"
+        channels = working.reshape(-1, *self.working_shape)
+        restored = [
+            resample_to(
+                Volume(one, self.working_affine), self.input_shape, self.input_affine, interpolation
+            ).data
+            for one in channels
+        ]
+        return np.stack(restored).astype(data.dtype).reshape(*data.shape[:-3], *self.input_shape)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Describe the grid in JSON values."""
+        return {
+            "input_shape": list(self.input_shape),
+            "input_affine": self.input_affine.tolist(),
+            "working_shape": list(self.working_shape),
+            "working_affine": self.working_affine.tolist(),
+            "resampled": self.resampled,
+            "start": list(self.start),
+            "size": list(self.size),
+        }
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> "Grid":
+        """Read back what `to_dict` wrote."""
+        return cls(
+            input_shape=_triple(value["input_shape"]),
+            input_affine=np.array(value["input_affine"], dtype=np.float64),
+            working_shape=_triple(value["working_shape"]),
+            working_affine=np.array(value["working_affine"], dtype=np.float64),
+            resampled=bool(value["resampled"]),
+            start=_triple(value["start"]),
+            size=_triple(value["size"]),
+        )
+
+
+def take_box(data: Array, start: Triple, size: Triple) -> Array:
+    """Copy a box out of `[..., D, H, W]`; voxels of the box that lie outside are 0.
+
+    Args:
+        data: the array.
+        start: first voxel of the box, may be negative.
+        size: voxels of the box.
+    """
+    result = np.zeros((*data.shape[:-3], *size), dtype=data.dtype)
+    inner: list[slice] = []
+    outer: list[slice] = []
+    for first, length, available in zip(start, size, data.shape[-3:], strict=True):
+        low, high = max(first, 0), min(first + length, available)
+        if low >= high:
+            return result
+        outer.append(slice(low, high))
+        inner.append(slice(low - first, high - first))
+    result[..., inner[0], inner[1], inner[2]] = data[..., outer[0], outer[1], outer[2]]
+    return result
+
+
+def foreground_box(mask: Array, margin: int) -> tuple[Triple, Triple]:
+    """Find the smallest box around the true voxels, widened by a margin within the volume.
+
+    Args:
+        mask: `[D, H, W]` with at least one true voxel.
+        margin: voxels added on every side.
+
+    Returns:
+        First voxel and size of the box.
+    """
+    low, high = [], []
+    for axis, length in enumerate(mask.shape):
+        others = tuple(other for other in range(3) if other != axis)
+        found = np.flatnonzero(mask.any(axis=others))
+        low.append(max(int(found[0]) - margin, 0))
+        high.append(min(int(found[-1]) + 1 + margin, length))
+    return _triple(low), _triple([stop - first for first, stop in zip(low, high, strict=True)])
+
+
+def fit_box(start: Triple, size: Triple, wanted: Triple | None, multiple: int) -> tuple[Triple, Triple]:
+    """Grow or cut a box about its centre to a wanted size, or grow it to the next multiple.
+
+    Args:
+        start: first voxel of the box.
+        size: its voxels.
+        wanted: the size to reach; None keeps the box's own.
+        multiple: each length, wanted ones too, is rounded up to a multiple of this.
+
+    Returns:
+        First voxel (may be negative) and size of the new box.
+    """
+    lengths = [-(-length // multiple) * multiple for length in (wanted or size)]
+    first = [low + (old - new) // 2 for low, old, new in zip(start, size, lengths, strict=True)]
+    return _triple(first), _triple(lengths)
+
+
+def _triple(values: Any) -> Triple:
+    first, second, third = (int(value) for value in values)
+    return first, second, third

@@ -1,0 +1,350 @@
+"""From a case's files to one array on one grid, cached, and back to the input's own grid."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import cache as once
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from rich.progress import track
+
+from timm_ext.data.bias import correct_bias
+from timm_ext.data.grid import Grid, Triple, fit_box, foreground_box
+from timm_ext.data.layouts import Case
+from timm_ext.data.normalise import Mask, Normalisation, normalise
+from timm_ext.data.store import Arrays, read_array, read_notes, write_entry
+from timm_ext.data.tasks import Labels, Task, task_to_dict
+from timm_ext.data.volume import Affine, Volume, read_labels, read_volume, resample, same_grid, to_canonical
+from timm_ext.errors import InputError
+from timm_ext.files import sha256
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """How a case becomes an array; the steps run in the order of the attributes.
+
+    Foreground is every voxel that is not exactly 0 (negative values occur inside real brains); where a
+    modality was resampled, it is the foreground of its input, resampled by nearest neighbour.
+
+    Attributes:
+        nonfinite: what to do with NaN or infinite voxels: refuse the file, or set them to 0.
+        bias_field: correct each image by N4 (Tustison et al. 2010), estimated on its positive voxels.
+        spacing: voxel size in mm, one number or one per axis (right, anterior, superior); None keeps the
+            scan's.
+        normalise: per volume and modality over its foreground: `zscore` (float64 statistics), `histogram`
+            (each voxel → its empirical CDF, as Geyer et al. 2019), or `none`.
+        crop: cut to the box of the foreground of all modalities together.
+        margin: voxels kept around that box.
+        size: voxels of the result, reached by cutting and zero-padding about the centre of the box.
+        multiple: every length is rounded up to a multiple of this; a network with L levels needs 2^(L−1).
+        empty_labels: whether a label file without a voxel in any region of the task is an error.
+    """
+
+    nonfinite: Literal["error", "zero"] = "error"
+    bias_field: bool = False
+    spacing: float | tuple[float, float, float] | None = None
+    normalise: Normalisation = "zscore"
+    crop: bool = True
+    margin: int = 0
+    size: tuple[int, int, int] | None = None
+    multiple: int = 1
+    empty_labels: Literal["error", "allow"] = "error"
+
+    def __post_init__(self) -> None:
+        for name in ("spacing", "size"):
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
+        choices = {
+            "nonfinite": ("error", "zero"),
+            "normalise": ("zscore", "histogram", "none"),
+            "empty_labels": ("error", "allow"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name}: must be one of {', '.join(allowed)} (got {getattr(self, name)!r})")
+        spacing = self.spacing if isinstance(self.spacing, tuple) else (self.spacing or 1.0,) * 3
+        if len(spacing) != 3 or not all(0 < length < np.inf for length in spacing) or self.spacing == 0:
+            raise InputError(f"spacing: must be one or three lengths > 0 in mm (got {self.spacing})")
+        if self.size is not None and (len(self.size) != 3 or min(self.size) < 1):
+            raise InputError(f"size: must be three numbers of voxels ≥ 1 (got {self.size})")
+        if self.margin < 0 or self.multiple < 1:
+            raise InputError(
+                f"margin and multiple: must be ≥ 0 and ≥ 1 (got {self.margin} and {self.multiple})"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A case ready for a network; its arrays are read from the cache when they are asked for.
+
+    Attributes:
+        case: the files it was made from.
+        grid: where it lies in the input.
+        present: the labels in the case's whole label file; empty without one.
+        source: the cache file, or the arrays themselves.
+    """
+
+    case: Case
+    grid: Grid
+    present: tuple[int, ...]
+    source: Path | Arrays
+
+    @property
+    def id(self) -> str:
+        """The case's id."""
+        return self.case.id
+
+    @property
+    def affine(self) -> Affine:
+        """`[4, 4]` from voxel indices of the prepared grid to RAS mm."""
+        return self.grid.affine
+
+    @property
+    def shape(self) -> Triple:
+        """D, H, W of the prepared grid."""
+        return self.grid.size
+
+    @property
+    def has_label(self) -> bool:
+        """Whether the case has a label file."""
+        return self.case.label is not None
+
+    @property
+    def image(self) -> npt.NDArray[np.float32]:
+        """`[C, D, H, W]`, channels in the task's order; read anew at each access unless in memory."""
+        return self._array("image")
+
+    @property
+    def label(self) -> Labels | None:
+        """`[D, H, W]` uint8, or None; read anew at each access unless in memory."""
+        return self._array("label") if self.has_label else None
+
+    def in_memory(self) -> "Prepared":
+        """Return the same case with its arrays held in memory."""
+        if isinstance(self.source, dict):
+            return self
+        names = ("image", "label") if self.has_label else ("image",)
+        return replace(self, source={name: self._array(name) for name in names})
+
+    def _array(self, name: str) -> npt.NDArray[Any]:
+        return self.source[name] if isinstance(self.source, dict) else read_array(self.source, name)
+
+
+def prepare_case(case: Case, task: Task, settings: PrepareSettings, cache: Path | str | None) -> Prepared:
+    """Read, check and preprocess one case, or take it from the cache.
+
+    The cache entry is named by a hash of the settings, the task's modalities and labels, the content of the
+    input files and this package's own preprocessing code; a damaged entry is made again. Entries are written
+    atomically, so that processes may share a cache.
+
+    Args:
+        case: the files.
+        task: names the channels and the valid labels.
+        settings: the steps.
+        cache: folder of the cache; None keeps the arrays in memory.
+
+    Raises:
+        InputError: a file cannot be read; modalities or label lie on different grids; an image is empty;
+            the label holds numbers outside the task's set, or no voxel of any region of the task.
+    """
+    if cache is None:
+        arrays, grid, present = _build(case, task, settings)
+        prepared = Prepared(case, grid, present, arrays)
+    else:
+        path = Path(cache) / f"{case.id}-{_key(case, task, settings)}.safetensors"
+        if (notes := read_notes(path)) is None:
+            arrays, grid, present = _build(case, task, settings)
+            notes = {"grid": grid.to_dict(), "present": present}
+            write_entry(path, arrays, notes)
+        prepared = Prepared(case, Grid.from_dict(notes["grid"]), tuple(notes["present"]), path)
+    if prepared.has_label and settings.empty_labels == "error":
+        _check_not_empty(prepared, task)
+    return prepared
+
+
+def prepare_cases(
+    cases: Sequence[Case],
+    task: Task,
+    settings: PrepareSettings,
+    cache: Path | str | None,
+    *,
+    workers: int = 0,
+    progress: bool = True,
+) -> list[Prepared]:
+    """Prepare a data set, with a progress bar.
+
+    Args:
+        cases: the cases.
+        task: names the channels and the valid labels.
+        settings: the steps.
+        cache: folder of the cache; None keeps all arrays in memory.
+        workers: processes to share the work; 0 does it in this one.
+        progress: whether to show the bar.
+
+    Returns:
+        The prepared cases, in the order given.
+
+    Raises:
+        InputError: some cases cannot be prepared: all of them in one listing, after the others are cached; or
+            the data set mixes two numberings of one region.
+    """
+    job = partial(_attempt, task=task, settings=settings, cache=cache)
+    shown = partial(track, description="Preparing cases", total=len(cases), disable=not progress)
+    if workers:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            results = list(shown(pool.map(job, cases)))
+    else:
+        results = list(shown(map(job, cases)))
+    failures = [result for result in results if isinstance(result, InputError)]
+    if len(failures) == 1:
+        raise failures[0]
+    if failures:
+        listing = "\n  ".join(str(failure) for failure in failures)
+        raise InputError(f"{len(failures)} of {len(cases)} cases cannot be prepared:\n  {listing}")
+    prepared = [result for result in results if isinstance(result, Prepared)]
+    task.check_exclusive({label for one in prepared for label in one.present}, "the data set")
+    return prepared
+
+
+def restore(data: npt.NDArray[Any], prepared: Prepared) -> npt.NDArray[Any]:
+    """Bring a prediction back to the grid of the case's own files.
+
+    Args:
+        data: `[D, H, W]` or `[R, D, H, W]` on the prepared grid; whole numbers are labels (nearest
+            neighbour), floating-point numbers are probabilities (linear).
+        prepared: the case.
+
+    Returns:
+        `[D', H', W']` or `[R, D', H', W']` on the input's grid, whose affine is `prepared.grid.input_affine`;
+        0 where the prepared box does not reach.
+
+    Raises:
+        InputError: the array is not on the prepared grid.
+    """
+    if data.ndim not in (3, 4) or data.shape[-3:] != prepared.shape:
+        raise InputError(
+            f"{prepared.id}: expected a prediction on the prepared grid {prepared.shape} "
+            f"(got shape {data.shape})"
+        )
+    return prepared.grid.restore(data)
+
+
+def _attempt(
+    case: Case, *, task: Task, settings: PrepareSettings, cache: Path | str | None
+) -> Prepared | InputError:
+    try:
+        return prepare_case(case, task, settings, cache)
+    except InputError as error:
+        return error
+
+
+def _build(case: Case, task: Task, settings: PrepareSettings) -> tuple[Arrays, Grid, tuple[int, ...]]:
+    images, label = _read(case, task, settings)
+    first = images[task.modalities[0]]
+    present = tuple(np.unique(label.data).tolist()) if label is not None else ()
+    working, masks = {}, {}
+    for modality, image in images.items():
+        working[modality], masks[modality] = _to_working(image, settings, case.images[modality])
+    frame = next(iter(working.values()))
+    foreground = np.any(list(masks.values()), axis=0)
+    start, size = foreground_box(foreground, settings.margin) if settings.crop else ((0, 0, 0), frame.shape)
+    start, size = fit_box(start, size, settings.size, settings.multiple)
+    place = Grid(
+        first.shape, first.affine, frame.shape, frame.affine, settings.spacing is not None, start, size
+    )
+    channels = [
+        normalise(image.data, masks[modality], settings.normalise, case.images[modality])
+        for modality, image in working.items()
+    ]
+    arrays: Arrays = {"image": place.take(np.stack(channels))}
+    if label is not None:
+        label = to_canonical(label)
+        if settings.spacing is not None:
+            label = resample(label, _triple_of(settings.spacing), "nearest")
+        arrays["label"] = place.take(label.data)
+    return arrays, place, present
+
+
+def _read(case: Case, task: Task, settings: PrepareSettings) -> tuple[dict[str, Volume], Volume | None]:
+    images = {
+        modality: read_volume(case.images[modality], nonfinite=settings.nonfinite)
+        for modality in task.modalities
+    }
+    first_path, first = case.images[task.modalities[0]], images[task.modalities[0]]
+    for modality, image in images.items():
+        _check_grid(first_path, first, case.images[modality], image)
+        images[modality] = Volume(image.data, first.affine)
+    if case.label is None:
+        return images, None
+    label = read_labels(case.label)
+    _check_grid(first_path, first, case.label, label)
+    return images, Volume(task.read_labels(label.data, case.label), first.affine)
+
+
+def _to_working(image: Volume, settings: PrepareSettings, where: Path) -> tuple[Volume, Mask]:
+    """Bring one image to the working grid, with the mask of its foreground."""
+    image = to_canonical(image)
+    mask = image.data != 0
+    if not mask.any():
+        raise InputError(f"{where}: expected an image with foreground (got 0 in every voxel)")
+    if settings.bias_field:
+        image = correct_bias(image, where)
+    if settings.spacing is None:
+        return image, mask
+    spacing = _triple_of(settings.spacing)
+    mask = resample(Volume(mask, image.affine), spacing, "nearest").data
+    return resample(image, spacing, "linear"), mask
+
+
+def _check_grid(first_path: Path, first: Volume, path: Path, other: Volume) -> None:
+    if first.shape != other.shape:
+        raise InputError(f"{path}: expected the shape of {first_path}, {first.shape} (got {other.shape})")
+    if not same_grid(first, other):
+        raise InputError(
+            f"{path}: expected the affine of {first_path}, {first.affine.tolist()} "
+            f"(got {other.affine.tolist()})"
+        )
+
+
+def _check_not_empty(prepared: Prepared, task: Task) -> None:
+    wanted = {label for region in task.regions for label in region.labels}
+    if not wanted.intersection(prepared.present):
+        raise InputError(
+            f"{prepared.case.label}: expected a voxel of some region of task {task.name}, "
+            f"labels {sorted(wanted)} (got only labels {list(prepared.present)})"
+        )
+
+
+def _triple_of(spacing: float | tuple[float, float, float]) -> tuple[float, float, float]:
+    return spacing if isinstance(spacing, tuple) else (spacing, spacing, spacing)
+
+
+def _key(case: Case, task: Task, settings: PrepareSettings) -> str:
+    """Hash everything that the prepared arrays depend on."""
+    files = [case.images[modality] for modality in task.modalities] + ([case.label] if case.label else [])
+    if missing := [file for file in files if not file.is_file()]:
+        raise InputError(f"{missing[0]}: no such file")
+    described = task_to_dict(task)
+    parts = {
+        "code": _code_version(),
+        "settings": {key: value for key, value in asdict(settings).items() if key != "empty_labels"},
+        "task": {key: described[key] for key in ("modalities", "labels", "exclusive", "freesurfer")},
+        "files": [(sha256(file), file.name.split(".")[-1]) for file in files],
+        "label": case.label is not None,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@once
+def _code_version() -> str:
+    """Hash the code that makes the arrays, so that an entry of another version is never taken."""
+    names = ("bias", "grid", "normalise", "prepare", "store", "tasks", "volume")
+    hashes = [sha256(Path(__file__).with_name(f"{name}.py")) for name in names]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
