@@ -51,7 +51,7 @@ INPUTS = {
     "monai.AttentionUnet": ("model.0.conv.0.conv.weight",),
     "monai.BasicUNet": ("conv_0.conv_0.conv.weight",),
     "monai.DynUNet": ("input_block.conv1.conv.weight", "input_block.conv3.conv.weight"),
-    "monai.VNet": ("in_tr.conv1.conv.weight",),
+    "monai.VNet": ("in_tr.conv_block.conv.weight",),
 }
 
 

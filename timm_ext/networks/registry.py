@@ -134,7 +134,7 @@ def build_network(
         InputError: no such network, or options it does not take.
     """
     spec = network_spec(name)
-    config = {
+    config: dict[str, Any] = {
         "name": name,
         "in_channels": in_channels,
         "out_channels": out_channels,

@@ -1,0 +1,270 @@
+"""From a trained network and a scan to probabilities and a label file on the scan's own grid."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain, combinations
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from monai.inferers.utils import sliding_window_inference
+from torch import Tensor, nn
+
+from timm_ext.data.layouts import Case
+from timm_ext.data.prepare import PrepareSettings, prepare_case, restore
+from timm_ext.data.tasks import Labels, Task
+from timm_ext.data.volume import Volume, write_nifti
+from timm_ext.errors import InputError
+from timm_ext.networks.registry import size_divisor_of
+
+Precision = Literal["float32", "bfloat16", "float16"]
+_SPATIAL_AXES = (2, 3, 4)
+
+
+def predict_logits(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    window: Sequence[int] | None = None,
+    overlap: float = 0.5,
+    batch_size: int = 4,
+) -> Tensor:
+    """Apply a network to whole volumes of any size; gradients and modes are left to the caller.
+
+    Without a window the volumes are zero-padded at their far ends to a size that the network takes, and the
+    logits are cut back. With one, overlapping windows are weighted by a Gaussian that falls off from their
+    centre (MONAI).
+
+    Args:
+        model: from `[B, C, D, H, W]` to logits `[B, R, D, H, W]`.
+        images: `[B, C, D, H, W]`.
+        window: edges D, H, W of the sliding window, rounded up to what the network takes; None for whole
+            volumes.
+        overlap: share of a window that its neighbour covers.
+        batch_size: windows per pass.
+
+    Returns:
+        Logits `[B, R, D, H, W]`.
+
+    Raises:
+        InputError: the window or the overlap makes no sense, or the network returns something else than one
+            map.
+    """
+    divisor = size_divisor_of(model)
+    if window is None:
+        size = _fitting(images.shape[2:], divisor)
+        padding = [
+            length
+            for edge, full in zip(images.shape[:1:-1], size[::-1], strict=True)
+            for length in (0, full - edge)
+        ]
+        logits = _checked(model(nn.functional.pad(images, padding)))
+        depth, height, width = images.shape[2:]
+        return logits[:, :, :depth, :height, :width]
+    if len(window) != 3 or min(window) < 1:
+        raise InputError(f"window: expected three positive edges (got {list(window)})")
+    if not 0 <= overlap < 1:
+        raise InputError(f"overlap: must lie in [0, 1) (got {overlap})")
+    result = sliding_window_inference(
+        images,
+        roi_size=_fitting(window, divisor),
+        sw_batch_size=batch_size,
+        predictor=lambda part: _checked(model(part)),
+        overlap=overlap,
+        mode="gaussian",
+    )
+    assert isinstance(result, Tensor)
+    return result
+
+
+def predict_probabilities(
+    model: nn.Module,
+    image: Tensor,
+    *,
+    window: Sequence[int] | None = None,
+    overlap: float = 0.5,
+    flips: bool = False,
+    batch_size: int = 4,
+    precision: Precision = "float32",
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Predict the probability of every region in every voxel: σ(logits), or its mean over mirror images.
+
+    Args:
+        model: from `[B, C, D, H, W]` to logits `[B, R, D, H, W]`; evaluated without dropout, its mode is
+            restored.
+        image: `[C, D, H, W]`.
+        window: see `predict_logits`.
+        overlap: see `predict_logits`.
+        flips: average over the eight mirror images along the three axes.
+        batch_size: volumes or windows per pass. PyTorch's CPU convolutions are slow for a batch of one
+            small volume, so that mirror images and windows cost less together.
+        precision: of the network's arithmetic (automatic mixed precision); the average is float32.
+        device: where to compute, the model is moved there; None is where the model is.
+
+    Returns:
+        `[R, D, H, W]` float32 on the CPU.
+
+    Raises:
+        InputError: the image is not `[C, D, H, W]`, or as for `predict_logits`.
+    """
+    if image.ndim != 4:
+        raise InputError(f"prediction: expected an image [C, D, H, W] (got shape {list(image.shape)})")
+    place = torch.device(device) if device is not None else _device_of(model)
+    model.to(place)
+    axes = list(chain.from_iterable(combinations(_SPATIAL_AXES, n) for n in range(4))) if flips else [()]
+    per_pass = batch_size if window is None else 1
+    total: Tensor | float = 0.0
+    with torch.inference_mode(), evaluating(model), _autocast(place, precision):
+        batch = image.to(place)[None]
+        for start in range(0, len(axes), per_pass):
+            chosen = axes[start : start + per_pass]
+            mirrored = torch.cat([batch.flip(each) for each in chosen])
+            logits = predict_logits(model, mirrored, window=window, overlap=overlap, batch_size=batch_size)
+            for each, one in zip(chosen, logits.float().sigmoid().split(1), strict=True):
+                total = total + one.flip(each)
+    assert isinstance(total, Tensor)
+    return (total[0] / len(axes)).cpu()
+
+
+def labels_from_probabilities(
+    probabilities: Tensor | npt.NDArray[np.floating], task: Task, threshold: float = 0.5
+) -> Labels:
+    """Turn regions into one label map.
+
+    Disjoint regions (parcellation): the likeliest region of those above the threshold, the first of equals.
+    Nested ones (BraTS): regions above the threshold are painted from the outermost inward, whole tumour → 2,
+    tumour core → 1, enhancing tumour → 4, so that the inner region wins.
+
+    Args:
+        probabilities: `[R, D, H, W]`, channels in the task's order.
+        task: names the regions' labels; a region of several labels is written as its first own one.
+        threshold: probability above which a voxel belongs to a region.
+
+    Returns:
+        `[D, H, W]` uint8, 0 where no region is above the threshold.
+
+    Raises:
+        InputError: another number of regions, or a threshold outside (0, 1).
+    """
+    values = np.asarray(probabilities)
+    if values.ndim != 4 or len(values) != len(task.regions):
+        raise InputError(
+            f"labels: expected probabilities [{len(task.regions)}, D, H, W] for task {task.name} "
+            f"(got {list(values.shape)})"
+        )
+    if not 0 < threshold < 1:
+        raise InputError(f"threshold: must lie in (0, 1) (got {threshold})")
+    labels = np.zeros(values.shape[1:], dtype=np.uint8)
+    if task.disjoint:
+        own = np.array([region.labels[0] for region in task.regions], dtype=np.uint8)
+        above = values.max(axis=0) > threshold
+        labels[above] = own[values.argmax(axis=0)][above]
+        return labels
+    for index, label in task.paint_order():
+        labels[values[index] > threshold] = label
+    return labels
+
+
+def predict_case(
+    model: nn.Module,
+    case: Case,
+    task: Task,
+    settings: PrepareSettings,
+    out_path: Path | str,
+    *,
+    cache: Path | str | None = None,
+    probabilities_path: Path | str | None = None,
+    threshold: float = 0.5,
+    window: Sequence[int] | None = None,
+    overlap: float = 0.5,
+    flips: bool = False,
+    batch_size: int = 4,
+    precision: Precision = "float32",
+    device: torch.device | str | None = None,
+) -> Labels:
+    """Segment a case and write the label map on the grid of its own files: same shape, same affine.
+
+    Probabilities, not labels, are brought back to the input's grid, so that borders are not staircases of
+    the coarser working grid.
+
+    Args:
+        model: the network of the task.
+        case: the input files; a label file is not needed and not read.
+        task: names the modalities and the regions.
+        settings: the preparation that the network was trained with.
+        out_path: the label map, `.nii` or `.nii.gz`.
+        cache: folder of prepared cases; None prepares anew.
+        probabilities_path: also write `[R, D, H, W]` float32 here, regions as NIfTI's fourth axis.
+        threshold: see `labels_from_probabilities`.
+        window: see `predict_logits`.
+        overlap: see `predict_logits`.
+        flips: see `predict_probabilities`.
+        batch_size: see `predict_probabilities`.
+        precision: see `predict_probabilities`.
+        device: see `predict_probabilities`.
+
+    Returns:
+        The label map `[D, H, W]` as written.
+
+    Raises:
+        InputError: the case cannot be prepared, does not fit the network, or the result cannot be written.
+    """
+    prepared = prepare_case(Case(case.id, case.images, None), task, settings, cache)
+    probabilities = predict_probabilities(
+        model,
+        torch.from_numpy(np.array(prepared.image)),
+        window=window,
+        overlap=overlap,
+        flips=flips,
+        batch_size=batch_size,
+        precision=precision,
+        device=device,
+    )
+    restored = restore(probabilities.numpy(), prepared)
+    labels = labels_from_probabilities(restored, task, threshold)
+    source = case.images[task.modalities[0]]
+    affine = prepared.grid.input_affine
+    if probabilities_path is not None:
+        write_nifti(probabilities_path, Volume(restored, affine), like=source)
+    write_nifti(out_path, Volume(labels, affine), like=source)
+    return labels
+
+
+def _fitting(size: Sequence[int], divisor: int) -> tuple[int, ...]:
+    """Round edges up to the divisor, and one edge further where the coarsest grid would be one voxel."""
+    edges = [math.ceil(edge / divisor) * divisor for edge in size]
+    if divisor > 1 and all(edge == divisor for edge in edges):
+        edges[-1] *= 2
+    return tuple(edges)
+
+
+def _checked(logits: object) -> Tensor:
+    if not isinstance(logits, Tensor) or logits.ndim != 5:
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise InputError(f"network: expected one map of logits [B, R, D, H, W] (got {got})")
+    return logits
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode for the length of the block."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

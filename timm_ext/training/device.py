@@ -1,0 +1,73 @@
+"""Devices and processes of a run, through Lightning Fabric."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from timm_ext.errors import InputError
+from timm_ext.training.settings import TrainSettings
+
+
+def launch(settings: TrainSettings) -> Fabric:
+    """Start Fabric on the devices of the settings, or as one of torchrun's processes.
+
+    Processes speak gloo on the CPU and NCCL on GPUs.
+
+    Raises:
+        InputError: the devices or the precision are not to be had, or the batch cannot be dealt out equally.
+    """
+    devices, nodes = settings.devices, 1
+    if torch.distributed.is_torchelastic_launched():
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ["WORLD_SIZE"]) // devices
+    world = devices * nodes
+    if settings.batch_size % world:
+        raise InputError(
+            f"training: batch_size must be a multiple of the {world} processes (got {settings.batch_size})"
+        )
+    try:
+        fabric = Fabric(
+            accelerator=settings.accelerator,
+            devices=devices,
+            num_nodes=nodes,
+            precision=settings.precision,
+            strategy="ddp" if world > 1 else "auto",
+        )
+        fabric.launch()
+    except (MisconfigurationException, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"training: cannot use accelerator {settings.accelerator!r} with {devices} devices and precision "
+            f"{settings.precision!r} ({' '.join(str(error).split())})"
+        ) from error
+    return fabric
+
+
+@contextmanager
+def reproducible(device: torch.device) -> Iterator[None]:
+    """Choose reproducible cuDNN kernels and give the caller back its random state afterwards."""
+    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
+
+
+@contextmanager
+def only_trained(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
+    """Let only these parameters require gradients for the length of the block."""
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    chosen = set(trained)
+    for parameter in before:
+        parameter.requires_grad_(parameter in chosen)
+    try:
+        yield
+    finally:
+        for parameter, required in before.items():
+            parameter.requires_grad_(required)

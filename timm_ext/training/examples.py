@@ -1,0 +1,114 @@
+"""Training examples in an order that is a function of seed, epoch and position alone."""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from timm_ext.data.dataset import Sample, collate
+from timm_ext.data.noise import keyed_generator
+from timm_ext.errors import InputError
+from timm_ext.training.settings import TrainSettings
+
+Key = tuple[int, int]
+"""Epoch and index of an example."""
+
+
+class Examples(Protocol):
+    """Training or validation cases, such as `timm_ext.data.dataset.CaseDataset`."""
+
+    def __len__(self) -> int: ...
+
+    def sample(self, index: int, epoch: int) -> Sample:
+        """Return a case; what is random in it depends on (index, epoch) and the data set's own seed alone."""
+        ...
+
+
+@lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, count: int) -> tuple[int, ...]:
+    """Return the indices 0 … count-1 in the order of one epoch."""
+    return tuple(keyed_generator("order", seed, epoch).permutation(count).tolist())
+
+
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """Return the seed of everything random inside the network in one step of one process."""
+    return int(keyed_generator("dropout", seed, step, rank).integers(2**63))
+
+
+class BatchOrder(Sampler[list[Key]]):
+    """Batches of keys for a range of steps.
+
+    The epochs' orders joined end to end are cut into batches, so that every batch is full whatever the
+    number of cases, every case comes once per epoch, and step s always reads positions s·B … (s+1)·B − 1. A
+    process of several takes its equal share of each batch.
+    """
+
+    def __init__(
+        self, count: int, settings: TrainSettings, steps: range, *, rank: int = 0, world: int = 1
+    ) -> None:
+        self._count = count
+        self._seed = settings.seed
+        self._batch = settings.batch_size
+        self._steps = steps
+        self._share = range(rank * self._batch // world, (rank + 1) * self._batch // world)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for step in self._steps:
+            yield [self._key(step * self._batch + offset) for offset in self._share]
+
+    def _key(self, position: int) -> Key:
+        epoch, place = divmod(position, self._count)
+        return epoch, epoch_order(self._seed, epoch, self._count)[place]
+
+
+class _Keyed(Dataset[Sample]):
+    def __init__(self, examples: Examples) -> None:
+        self._examples = examples
+
+    def __getitem__(self, key: Key) -> Sample:
+        epoch, index = key
+        return self._examples.sample(index, epoch)
+
+
+def training_batches(examples: Examples, order: BatchOrder, workers: int) -> DataLoader[Sample]:
+    """Return a loader of the batches of `order`.
+
+    Its items are `{"id": list of B, "image": [B, C, D, H, W], "target": [B, R, D, H, W]}`.
+    """
+    return DataLoader(
+        _Keyed(examples),
+        batch_sampler=order,
+        num_workers=workers,
+        collate_fn=collate,
+        # Loader processes take a base seed from here instead of the global generator.
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def region_names(examples: Examples, count: int) -> tuple[str, ...]:
+    """Return the names of the regions of a data set that has a `task`, else their numbers."""
+    task = getattr(examples, "task", None)
+    return tuple(map(str, range(count))) if task is None else tuple(task.region_names)
+
+
+def first_sample(examples: Examples, what: str) -> dict[str, Any]:
+    """Return the first sample.
+
+    Raises:
+        InputError: there is none, or its target is not on the grid of its image.
+    """
+    if len(examples) == 0:
+        raise InputError(f"{what}: expected at least one case (got none)")
+    sample = examples.sample(0, 0)
+    image, target = sample["image"], sample["target"]
+    if image.ndim != 4 or target.ndim != 4 or image.shape[1:] != target.shape[1:]:
+        raise InputError(
+            f"{what}: expected image [C, D, H, W] and target [R, D, H, W] on one grid "
+            f"(got {list(image.shape)} and {list(target.shape)} for case {sample['id']})"
+        )
+    return dict(sample)

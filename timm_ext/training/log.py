@@ -1,0 +1,132 @@
+"""The log of a run: one CSV row per step, and TensorBoard events."""
+
+import csv
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from timm_ext.errors import InputError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import writer
+
+Row = dict[str, float | None]
+
+LOG_NAME = "log.csv"
+EVENTS_NAME = "tensorboard"
+_WHOLE = ("step", "epoch")
+
+
+class RunLog:
+    """Appends rows to `log.csv`, whose bytes are a function of the run alone: times are kept elsewhere.
+
+    Args:
+        run_dir: folder of the run.
+        columns: names of the columns, the first being `step`.
+        length: bytes of the log that belong to the state that is resumed; later rows are cut off. 0 starts
+            a new log.
+        writes: whether this process writes; the others keep the rows in memory only.
+        tensorboard: also write events.
+
+    Attributes:
+        rows: all rows so far, those of the interrupted run included; None where a column has no value.
+
+    Raises:
+        InputError: the log cannot be written, or has lost rows.
+    """
+
+    def __init__(
+        self, run_dir: Path, columns: Sequence[str], *, length: int, writes: bool, tensorboard: bool
+    ) -> None:
+        self.rows: list[Row] = []
+        self._path = run_dir / LOG_NAME
+        self._columns = tuple(columns)
+        self._file: io.FileIO | None = None
+        self._events: writer.SummaryWriter | None = None
+        if length:
+            self.rows = _read_rows(self._path, self._columns, length)
+        if writes:
+            self._open(length)
+            if tensorboard:
+                from torch.utils.tensorboard.writer import SummaryWriter
+
+                self._events = SummaryWriter(run_dir / EVENTS_NAME, purge_step=len(self.rows) + 1)
+
+    def append(self, row: Row) -> None:
+        """Add a row; columns it lacks stay empty.
+
+        Raises:
+            InputError: the disk is full.
+        """
+        row = {name: row.get(name) for name in self._columns}
+        self.rows.append(row)
+        self._write(_line(["" if value is None else repr(value) for value in row.values()]))
+        if self._events is not None:
+            for name, value in row.items():
+                if value is not None and name not in _WHOLE:
+                    self._events.add_scalar(name, value, len(self.rows))
+
+    def sync(self) -> int:
+        """Bring the log to the disk and return its length in bytes; 0 in a process that does not write."""
+        if self._file is None:
+            return 0
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Close the files."""
+        if self._file is not None:
+            self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+    def _open(self, length: int) -> None:
+        try:
+            self._file = open(self._path, "r+b" if length else "wb", buffering=0)  # noqa: SIM115
+            self._file.truncate(length)
+            self._file.seek(length)
+        except OSError as error:
+            raise InputError(f"{self._path}: cannot be written ({error.strerror})") from error
+        if not length:
+            self._write(_line(self._columns))
+
+    def _write(self, text: str) -> None:
+        if self._file is None:
+            return
+        data = text.encode()
+        try:
+            if self._file.write(data) != len(data):
+                raise OSError(0, "the disk is full")
+        except OSError as error:
+            raise InputError(f"{self._path}: cannot be written ({error.strerror})") from error
+
+
+def _line(values: Sequence[str]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(values)
+    return text.getvalue()
+
+
+def _read_rows(path: Path, columns: Sequence[str], length: int) -> list[Row]:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(length)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    reader = csv.reader(io.StringIO(data.decode()))
+    header = next(reader, [])
+    if len(data) != length or header != list(columns):
+        raise InputError(
+            f"{path}: expected the log of the run that is resumed (got another, or rows are lost)"
+        )
+    return [
+        {name: _value(name, text) for name, text in zip(columns, values, strict=True)} for values in reader
+    ]
+
+
+def _value(name: str, text: str) -> float | None:
+    if not text:
+        return None
+    return int(text) if name in _WHOLE else float(text)

@@ -1,0 +1,130 @@
+"""Settings of a training run."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from timm_ext.errors import InputError
+
+# What may differ between a run and its continuation without a change in its result.
+_FREE_ON_RESUME = {"accelerator", "devices", "workers", "save_every", "tensorboard"}
+_POSITIVE = (
+    "steps",
+    "epochs",
+    "batch_size",
+    "devices",
+    "lr",
+    "lr_patience",
+    "stop_patience",
+    "validate_every",
+    "save_every",
+)
+_DEFAULT_EPOCHS = 500
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How a network is trained; the defaults are those of Isensee et al. 2017.
+
+    Attributes:
+        steps: optimisation steps at most; give this or `epochs`.
+        epochs: epochs at most, each of ceil(cases / batch_size) steps; 500 when neither is given.
+        batch_size: examples per step over all devices together.
+        lr: learning rate of Adam for parameter groups that name none.
+        schedule: `plateau` halves the rate after `lr_patience` validations without gain in the validation
+            loss and stops after `stop_patience`; `cosine` falls to zero over the whole run; `constant`.
+        lr_patience: see `schedule`.
+        stop_patience: see `schedule`; None never stops early.
+        validate_every: steps between validations; None is once an epoch.
+        keep: return the weights with the lowest validation loss (`best`) or those of the last step (`last`).
+            Without validation cases it is always the last.
+        patch: edges D, H, W of the patches that are trained on, None for whole volumes; validation then
+            uses a sliding window of this size. The data set cuts the patches.
+        augment: whether the data set varies the training examples.
+        precision: `32-true`, `bf16-mixed` or `16-mixed`.
+        seed: decides the order of the examples, their augmentation and the dropout.
+        accelerator: `auto`, `cpu`, `cuda`, ... (Lightning Fabric).
+        devices: number of devices of this machine; under torchrun its number of processes holds instead.
+        workers: processes that load data; 0 loads in the training process.
+        save_every: steps between states saved for a resume; None saves at every validation.
+        tensorboard: write TensorBoard events beside the CSV log.
+    """
+
+    steps: int | None = None
+    epochs: int | None = None
+    batch_size: int = 2
+    lr: float = 5e-4
+    schedule: Literal["plateau", "cosine", "constant"] = "plateau"
+    lr_patience: int = 10
+    stop_patience: int | None = 50
+    validate_every: int | None = None
+    keep: Literal["best", "last"] = "best"
+    patch: tuple[int, int, int] | None = None
+    augment: bool = False
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    seed: int = 0
+    accelerator: str = "auto"
+    devices: int = 1
+    workers: int = 0
+    save_every: int | None = None
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.epochs is not None:
+            raise InputError(
+                f"training: expected steps or epochs, not both (got {self.steps} and {self.epochs})"
+            )
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise InputError(f"training: {name} must be greater than 0 (got {value})")
+        if self.workers < 0:
+            raise InputError(f"training: workers must not be negative (got {self.workers})")
+        for name, known in (
+            ("schedule", ("plateau", "cosine", "constant")),
+            ("keep", ("best", "last")),
+            ("precision", ("32-true", "bf16-mixed", "16-mixed")),
+        ):
+            if getattr(self, name) not in known:
+                raise InputError(
+                    f"training: {name} must be one of {', '.join(known)} (got {getattr(self, name)!r})"
+                )
+        if self.patch is not None and (len(self.patch) != 3 or min(self.patch) < 1):
+            raise InputError(f"training: patch must be three positive edges (got {list(self.patch)})")
+
+    def epoch_steps(self, cases: int) -> int:
+        """Return the number of steps in an epoch over so many cases."""
+        return math.ceil(cases / self.batch_size)
+
+    def total_steps(self, cases: int) -> int:
+        """Return the most steps that a run over so many cases takes."""
+        if self.steps is not None:
+            return self.steps
+        return (self.epochs or _DEFAULT_EPOCHS) * self.epoch_steps(cases)
+
+    def round_steps(self, cases: int) -> int:
+        """Return the number of steps between validations."""
+        return self.validate_every or self.epoch_steps(cases)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as JSON values."""
+        values = asdict(self)
+        values["patch"] = None if self.patch is None else list(self.patch)
+        return values
+
+    def check_resume(self, saved: dict[str, Any], where: object) -> None:
+        """Refuse to continue a run under settings that would have changed it.
+
+        A longer or shorter budget of steps is allowed unless the schedule depends on it.
+
+        Raises:
+            InputError: settings differ; all of them are named.
+        """
+        free = _FREE_ON_RESUME | ({"steps", "epochs"} if self.schedule != "cosine" else set())
+        differing = [
+            f"{name} {saved.get(name)!r}, now {value!r}"
+            for name, value in self.to_dict().items()
+            if name not in free and saved.get(name) != value
+        ]
+        if differing:
+            raise InputError(f"{where}: cannot be resumed with other settings: {'; '.join(differing)}")

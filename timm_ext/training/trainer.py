@@ -1,0 +1,364 @@
+"""The trainer of all stages: exact to the step, also across interruptions."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from timm_ext.errors import InputError
+from timm_ext.files import write_json
+from timm_ext.training.device import launch, only_trained, reproducible
+from timm_ext.training.examples import (
+    BatchOrder,
+    Examples,
+    dropout_seed,
+    first_sample,
+    region_names,
+    training_batches,
+)
+from timm_ext.training.log import Row, RunLog
+from timm_ext.training.losses import Loss, soft_dice_loss
+from timm_ext.training.progress import StepProgress
+from timm_ext.training.schedule import Schedule
+from timm_ext.training.settings import TrainSettings
+from timm_ext.training.state import STATE_NAME, load_state, restore_weights, save_state, weights_of
+from timm_ext.training.validation import Validation, validate
+
+SETTINGS_NAME = "settings.json"
+
+
+@dataclass(frozen=True)
+class History:
+    """What happened in a run, the part before an interruption included.
+
+    Attributes:
+        rows: one per step: `step` (from 1), `epoch`, `loss`, the learning rates (`lr`, or `lr_NAME` for
+            several parameter groups), and after a validation `val_loss`, `val_dice` (mean over regions) and
+            `val_dice_REGION`, else None.
+        observations: (step, value) of the `observe` function before the first step and after each validation.
+        best_step: the step with the lowest validation loss, None without validation cases.
+        stopped: `steps` when the budget was used up, `plateau` when the validation loss had stopped falling.
+        seconds: time spent, in all processes' common wall clock, interruptions left out.
+    """
+
+    rows: tuple[Row, ...]
+    observations: tuple[tuple[int, Tensor], ...]
+    best_step: int | None
+    stopped: Literal["steps", "plateau"]
+    seconds: float
+
+    def curve(self, column: str) -> list[tuple[int, float]]:
+        """Return (step, value) of a column where it has one."""
+        points = ((row["step"], row[column]) for row in self.rows)
+        return [(int(step), value) for step, value in points if step is not None and value is not None]
+
+
+class Trainer:
+    """Trains parameters of a module by Adam on the soft Dice loss, in a folder of its own.
+
+    The folder receives `settings.json`, `log.csv`, `tensorboard/` and `state.pt`. Every random number
+    derives from the seed and the step (dropout), or the seed, epoch and index (order, augmentation); so a
+    run that is killed at any point and resumed ends in the same weights and the same log, bit for bit, as
+    one that was not. (On a GPU this holds as far as PyTorch's kernels are deterministic.)
+
+    Args:
+        settings: how to train.
+        run_dir: folder of this run alone.
+    """
+
+    def __init__(self, settings: TrainSettings, run_dir: Path | str) -> None:
+        self.settings = settings
+        self.run_dir = Path(run_dir)
+
+    def fit(
+        self,
+        model: nn.Module,
+        train_set: Examples,
+        val_set: Examples | None = None,
+        *,
+        loss: Loss | None = None,
+        parameter_groups: Sequence[Mapping[str, Any]] | None = None,
+        observe: Callable[[], Tensor] | None = None,
+        resume: bool = False,
+        progress: bool = False,
+        title: str = "training",
+    ) -> History:
+        """Train a model in place; it ends with the weights that `settings.keep` names.
+
+        Args:
+            model: from `[B, C, D, H, W]` to logits `[B, R, D, H, W]`.
+            train_set: training cases.
+            val_set: validation cases; without them the training loss takes the place of the validation loss.
+            loss: of logits and targets; the soft Dice loss by default.
+            parameter_groups: what to train: `{"params": parameters, "name": str, "lr": float}`, the last two
+                optional; all other parameters are frozen during the run. By default everything is trained.
+            observe: returns a tensor to note in `History.observations`.
+            resume: go on from the state in the folder; without a state there the run starts at the
+                beginning. A finished run is loaded.
+            progress: show a progress bar.
+            title: name of the run in the progress bar.
+
+        Returns:
+            The history.
+
+        Raises:
+            InputError: no cases, or cases that do not fit the model; a loss that is not finite, with the
+                step and the cases; a folder that holds another run or cannot be written; settings that
+                differ from those of the run that is resumed.
+        """
+        groups = _named_groups(model, parameter_groups, self.settings.lr)
+        regions = len(first_sample(train_set, "training set")["target"])
+        if val_set is not None:
+            first_sample(val_set, "validation set")
+        fabric = launch(self.settings)
+        trained = [parameter for group in groups for parameter in group["params"]]
+        with only_trained(model, trained), reproducible(fabric.device):
+            run = _Run(
+                self, fabric, model, train_set, val_set, regions, groups, loss or soft_dice_loss(), observe
+            )
+            try:
+                run.start(resume)
+                run.train(StepProgress(title, run.total, run.step, shown=progress and fabric.is_global_zero))
+                return run.finish()
+            finally:
+                run.close()
+
+
+class _Run:
+    """One call of `Trainer.fit`."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        fabric: Fabric,
+        model: nn.Module,
+        train_set: Examples,
+        val_set: Examples | None,
+        regions: int,
+        groups: list[dict[str, Any]],
+        loss: Loss,
+        observe: Callable[[], Tensor] | None,
+    ) -> None:
+        self.settings = trainer.settings
+        self.state_path = trainer.run_dir / STATE_NAME
+        self.fabric = fabric
+        self.model = model
+        self.train_set, self.val_set = train_set, val_set
+        self.regions = region_names(train_set, regions)
+        self.loss = loss
+        self.observe = observe
+        self.total = self.settings.total_steps(len(train_set))
+        self.adam = torch.optim.Adam(groups, lr=self.settings.lr)
+        self.schedule = Schedule(self.adam, self.settings, self.total)
+        self.module, self.optimizer = fabric.setup(model, self.adam)
+        self.rates = _rate_columns(groups)
+        self.log: RunLog | None = None
+        self.step = 0
+        self.best: dict[str, Any] | None = None
+        self.round_losses: list[float] = []
+        self.observations: list[tuple[int, Tensor]] = []
+        self.seconds = 0.0
+        self.clock = time.monotonic()
+        self.saved_step: int | None = None
+
+    def start(self, resume: bool) -> None:
+        """Open the folder, and go on from its state if there is one."""
+        exists = self.state_path.exists()
+        if exists and not resume:
+            raise InputError(
+                f"{self.state_path.parent}: expected a folder without a training run; resume it or choose another"
+            )
+        length = self._restore(load_state(self.state_path)) if exists else 0
+        if self.fabric.is_global_zero:
+            write_json(self.state_path.with_name(SETTINGS_NAME), self.settings.to_dict())
+        validation = ("val_loss", "val_dice", *(f"val_dice_{name}" for name in self.regions))
+        columns = ("step", "epoch", "loss", *self.rates, *(validation if self.val_set is not None else ()))
+        self.log = RunLog(
+            self.state_path.parent,
+            columns,
+            length=length,
+            writes=self.fabric.is_global_zero,
+            tensorboard=self.settings.tensorboard,
+        )
+        if not exists:
+            self._observe()
+
+    def train(self, bar: StepProgress) -> None:
+        """Run the remaining steps."""
+        settings, count = self.settings, len(self.train_set)
+        order = BatchOrder(
+            count,
+            settings,
+            range(self.step, self.total),
+            rank=self.fabric.global_rank,
+            world=self.fabric.world_size,
+        )
+        self.model.train()
+        with bar:
+            if self.schedule.exhausted:
+                return
+            for batch in training_batches(self.train_set, order, settings.workers):
+                row: Row = {"epoch": self.step * settings.batch_size // count, **self._current_rates()}
+                row["loss"] = loss = self._optimise(batch)
+                self.step += 1
+                self.schedule.after_step()
+                validated = self.step % settings.round_steps(count) == 0 or self.step == self.total
+                if validated:
+                    row |= self._finish_round()
+                assert self.log is not None
+                self.log.append({"step": self.step, **row})
+                if self.step % settings.save_every == 0 if settings.save_every else validated:
+                    self._save()
+                bar.advance(loss, row.get("val_dice"))
+                if self.schedule.exhausted:
+                    break
+        self._save()
+
+    def finish(self) -> History:
+        """Leave the wanted weights in the model."""
+        assert self.log is not None
+        if self.settings.keep == "best" and self.best is not None:
+            restore_weights(self.model, self.best["weights"], self.state_path)
+        return History(
+            rows=tuple(self.log.rows),
+            observations=tuple(self.observations),
+            best_step=None if self.best is None else self.best["step"],
+            stopped="plateau" if self.schedule.exhausted else "steps",
+            seconds=self.seconds,
+        )
+
+    def close(self) -> None:
+        """Close the log."""
+        if self.log is not None:
+            self.log.close()
+
+    def _optimise(self, batch: dict[str, Any]) -> float:
+        """Take one step and return the loss, the mean over all processes."""
+        torch.manual_seed(dropout_seed(self.settings.seed, self.step, self.fabric.global_rank))
+        images, targets = self.fabric.to_device((batch["image"], batch["target"]))
+        self.optimizer.zero_grad(set_to_none=True)
+        logits = self.module(images)
+        if not isinstance(logits, Tensor) or logits.shape != targets.shape:
+            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise InputError(f"training: expected logits {list(targets.shape)} from the network (got {got})")
+        loss = self.loss(logits, targets)
+        mean = self.fabric.all_reduce(loss.detach().clone(), reduce_op="mean")
+        assert isinstance(mean, Tensor)
+        value = mean.item()
+        if not math.isfinite(value):
+            raise InputError(
+                f"training: the loss is {value} at step {self.step + 1} (cases {', '.join(batch['id'])}); "
+                "check these cases or lower the learning rate"
+            )
+        self.fabric.backward(loss)
+        self.optimizer.step()
+        self.round_losses.append(value)
+        return value
+
+    def _finish_round(self) -> Row:
+        """Validate, and let the schedule and the best weights follow."""
+        row: Row = {}
+        monitored = sum(self.round_losses) / len(self.round_losses)
+        self.round_losses = []
+        if self.val_set is not None:
+            result = validate(
+                self.fabric, self.model, self.val_set, len(self.regions), self.loss, self.settings
+            )
+            row, monitored = _validation_row(result, self.regions), result.loss
+        improved = self.schedule.after_round(monitored)
+        if improved and self.val_set is not None:
+            self.best = {"step": self.step, "weights": weights_of(self.model)}
+        self._observe()
+        return row
+
+    def _observe(self) -> None:
+        if self.observe is not None:
+            self.observations.append((self.step, self.observe().detach().cpu().clone()))
+
+    def _current_rates(self) -> Row:
+        return {
+            name: float(group["lr"]) for name, group in zip(self.rates, self.adam.param_groups, strict=True)
+        }
+
+    def _save(self) -> None:
+        if self.saved_step == self.step:
+            return
+        assert self.log is not None
+        now = time.monotonic()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
+        length = self.log.sync()
+        if self.fabric.is_global_zero:
+            save_state(
+                self.state_path,
+                {
+                    "settings": self.settings.to_dict(),
+                    "cases": self._case_counts(),
+                    "step": self.step,
+                    "log_length": length,
+                    "weights": weights_of(self.model),
+                    "optimizer": self.adam.state_dict(),
+                    "scaler": self.fabric.strategy.precision.state_dict(),
+                    "schedule": self.schedule.state_dict(),
+                    "best": self.best,
+                    "round_losses": self.round_losses,
+                    "observations": self.observations,
+                    "seconds": self.seconds,
+                },
+            )
+        self.fabric.barrier()
+        self.saved_step = self.step
+
+    def _restore(self, state: dict[str, Any]) -> int:
+        """Take over a state and return the length of its log in bytes."""
+        where = self.state_path
+        self.settings.check_resume(state["settings"], where)
+        if state["cases"] != self._case_counts():
+            raise InputError(
+                f"{where}: expected {state['cases']} training and validation cases, as before the "
+                f"interruption (got {self._case_counts()})"
+            )
+        restore_weights(self.model, state["weights"], where)
+        self.adam.load_state_dict(state["optimizer"])
+        self.fabric.strategy.precision.load_state_dict(state["scaler"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.step = self.saved_step = state["step"]
+        self.best = state["best"]
+        self.round_losses = state["round_losses"]
+        self.observations = [tuple(pair) for pair in state["observations"]]
+        self.seconds = state["seconds"]
+        length: int = state["log_length"]
+        return length
+
+    def _case_counts(self) -> list[int]:
+        return [len(self.train_set), 0 if self.val_set is None else len(self.val_set)]
+
+
+def _named_groups(
+    model: nn.Module, groups: Sequence[Mapping[str, Any]] | None, lr: float
+) -> list[dict[str, Any]]:
+    """Complete the parameter groups and check that they are disjoint parts of the model."""
+    complete = [
+        {"name": str(index), "lr": lr, **group, "params": list(group["params"])}
+        for index, group in enumerate(groups or [{"params": model.parameters()}])
+    ]
+    chosen = [parameter for group in complete for parameter in group["params"]]
+    if not chosen or any(not group["params"] for group in complete):
+        raise InputError("training: expected at least one parameter in every parameter group")
+    if len(set(chosen)) < len(chosen) or not set(chosen) <= set(model.parameters()):
+        raise InputError("training: parameter groups must be disjoint parts of the model that is trained")
+    return complete
+
+
+def _rate_columns(groups: list[dict[str, Any]]) -> tuple[str, ...]:
+    return ("lr",) if len(groups) == 1 else tuple(f"lr_{group['name']}" for group in groups)
+
+
+def _validation_row(result: Validation, regions: Sequence[str]) -> Row:
+    by_region = {f"val_dice_{name}": value for name, value in zip(regions, result.dice, strict=True)}
+    return {"val_loss": result.loss, "val_dice": result.mean_dice, **by_region}
