@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "square_accumulate.h"
+
+#include "../math/square.h"
+#include "storage.h"
+
+namespace timm_ext::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kPacksPerThread = 4;
+
+/// The tensors of one launch, passed as a kernel parameter. Tensor i owns chunks [first_chunk[i], first_chunk[i + 1]).
+struct Table {
+  void* accumulator[kSquareAccumulateItems];
+  const void* gradient[kSquareAccumulateItems];
+  int64_t elements[kSquareAccumulateItems];
+  int64_t first_chunk[kSquareAccumulateItems + 1];
+  double scale;
+  int count;
+};
+static_assert(sizeof(Table) <= 4096, "kernel parameters are limited to 4 KiB");
+
+__device__ __forceinline__ int item_of(const Table& table, int64_t chunk) {
+  int low = 0;
+  int high = table.count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (table.first_chunk[middle] <= chunk) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+template <Element kElement>
+struct Packs {
+  using Bits = typename Storage<kElement>::Bits;
+  using Compute = typename Storage<kElement>::Compute;
+  static constexpr int kSize = 16 / sizeof(Compute);  // elements whose accumulators fill one vector
+  static constexpr Element kAccumulator = sizeof(Compute) == 8 ? Element::kFloat64 : Element::kFloat32;
+  using Accumulator = Pack<kAccumulator, 16>;
+  using Gradient = Pack<kElement, kSize * static_cast<int>(sizeof(Bits))>;
+  static constexpr int64_t kChunk = kThreads * kPacksPerThread * kSize;
+};
+
+template <Element kElement>
+__global__ void __launch_bounds__(kThreads, 1) square_accumulate_kernel(const __grid_constant__ Table table) {
+  using P = Packs<kElement>;
+  using Compute = typename P::Compute;
+  using AccumulatorBits = typename P::Accumulator::Bits;
+  const Compute scale = static_cast<Compute>(table.scale);
+  const int64_t chunks = table.first_chunk[table.count];
+  for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
+    const int item = item_of(table, chunk);
+    AccumulatorBits* const accumulator = static_cast<AccumulatorBits*>(table.accumulator[item]);
+    const auto* const gradient = static_cast<const typename P::Bits*>(table.gradient[item]);
+    const bool aligned = reinterpret_cast<uintptr_t>(accumulator) % sizeof(typename P::Accumulator) == 0 &&
+                         reinterpret_cast<uintptr_t>(gradient) % sizeof(typename P::Gradient) == 0;
+    const int64_t start = (chunk - table.first_chunk[item]) * P::kChunk;
+    TIMM_EXT_UNROLL
+    for (int i = 0; i < kPacksPerThread; ++i) {
+      const int64_t p = start + (static_cast<int64_t>(i) * kThreads + threadIdx.x) * P::kSize;
+      const int64_t left = table.elements[item] - p;
+      if (left <= 0) break;
+      const bool whole = aligned && left >= P::kSize;
+      const int count = left < P::kSize ? static_cast<int>(left) : P::kSize;
+      const auto g = whole ? P::Gradient::load(gradient + p) : P::Gradient::load_some(gradient + p, count);
+      auto sum = whole ? P::Accumulator::load_written(accumulator + p)
+                       : P::Accumulator::load_some(accumulator + p, count);
+      TIMM_EXT_UNROLL
+      for (int e = 0; e < P::kSize; ++e) sum.set(e, math::square_accumulate(sum.get(e), g.get(e), scale));
+      if (whole) {
+        sum.store(accumulator + p);
+      } else {
+        sum.store_some(accumulator + p, count);
+      }
+    }
+  }
+}
+
+template <Element kElement>
+int launch_table(Table& table, void* stream) {
+  table.first_chunk[0] = 0;
+  for (int i = 0; i < table.count; ++i) {
+    const int64_t chunks = (table.elements[i] + Packs<kElement>::kChunk - 1) / Packs<kElement>::kChunk;
+    table.first_chunk[i + 1] = table.first_chunk[i] + chunks;
+  }
+  return launch(square_accumulate_kernel<kElement>, grid_size(table.first_chunk[table.count], 1), kThreads, stream,
+                table);
+}
+
+int launch_element(Element element, Table& table, void* stream) {
+  switch (element) {
+    case Element::kBFloat16:
+      return launch_table<Element::kBFloat16>(table, stream);
+    case Element::kFloat16:
+      return launch_table<Element::kFloat16>(table, stream);
+    case Element::kFloat64:
+      return launch_table<Element::kFloat64>(table, stream);
+    default:
+      return launch_table<Element::kFloat32>(table, stream);
+  }
+}
+
+}  // namespace
+
+int square_accumulate(const SquareAccumulateItem* items, int64_t count, Element element, double scale, void* stream) {
+  Table table = {};
+  table.scale = scale;
+  for (int64_t i = 0; i < count; ++i) {
+    if (items[i].elements == 0) continue;
+    table.accumulator[table.count] = items[i].accumulator;
+    table.gradient[table.count] = items[i].gradient;
+    table.elements[table.count] = items[i].elements;
+    if (++table.count < kSquareAccumulateItems) continue;
+    if (const int error = launch_element(element, table, stream)) return error;
+    table.count = 0;
+  }
+  return table.count ? launch_element(element, table, stream) : 0;
+}
+
+}  // namespace timm_ext::cuda

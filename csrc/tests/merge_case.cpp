@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "merge_case.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <random>
+
+#include "../cuda/storage.h"
+
+namespace timm_ext::test {
+namespace {
+
+using cuda::Storage;
+
+template <class F>
+auto with_storage(Element element, const F& call) {
+  switch (element) {
+    case Element::kFloat64:
+      return call(Storage<Element::kFloat64>{});
+    case Element::kBFloat16:
+      return call(Storage<Element::kBFloat16>{});
+    case Element::kFloat16:
+      return call(Storage<Element::kFloat16>{});
+    default:
+      return call(Storage<Element::kFloat32>{});
+  }
+}
+
+double uniform(std::mt19937_64& random) { return static_cast<double>(random() >> 11) * 0x1p-53; }
+
+std::vector<int64_t> make_offsets(Segments kind, int64_t elements, std::mt19937_64& random) {
+  std::vector<int64_t> offsets = {0};
+  while (offsets.back() < elements) {
+    int64_t length = elements;
+    if (kind == Segments::kSingle) length = 1;
+    if (kind == Segments::kKernels) length = 27;
+    if (kind == Segments::kMixed) length = 1 + static_cast<int64_t>(1500 * std::pow(uniform(random), 6));
+    if (kind == Segments::kTiles) length = 512 * (1 + static_cast<int64_t>(random() % 3));
+    offsets.push_back(std::min(elements, offsets.back() + length));
+  }
+  return offsets;
+}
+
+double draw_fisher(FisherKind kind, Element element, std::mt19937_64& random) {
+  const double u = uniform(random);
+  const bool narrow = element == Element::kFloat16;
+  switch (kind) {
+    case FisherKind::kWide:
+      return narrow ? std::pow(10.0, -7 + 11 * u) : std::pow(10.0, -41 + 79 * u);
+    case FisherKind::kHalfZero:
+      return uniform(random) < 0.5 ? 0.0 : u + 0.01;
+    case FisherKind::kDenormal:
+      return (narrow ? 1e-6 : 1e-40) * u;
+    default:
+      return u + 0.01;
+  }
+}
+
+}  // namespace
+
+int element_bytes(Element element) {
+  return with_storage(element, [](auto storage) { return static_cast<int>(sizeof(typename decltype(storage)::Bits)); });
+}
+
+double decode(Element element, const void* values, int64_t i) {
+  return with_storage(element, [&](auto storage) -> double {
+    typename decltype(storage)::Bits bits;
+    std::memcpy(&bits, static_cast<const unsigned char*>(values) + i * sizeof(bits), sizeof(bits));
+    return storage.decode(bits);
+  });
+}
+
+void encode(Element element, void* values, int64_t i, double value) {
+  with_storage(element, [&](auto storage) {
+    const auto bits = storage.encode(static_cast<typename decltype(storage)::Compute>(value));
+    std::memcpy(static_cast<unsigned char*>(values) + i * sizeof(bits), &bits, sizeof(bits));
+    return 0;
+  });
+}
+
+double storage_rounding(Element element) {
+  return element == Element::kBFloat16 ? 0x1p-9 : element == Element::kFloat16 ? 0x1p-12 : 0.0;
+}
+
+double storage_step(Element element) {
+  if (element == Element::kFloat16) return 0x1p-24;
+  return element == Element::kBFloat16 ? 0x1p-133 : element == Element::kFloat32 ? 0x1p-149 : 0.0;
+}
+
+double arithmetic_rounding(Element element) { return element == Element::kFloat64 ? 0x1p-53 : 0x1p-24; }
+
+std::string CaseSpec::name() const {
+  const char* const elements_names[] = {"float32", "bfloat16", "float16", "float64"};
+  const char* const segment_names[] = {"one", "single", "kernels", "mixed", "tiles"};
+  const char* const fisher_names[] = {"none", "plain", "wide", "half zero", "denormal"};
+  std::string text = std::string(elements_names[static_cast<int>(element)]) + " T=" + std::to_string(models) +
+                     " P=" + std::to_string(elements) + " segments=" + segment_names[static_cast<int>(segments)] +
+                     " fisher=" + fisher_names[static_cast<int>(fisher)] + " padding=" + std::to_string(padding) +
+                     " offset=" + std::to_string(offset);
+  if (one_gradient) text += " one gradient";
+  if (same_theta) text += " same theta";
+  return text;
+}
+
+Buffer::Buffer(Element element, int64_t count, int64_t offset)
+    : offset_bytes_(offset * element_bytes(element)),
+      size_(count * element_bytes(element)),
+      bytes_(new unsigned char[offset_bytes_ + size_]) {
+  std::memset(bytes_.get(), 0xFF, offset_bytes_ + size_);
+}
+
+MergeCase::MergeCase(const CaseSpec& spec_, uint64_t seed)
+    : spec(spec_),
+      name(spec.name()),
+      offsets([&] {
+        std::mt19937_64 random(seed);
+        return make_offsets(spec.segments, spec.elements, random);
+      }()),
+      theta(spec.element, (spec.models - 1) * stride() + spec.elements, spec.offset),
+      fisher(spec.element, (spec.models - 1) * stride() + spec.elements, spec.offset),
+      log_weight(log_element(), segments() * spec.models),
+      gradient(spec.element, spec.one_gradient ? 1 : spec.elements, spec.one_gradient ? 0 : spec.offset) {
+  std::mt19937_64 random(seed + 1);
+  for (int64_t p = 0; p < spec.elements; ++p) {
+    const double shared = 2 * uniform(random) - 1;
+    for (int64_t t = 0; t < spec.models; ++t) {
+      const double own = spec.same_theta ? 0 : 0.3 * (2 * uniform(random) - 1);
+      encode(spec.element, theta.data(), t * stride() + p, shared + own);
+      encode(spec.element, fisher.data(), t * stride() + p, draw_fisher(spec.fisher, spec.element, random));
+    }
+  }
+  for (int64_t i = 0; i < segments() * spec.models; ++i) {
+    const bool none = i % spec.models != 0 && uniform(random) < 0.1;  // a model without weight
+    const double value = none ? -std::numeric_limits<double>::infinity() : -4 * uniform(random);
+    encode(log_element(), log_weight.data(), i, value);
+  }
+  for (int64_t p = 0; p < (spec.one_gradient ? 1 : spec.elements); ++p) {
+    encode(spec.element, gradient.data(), p, 2 * uniform(random) - 1);
+  }
+  inputs = {theta.data(), spec.fisher == FisherKind::kNone ? nullptr : fisher.data(),
+            log_weight.data(), offsets.data(),
+            stride(), stride(),
+            segments(), spec.models,
+            spec.elements, spec.element};
+  upstream = {gradient.data(), spec.one_gradient ? 0 : 1};
+}
+
+Reference MergeCase::reference() const {
+  Reference r;
+  const int64_t planes = spec.models * spec.elements;
+  const int64_t rows = segments() * spec.models;
+  for (auto* values : {&r.merged, &r.magnitude}) values->assign(spec.elements, 0.0);
+  for (auto* values : {&r.rows, &r.rows_magnitude}) values->assign(rows, 0.0);
+  for (auto* values : {&r.theta, &r.fisher, &r.fisher_magnitude}) values->assign(planes, 0.0);
+  for (int64_t s = 0; s < segments(); ++s) {
+    for (int64_t p = offsets[s]; p < offsets[s + 1]; ++p) reference_element(s, p, r);
+  }
+  return r;
+}
+
+void MergeCase::reference_element(int64_t s, int64_t p, Reference& r) const {
+  const int64_t models = spec.models;
+  std::vector<double> values(models), alpha(models), weight(models);
+  double total = 0;
+  for (int64_t t = 0; t < models; ++t) {
+    values[t] = decode(spec.element, theta.data(), t * stride() + p);
+    alpha[t] = std::exp(decode(log_element(), log_weight.data(), s * models + t));
+    weight[t] = alpha[t] * (inputs.fisher ? decode(spec.element, fisher.data(), t * stride() + p) : 1.0);
+    total += weight[t];
+  }
+  const bool zero = total == 0;
+  if (zero) {
+    weight = alpha;
+    for (double w : weight) total += w;
+  }
+  for (int64_t t = 0; t < models; ++t) {
+    r.merged[p] += weight[t] / total * values[t];
+    r.magnitude[p] += weight[t] / total * std::abs(values[t]);
+  }
+  const auto [lowest, highest] = std::minmax_element(values.begin(), values.end());
+  const double width = *highest - *lowest;
+  const double g = decode(spec.element, gradient.data(), spec.one_gradient ? 0 : p);
+  for (int64_t t = 0; t < models; ++t) {
+    const double share = weight[t] / total;
+    r.rows[s * models + t] += g * share * (values[t] - r.merged[p]);
+    r.rows_magnitude[s * models + t] += std::abs(g) * share * width;
+    r.theta[t * spec.elements + p] = g * share;
+    r.fisher[t * spec.elements + p] = zero ? 0 : g * alpha[t] / total * (values[t] - r.merged[p]);
+    r.fisher_magnitude[t * spec.elements + p] = zero ? 0 : alpha[t] / total * width;
+  }
+}
+
+}  // namespace timm_ext::test
