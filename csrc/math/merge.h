@@ -80,10 +80,10 @@ TIMM_EXT_FN V merged_value(const Merge<V>& m) {
   return select(raised > m.highest, m.highest, raised);
 }
 
-/// ∂θ*/∂θ_t = w_t / Σ w.
+/// ∂θ*/∂θ_t = w_t / Σ w. Σ w lies in [2^-124, T], so its reciprocal is a normal number, and one division serves all t.
 template <class V, class Element>
 TIMM_EXT_FN V merge_share(const Element& e, const Merge<V>& m, int t) {
-  return merge_weight(e, m, t) / m.total;
+  return merge_weight(e, m, t) * ((V{} + 1) / m.total);
 }
 
 /// θ_t - θ*.
@@ -95,7 +95,7 @@ TIMM_EXT_FN V merge_offset(const Element& e, const Merge<V>& m, int t) {
 /// ∂θ*/∂F_t = α_t (θ_t - θ*) / Σ α F; 0 where every F is 0, where the merge jumps.
 template <class V, class Element>
 TIMM_EXT_FN V merge_fisher_slope(const Element& e, const Merge<V>& m, int t) {
-  return select(m.rest > V{}, V{}, merge_offset(e, m, t) / m.total * e.alpha(t) * m.scale);
+  return select(m.rest > V{}, V{}, merge_offset(e, m, t) * ((V{} + 1) / m.total) * e.alpha(t) * m.scale);
 }
 
 }  // namespace timm_ext::math

@@ -1,0 +1,40 @@
+# The two shared libraries of the Python package: the operators, and the pybind11 module with facts about them.
+find_package(Python REQUIRED COMPONENTS Interpreter Development.Module)
+find_package(pybind11 CONFIG REQUIRED)
+
+# One library for every torch >= 2.10: the stable ABI at version 2.10, and libtorch by name, without a path.
+add_library(timm_ext MODULE
+  csrc/library.cpp
+  csrc/log_weights.cpp
+  csrc/merge.cpp
+  csrc/square_accumulate.cpp
+  csrc/cpu/kernels.cpp)
+set(torch_library_dir ${TIMM_EXT_TORCH_DIR}/lib)
+target_include_directories(timm_ext SYSTEM PRIVATE ${TIMM_EXT_TORCH_DIR}/include)
+target_compile_definitions(timm_ext PRIVATE TORCH_TARGET_VERSION=0x020a000000000000)
+target_link_libraries(timm_ext PRIVATE timm_ext_options ${isa_libraries} timm_ext_isa)
+target_link_options(timm_ext PRIVATE -Wl,--no-as-needed)
+target_link_libraries(timm_ext PRIVATE ${torch_library_dir}/libtorch.so ${torch_library_dir}/libtorch_cpu.so)
+set_target_properties(timm_ext PROPERTIES SKIP_BUILD_RPATH ON)
+
+if(timm_ext_cuda)
+  target_sources(timm_ext PRIVATE
+    csrc/cuda/merge_backward.cu
+    csrc/cuda/merge_forward.cu
+    csrc/cuda/merge_general.cu
+    csrc/cuda/merge_stitch.cu
+    csrc/cuda/square_accumulate.cu)
+  target_compile_definitions(timm_ext PRIVATE TIMM_EXT_CUDA)
+endif()
+
+pybind11_add_module(_host csrc/host.cpp)
+target_compile_definitions(_host PRIVATE
+  TIMM_EXT_VERSION="${TIMM_EXT_VERSION}"
+  TIMM_EXT_TORCH_VERSION="${TIMM_EXT_TORCH_VERSION}"
+  TIMM_EXT_COMPILER="${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}"
+  TIMM_EXT_CUDA_BUILT=$<BOOL:${timm_ext_cuda}>
+  TIMM_EXT_CUDA_VERSION="${timm_ext_cuda_version}"
+  TIMM_EXT_CUDA_ARCHITECTURES="${timm_ext_cuda_architectures}")
+target_link_libraries(_host PRIVATE timm_ext_options timm_ext_isa)
+
+install(TARGETS timm_ext _host LIBRARY DESTINATION .)

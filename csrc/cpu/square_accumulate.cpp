@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "../math/square.h"
+#include "kernels.h"
+#include "storage.h"
+
+namespace timm_ext::cpu::TIMM_EXT_ISA {
+namespace {
+
+template <class S, class C = typename ArithmeticOf<S>::type>
+void accumulate(const SquareAccumulateItem& item, double scale, int64_t begin, int64_t end) {
+  constexpr int64_t kChunk = 512;
+  C* const acc = static_cast<C*>(item.accumulator);
+  const S* const gradient = static_cast<const S*>(item.gradient);
+  const C factor = static_cast<C>(scale);
+  C scratch[kChunk];
+  for (int64_t i = begin; i < end; i += kChunk) {
+    const int64_t count = end - i < kChunk ? end - i : kChunk;
+    const C* const g = widen(gradient + i, count, scratch);
+    C* const to = acc + i;
+    for (int64_t k = 0; k < count; ++k) to[k] = math::square_accumulate(to[k], g[k], factor);
+  }
+}
+
+}  // namespace
+
+void square_accumulate(const SquareAccumulateItem& item, Element element, double scale, int64_t begin, int64_t end) {
+  switch (element) {
+    case Element::kFloat32:
+      return accumulate<float>(item, scale, begin, end);
+    case Element::kBFloat16:
+      return accumulate<BFloat16>(item, scale, begin, end);
+    case Element::kFloat16:
+      return accumulate<Float16>(item, scale, begin, end);
+    case Element::kFloat64:
+      return accumulate<double>(item, scale, begin, end);
+  }
+}
+
+}  // namespace timm_ext::cpu::TIMM_EXT_ISA

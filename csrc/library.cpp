@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Every operator of the namespace `timm_ext` on one page. T models, P elements, S segments.
+//
+// Common to all: the result depends on the arguments only, bit for bit, not on the number of threads or the CPU's
+// instruction set; inputs are never changed unless marked (a!); sizes and offsets are 64-bit; a call with nothing to do
+// returns at once. Autograd and fake kernels are in timm_ext/ops.py, definitions in plain PyTorch in
+// timm_ext/reference.py.
+#include <torch/csrc/stable/library.h>
+
+#include "operators.h"
+
+STABLE_TORCH_LIBRARY(timm_ext, m) {
+  // The Fisher-weighted mean of T models, with w_t = exp(log_weight[s, t]) F[t, p] in segment s:
+  //     merged[p] = Σ_t w_t theta[t, p] / Σ_t w_t
+  // theta, fisher [T, P] float32, bfloat16, float16 or float64, both alike; rows may lie further apart than P; fisher
+  // >= 0, None stands for 1. log_weight [S, T] contiguous, float32 (float64 for float64 planes); -inf leaves a model
+  // out; adding a constant to a row changes nothing. offsets [S + 1] int64, strictly increasing from 0 to P, on the
+  // device of theta; its values are checked on the CPU only. Arithmetic in float32 (float64 for float64), see
+  // math/merge.h: no overflow for any finite F, within the hull of the models, exact where they agree, the
+  // exp(log_weight)-weighted mean where all F are 0, log-weights 100 ln 2 below their row's largest count as -inf; NaN
+  // where a row holds NaN, +inf or only -inf.
+  m.def("fused_merge(Tensor theta, Tensor? fisher, Tensor log_weight, Tensor offsets) -> Tensor");
+
+  // The same into `out` [P], contiguous, of theta's dtype, apart from the inputs in memory.
+  m.def("fused_merge.out(Tensor theta, Tensor? fisher, Tensor log_weight, Tensor offsets, *, Tensor(a!) out) -> ()");
+
+  // result[s, t] = Σ_{p in s} grad[p] w_t (theta[t, p] - merged[p]) / Σ_j w_j, of log_weight's dtype; sums of float32
+  // terms in float64. grad [P] of theta's dtype, any stride (0: the gradient of a sum). Rows add up to 0.
+  m.def(
+      "fused_merge_backward_log_weight(Tensor grad, Tensor theta, Tensor? fisher, Tensor log_weight, Tensor offsets)"
+      " -> Tensor");
+
+  // (grad w_t / Σw, grad exp(log_weight) (theta - merged) / Σw), each [T, P] contiguous, or [0] where not wanted. The
+  // second is 0 where all F are 0, where the merge jumps.
+  m.def(
+      "fused_merge_backward_planes(Tensor grad, Tensor theta, Tensor? fisher, Tensor log_weight, Tensor offsets,"
+      " bool theta_wanted, bool fisher_wanted) -> (Tensor, Tensor)");
+
+  // Log-weights from mixing logits [G, T] float32 or float64, row by row, less the row's largest:
+  //     sigmoid: log σ(x)    softmax: x    ratios: log x (x >= 0; 0 leaves the model out)
+  // CPU only: torch's own log-sigmoid gives other bits for another number of threads.
+  m.def("log_weights(Tensor logits, str mixing) -> Tensor");
+
+  // Its gradient; 0 for a ratio of 0.
+  m.def("log_weights_backward(Tensor grad, Tensor logits, str mixing) -> Tensor");
+
+  // acc[i] += scale * grads[i]² for all i. acc[i] contiguous float32, or float64 for float64 gradients, no two
+  // overlapping; grads[i] of the same shape, float32, bfloat16, float16 or float64, all alike, all on one device.
+  m.def("square_accumulate_(Tensor(a!)[] acc, Tensor[] grads, float scale) -> ()");
+}
+
+#define TIMM_EXT_REGISTER_BOTH_DEVICES(m)                                                           \
+  m.impl("fused_merge", TORCH_BOX(&timm_ext::fused_merge));                                         \
+  m.impl("fused_merge.out", TORCH_BOX(&timm_ext::fused_merge_out));                                 \
+  m.impl("fused_merge_backward_log_weight", TORCH_BOX(&timm_ext::fused_merge_backward_log_weight)); \
+  m.impl("fused_merge_backward_planes", TORCH_BOX(&timm_ext::fused_merge_backward_planes));         \
+  m.impl("square_accumulate_", TORCH_BOX(&timm_ext::square_accumulate))
+
+STABLE_TORCH_LIBRARY_IMPL(timm_ext, CPU, m) {
+  TIMM_EXT_REGISTER_BOTH_DEVICES(m);
+  m.impl("log_weights", TORCH_BOX(&timm_ext::log_weights));
+  m.impl("log_weights_backward", TORCH_BOX(&timm_ext::log_weights_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(timm_ext, CUDA, m) { TIMM_EXT_REGISTER_BOTH_DEVICES(m); }

@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The operators as registered in library.cpp, which states their contracts. Each serves CPU and CUDA tensors.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace timm_ext {
+
+using torch::stable::Tensor;
+
+Tensor fused_merge(const Tensor& theta, const std::optional<Tensor>& fisher, const Tensor& log_weight,
+                   const Tensor& offsets);
+void fused_merge_out(const Tensor& theta, const std::optional<Tensor>& fisher, const Tensor& log_weight,
+                     const Tensor& offsets, const Tensor& out);
+Tensor fused_merge_backward_log_weight(const Tensor& grad, const Tensor& theta, const std::optional<Tensor>& fisher,
+                                       const Tensor& log_weight, const Tensor& offsets);
+std::tuple<Tensor, Tensor> fused_merge_backward_planes(const Tensor& grad, const Tensor& theta,
+                                                       const std::optional<Tensor>& fisher, const Tensor& log_weight,
+                                                       const Tensor& offsets, bool theta_wanted, bool fisher_wanted);
+
+Tensor log_weights(const Tensor& logits, const std::string& mixing);
+Tensor log_weights_backward(const Tensor& grad, const Tensor& logits, const std::string& mixing);
+
+void square_accumulate(const std::vector<Tensor>& acc, const std::vector<Tensor>& grads, double scale);
+
+}  // namespace timm_ext

@@ -1,0 +1,68 @@
+"""Fisher-weighted adaptive merging of pre-trained 3D segmentation networks into one initialisation.
+
+Importing the package loads torch and the operators only; the other names below load their module when they are used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from timm_ext._library import build_info, load_library
+from timm_ext.errors import InputError
+
+__version__ = "0.1.0"
+load_library(__path__, __version__)
+
+from timm_ext.ops import fused_merge, ratios, square_accumulate_  # noqa: E402
+
+if TYPE_CHECKING:
+    from timm_ext.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+    from timm_ext.fisher import Fisher, FisherAccumulator
+    from timm_ext.merging import Bank, MergedModel
+    from timm_ext.networks import build_network
+    from timm_ext.parameters import Groups, Layout, make_groups, split_parameters
+
+_MODULE_OF = {
+    "Bank": "merging",
+    "Checkpoint": "checkpoint",
+    "Fisher": "fisher",
+    "FisherAccumulator": "fisher",
+    "Groups": "parameters",
+    "Layout": "parameters",
+    "MergedModel": "merging",
+    "build_network": "networks",
+    "load_checkpoint": "checkpoint",
+    "make_groups": "parameters",
+    "save_checkpoint": "checkpoint",
+    "split_parameters": "parameters",
+}
+
+__all__ = [
+    "Bank",
+    "Checkpoint",
+    "Fisher",
+    "FisherAccumulator",
+    "Groups",
+    "InputError",
+    "Layout",
+    "MergedModel",
+    "__version__",
+    "build_info",
+    "build_network",
+    "fused_merge",
+    "load_checkpoint",
+    "make_groups",
+    "ratios",
+    "save_checkpoint",
+    "split_parameters",
+    "square_accumulate_",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'timm_ext' has no attribute {name!r}")
+    return getattr(import_module(f"timm_ext.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

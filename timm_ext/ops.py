@@ -1,0 +1,234 @@
+"""The operators: for each a documented wrapper, its fake (meta) kernel and its gradient.
+
+Argument errors found by the compiled operators are `RuntimeError`s that read "op: X must ... (got ...)".
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.library import register_autograd, register_fake, register_kernel
+
+from timm_ext import reference
+from timm_ext.errors import InputError
+
+Mixing = Literal["sigmoid", "softmax", "ratios"]
+MIXINGS: tuple[Mixing, ...] = ("sigmoid", "softmax", "ratios")
+
+_ops = torch.ops.timm_ext
+
+
+def fused_merge(
+    theta: Tensor,
+    fisher: Tensor | None,
+    logits: Tensor,
+    offsets: Tensor,
+    *,
+    mixing: Mixing = "sigmoid",
+    groups: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Merge T models by their Fishers and by mixing ratios that are shared within groups of elements.
+
+        merged[p] = Σ_t α[g, t] F[t, p] θ[t, p] / Σ_t α[g, t] F[t, p]        for p in a segment of group g
+
+    with α[g, t] ∝ σ(δ[g, t]) for logits δ. This is T-IMM (Geyer et al., MIDL 2019, eq. 4); equal logits make it
+    mode-IMM (Lee et al., NeurIPS 2017), `fisher=None` a weighted mean. Differentiable in θ, F and δ in one pass each;
+    the value lies within the models' range, is exact where they agree, and is the α-weighted mean where all F are 0.
+    The same bits for any number of threads and any instruction set.
+
+    Args:
+        theta: parameters `[T, P]`, float32, bfloat16, float16 (computed in float32) or float64. Rows may lie further
+            apart than P.
+        fisher: diagonal Fishers `[T, P]`, non-negative and finite, of theta's dtype; None stands for 1.
+        logits: mixing logits δ `[G, T]`.
+        offsets: int64 `[S + 1]`, strictly increasing from 0 to P: segment s holds the elements from `offsets[s]` up
+            to `offsets[s + 1]`. The values are checked on the CPU only.
+        mixing: how logits give ratios: `"sigmoid"` σ(δ), `"softmax"` exp(δ), `"ratios"` δ itself (δ >= 0, and 0
+            leaves the model out); each divided by its sum over the models. Ratios below 2^-100 of the largest count
+            as 0. A row with NaN or without any positive ratio gives NaN.
+        groups: int64 `[S]`, each segment's row of logits; None: segment s has row s.
+        out: where to write the result, `[P]` of theta's dtype; without gradient.
+
+    Returns:
+        The merged parameters `[P]`.
+
+    Raises:
+        InputError: mixing is unknown, logits and groups do not fit, or `out` is given where a gradient is wanted.
+    """
+    _check_rows(theta, logits, offsets, mixing, groups)
+    dtype = torch.float64 if theta.dtype == torch.float64 else torch.float32
+    rows = _ops.log_weights.default(logits.to(dtype), mixing)
+    if groups is not None:
+        rows = torch.nn.functional.embedding(groups, rows)
+    if out is None:
+        merged: Tensor = _ops.fused_merge.default(theta, fisher, rows, offsets)
+        return merged
+    _refuse_gradient(theta, fisher, logits)
+    _ops.fused_merge.out(theta, fisher, rows, offsets, out=out)
+    _mark_changed([out])
+    return out
+
+
+def _check_rows(theta: Tensor, logits: Tensor, offsets: Tensor, mixing: str, groups: Tensor | None) -> None:
+    if mixing not in MIXINGS:
+        raise InputError(f"mixing: expected one of {', '.join(map(repr, MIXINGS))} (got {mixing!r})")
+    if logits.ndim != 2 or theta.ndim != 2 or logits.shape[1] != theta.shape[0]:
+        raise InputError(
+            f"logits: expected [G, T] for theta [T, P] (got {list(logits.shape)} for {list(theta.shape)})"
+        )
+    segments = offsets.numel() - 1
+    if groups is None:
+        if logits.shape[0] != segments:
+            raise InputError(
+                f"logits: expected one row for each of the {segments} segments, or groups that name each segment's "
+                f"row (got {logits.shape[0]} rows)"
+            )
+        return
+    if groups.dtype != torch.int64 or groups.ndim != 1 or groups.shape[0] != segments:
+        raise InputError(
+            f"groups: expected int64 [S] = [{segments}] (got {groups.dtype} {list(groups.shape)})"
+        )
+    if groups.device.type == "cpu" and segments > 0 and not torch.compiler.is_compiling():
+        lowest, highest = (int(bound) for bound in groups.aminmax())
+        if lowest < 0 or highest >= logits.shape[0]:
+            raise InputError(
+                f"groups: expected rows of logits, 0 to {logits.shape[0] - 1} (got {lowest} to {highest})"
+            )
+
+
+def _refuse_gradient(*inputs: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
+        raise InputError("out: expected no input that requires a gradient (got one; use torch.no_grad())")
+
+
+def _mark_changed(tensors: Sequence[Tensor]) -> None:
+    """Let autograd notice when a tensor that it saved was overwritten."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(tensors)
+
+
+@register_fake("timm_ext::fused_merge")
+def _(theta: Tensor, fisher: Tensor | None, log_weight: Tensor, offsets: Tensor) -> Tensor:
+    return theta.new_empty(theta.shape[1])
+
+
+@register_fake("timm_ext::fused_merge.out")
+def _(theta: Tensor, fisher: Tensor | None, log_weight: Tensor, offsets: Tensor, *, out: Tensor) -> None:
+    return None
+
+
+@register_fake("timm_ext::fused_merge_backward_log_weight")
+def _(grad: Tensor, theta: Tensor, fisher: Tensor | None, log_weight: Tensor, offsets: Tensor) -> Tensor:
+    return log_weight.new_empty(log_weight.shape)
+
+
+@register_fake("timm_ext::fused_merge_backward_planes")
+def _(
+    grad: Tensor,
+    theta: Tensor,
+    fisher: Tensor | None,
+    log_weight: Tensor,
+    offsets: Tensor,
+    theta_wanted: bool,
+    fisher_wanted: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        theta.new_empty(theta.shape if theta_wanted else (0,)),
+        theta.new_empty(theta.shape if fisher_wanted else (0,)),
+    )
+
+
+def _save_merge(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _merge_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    inputs = ctx.saved_tensors
+    theta_wanted, fisher_wanted, rows_wanted, _ = ctx.needs_input_grad
+    grad_rows = _ops.fused_merge_backward_log_weight.default(grad, *inputs) if rows_wanted else None
+    if not (theta_wanted or fisher_wanted):
+        return None, None, grad_rows, None
+    planes = _ops.fused_merge_backward_planes.default(grad, *inputs, theta_wanted, fisher_wanted)
+    return planes[0] if theta_wanted else None, planes[1] if fisher_wanted else None, grad_rows, None
+
+
+register_autograd("timm_ext::fused_merge", _merge_backward, setup_context=_save_merge)
+
+
+def ratios(logits: Tensor, mixing: Mixing = "sigmoid") -> Tensor:
+    """Return the mixing ratios α that `fused_merge` uses for logits δ.
+
+        α[g, t] = f(δ[g, t]) / Σ_j f(δ[g, j]),      f = σ, exp or the identity by `mixing`
+
+    Args:
+        logits: mixing logits `[G, T]`.
+        mixing: as in `fused_merge`.
+
+    Returns:
+        Ratios `[G, T]` of the logits' dtype; rows add up to 1.
+
+    Raises:
+        InputError: mixing is unknown or logits is not `[G, T]`.
+    """
+    if mixing not in MIXINGS:
+        raise InputError(f"mixing: expected one of {', '.join(map(repr, MIXINGS))} (got {mixing!r})")
+    if logits.ndim != 2:
+        raise InputError(f"logits: expected [G, T] (got {list(logits.shape)})")
+    return torch.softmax(_ops.log_weights.default(logits.double(), mixing), dim=1).to(logits.dtype)
+
+
+@register_fake("timm_ext::log_weights")
+def _(logits: Tensor, mixing: str) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@register_fake("timm_ext::log_weights_backward")
+def _(grad: Tensor, logits: Tensor, mixing: str) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@register_kernel("timm_ext::log_weights", "cuda")
+def _(logits: Tensor, mixing: str) -> Tensor:
+    return reference.log_weights(logits.contiguous(), mixing)
+
+
+@register_kernel("timm_ext::log_weights_backward", "cuda")
+def _(grad: Tensor, logits: Tensor, mixing: str) -> Tensor:
+    largest = torch.nn.functional.one_hot(logits.argmax(1), logits.shape[1])
+    inner = grad - largest * grad.sum(1, keepdim=True)
+    if mixing == "softmax":
+        return inner
+    slope = torch.sigmoid(-logits) if mixing == "sigmoid" else torch.where(logits == 0, 0, 1 / logits)
+    return inner * slope
+
+
+def _save_logits(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logits, ctx.mixing = inputs
+    ctx.save_for_backward(logits)
+
+
+def _log_weights_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return _ops.log_weights_backward.default(grad, *ctx.saved_tensors, ctx.mixing), None
+
+
+register_autograd("timm_ext::log_weights", _log_weights_backward, setup_context=_save_logits)
+
+
+def square_accumulate_(acc: Sequence[Tensor], grads: Sequence[Tensor], scale: float = 1.0) -> None:
+    """Add scaled squares to a list of accumulators in place: acc[i] += scale · grads[i]², in one launch.
+
+    Args:
+        acc: accumulators, contiguous, no two overlapping; float32, or float64 for float64 gradients.
+        grads: of the same shapes; float32, bfloat16, float16 or float64, all alike; no copy in another dtype is made.
+        scale: factor of the squares; applied before squaring, so that small and large gradients keep their precision.
+    """
+    with torch.no_grad():
+        _ops.square_accumulate_.default(list(acc), list(grads), float(scale))
+    _mark_changed(acc)
+
+
+@register_fake("timm_ext::square_accumulate_")
+def _(acc: list[Tensor], grads: list[Tensor], scale: float) -> None:
+    return None
