@@ -1,0 +1,274 @@
+"""Generated data sets: cases of a task on phantoms or on label maps, in memory or as files."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from timm_ext.data.label_maps import classes_of, draw_subject, label_map_files
+from timm_ext.data.layouts import LIST_NAME, Case, write_list
+from timm_ext.data.noise import keyed_generator
+from timm_ext.data.synthesis import MODALITIES, SynthesisSettings, pool_labels, pooled_affine, render
+from timm_ext.data.tasks import Task, get_task
+from timm_ext.data.tumour import ENHANCING, TumourSettings, grow, push_aside
+from timm_ext.data.volume import Array, Volume, write_nifti
+from timm_ext.errors import InputError
+from timm_ext.files import read_json, sha256, write_json
+
+RECORD_NAME = "generated.json"
+PHANTOM = "phantom"
+
+_RECIPE = 1
+"""Counts the changes after which the same settings give other images."""
+_FINE_MM = 2.0
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """What a generated data set is made of.
+
+    Attributes:
+        source: `"phantom"`, or a folder of FreeSurfer-style label maps.
+        task: name or file of the task; one with tumours (labels 1, 2 and 4 or 3) or a parcellation.
+        seed: of everything that is drawn.
+        spacing: voxel size of the images in mm.
+        size: voxels along R, A, S; the brain's centre is in the middle.
+        subjects: person numbers of the phantom, or names of label maps; cases take them in turn. Empty: a
+            person of its own for each case, or all label maps of the folder.
+        modalities: images to draw; empty: those of the task.
+        prefix: of the case ids.
+        skull_stripped: leave out what lies outside the skull (label maps that have it).
+        synthesis: how hard the images are.
+        tumour: how tumours grow.
+    """
+
+    source: str = PHANTOM
+    task: str = "brats"
+    seed: int = 0
+    spacing: float = 4.0
+    size: tuple[int, int, int] = (40, 48, 40)
+    subjects: tuple[str | int, ...] = ()
+    modalities: tuple[str, ...] = ()
+    prefix: str = "case"
+    skull_stripped: bool = True
+    synthesis: SynthesisSettings = field(default_factory=SynthesisSettings)
+    tumour: TumourSettings = field(default_factory=TumourSettings)
+
+
+@dataclass(frozen=True, eq=False)
+class DrawnCase:
+    """One generated case in memory.
+
+    Attributes:
+        id: prefix and number.
+        subject: whose anatomy it is.
+        images: `[D, H, W]` float32 by modality.
+        label: `[D, H, W]` uint8 in the numbers of the task.
+    """
+
+    id: str
+    subject: str | int
+    images: dict[str, Volume]
+    label: Volume
+
+
+def draw_case(settings: GenerateSettings, index: int) -> DrawnCase:
+    """Draw one case of a data set; it depends on the settings and its number only.
+
+    Anatomy is drawn at half the spacing, but not finer than 2 mm unless the spacing is, and averaged.
+
+    Args:
+        settings: of the data set.
+        index: number of the case, from 0.
+
+    Raises:
+        InputError: settings that do not fit together, or a label map that cannot be read.
+    """
+    task = _checked(settings)
+    subject = _subject(settings, _subjects(settings), index)
+    key = f"{settings.seed}/{settings.prefix}/{index}"
+    pool = max(1, round(settings.spacing / _FINE_MM))
+    tissue = draw_subject(
+        settings.source,
+        subject,
+        [length * pool for length in settings.size],
+        settings.spacing / pool,
+        f"{key}/{subject}",
+        skull_stripped=settings.skull_stripped,
+    )
+    tumour = None
+    if not task.freesurfer:
+        tumour = grow(tissue, key, settings.tumour)
+        shift = keyed_generator(key, "mass effect").uniform(0, settings.tumour.mass_effect_mm)
+        tissue = push_aside(tissue, tumour, shift)
+    names = settings.modalities or task.modalities
+    images = render(tissue, names, key, tumour=tumour, pool=pool, settings=settings.synthesis)
+    fine = classes_of(tissue.data) if tumour is None else _renumbered(tumour, task)
+    label = Volume(pool_labels(fine, pool), pooled_affine(tissue.affine, pool))
+    return DrawnCase(_case_id(settings, index), subject, images, label)
+
+
+def generate_cases(
+    out_dir: Path | str,
+    settings: GenerateSettings,
+    count: int,
+    *,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Case]:
+    """Draw cases and write them as `ID/ID_MODALITY.nii.gz`, `ID/ID_label.nii.gz` and the list `cases.json`.
+
+    Cases that the folder already holds, made with the same settings, are kept, so that an interrupted run
+    goes on where it was; `generated.json` records the settings, the subjects and what the label maps were.
+
+    Args:
+        out_dir: a new folder, or one that an earlier call with the same settings wrote.
+        settings: of the data set.
+        count: number of cases; a later call may ask for more.
+        workers: processes to draw with.
+        progress: called with the cases done and the count.
+
+    Returns:
+        The cases, sorted by id; `read_cases(out_dir, task)` returns the same.
+
+    Raises:
+        InputError: settings that do not fit together, a label map that cannot be read, a folder that holds
+            cases of other settings or cannot be written.
+    """
+    out_dir = Path(out_dir)
+    if count < 1:
+        raise InputError(f"count: expected at least 1 case (got {count})")
+    task = _checked(settings)
+    subjects = _subjects(settings)
+    _record(out_dir, settings, subjects, count)
+    cases = [_paths(out_dir, settings, task, index) for index in range(count)]
+    missing = [index for index, case in enumerate(cases) if not _complete(case)]
+    done = count - len(missing)
+    for _ in _written(out_dir, settings, missing, workers):
+        done += 1
+        if progress:
+            progress(done, count)
+    write_list(out_dir / LIST_NAME, cases)
+    return sorted(cases, key=lambda case: case.id)
+
+
+def _written(out_dir: Path, settings: GenerateSettings, indices: list[int], workers: int) -> Iterator[int]:
+    if workers <= 1 or len(indices) < 2:
+        for index in indices:
+            yield _write_case(out_dir, settings, index)
+        return
+    with ProcessPoolExecutor(min(workers, len(indices))) as pool:
+        jobs: list[Future[int]] = [pool.submit(_write_case, out_dir, settings, index) for index in indices]
+        try:
+            for job in as_completed(jobs):
+                yield job.result()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _write_case(out_dir: Path, settings: GenerateSettings, index: int) -> int:
+    drawn = draw_case(settings, index)
+    paths = _paths(out_dir, settings, get_task(settings.task), index)
+    for name, volume in drawn.images.items():
+        data = np.rint(volume.data).clip(0, np.iinfo(np.int16).max).astype(np.int16)
+        write_nifti(paths.images[name], Volume(data, volume.affine))
+    assert paths.label is not None
+    write_nifti(paths.label, drawn.label)
+    return index
+
+
+def _checked(settings: GenerateSettings) -> Task:
+    """Return the task after checking that the settings fit together."""
+    task = get_task(settings.task)
+    if not task.freesurfer and not ({0, 1, 2} <= task.labels and task.labels & {3, ENHANCING}):
+        raise InputError(
+            f"task {task.name}: expected a parcellation or the tumour labels 1, 2 and 4 or 3 to generate "
+            f"(got the labels {sorted(task.labels)})"
+        )
+    names = settings.modalities or task.modalities
+    if unknown := [name for name in names if name not in MODALITIES]:
+        raise InputError(f"modalities: expected some of {', '.join(MODALITIES)} (got {', '.join(unknown)})")
+    if not 0.5 <= settings.spacing <= 8:
+        raise InputError(f"spacing: expected 0.5 to 8 mm (got {settings.spacing:g})")
+    if len(settings.size) != 3 or min(settings.size) < 8:
+        raise InputError(f"size: expected three lengths of at least 8 voxels (got {settings.size})")
+    if os.sep in settings.prefix or not settings.prefix:
+        raise InputError(f"prefix: expected the beginning of a file name (got {settings.prefix!r})")
+    return task
+
+
+def _subjects(settings: GenerateSettings) -> tuple[str | int, ...]:
+    """Return the subjects that cases take in turn; empty means one person of the phantom for each case."""
+    if settings.source == PHANTOM:
+        if bad := [subject for subject in settings.subjects if not isinstance(subject, int)]:
+            raise InputError(f"subjects: expected numbers of persons (got {bad[0]!r})")
+        return settings.subjects
+    files = label_map_files(settings.source)
+    if missing := [str(name) for name in settings.subjects if name not in files]:
+        raise InputError(
+            f"{settings.source}: expected the label maps {', '.join(missing)} (got {', '.join(files)})"
+        )
+    return settings.subjects or tuple(files)
+
+
+def _subject(settings: GenerateSettings, subjects: Sequence[str | int], index: int) -> str | int:
+    if subjects:
+        return subjects[index % len(subjects)]
+    return int(keyed_generator(settings.seed, settings.prefix, index).integers(2**31))
+
+
+def _record(out_dir: Path, settings: GenerateSettings, subjects: Sequence[str | int], count: int) -> None:
+    """Write what the folder is made of; refuse one that is made of something else."""
+    maps = {}
+    if settings.source != PHANTOM:
+        files = label_map_files(settings.source)
+        maps = {str(name): sha256(files[str(name)]) for name in dict.fromkeys(subjects)}
+    made: dict[str, Any] = {"recipe": _RECIPE, "settings": _plain(asdict(settings)), "label_maps": maps}
+    path = out_dir / RECORD_NAME
+    if path.is_file():
+        old = read_json(path)
+        changed = sorted(
+            {key for key in made["settings"] if old.get("settings", {}).get(key) != made["settings"][key]}
+            | {key for key in ("recipe", "label_maps") if old.get(key) != made[key]}
+        )
+        if changed:
+            raise InputError(
+                f"{out_dir}: holds cases made with other settings ({', '.join(changed)}); "
+                "choose another folder or remove it"
+            )
+        count = max(count, len(old.get("subjects", {})))
+    owners = {_case_id(settings, index): _subject(settings, subjects, index) for index in range(count)}
+    write_json(path, {**made, "subjects": owners})
+
+
+def _paths(out_dir: Path, settings: GenerateSettings, task: Task, index: int) -> Case:
+    name = _case_id(settings, index)
+    folder = out_dir / name
+    modalities = settings.modalities or task.modalities
+    images = {modality: folder / f"{name}_{modality}.nii.gz" for modality in modalities}
+    return Case(name, images, folder / f"{name}_label.nii.gz")
+
+
+def _complete(case: Case) -> bool:
+    return case.label is not None and all(path.is_file() for path in (*case.images.values(), case.label))
+
+
+def _case_id(settings: GenerateSettings, index: int) -> str:
+    return f"{settings.prefix}-{index:03d}"
+
+
+def _renumbered(tumour: Array, task: Task) -> Array:
+    if ENHANCING in task.labels:
+        return tumour
+    return np.where(tumour == ENHANCING, 3, tumour).astype(np.uint8)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
