@@ -1,0 +1,146 @@
+import pytest
+import torch
+from torch.nn import functional
+
+from timm_ext.errors import InputError
+from timm_ext.fisher import Bernoulli, Categorical, Dice, Likelihood
+from timm_ext.fisher.likelihoods import draw_uniform, get_likelihood, summed_logits
+
+Z = torch.randn(3, 4, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+REGIONS = (torch.rand(3, 4, 5, 6, generator=torch.Generator().manual_seed(1)) < 0.4).double()
+CLASSES = torch.randint(0, 4, (3, 5, 6), generator=torch.Generator().manual_seed(2))
+
+
+def test_bernoulli_is_the_voxel_sum():
+    p = Z.sigmoid()
+    expected = (REGIONS * p.log() + (1 - REGIONS) * (1 - p).log()).sum((1, 2, 3))
+    torch.testing.assert_close(Bernoulli().log_likelihood(Z, REGIONS), expected)
+
+
+def test_categorical_is_the_voxel_sum():
+    expected = Z.log_softmax(1).gather(1, CLASSES[:, None]).sum((1, 2, 3))
+    torch.testing.assert_close(Categorical().log_likelihood(Z, CLASSES), expected)
+
+
+def test_dice_by_hand():
+    # p = 1/2 in four voxels. Two of them true: (2 * 1 + s) / (2 + 2 + s); none true: s / (2 + s).
+    logits, target = torch.zeros(1, 2, 4, dtype=torch.float64), torch.zeros(1, 2, 4)
+    target[0, 0, :2] = 1
+    s = 1e-5
+    expected = ((2 + s) / (4 + s) + s / (2 + s)) / 2
+    assert Dice().log_likelihood(logits, target).exp().item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "target"), [(Bernoulli(), REGIONS), (Categorical(), CLASSES), (Dice(), REGIONS)]
+)
+def test_score_is_the_gradient(likelihood, target):
+    z = Z.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(likelihood.log_likelihood(z, target).sum(), z)
+    torch.testing.assert_close(likelihood.score(Z, target, list("abc")), expected)
+
+
+def test_sampled_frequencies():
+    logits = torch.tensor([[0.3], [-1.2]], dtype=torch.float64).expand(2, 20000)[None]
+    uniform = draw_uniform((2, 20000), seed=0, example="a", sample=0)[None]
+    drawn = Bernoulli().sample(logits, uniform).mean(2)[0]
+    torch.testing.assert_close(drawn, logits[0, :, 0].sigmoid(), rtol=0, atol=0.012)
+    logits = torch.tensor([0.5, -1.0, 0.1], dtype=torch.float64)[None, :, None].expand(1, 3, 20000)
+    drawn = functional.one_hot(Categorical().sample(logits, uniform[:, 0]), 3).double().mean(1)[0]
+    torch.testing.assert_close(drawn, logits[0, :, 0].softmax(0), rtol=0, atol=0.012)
+
+
+def test_categorical_sample_at_the_ends():
+    logits = torch.tensor([[-1e4, 0.0, -1e4]])[:, :, None].expand(1, 3, 2)
+    drawn = Categorical().sample(logits, torch.tensor([[0.0, 0.99999994]]))
+    assert drawn.tolist() == [[1, 1]]
+
+
+def test_draws_are_keyed():
+    def draw(**change):
+        return draw_uniform((50,), **({"seed": 1, "example": "a", "sample": 0} | change))
+
+    assert torch.equal(draw(), draw())
+    others = [draw(seed=2), draw(example="b"), draw(sample=1), draw(seed=10), draw(seed=-1)]
+    assert all(not torch.equal(draw(), other) for other in others)
+    assert draw().min() >= 0
+    assert draw().max() < 1
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (CLASSES.float(), r"y: expected int64 classes .got torch\.float32"),
+        (CLASSES + 1, "y: expected labels 0 to 3 .got 4 in example"),
+        (CLASSES.masked_fill(CLASSES.eq(1), -1), "expected labels 0 to 3 .got -1 in example"),
+        (CLASSES[:, :4], r"y: expected shape \[3, 5, 6\] .got \[3, 4, 6\]"),
+    ],
+)
+def test_classes_are_checked(target, message):
+    with pytest.raises(InputError, match=message):
+        Categorical().check(Z, target, list("abc"))
+
+
+def test_label_error_names_the_example():
+    target = REGIONS.clone()
+    target[2, 1, 0, 0] = 0.5
+    with pytest.raises(InputError, match=r"got 0.5 in example third"):
+        Bernoulli().check(Z, target, ["first", "second", "third"])
+
+
+def test_dice_needs_regions():
+    with pytest.raises(InputError, match=r"dice: expected logits \[B, R, ...\] .got \[3, 4\]"):
+        Dice().score(Z[:, :, 0, 0], REGIONS[:, :, 0, 0], list("abc"))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda z, y: z.sum(), r"one value for each example, \[3\] .got \[\]"),
+        (lambda z, y: torch.ones(3), "expected a differentiable function"),
+        (lambda z, y: z.flatten(1).sum(1) / 0, "log-likelihood: expected finite values .* example a, b, c"),
+        (lambda z, y: (z * 0).flatten(1).sum(1).sqrt(), "gradient of the log-likelihood: expected finite"),
+    ],
+)
+def test_functions_are_checked(function, message):
+    with pytest.raises(InputError, match=message):
+        get_likelihood(function).score(Z, None, list("abc"))
+
+
+def test_own_likelihood_without_sample():
+    class Gauss(Likelihood):
+        def log_likelihood(self, logits, target):
+            return -((logits - target) ** 2).flatten(1).sum(1) / 2
+
+    likelihood = get_likelihood(Gauss())
+    torch.testing.assert_close(likelihood.score(Z, REGIONS, list("abc")), REGIONS - Z)
+    with pytest.raises(InputError, match=r"expected one with a sample method .* .got Gauss"):
+        likelihood.sample(Z, Z)
+
+
+def test_logits_of_several_maps():
+    low = torch.tensor([[[1.0, 2.0]]])
+    high = torch.zeros(1, 1, 4)
+    expected = [1.0, 1.0, 2.0, 2.0]
+    assert summed_logits([high, low])[0, 0].tolist() == expected
+    assert summed_logits((low, high))[0, 0].tolist() == expected
+    assert summed_logits({"a": low, "b": high})[0, 0].tolist() == expected
+    assert summed_logits([low]) is low
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ([], "expected logits or a list of them .got list of nothing"),
+        (torch.ones(2, 2, dtype=torch.int64), r"got torch\.int64 of shape \[2, 2\]"),
+        (None, "got NoneType"),
+        (
+            [torch.ones(1, 1, 4), torch.ones(1, 1, 3)],
+            r"sizes divide those of the largest, \[1, 1, 4\] .got \[1, 1, 3\]",
+        ),
+        ([torch.ones(1, 1, 4), torch.ones(1, 2, 2)], "maps of one channel count"),
+    ],
+)
+def test_outputs_are_checked(output, message):
+    with pytest.raises(InputError, match=message):
+        summed_logits(output)

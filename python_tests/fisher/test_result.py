@@ -1,0 +1,114 @@
+import math
+
+import pytest
+import torch
+
+from timm_ext.checkpoint import load_checkpoint, save_checkpoint
+from timm_ext.errors import InputError
+from timm_ext.fisher import Fisher, FisherKind
+
+
+def fisher(**change):
+    fields = {
+        "tensors": {"a.weight": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "a.bias": torch.zeros(2)},
+        "count": 7,
+        "kind": FisherKind.DICE_SAMPLED,
+        "scaling": "sum",
+        "zero": ("a.bias",),
+        "samples": 3,
+        "seed": 5,
+    }
+    return Fisher(**(fields | change))
+
+
+def test_save_and_load(tmp_path):
+    path = tmp_path / "fisher.safetensors"
+    digest = fisher().save(
+        path, network_sha256="ab12", task={"name": "brats"}, settings={"precision": "ieee"}
+    )
+    assert len(digest) == 64
+    got = Fisher.load(path)
+    assert {name: t.tolist() for name, t in got.tensors.items()} == {
+        "a.weight": [[1, 2], [3, 4]], "a.bias": [0, 0]
+    }  # fmt: skip
+    assert (got.count, got.kind, got.scaling, got.zero, got.samples, got.seed) == (
+        7, FisherKind.DICE_SAMPLED, "sum", ("a.bias",), 3, 5
+    )  # fmt: skip
+    assert got.metadata == {
+        "network_sha256": "ab12", "task": {"name": "brats"}, "settings": {"precision": "ieee"}
+    }  # fmt: skip
+
+
+def test_provenance_survives_a_second_save(tmp_path):
+    path = tmp_path / "fisher.safetensors"
+    fisher().save(path, network_sha256="ab12")
+    Fisher.load(path).normalized("tensor").save(path)
+    got = Fisher.load(path)
+    assert got.metadata == {"network_sha256": "ab12"}
+    assert got.scaling == "sum; each tensor divided by its sum"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"a": torch.tensor([1.0, math.nan])}, "got 1 tensors that are not.\n  a: NaN or infinite"),
+        ({"a": torch.tensor([math.inf]), "b": torch.tensor([-1.0])}, "a: NaN or infinite\n  b: negative"),
+    ],
+)
+def test_bad_values_are_refused(tmp_path, tensors, message):
+    path = tmp_path / "fisher.safetensors"
+    with pytest.raises(InputError, match=message):
+        fisher(tensors=tensors, zero=()).save(path)
+    assert not path.exists()
+    about = {"kind": "bernoulli-true", "count": 1, "scaling": "", "zero": [], "samples": 1, "seed": None}
+    save_checkpoint(path, tensors, kind="fisher", fisher=about)
+    with pytest.raises(InputError, match=message):
+        Fisher.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "gauss-true"}, "expected the metadata of a Fisher"),
+        ({"count": None}, "expected the metadata of a Fisher"),
+        ({"zero": ["c"]}, "expected tensors for all of zero .got none for c"),
+    ],
+)
+def test_bad_metadata_is_refused(tmp_path, change, message):
+    path = tmp_path / "fisher.safetensors"
+    about = {"kind": "bernoulli-true", "count": 1, "scaling": "", "zero": [], "samples": 1, "seed": None}
+    save_checkpoint(path, {"a": torch.ones(1)}, kind="fisher", fisher=about | change)
+    with pytest.raises(InputError, match=message):
+        Fisher.load(path)
+
+
+def test_another_kind_of_file_is_refused(tmp_path):
+    path = tmp_path / "network.safetensors"
+    save_checkpoint(path, {"a": torch.ones(1)}, kind="network")
+    with pytest.raises(InputError, match="fisher"):
+        Fisher.load(path)
+
+
+def test_normalized():
+    by_tensor = fisher().normalized("tensor")
+    assert by_tensor.tensors["a.weight"].flatten().tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert by_tensor.tensors["a.bias"].tolist() == [0, 0]
+    two = fisher(tensors={"a": torch.tensor([3.0]), "b": torch.tensor([1.0, 4.0])}, zero=()).normalized(
+        "model"
+    )
+    assert two.tensors["a"].tolist() == pytest.approx([3 / 8])
+    assert two.tensors["b"].tolist() == pytest.approx([1 / 8, 4 / 8])
+    with pytest.raises(InputError, match=r"normalized: expected 'tensor' or 'model' .got 'layer'"):
+        fisher().normalized("layer")
+
+
+def test_kinds():
+    assert FisherKind.of("bernoulli", "true") is FisherKind.BERNOULLI_TRUE
+    assert FisherKind.of("my own", "sampled") is FisherKind.CUSTOM_SAMPLED
+    assert FisherKind.DICE_TRUE == "dice-true"
+
+
+def test_written_file_is_a_fisher_checkpoint(tmp_path):
+    path = tmp_path / "fisher.safetensors"
+    fisher().save(path)
+    assert load_checkpoint(path, kind="fisher").metadata["fisher"]["count"] == 7

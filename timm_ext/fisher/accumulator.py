@@ -1,0 +1,327 @@
+"""Sums of squared per-example gradients, batch by batch."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from timm_ext.errors import InputError
+from timm_ext.fisher.fallback import square_examples_one_by_one
+from timm_ext.fisher.gradients import SquareSums
+from timm_ext.fisher.graph import Graph, read_graph
+from timm_ext.fisher.likelihoods import (
+    Likelihood,
+    LogLikelihood,
+    can_sample,
+    draw_uniform,
+    get_likelihood,
+    require_finite,
+    summed_logits,
+)
+from timm_ext.fisher.model import evaluation_mode, examine_model, no_randomness
+from timm_ext.fisher.precision import autocast, check_precision, precise, tolerance
+from timm_ext.fisher.reduction import Share, add_over_ranks, gather
+from timm_ext.fisher.result import Fisher, FisherKind
+from timm_ext.fisher.rules import Rules, Tape, run_backward
+
+
+class FisherAccumulator:
+    """Accumulates the diagonal Fisher F = 1/N Σ_n 1/S Σ_s (∂ log p(y_ns | x_n) / ∂θ)² over batches.
+
+    Exact per example whatever the batch size: one batched forward and backward, in which each layer squares
+    its gradients example by example and frees its input. No `.grad` is touched. The result does not depend on
+    batch size, order or process beyond rounding, since sampled labels are keyed on seed, example id and
+    sample index.
+
+    Use as a context manager: inside, the model is in eval mode.
+
+        with FisherAccumulator(model) as accumulator:
+            for x, y, ids in batches:
+                accumulator.update(x, y, ids)
+        fisher = accumulator.result()
+
+    Args:
+        model: from `[B, ...]` to logits `[B, K, ...]`, or to several such maps, which are added.
+        likelihood: `bernoulli`, `categorical`, `dice`, a `Likelihood`, or a function of logits `[B, K, ...]`
+            and target that returns log-likelihoods `[B]`.
+        labels: `sampled` from the network's own prediction (the Fisher) or `true` (the empirical Fisher).
+        samples: labels drawn for each example S; they share one forward.
+        seed: of the sampled labels.
+        strict: refuse frozen, tied and unused parameters; otherwise frozen ones are left out, tied ones
+            counted once, unused ones get F = 0.
+        precision: `ieee` (the parameters' own type), `tf32`, `bf16-mixed` or `16-mixed`. Sums are float32, or
+            float64 for float64 parameters.
+
+    Raises:
+        InputError: an option is not known, or the model's Fisher is not defined (the parameters are named).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        likelihood: str | Likelihood | LogLikelihood = "bernoulli",
+        labels: str = "sampled",
+        samples: int = 1,
+        seed: int = 0,
+        strict: bool = True,
+        precision: str = "ieee",
+    ):
+        self._likelihood = get_likelihood(likelihood)
+        _check_labels(self._likelihood, labels, samples)
+        check_precision(precision)
+        self._model = model
+        self._labels, self._samples, self._seed = labels, samples, seed
+        self._strict, self._precision = strict, precision
+        self._tracked = examine_model(model, strict=strict)
+        self._sums = {
+            name: torch.zeros_like(
+                p, dtype=torch.promote_types(p.dtype, torch.float32), memory_format=torch.contiguous_format
+            ).requires_grad_(False)
+            for name, p in self._tracked.parameters.items()
+        }
+        self._ids: dict[str, None] = {}
+        self._count = 0
+        self._coverage: dict[str, frozenset[str]] = {}
+        self._zero: frozenset[str] | None = None
+        self._refused: set[str] = set()
+        self._probed: set[bool] = set()
+        self._broken = False
+        self._reduced = False
+        self._open = ExitStack()
+        self._inside = False
+
+    def __enter__(self) -> "FisherAccumulator":
+        """Put the model in eval mode."""
+        self._open.enter_context(evaluation_mode(self._model))
+        self._inside = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give every module its own mode back."""
+        self._inside = False
+        self._open.close()
+
+    def update(self, x: Tensor, y: Any, ids: Sequence[str]) -> None:
+        """Add the squared gradients of a batch.
+
+        Args:
+            x: `[B, ...]`, on the model's device.
+            y: true labels for `labels="true"`: `[B, R, D, H, W]` of 0 and 1 (bernoulli, dice), `[B, D, H, W]`
+                int64 (categorical), anything for a function; not read for sampled labels, may be None.
+            ids: name of each example, unique over all updates.
+
+        Raises:
+            InputError: input, labels or log-likelihood cannot be used (the example is named), or a parameter
+            is
+                not covered. Nothing of the batch has then been added.
+        """
+        self._check_usable()
+        names = _check_batch(x, ids, self._ids)
+        x = x.detach()
+        x = x if type(x) is Tensor else x.as_subclass(Tensor)
+        require_finite(x, names, "x")
+        with torch.enable_grad(), precise(self._precision, x.device):
+            alone = self._probe(x)
+            tape = Tape(len(x), self._tracked.names, x.device, self._refused)
+            with Rules(tape):
+                logits = self._forward(x)
+            self._check_logits(logits, names, alone)
+            graph = read_graph(logits, self._tracked.names)
+            self._check_used(graph)
+            self._accumulate(x, y, names, logits, graph, tape)
+        self._ids.update(dict.fromkeys(names))
+        self._count += len(names)
+
+    def all_reduce(self) -> None:
+        """Add sums and counts of all processes of `torch.distributed`, in float64; nothing without them.
+
+        Raises:
+            InputError: on all ranks alike, if models or settings differ or an example was seen twice.
+        """
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return
+        if self._reduced:
+            raise InputError("all_reduce: expected one call (got another)")
+        shares = gather(
+            Share(
+                settings=f"likelihood={self._likelihood.name} labels={self._labels} samples={self._samples} "
+                f"seed={self._seed} precision={self._precision}",
+                shapes={name: tuple(tensor.shape) for name, tensor in self._sums.items()},
+                ids=tuple(self._ids),
+                coverage=dict(self._coverage),
+                zero=self._zero,
+                broken=self._broken,
+            )
+        )
+        add_over_ranks(self._sums)
+        self._reduced = True
+        self._ids = {id: None for share in shares for id in share.ids}
+        self._count = len(self._ids)
+        for share in shares:
+            self._note(share.coverage, share.zero)
+
+    def result(self) -> Fisher:
+        """Return the mean over the examples seen.
+
+        Raises:
+            InputError: there was no example, an update failed half-way, or a sum is not finite.
+        """
+        if self._broken:
+            raise InputError("Fisher: expected whole updates (got one that failed half-way: start again)")
+        if not self._count:
+            raise InputError("Fisher: expected at least one example (got none)")
+        tensors = {name: total / self._count for name, total in self._sums.items()}
+        if bad := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
+            raise InputError(
+                f"Fisher: expected finite values (got overflow in {', '.join(bad)}; use precision='ieee')"
+            )
+        return Fisher(
+            tensors=tensors,
+            count=self._count,
+            kind=FisherKind.of(self._likelihood.name, self._labels),
+            scaling=self._likelihood.scaling,
+            zero=tuple(name for name in tensors if name in (self._zero or ())),
+            samples=self._samples,
+            seed=self._seed if self._labels == "sampled" else None,
+        )
+
+    def coverage(self) -> dict[str, str]:
+        """Return which rule gave each parameter's Fisher.
+
+        Returns:
+            By name: names of rules joined by ` + `, `fallback`, `zero` (by structure), `unused`, `frozen`, or
+            `not seen` before the first update.
+        """
+        seen = {name: " + ".join(sorted(self._coverage.get(name, {"not seen"}))) for name in self._sums}
+        return seen | dict.fromkeys(self._tracked.frozen, "frozen")
+
+    def _forward(self, x: Tensor) -> Tensor:
+        with autocast(self._precision, x.device):
+            return summed_logits(self._model(x))
+
+    def _probe(self, x: Tensor) -> Tensor | None:
+        """Run the first example alone, once at first and once beside others; return its logits.
+
+        It shows layers whose first axis is not the batch, random numbers, and examples that influence others.
+        """
+        beside_others = len(x) > 1
+        if beside_others in self._probed or True in self._probed:
+            return None
+        tape = Tape(1, self._tracked.names, x.device, self._refused)
+        with torch.no_grad(), no_randomness(x.device), Rules(tape):
+            logits = self._forward(x[:1])
+        self._probed.add(beside_others)
+        return logits
+
+    def _check_logits(self, logits: Tensor, ids: Sequence[str], alone: Tensor | None) -> None:
+        if logits.shape[0] != len(ids):
+            raise InputError(f"network output: expected [{len(ids)}, ...] (got {list(logits.shape)})")
+        require_finite(logits.detach(), ids, "network output")
+        if alone is None:
+            return
+        beside = logits.detach()[:1]
+        limit = tolerance(self._precision, logits.dtype) * float(logits.detach().abs().max())
+        if alone.shape != beside.shape or float((alone - beside).abs().max()) > limit:
+            raise InputError(
+                "model: expected examples that do not influence one another (got another output for "
+                f"{ids[0]} alone than within its batch)"
+            )
+
+    def _check_used(self, graph: Graph) -> None:
+        unused = [name for name in self._sums if name not in graph.uses and name not in graph.direct]
+        if self._strict and unused:
+            raise InputError(
+                "model: expected every parameter to take part in the output "
+                f"(got unused {', '.join(unused)}; strict=False gives them F = 0)"
+            )
+
+    def _accumulate(
+        self, x: Tensor, y: Any, ids: Sequence[str], logits: Tensor, graph: Graph, tape: Tape
+    ) -> None:
+        skipped = graph.direct | graph.zero
+        uses = {name: count for name, count in graph.uses.items() if name not in skipped}
+        direct = {name: self._tracked.parameters[name] for name in self._sums if name in graph.direct}
+        plain = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+        scale = 1 / self._samples
+        scores = []
+        for sample in range(self._samples):
+            score = self._score(plain, y, ids, sample).to(logits.dtype)
+            self._broken = True
+            if uses:
+                tape.squares = SquareSums(self._sums, uses, scale)
+                run_backward(logits, score, tape, retain_graph=sample + 1 < self._samples)
+                tape.squares.finish()
+            if direct:
+                scores.append(score)
+        if direct:
+            square_examples_one_by_one(self._forward, x, scores, direct, self._sums, scale)
+        self._broken = False
+        self._note_graph(graph)
+
+    def _score(self, logits: Tensor, y: Any, ids: Sequence[str], sample: int) -> Tensor:
+        if self._labels == "true":
+            target = y.to(logits.device) if isinstance(y, Tensor) else y
+            self._likelihood.check(logits, target, ids)
+        else:
+            shape = self._likelihood.draws_shape(logits)
+            draws = [draw_uniform(shape, seed=self._seed, example=id, sample=sample) for id in ids]
+            target = self._likelihood.sample(logits, torch.stack(draws).to(logits.device))
+        return self._likelihood.score(logits, target, ids)
+
+    def _note_graph(self, graph: Graph) -> None:
+        coverage = {name: frozenset({"unused"}) for name in self._sums}
+        coverage |= {name: frozenset(rules) for name, rules in graph.rules.items()}
+        coverage |= dict.fromkeys(graph.zero, frozenset({"zero"}))
+        coverage |= dict.fromkeys(graph.direct, frozenset({"fallback"}))
+        self._note(coverage, graph.zero)
+
+    def _note(self, coverage: dict[str, frozenset[str]], zero: frozenset[str] | None) -> None:
+        for name, rules in coverage.items():
+            self._coverage[name] = self._coverage.get(name, frozenset()) | rules
+        if zero is not None:
+            self._zero = zero if self._zero is None else self._zero & zero
+
+    def _check_usable(self) -> None:
+        if not self._inside:
+            raise InputError("update: expected a call inside `with accumulator:` (got one outside)")
+        if self._reduced:
+            raise InputError("update: expected no call after all_reduce (got one)")
+        if self._broken:
+            raise InputError("update: expected whole updates (got one after one that failed half-way)")
+
+
+def _check_labels(likelihood: Likelihood, labels: str, samples: int) -> None:
+    if labels not in ("sampled", "true"):
+        raise InputError(f"labels: expected 'sampled' or 'true' (got {labels!r})")
+    if labels == "sampled" and not can_sample(likelihood):
+        raise InputError(
+            "likelihood: expected one that can sample labels (got a function; use labels='true' or subclass "
+            "timm_ext.fisher.Likelihood)"
+        )
+    if not isinstance(samples, int) or samples < 1:
+        raise InputError(f"samples: expected at least 1 (got {samples!r})")
+    if labels == "true" and samples != 1:
+        raise InputError(f"samples: expected 1 for true labels (got {samples})")
+
+
+def _check_batch(x: Any, ids: Sequence[str], seen: dict[str, None]) -> list[str]:
+    if not isinstance(x, Tensor) or not x.dim() or not len(x):
+        got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise InputError(f"x: expected a tensor [B, ...] with B >= 1 (got {got})")
+    names = [ids] if isinstance(ids, str) else list(ids)
+    if len(names) != len(x) or not all(isinstance(id, str) for id in names):
+        raise InputError(f"ids: expected {len(x)} strings, one for each example (got {names!r})")
+    fresh: set[str] = set()
+    for id in names:
+        if id in seen or id in fresh:
+            raise InputError(
+                f"example {id}: expected once (got it again; each example counts once in the mean)"
+            )
+        fresh.add(id)
+    return names

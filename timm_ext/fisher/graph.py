@@ -1,0 +1,83 @@
+"""Which parameters the log-likelihood depends on, and how, read from the autograd graph of a forward."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from timm_ext.fisher.rules import Call
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The parameters between the input and the logits.
+
+    Attributes:
+        uses: number of recorded uses by parameter name; the backward visits each of them once.
+        rules: by parameter name, the rules its uses were recorded by.
+        direct: parameters also (or only) used where no rule covers them.
+        zero: biases that every use feeds into nothing but instance norms, which subtract them again.
+    """
+
+    uses: Counter[str]
+    rules: Mapping[str, frozenset[str]]
+    direct: frozenset[str]
+    zero: frozenset[str]
+
+
+def read_graph(logits: Tensor, names: Mapping[int, str]) -> Graph:
+    """Walk the graph behind `logits` `[B, ...]`.
+
+    Args:
+        logits: result of a forward under `Rules`.
+        names: parameter name by the `id` of each tracked parameter.
+    """
+    consumers = _consumers(logits.grad_fn)
+    uses: Counter[str] = Counter()
+    rules: dict[str, frozenset[str]] = {}
+    direct: set[str] = set()
+    zero: set[str] = set()
+    felt: set[str] = set()
+    for node, above in consumers.items():
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) in names:
+            direct.add(names[id(variable)])
+        if (call := _call(node)) is None:
+            continue
+        for name in call.names:
+            uses[name] += 1
+            rules[name] = rules.get(name, frozenset()) | {call.rule}
+        if call.bias is not None:
+            (zero if _is_removed(call, above) else felt).add(call.bias)
+        if call.weight is not None:
+            felt.add(call.weight)
+    return Graph(uses, rules, frozenset(direct), frozenset(zero - felt - direct))
+
+
+def _is_removed(call: Call, above: list[Any]) -> bool:
+    """Tell whether a bias is a constant of each channel that only instance norms see."""
+    norms = [_call(node) for node in above]
+    return call.shifts and bool(norms) and all(norm is not None and norm.invariant for norm in norms)
+
+
+def _consumers(root: Any) -> dict[Any, list[Any]]:
+    """Map each node of the graph to the nodes that take its output; holding all keeps their identity."""
+    consumers: dict[Any, list[Any]] = {} if root is None else {root: []}
+    waiting = list(consumers)
+    while waiting:
+        node = waiting.pop()
+        for below, _ in node.next_functions:
+            if below is None:
+                continue
+            if below not in consumers:
+                consumers[below] = []
+                waiting.append(below)
+            consumers[below].append(node)
+    return consumers
+
+
+def _call(node: Any) -> Call | None:
+    call = getattr(node, "call", None)
+    return call if isinstance(call, Call) else None

@@ -1,0 +1,165 @@
+"""The diagonal Fisher of a network, with what is needed to compare and trust it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from timm_ext.checkpoint import load_checkpoint, save_checkpoint
+from timm_ext.errors import InputError
+
+
+class FisherKind(str, Enum):
+    """Likelihood and labels of a Fisher; with true labels it is the empirical Fisher."""
+
+    BERNOULLI_SAMPLED = "bernoulli-sampled"
+    BERNOULLI_TRUE = "bernoulli-true"
+    CATEGORICAL_SAMPLED = "categorical-sampled"
+    CATEGORICAL_TRUE = "categorical-true"
+    DICE_SAMPLED = "dice-sampled"
+    DICE_TRUE = "dice-true"
+    CUSTOM_SAMPLED = "custom-sampled"
+    CUSTOM_TRUE = "custom-true"
+
+    @classmethod
+    def of(cls, likelihood: str, labels: str) -> "FisherKind":
+        """Return the kind of a likelihood's name and `sampled` or `true`; other likelihoods are custom."""
+        known = {kind.value for kind in cls}
+        value = f"{likelihood}-{labels}"
+        return cls(value if value in known else f"custom-{labels}")
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """F = 1/N Σ_n 1/S Σ_s (∂ log p(y_ns | x_n) / ∂θ)² of each element, over N examples, S labels each.
+
+    Attributes:
+        tensors: by parameter name, of the parameter's shape, non-negative, float32 or float64.
+        count: number of examples N.
+        kind: likelihood and labels.
+        scaling: what the log-likelihood of one example adds up.
+        zero: parameters whose Fisher is zero by structure: biases in front of an instance norm.
+        samples: labels drawn for each example S, 1 for true labels.
+        seed: of the sampled labels, None for true ones.
+        metadata: provenance, such as the network's SHA-256 and the task; JSON values.
+    """
+
+    tensors: dict[str, Tensor]
+    count: int
+    kind: FisherKind
+    scaling: str
+    zero: tuple[str, ...] = ()
+    samples: int = 1
+    seed: int | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def save(
+        self,
+        path: Path | str,
+        *,
+        network_sha256: str | None = None,
+        task: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Write the Fisher as safetensors with its provenance.
+
+        Args:
+            path: of the file.
+            network_sha256: of the network's checkpoint.
+            task: the task its examples came from, as JSON values.
+            settings: of the estimate, as JSON values.
+
+        Returns:
+            SHA-256 of the file.
+
+        Raises:
+            InputError: values are NaN, infinite or negative, or the file cannot be written.
+        """
+        _check_values(self.tensors, str(path))
+        given = {"network_sha256": network_sha256, "task": task, "settings": settings}
+        provenance = self.metadata | {key: value for key, value in given.items() if value is not None}
+        return save_checkpoint(
+            path,
+            self.tensors,
+            kind="fisher",
+            fisher={
+                "kind": self.kind.value,
+                "count": self.count,
+                "scaling": self.scaling,
+                "zero": list(self.zero),
+                "samples": self.samples,
+                "seed": self.seed,
+            },
+            provenance=provenance,
+        )
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Fisher":
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: the file is not a Fisher, or holds NaN, infinite or negative values; all such tensors
+                are named.
+        """
+        checkpoint = load_checkpoint(path, kind="fisher")
+        about: Any = checkpoint.metadata.get("fisher")
+        try:
+            fisher = cls(
+                tensors=checkpoint.tensors,
+                count=int(about["count"]),
+                kind=FisherKind(about["kind"]),
+                scaling=str(about["scaling"]),
+                zero=tuple(about["zero"]),
+                samples=int(about["samples"]),
+                seed=about["seed"],
+                metadata=dict(checkpoint.metadata.get("provenance") or {}),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: expected the metadata of a Fisher (got {about!r})") from error
+        _check_values(fisher.tensors, str(path))
+        if unknown := [name for name in fisher.zero if name not in fisher.tensors]:
+            raise InputError(f"{path}: expected tensors for all of zero (got none for {', '.join(unknown)})")
+        return fisher
+
+    def normalized(self, by: str) -> "Fisher":
+        """Divide by sums, so that Fishers of different scale weigh alike in a merge.
+
+        Args:
+            by: `tensor`, each tensor by its own sum (as the authors of T-IMM), or `model`, all by the total.
+                A sum of zero leaves its tensors as they are.
+
+        Raises:
+            InputError: `by` is something else.
+        """
+        if by not in ("tensor", "model"):
+            raise InputError(f"normalized: expected 'tensor' or 'model' (got {by!r})")
+        sums = {name: float(tensor.sum(dtype=torch.float64)) for name, tensor in self.tensors.items()}
+        if by == "model":
+            sums = dict.fromkeys(sums, sum(sums.values()))
+        tensors = {name: tensor / (sums[name] or 1.0) for name, tensor in self.tensors.items()}
+        return replace(self, tensors=tensors, scaling=f"{self.scaling}; each {by} divided by its sum")
+
+
+def _check_values(tensors: Mapping[str, Tensor], what: str) -> None:
+    bad = [
+        f"{name}: {problem}"
+        for name, tensor in tensors.items()
+        for problem, found in (
+            ("NaN or infinite", not bool(tensor.isfinite().all())),
+            ("negative", bool((tensor < 0).any())),
+        )
+        if found
+    ]
+    if bad:
+        raise InputError(
+            "\n  ".join(
+                [
+                    f"{what}: expected a finite, non-negative Fisher (got {len(bad)} tensors that are not)",
+                    *bad,
+                ]
+            )
+        )
