@@ -53,14 +53,10 @@ def empirical_cdf(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         values: `[N]`.
     """
     ordered = np.sort(values)
-    ranks: npt.NDArray[np.intp] = np.searchsorted(ordered, values, side="right")
-    return ranks / values.size
+    return np.searchsorted(ordered, values, side="right") / values.size
 
 
 def _zscore(values: npt.NDArray[np.float64], where: object) -> npt.NDArray[np.float64]:
-    spread = values.std()
-    if not spread > 0:
-        raise InputError(
-            f"{where}: expected different intensities in the foreground (got only {values[0]:g})"
-        )
-    return (values - values.mean()) / spread
+    if values.min() == values.max():
+        raise InputError(f"{where}: expected different foreground intensities (got only {values[0]:g})")
+    return (values - float(values.mean())) / float(values.std())

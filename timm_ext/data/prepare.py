@@ -151,9 +151,11 @@ def prepare_case(case: Case, task: Task, settings: PrepareSettings, cache: Path 
         cache: folder of the cache; None keeps the arrays in memory.
 
     Raises:
-        InputError: a file cannot be read; modalities or label lie on different grids; an image is empty;
-            the label holds numbers outside the task's set, or no voxel of any region of the task.
+        InputError: a modality is missing; a file cannot be read; modalities or label lie on different grids;
+            an image is empty; the label holds numbers outside the task's set, or no voxel of any region.
     """
+    if missing := [modality for modality in task.modalities if modality not in case.images]:
+        raise InputError(f"{case.id}: missing modality {', '.join(missing)} of task {task.name}")
     if cache is None:
         arrays, grid, present = _build(case, task, settings)
         prepared = Prepared(case, grid, present, arrays)

@@ -1,0 +1,46 @@
+import numpy as np
+import pytest
+
+from timm_ext.data.normalise import empirical_cdf, normalise
+from timm_ext.errors import InputError
+
+IMAGE = np.array([[[0.0, -2.0, 4.0], [4.0, 10.0, 0.0]]])
+
+
+def test_empirical_cdf_by_hand():
+    assert empirical_cdf(np.array([4.0, -2.0, 4.0, 10.0, 7.0])).tolist() == [0.6, 0.2, 0.6, 1.0, 0.8]
+
+
+def test_histogram_takes_negative_voxels_as_foreground():
+    result = normalise(IMAGE, IMAGE != 0, "histogram", "a.nii")
+    assert result.dtype == np.float32
+    assert result.tolist() == [[[0.0, 0.25, 0.75], [0.75, 1.0, 0.0]]]
+
+
+def test_zscore_by_hand():
+    result = normalise(IMAGE, IMAGE != 0, "zscore", "a.nii")
+    spread = np.sqrt(18.0)  # of -2, 4, 4, 10 about 4
+    expected = np.array([[[0.0, -6 / spread, 0.0], [0.0, 6 / spread, 0.0]]])
+    assert np.allclose(result, expected, atol=1e-7)
+
+
+def test_zscore_statistics_are_double_precision():
+    image = (1e6 + np.random.default_rng(0).normal(size=(50, 50, 50))).astype(np.float32)
+    result = normalise(image, image != 0, "zscore", "a.nii").astype(np.float64)
+    assert abs(result.mean()) < 1e-6
+    assert abs(result.std() - 1) < 1e-6
+
+
+def test_none_keeps_the_foreground_only():
+    mask = IMAGE > 0
+    assert normalise(IMAGE, mask, "none", "a.nii").tolist() == [[[0, 0, 4], [4, 10, 0]]]
+
+
+def test_empty_and_constant_images():
+    with pytest.raises(InputError, match=r"a\.nii: expected an image with foreground"):
+        normalise(IMAGE, np.zeros_like(IMAGE, dtype=bool), "histogram", "a.nii")
+    flat = np.full((3, 3, 3), 0.1)
+    with pytest.raises(
+        InputError, match=r"a\.nii: expected different foreground intensities \(got only 0\.1\)"
+    ):
+        normalise(flat, flat != 0, "zscore", "a.nii")

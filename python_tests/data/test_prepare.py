@@ -1,0 +1,426 @@
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from timm_ext.data import prepare
+from timm_ext.data.layouts import Case
+from timm_ext.data.prepare import PrepareSettings, prepare_case, prepare_cases, restore
+from timm_ext.data.tasks import TASKS, Region, Task, task_from_dict
+from timm_ext.data.volume import Volume, read_labels, same_grid
+from timm_ext.errors import InputError
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
+TASK = task_from_dict(
+    {
+        "name": "pair",
+        "modalities": ["T1", "T2"],
+        "regions": {"both": [1, 2, 4], "core": [1, 4]},
+        "labels": [0, 1, 2, 4],
+    }
+)
+SHAPE = (13, 11, 9)
+
+
+def oriented(codes, tilt_degrees=0.0, spacing=(1.0, 1.5, 2.0)):
+    """The affine of a grid of SHAPE whose axes run as the codes say, tilted about the vertical axis."""
+    cosine, sine = np.cos(np.deg2rad(tilt_degrees)), np.sin(np.deg2rad(tilt_degrees))
+    tilt = np.array([[cosine, -sine, 0, 3], [sine, cosine, 0, -5], [0, 0, 1, 8], [0, 0, 0, 1]])
+    axes = nib.orientations.axcodes2ornt(codes)
+    return tilt @ nib.orientations.inv_ornt_aff(axes, SHAPE) @ np.diag([*spacing, 1])
+
+
+def make_case(folder, name="a", *, affine=None, change=None):
+    """A case with foreground in an uneven box, negative intensities, and labels 0, 1, 2, 4 inside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    affine = np.eye(4) if affine is None else affine
+    generator = np.random.default_rng(5)
+    inside = np.zeros(SHAPE, dtype=bool)
+    inside[2:12, 0:8, 3:8] = True
+    arrays = {
+        key: np.where(inside, generator.integers(-3, 90, SHAPE), 0).astype(np.int16) for key in ("T1", "T2")
+    }
+    for array in arrays.values():
+        array[2, 0, 3] = array[11, 7, 7] = 50
+    arrays["label"] = np.where(inside, generator.choice([0, 1, 2, 4], SHAPE), 0).astype(np.uint8)
+    files = {}
+    for key, array in (change(arrays) or arrays if change else arrays).items():
+        files[key] = folder / f"{name}_{key}.nii.gz"
+        nib.save(nib.Nifti1Image(array, affine), files[key])
+    return Case(name, {key: files[key] for key in ("T1", "T2")}, files.get("label"))
+
+
+def rewrite(path, *, affine=None, data=None):
+    image = nib.load(path)
+    array = np.asanyarray(image.dataobj) if data is None else data
+    nib.save(nib.Nifti1Image(array, image.affine if affine is None else affine), path)
+
+
+def test_image_by_hand(tmp_path):
+    prepared = prepare_case(make_case(tmp_path), TASK, PrepareSettings(normalise="none"), None)
+    raw = np.asanyarray(nib.load(tmp_path / "a_T2.nii.gz").dataobj)
+    assert prepared.image.shape == (2, 10, 8, 5)
+    assert prepared.image.dtype == np.float32
+    assert np.array_equal(prepared.image[1], raw[2:12, 0:8, 3:8])
+    assert prepared.image.min() < 0
+    assert prepared.label.dtype == np.uint8
+    assert prepared.present == (0, 1, 2, 4)
+    assert prepared.affine[:3, 3].tolist() == [2, 0, 3]
+    assert (prepared.id, prepared.shape) == ("a", (10, 8, 5))
+
+
+def test_orientation_of_the_files_does_not_matter(tmp_path):
+    settings = PrepareSettings(normalise="histogram", multiple=4)
+    plain = prepare_case(make_case(tmp_path / "ras"), TASK, settings, None)
+
+    def flip(arrays):
+        return {key: array[::-1, ::-1] for key, array in arrays.items()}
+
+    lps = np.diag([-1.0, -1.0, 1.0, 1.0])
+    lps[:2, 3] = SHAPE[0] - 1, SHAPE[1] - 1
+    turned = prepare_case(make_case(tmp_path / "lps", affine=lps, change=flip), TASK, settings, None)
+    assert np.array_equal(turned.image, plain.image)
+    assert np.array_equal(turned.label, plain.label)
+    assert np.allclose(turned.affine, plain.affine)
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "LIA", "PSR"])
+@pytest.mark.parametrize("tilt", [0, 17])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        PrepareSettings(),
+        PrepareSettings(crop=False),
+        PrepareSettings(margin=1, multiple=8),
+        PrepareSettings(size=(24, 16, 32)),
+    ],
+    ids=["crop", "whole", "multiple", "size"],
+)
+def test_labels_come_back_identically(tmp_path, codes, tilt, settings):
+    case = make_case(tmp_path, affine=oriented(codes, tilt))
+    prepared = prepare_case(case, TASK, settings, None)
+    stored = read_labels(case.label)
+    assert np.array_equal(restore(prepared.label, prepared), stored.data)
+    assert same_grid(Volume(restore(prepared.label, prepared), prepared.grid.input_affine), stored)
+    regions = restore(TASK.targets(prepared.label).astype(np.float32), prepared)
+    assert np.array_equal(regions, TASK.targets(stored.data))
+
+
+def test_cutting_to_a_small_size_keeps_the_centre(tmp_path):
+    case = make_case(tmp_path)
+    prepared = prepare_case(case, TASK, PrepareSettings(size=(4, 4, 3)), None)
+    stored = read_labels(case.label).data
+    expected = np.zeros_like(stored)
+    expected[5:9, 2:6, 4:7] = stored[5:9, 2:6, 4:7]
+    assert np.array_equal(restore(prepared.label, prepared), expected)
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LIA"])
+def test_resampled_case_comes_back_in_place(tmp_path, codes):
+    ball = np.sum((np.indices(SHAPE) - np.array([[[[6]]], [[[4]]], [[[5]]]])) ** 2, axis=0) < 14
+
+    def solid(arrays):
+        return {"T1": 100 * ball.astype(np.int16) + 1, "T2": arrays["T1"] + 5, "label": ball.astype(np.uint8)}
+
+    case = make_case(tmp_path, affine=oriented(codes, 10, (2.0, 2.0, 2.0)), change=solid)
+    prepared = prepare_case(case, TASK, PrepareSettings(spacing=1.0, crop=False), None)
+    assert np.allclose(np.linalg.norm(prepared.affine[:3, :3], axis=0), 1.0)
+    assert sorted(prepared.shape) == sorted(2 * length for length in SHAPE)
+    assert np.array_equal(restore(prepared.label, prepared), ball)
+    probability = restore((prepared.label == 1).astype(np.float32)[None], prepared)
+    assert probability.shape == (1, *SHAPE)
+    assert np.array_equal(probability[0] > 0.5, ball)
+
+
+def test_background_stays_zero_when_resampled(tmp_path):
+    prepared = prepare_case(make_case(tmp_path), TASK, PrepareSettings(spacing=2.0, crop=False), None)
+    occupied = np.argwhere(prepared.image.any(axis=0))
+    world = prepared.affine[:3, :3] @ occupied.T + prepared.affine[:3, 3:]
+    assert (world.min(axis=1) >= np.array([2, 0, 3]) - 1).all()
+    assert (world.max(axis=1) <= np.array([11, 7, 7]) + 1).all()
+
+
+def test_anisotropic_spacing(tmp_path):
+    prepared = prepare_case(
+        make_case(tmp_path), TASK, PrepareSettings(spacing=(2.0, 1.0, 3.0), crop=False), None
+    )
+    assert prepared.shape == (6, 11, 3)
+
+
+def test_bias_field_correction_changes_the_image_alone(tmp_path):
+    case = make_case(tmp_path)
+    plain, corrected = (
+        prepare_case(case, TASK, PrepareSettings(normalise="none", bias_field=switch), None)
+        for switch in (False, True)
+    )
+    assert not np.array_equal(plain.image, corrected.image)
+    assert np.array_equal(plain.image != 0, corrected.image != 0)
+    assert np.array_equal(plain.label, corrected.label)
+
+
+def test_case_without_label(tmp_path):
+    prepared = prepare_case(
+        replace(make_case(tmp_path), label=None), TASK, PrepareSettings(), tmp_path / "cache"
+    )
+    assert not prepared.has_label
+    assert prepared.label is None
+    assert prepared.present == ()
+    assert prepared.in_memory().label is None
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """The names of the cases that were really built."""
+    names, build = [], prepare._build
+
+    def counted(case, *rest):
+        names.append(case.id)
+        return build(case, *rest)
+
+    monkeypatch.setattr(prepare, "_build", counted)
+    return names
+
+
+def test_cache_is_used_and_gives_the_same(tmp_path, builds):
+    case, cache = make_case(tmp_path / "case"), tmp_path / "cache"
+    first = prepare_case(case, TASK, PrepareSettings(), cache)
+    second = prepare_case(case, TASK, PrepareSettings(), cache)
+    fresh = prepare_case(case, TASK, PrepareSettings(), None)
+    assert builds == ["a", "a"]
+    for other in (second, fresh, first.in_memory()):
+        assert np.array_equal(first.image, other.image)
+        assert np.array_equal(first.label, other.label)
+        assert first.grid.to_dict() == other.grid.to_dict()
+        assert first.present == other.present
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_cache_follows_settings_task_and_content(tmp_path, builds, monkeypatch):
+    case, cache = make_case(tmp_path / "case"), tmp_path / "cache"
+    prepare_case(case, TASK, PrepareSettings(), cache)
+    prepare_case(case, TASK, PrepareSettings(multiple=2), cache)
+    prepare_case(case, replace(TASK, modalities=("T2", "T1")), PrepareSettings(), cache)
+    prepare_case(replace(case, label=None), TASK, PrepareSettings(), cache)
+    rewrite(case.images["T1"], data=np.flip(np.asanyarray(nib.load(case.images["T1"]).dataobj)))
+    prepare_case(case, TASK, PrepareSettings(), cache)
+    monkeypatch.setattr(prepare, "_code_version", lambda: "another version")
+    prepare_case(case, TASK, PrepareSettings(), cache)
+    assert len(builds) == len(list(cache.iterdir())) == 6
+
+
+def test_cache_is_shared_by_tasks_that_differ_in_regions_only(tmp_path, builds):
+    case, cache = make_case(tmp_path / "case"), tmp_path / "cache"
+    prepare_case(case, TASK, PrepareSettings(), cache)
+    prepare_case(case, replace(TASK, name="core", regions=TASK.regions[1:]), PrepareSettings(), cache)
+    assert builds == ["a"]
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.999])
+def test_damaged_cache_entry_is_made_again(tmp_path, builds, keep):
+    case, cache = make_case(tmp_path / "case"), tmp_path / "cache"
+    image = prepare_case(case, TASK, PrepareSettings(), cache).image
+    (path,) = cache.iterdir()
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content))])
+    assert np.array_equal(prepare_case(case, TASK, PrepareSettings(), cache).image, image)
+    assert len(builds) == 2
+    assert path.read_bytes() == content
+
+
+def test_many_writers_of_one_entry(tmp_path):
+    case, cache = make_case(tmp_path / "case"), tmp_path / "cache"
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: prepare_case(case, TASK, PrepareSettings(), cache).image, range(8)))
+    assert all(np.array_equal(result, results[0]) for result in results)
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_cache_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        prepare_case(make_case(tmp_path), TASK, PrepareSettings(), tmp_path / "file" / "cache")
+
+
+def refused(case, match, task: Task = TASK, settings=None, cache=None):
+    with pytest.raises(InputError, match=match) as error:
+        prepare_case(case, task, settings or PrepareSettings(), cache)
+    return str(error.value)
+
+
+def test_modalities_on_different_grids(tmp_path):
+    case = make_case(tmp_path)
+    rewrite(case.images["T2"], affine=np.diag([1.0, 1.0, 2.0, 1.0]))
+    message = refused(
+        case, r"a_T2\.nii\.gz: expected the affine of .*a_T1\.nii\.gz, \[\[1\.0, .*\(got \[\[1\.0, "
+    )
+    assert "2.0" in message
+    rewrite(case.images["T2"], data=np.ones((13, 11, 8), np.int16))
+    refused(case, r"a_T2.*: expected the shape of .*a_T1.*, \(13, 11, 9\) \(got \(13, 11, 8\)\)")
+
+
+def test_label_on_another_grid(tmp_path):
+    case = make_case(tmp_path)
+    rewrite(case.label, affine=np.diag([-1.0, 1.0, 1.0, 1.0]))
+    refused(case, r"a_label\.nii\.gz: expected the affine of .*a_T1")
+
+
+def test_missing_modality_and_file(tmp_path):
+    case = make_case(tmp_path)
+    refused(replace(case, images={"T1": case.images["T1"]}), "a: missing modality T2 of task pair")
+    case.images["T2"].unlink()
+    refused(case, r"a_T2\.nii\.gz: no such file")
+    refused(case, r"a_T2\.nii\.gz: no such file", cache=tmp_path / "cache")
+
+
+def test_truncated_modality(tmp_path):
+    case = make_case(tmp_path)
+    content = case.images["T1"].read_bytes()
+    case.images["T1"].write_bytes(content[: len(content) // 2])
+    refused(case, r"a_T1\.nii\.gz: cannot be read, the file is truncated", cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_four_axes(tmp_path):
+    case = make_case(tmp_path)
+    rewrite(case.images["T1"], data=np.ones((*SHAPE, 2), np.int16))
+    refused(case, r"a_T1\.nii\.gz: expected a volume with 3 axes \(got shape \(13, 11, 9, 2\)\)")
+
+
+def test_empty_image(tmp_path):
+    case = make_case(tmp_path)
+    rewrite(case.images["T2"], data=np.zeros(SHAPE, np.int16))
+    refused(case, r"a_T2\.nii\.gz: expected an image with foreground \(got 0 in every voxel\)")
+
+
+def test_labels_outside_the_task(tmp_path):
+    case = make_case(tmp_path)
+    rewrite(case.label, data=np.full(SHAPE, 7, np.uint8))
+    refused(case, r"a_label\.nii\.gz: expected the labels \[0, 1, 2, 4\] of task pair \(got 7\)")
+
+
+def test_empty_mask(tmp_path):
+    case = make_case(tmp_path)
+    rewrite(case.label, data=np.zeros(SHAPE, np.uint8))
+    message = r"a_label\.nii\.gz: expected a voxel of some region of task pair, labels \[1, 2, 4\] \(got only"
+    for _ in range(2):  # also when the arrays come from the cache
+        refused(case, message, cache=tmp_path / "cache")
+    allowed = prepare_case(case, TASK, PrepareSettings(empty_labels="allow"), tmp_path / "cache")
+    assert not allowed.label.any()
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_nonfinite_voxels(tmp_path):
+    case = make_case(tmp_path)
+    data = np.asanyarray(nib.load(case.images["T1"]).dataobj).astype(np.float32)
+    data[5, 5, 5] = np.nan
+    rewrite(case.images["T1"], data=data)
+    refused(case, r"a_T1\.nii\.gz: expected finite voxels \(got 1 NaN")
+    settings = PrepareSettings(nonfinite="zero", normalise="none", crop=False)
+    image = prepare_case(case, TASK, settings, None).image[0]
+    assert np.array_equal(image, np.nan_to_num(data))
+
+
+def test_restore_refuses_another_grid(tmp_path):
+    prepared = prepare_case(make_case(tmp_path), TASK, PrepareSettings(), None)
+    for shape in ((10, 8, 6), (10, 8), (2, 2, 10, 8, 5)):
+        with pytest.raises(InputError, match=r"a: expected a prediction on the prepared grid \(10, 8, 5\)"):
+            restore(np.zeros(shape, np.float32), prepared)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"spacing": -1.0}, r"spacing: must be one or three lengths > 0 in mm \(got -1.0\)"),
+        ({"spacing": 0.0}, "spacing: must be"),
+        ({"spacing": (1.0, 1.0)}, "spacing: must be"),
+        ({"size": (8, 8)}, "size: must be three numbers"),
+        ({"size": (8, 8, 0)}, "size: must be three numbers"),
+        ({"multiple": 0}, "margin and multiple: must be ≥ 0 and ≥ 1"),
+        ({"margin": -1}, "margin and multiple: must be"),
+        ({"normalise": "minmax"}, "normalise: must be one of zscore, histogram, none"),
+        ({"nonfinite": "drop"}, "nonfinite: must be one of error, zero"),
+        ({"empty_labels": "skip"}, "empty_labels: must be one of error, allow"),
+    ],
+)
+def test_settings_errors(change, message):
+    with pytest.raises(InputError, match=message):
+        PrepareSettings(**change)
+
+
+def test_settings_from_lists_equal_those_from_tuples():
+    assert PrepareSettings(size=[8, 8, 8], spacing=[1.0, 1.0, 2.0]) == PrepareSettings(
+        size=(8, 8, 8), spacing=(1.0, 1.0, 2.0)
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_data_set_in_order(tmp_path, workers):
+    cases = [make_case(tmp_path / name, name) for name in "bca"]
+    prepared = prepare_cases(
+        cases, TASK, PrepareSettings(), tmp_path / "cache", workers=workers, progress=False
+    )
+    assert [one.id for one in prepared] == ["b", "c", "a"]
+    assert np.array_equal(prepared[0].image, prepare_case(cases[0], TASK, PrepareSettings(), None).image)
+
+
+def test_all_failing_cases_in_one_listing(tmp_path):
+    cases = [make_case(tmp_path / name, name) for name in "abc"]
+    cases[0].images["T1"].write_bytes(b"")
+    cases[2].label.unlink()
+    with pytest.raises(InputError, match="2 of 3 cases cannot be prepared") as error:
+        prepare_cases(cases, TASK, PrepareSettings(), tmp_path / "cache", progress=False)
+    assert "a_T1.nii.gz: cannot be read" in str(error.value)
+    assert "c_label.nii.gz: no such file" in str(error.value)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    with pytest.raises(InputError, match=r"^[^\n]*c_label\.nii\.gz: no such file$"):
+        prepare_cases(cases[1:], TASK, PrepareSettings(), tmp_path / "cache", progress=False)
+
+
+def test_data_set_that_mixes_two_numberings(tmp_path):
+    task = replace(TASK, labels=frozenset(range(5)), exclusive=((4, 3),))
+    cases = [make_case(tmp_path / name, name) for name in "ab"]
+    rewrite(cases[0].label, data=np.full(SHAPE, 3, np.uint8))
+    task = replace(task, regions=(Region("core", (1, 3, 4)),))
+    with pytest.raises(InputError, match=r"the data set: expected one of the labels \[3, 4\]"):
+        prepare_cases(cases, task, PrepareSettings(), None, progress=False)
+
+
+@needs_shared
+def test_real_tumour_case(tmp_path):
+    files = {"T1": "t1", "T1c": "t1c", "T2": "t2", "FLAIR": "fla", "label": "seg-fusion"}
+    paths = {key: SHARED / "tumour" / f"TCGA-DU-7294_{value}.nii.gz" for key, value in files.items()}
+    label = paths.pop("label")
+    prepared = prepare_case(
+        Case("tcga", paths, label), TASKS["brats"], PrepareSettings(multiple=16), tmp_path
+    )
+    assert prepared.present == (0, 1, 2)
+    assert all(length % 16 == 0 for length in prepared.shape)
+    image, stored = prepared.image, read_labels(label)
+    for channel in image:
+        assert abs(channel[channel != 0].mean()) < 1e-3
+        assert abs(channel[channel != 0].std() - 1) < 1e-3
+    assert np.array_equal(restore(prepared.label, prepared), stored.data)
+    assert json.dumps(prepared.grid.to_dict())
+
+
+@needs_shared
+def test_real_freesurfer_scan_with_its_aseg():
+    task = replace(TASKS["parcellation"], modalities=("T1",))
+    folder = SHARED / "real_t1"
+    case = Case("brain", {"T1": folder / "brain.mgz"}, folder / "aseg.mgz")
+    prepared = prepare_case(case, task, PrepareSettings(normalise="histogram"), None)
+    assert prepared.present == tuple(range(15))
+    assert prepared.image.max() == 1
+    left_of_brainstem = np.argwhere(prepared.label == 14).mean(axis=0)
+    assert np.allclose(
+        left_of_brainstem[0] / prepared.shape[0], 0.5, atol=0.05
+    )  # the brainstem is in the middle
+    expected = task.read_labels(read_labels(folder / "aseg.mgz").data, "aseg")
+    restored = restore(prepared.label, prepared)
+    outside = restored != expected
+    assert outside.mean() < 1e-4  # label voxels on zero intensity outside the brain's box

@@ -1,0 +1,183 @@
+import json
+
+import numpy as np
+import pytest
+
+from timm_ext.data.tasks import (
+    CLASSES,
+    FREESURFER_TO_CLASS,
+    TASKS,
+    Region,
+    Task,
+    brats_task,
+    freesurfer_classes,
+    get_task,
+    task_from_dict,
+    task_to_dict,
+)
+from timm_ext.errors import InputError
+
+ORGANS = {"name": "organs", "modalities": ["CT"], "regions": {"liver": [1, 2], "tumour": [2]}}
+
+
+def test_brats_regions_of_each_label():
+    targets = TASKS["brats"].targets(np.array([0, 1, 2, 3, 4]))
+    assert targets.dtype == np.uint8
+    assert targets.tolist() == [[0, 1, 1, 1, 1], [0, 1, 0, 1, 1], [0, 0, 0, 1, 1]]
+    assert TASKS["brats"].region_names == ("WT", "TC", "ET")
+    assert TASKS["brats"].modalities == ("T1", "T1c", "T2", "FLAIR")
+
+
+def test_parcellations_have_the_fourteen_classes_between_them():
+    label = np.arange(15)
+    whole = TASKS["parcellation"].targets(label)
+    assert np.array_equal(whole, np.eye(15, dtype=np.uint8)[1:])
+    assert np.array_equal(TASKS["parcellation-1-7"].targets(label), whole[:7])
+    assert np.array_equal(TASKS["parcellation-8-14"].targets(label), whole[7:])
+    assert TASKS["parcellation-8-14"].region_names == tuple(CLASSES[number] for number in range(8, 15))
+
+
+def test_targets_keep_the_volume_shape():
+    label = np.random.default_rng(0).integers(0, 5, (2, 3, 4)).astype(np.uint8)
+    assert TASKS["brats"].targets(label).shape == (3, 2, 3, 4)
+
+
+def test_disjoint():
+    assert TASKS["parcellation"].disjoint
+    assert not TASKS["brats"].disjoint
+
+
+@pytest.mark.parametrize(("enhancing", "written"), [(4, 4), (3, 3), (None, 4)])
+def test_painting_regions_gives_the_labels_back(enhancing, written):
+    task = brats_task(enhancing)
+    label = np.array([0, 1, 2, written])
+    painted = np.zeros_like(label)
+    targets = task.targets(label)
+    for index, number in task.paint_order():
+        painted[targets[index] == 1] = number
+    assert painted.tolist() == label.tolist()
+
+
+def test_a_region_without_labels_of_its_own_is_not_painted():
+    regions = (Region("all", (1, 2)), Region("left", (1,)), Region("right", (2,)))
+    task = Task("halves", ("T1",), regions, frozenset({0, 1, 2}))
+    assert task.paint_order() == ((1, 1), (2, 2))
+
+
+@pytest.mark.parametrize(
+    ("number", "codes"),
+    {
+        1: (8, 47),
+        2: (3, 42, 26, 58, 1000, 1035, 2999, 11100, 12999),
+        3: (10, 49),
+        4: (18, 54, 31, 63, 136, 137, 163, 164),
+        5: (11, 50),
+        6: (13, 52),
+        7: (24,),
+        8: (7, 46),
+        9: (2, 41, 77, 79, 251, 255, 25, 57),
+        10: (17, 53),
+        11: (4, 5, 43, 44, 14, 15, 72),
+        12: (12, 51),
+        13: (28, 60),
+        14: (16,),
+        0: (0, 30, 62, 80, 85, 256, 530, 999, 3000, 11099, 13000, 14175),
+    }.items(),
+)
+def test_freesurfer_codes(number, codes):
+    assert {FREESURFER_TO_CLASS.get(code, 0) for code in codes} == {number}
+    assert set(freesurfer_classes(np.array(codes, dtype=np.int32)).tolist()) == {number}
+
+
+def test_labels_outside_the_set_are_named_with_the_file():
+    with pytest.raises(
+        InputError, match=r"case/seg.nii: expected the labels \[0, 1, 2, 3, 4\] .*brats \(got 5, 9\)"
+    ):
+        TASKS["brats"].read_labels(np.array([0, 1, 5, 9]), "case/seg.nii")
+    with pytest.raises(InputError, match=r"got 16, .*, \.\.\. 84 values in all"):
+        TASKS["parcellation"].read_labels(np.array([*range(15), *range(16, 41), *range(43, 102)]), "a.nii")
+
+
+def test_both_numbers_of_the_enhancing_tumour_are_refused():
+    with pytest.raises(InputError, match=r"seg.nii: expected one of the labels \[3, 4\].*got \[3, 4\]"):
+        TASKS["brats"].read_labels(np.array([0, 1, 2, 3, 4]), "seg.nii")
+
+
+def test_a_declared_enhancing_label_refuses_the_other():
+    assert TASKS["brats-2023"].read_labels(np.array([0, 1, 2, 3]), "x").tolist() == [0, 1, 2, 3]
+    with pytest.raises(InputError, match=r"brats-2023 \(got 4\)"):
+        TASKS["brats-2023"].read_labels(np.array([0, 4]), "x")
+
+
+@pytest.mark.parametrize(("present", "enhancing"), [({0, 1, 2, 3}, 3), ({0, 4}, 4), ({0, 1}, 4)])
+def test_resolve_takes_the_numbering_of_the_data_set(present, enhancing):
+    task = TASKS["brats"].resolve(present)
+    assert task.regions == brats_task(enhancing).regions
+    assert task.labels == {0, 1, 2, enhancing}
+    with pytest.raises(InputError, match="the data set: expected one of"):
+        TASKS["brats"].resolve({3, 4})
+
+
+def test_freesurfer_maps_are_recognised_by_the_right_cerebrum():
+    task = TASKS["parcellation"]
+    assert task.read_labels(np.array([0, 2, 41, 16, 80]), "aseg").tolist() == [0, 9, 9, 14, 0]
+    assert task.read_labels(np.array([0, 2, 14]), "classes").tolist() == [0, 2, 14]
+    with pytest.raises(InputError, match="got 15"):
+        task.read_labels(np.array([0, 2, 15]), "typo")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_tasks_survive_json(name):
+    assert task_from_dict(json.loads(json.dumps(task_to_dict(TASKS[name])))) == TASKS[name]
+
+
+def test_custom_task_from_files(tmp_path):
+    (tmp_path / "organs.json").write_text(json.dumps(ORGANS))
+    (tmp_path / "organs.yaml").write_text(
+        "name: organs\nmodalities: [CT]\nregions:\n  liver: [1, 2]\n  tumour: [2]\n"
+    )
+    task = get_task(tmp_path / "organs.json")
+    assert task == get_task(str(tmp_path / "organs.yaml"))
+    assert task == Task(
+        "organs", ("CT",), (Region("liver", (1, 2)), Region("tumour", (2,))), frozenset({0, 1, 2})
+    )
+    assert get_task("brats") is TASKS["brats"]
+
+
+def test_custom_task_may_allow_more_labels():
+    assert task_from_dict({**ORGANS, "labels": [0, 1, 2, 7]}).labels == {0, 1, 2, 7}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": ""}, "name must be a text"),
+        ({"colour": 1}, "expected the keys name, modalities, regions"),
+        ({"modalities": "CT"}, "modalities must be a list of str"),
+        ({"modalities": []}, "modalities must be a list"),
+        ({"modalities": ["CT", "CT"]}, "modalities must be distinct"),
+        ({"regions": ["liver"]}, "regions must map names to labels"),
+        ({"regions": {"liver": [1.5]}}, "region liver must be a list of int"),
+        ({"regions": {"liver": [300]}}, r"region liver must lie in 0..255 \(got \[300\]\)"),
+        ({"regions": {"liver": [0, 1]}}, "must not hold label 0"),
+        ({"labels": [0, 1]}, r"labels must hold 0 and the labels of every region \(got none of \[2\]\)"),
+        ({"exclusive": [1]}, "exclusive must be a list of list"),
+        ({"freesurfer": 1}, "freesurfer must be true or false"),
+    ],
+)
+def test_custom_task_errors(change, message):
+    with pytest.raises(InputError, match=message):
+        task_from_dict({**ORGANS, **change})
+
+
+def test_get_task_errors(tmp_path):
+    with pytest.raises(InputError, match=r"expected one of brats, .* \(got lungs\)"):
+        get_task("lungs")
+    with pytest.raises(InputError, match=r"none\.yaml: cannot be read"):
+        get_task(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    with pytest.raises(InputError, match=r"bad\.yaml: expected a task"):
+        get_task(tmp_path / "bad.yaml")
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(InputError, match=r"list\.json: expected the keys .*got list"):
+        get_task(tmp_path / "list.json")
