@@ -7,7 +7,7 @@ from timm_ext.errors import InputError
 
 
 def test_a_smooth_field_is_taken_out():
-    x, y, z = np.indices((40, 44, 36)) / 40 - 0.5
+    x, y, z = np.indices((28, 30, 26)) / 28 - 0.5
     inside = x**2 + y**2 + z**2 < 0.2
     tissue = np.where(x**2 + y**2 + z**2 < 0.08, 200.0, 100.0) * inside
     noise = np.random.default_rng(0).normal(1, 0.02, tissue.shape)

@@ -294,7 +294,8 @@ def test_four_axes(tmp_path):
 def test_empty_image(tmp_path):
     case = make_case(tmp_path)
     rewrite(case.images["T2"], data=np.zeros(SHAPE, np.int16))
-    refused(case, r"a_T2\.nii\.gz: expected an image with foreground \(got 0 in every voxel\)")
+    for settings in (PrepareSettings(), PrepareSettings(spacing=3.0), PrepareSettings(bias_field=True)):
+        refused(case, r"a_T2\.nii\.gz: expected an image with foreground \(got 0 in ever", settings=settings)
 
 
 def test_labels_outside_the_task(tmp_path):

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache as once
@@ -198,12 +198,7 @@ def prepare_cases(
             the data set mixes two numberings of one region.
     """
     job = partial(_attempt, task=task, settings=settings, cache=cache)
-    shown = partial(track, description="Preparing cases", total=len(cases), disable=not progress)
-    if workers:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            results = list(shown(pool.map(job, cases)))
-    else:
-        results = list(shown(map(job, cases)))
+    results = _outcomes(job, cases, workers, progress)
     failures = [result for result in results if isinstance(result, InputError)]
     if len(failures) == 1:
         raise failures[0]
@@ -245,6 +240,16 @@ def _attempt(
         return prepare_case(case, task, settings, cache)
     except InputError as error:
         return error
+
+
+def _outcomes(
+    job: Callable[[Case], Prepared | InputError], cases: Sequence[Case], workers: int, progress: bool
+) -> list[Prepared | InputError]:
+    shown = partial(track, description="Preparing cases", total=len(cases), disable=not progress)
+    if not workers:
+        return list(shown(map(job, cases)))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        return list(shown(pool.map(job, cases)))
 
 
 def _build(case: Case, task: Task, settings: PrepareSettings) -> tuple[Arrays, Grid, tuple[int, ...]]:
@@ -294,15 +299,15 @@ def _to_working(image: Volume, settings: PrepareSettings, where: Path) -> tuple[
     """Bring one image to the working grid, with the mask of its foreground."""
     image = to_canonical(image)
     mask = image.data != 0
-    if not mask.any():
-        raise InputError(f"{where}: expected an image with foreground (got 0 in every voxel)")
     if settings.bias_field:
         image = correct_bias(image, where)
-    if settings.spacing is None:
-        return image, mask
-    spacing = _triple_of(settings.spacing)
-    mask = resample(Volume(mask, image.affine), spacing, "nearest").data
-    return resample(image, spacing, "linear"), mask
+    if settings.spacing is not None:
+        spacing = _triple_of(settings.spacing)
+        mask = resample(Volume(mask, image.affine), spacing, "nearest").data
+        image = resample(image, spacing, "linear")
+    if not mask.any():
+        raise InputError(f"{where}: expected an image with foreground (got 0 in every voxel)")
+    return image, mask
 
 
 def _check_grid(first_path: Path, first: Volume, path: Path, other: Volume) -> None:
