@@ -1,9 +1,11 @@
 """The log of a run: one CSV row per step, and TensorBoard events."""
 
 import csv
+import errno
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +44,7 @@ class RunLog:
     ) -> None:
         self.rows: list[Row] = []
         self._path = run_dir / LOG_NAME
+        self._events_dir = run_dir / EVENTS_NAME
         self._columns = tuple(columns)
         self._file: io.FileIO | None = None
         self._events: writer.SummaryWriter | None = None
@@ -52,7 +55,8 @@ class RunLog:
             if tensorboard:
                 from torch.utils.tensorboard.writer import SummaryWriter
 
-                self._events = SummaryWriter(run_dir / EVENTS_NAME, purge_step=len(self.rows) + 1)
+                with _writing(self._events_dir):
+                    self._events = SummaryWriter(self._events_dir, purge_step=len(self.rows) + 1)
 
     def append(self, row: Row) -> None:
         """Add a row; columns it lacks stay empty.
@@ -64,9 +68,10 @@ class RunLog:
         self.rows.append(row)
         self._write(_line(["" if value is None else repr(value) for value in row.values()]))
         if self._events is not None:
-            for name, value in row.items():
-                if value is not None and name not in _WHOLE:
-                    self._events.add_scalar(name, value, len(self.rows))
+            with _writing(self._events_dir):
+                for name, value in row.items():
+                    if value is not None and name not in _WHOLE:
+                        self._events.add_scalar(name, value, len(self.rows))
 
     def sync(self) -> int:
         """Bring the log to the disk and return its length in bytes; 0 in a process that does not write."""
@@ -76,19 +81,22 @@ class RunLog:
         return self._file.tell()
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files.
+
+        Raises:
+            InputError: the disk is full.
+        """
         if self._file is not None:
             self._file.close()
         if self._events is not None:
-            self._events.close()
+            with _writing(self._events_dir):
+                self._events.close()
 
     def _open(self, length: int) -> None:
-        try:
+        with _writing(self._path):
             self._file = open(self._path, "r+b" if length else "wb", buffering=0)  # noqa: SIM115
             self._file.truncate(length)
             self._file.seek(length)
-        except OSError as error:
-            raise InputError(f"{self._path}: cannot be written ({error.strerror})") from error
         if not length:
             self._write(_line(self._columns))
 
@@ -96,11 +104,17 @@ class RunLog:
         if self._file is None:
             return
         data = text.encode()
-        try:
+        with _writing(self._path):
             if self._file.write(data) != len(data):
-                raise OSError(0, "the disk is full")
-        except OSError as error:
-            raise InputError(f"{self._path}: cannot be written ({error.strerror})") from error
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def _line(values: Sequence[str]) -> str:

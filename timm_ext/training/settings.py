@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from timm_ext.errors import InputError
 
-# What may differ between a run and its continuation without a change in its result.
+# What may change when a run is resumed: the machine, and what is only written.
 _FREE_ON_RESUME = {"accelerator", "devices", "workers", "save_every", "tensorboard"}
 _POSITIVE = (
     "steps",

@@ -31,6 +31,7 @@ from timm_ext.training.state import STATE_NAME, load_state, restore_weights, sav
 from timm_ext.training.validation import Validation, validate
 
 SETTINGS_NAME = "settings.json"
+PARTIAL_PATTERN = ".partial-*"  # what a killed process leaves of `timm_ext.files.atomic_write`
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,13 @@ class Trainer:
         """
         groups = _named_groups(model, parameter_groups, self.settings.lr)
         regions = len(first_sample(train_set, "training set")["target"])
-        if val_set is not None:
-            first_sample(val_set, "validation set")
+        if (
+            val_set is not None
+            and (found := len(first_sample(val_set, "validation set")["target"])) != regions
+        ):
+            raise InputError(
+                f"validation set: expected the {regions} regions of the training set (got {found})"
+            )
         fabric = launch(self.settings)
         trained = [parameter for group in groups for parameter in group["params"]]
         with only_trained(model, trained), reproducible(fabric.device):
@@ -172,10 +178,12 @@ class _Run:
         exists = self.state_path.exists()
         if exists and not resume:
             raise InputError(
-                f"{self.state_path.parent}: expected a folder without a training run; resume it or choose another"
+                f"{self.state_path.parent}: expected a folder without a run; resume it or choose another"
             )
         length = self._restore(load_state(self.state_path)) if exists else 0
         if self.fabric.is_global_zero:
+            for leftover in self.state_path.parent.glob(PARTIAL_PATTERN):
+                leftover.unlink(missing_ok=True)
             write_json(self.state_path.with_name(SETTINGS_NAME), self.settings.to_dict())
         validation = ("val_loss", "val_dice", *(f"val_dice_{name}" for name in self.regions))
         columns = ("step", "epoch", "loss", *self.rates, *(validation if self.val_set is not None else ()))

@@ -1,0 +1,151 @@
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from timm_ext.errors import InputError
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+from examples_for_tests import Blobs, reference_run, settings, small_network  # noqa: E402
+
+from timm_ext.training.trainer import Trainer  # noqa: E402
+
+
+def _weights(model):
+    return torch.cat([value.double().flatten() for value in model.state_dict().values()])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("undisturbed")
+    model, history = reference_run(run_dir)
+    return _weights(model), (run_dir / "log.csv").read_bytes(), history
+
+
+# Samples: 1 is read by the checks before the first step, each step then reads two. The files replaced are the
+# settings, then the state after each second step.
+POINTS = [("sample", 9), ("sample", 16), ("replace", 3), ("replace", 5)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("when", "count"), POINTS)
+def test_killed_run_ends_as_the_undisturbed_one(tmp_path, undisturbed, when, count):
+    command = [sys.executable, str(HERE / "examples_for_tests.py"), str(tmp_path), when, str(count)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    model, history = reference_run(tmp_path)
+    weights, log, expected = undisturbed
+    assert torch.equal(_weights(model), weights)
+    assert (tmp_path / "log.csv").read_bytes() == log
+    assert history.rows == expected.rows
+    assert history.best_step == expected.best_step
+    assert _same_observations(history, expected)
+    assert not list(tmp_path.glob(".partial-*"))
+
+
+class _StopError(Exception):
+    pass
+
+
+class _Stopping(Blobs):
+    """Fails when the n-th sample is asked for, as a cheap stand-in for a kill."""
+
+    def sample(self, index, epoch):
+        if len(self.asked) == self.stop_at:
+            raise _StopError
+        return super().sample(index, epoch)
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 8, 15, 25])
+def test_interrupted_run_ends_as_the_undisturbed_one(tmp_path, undisturbed, stop_at):
+    cases = _Stopping(5)
+    cases.stop_at = stop_at
+    with pytest.raises(_StopError):
+        reference_run(tmp_path, cases)
+    model, history = reference_run(tmp_path)
+    weights, log, expected = undisturbed
+    assert torch.equal(_weights(model), weights)
+    assert (tmp_path / "log.csv").read_bytes() == log
+    assert history.rows == expected.rows
+    assert _same_observations(history, expected)
+
+
+def _same_observations(history, expected):
+    return all(
+        (step, value.item()) == (other, wanted.item())
+        for (step, value), (other, wanted) in zip(history.observations, expected.observations, strict=True)
+    )
+
+
+def test_finished_run_is_loaded(tmp_path, undisturbed):
+    reference_run(tmp_path)
+    cases = Blobs(5)
+    model, history = reference_run(tmp_path, cases)
+    assert cases.asked == [(0, 0)]
+    assert torch.equal(_weights(model), undisturbed[0])
+    assert history.rows == undisturbed[2].rows
+
+
+def test_a_longer_budget_goes_on(tmp_path):
+    Trainer(settings(steps=4), tmp_path / "a").fit(small_network(), Blobs(3))
+    longer, whole = small_network(), small_network()
+    Trainer(settings(steps=7), tmp_path / "a").fit(longer, Blobs(3), resume=True)
+    Trainer(settings(steps=7), tmp_path / "b").fit(whole, Blobs(3))
+    assert torch.equal(_weights(longer), _weights(whole))
+    assert (tmp_path / "a/log.csv").read_bytes() == (tmp_path / "b/log.csv").read_bytes()
+
+
+def test_global_random_state_does_not_matter_and_is_left_alone(tmp_path, undisturbed):
+    torch.manual_seed(123)
+    state = torch.get_rng_state()
+    model, _ = reference_run(tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(_weights(model), undisturbed[0])
+
+
+def test_second_run_in_one_folder_is_refused(tmp_path):
+    reference_run(tmp_path)
+    with pytest.raises(InputError, match="expected a folder without a run"):
+        reference_run(tmp_path, resume=False)
+
+
+def test_other_settings_are_refused(tmp_path):
+    Trainer(settings(steps=2), tmp_path).fit(small_network(), Blobs(3))
+    with pytest.raises(InputError, match=r"other settings: batch_size 2, now 1; lr 0\.01, now 0\.5"):
+        Trainer(settings(steps=2, lr=0.5, batch_size=1), tmp_path).fit(small_network(), Blobs(3), resume=True)
+
+
+def test_other_cases_are_refused(tmp_path):
+    Trainer(settings(steps=2), tmp_path).fit(small_network(), Blobs(3))
+    with pytest.raises(InputError, match=r"expected \[3, 0\] training and validation cases.*got \[4, 0\]"):
+        Trainer(settings(steps=2), tmp_path).fit(small_network(), Blobs(4), resume=True)
+
+
+def test_other_model_is_refused(tmp_path):
+    Trainer(settings(steps=2), tmp_path).fit(small_network(), Blobs(3))
+    other = small_network(out_channels=2)
+    with pytest.raises(
+        InputError, match=r"(?s)these differ:.*heads\.0\.weight: \[1, 2, 1, 1, 1\], model \[2, 2"
+    ):
+        Trainer(settings(steps=2), tmp_path).fit(other, Blobs(3, regions=2), resume=True)
+
+
+def test_damaged_state_is_refused(tmp_path):
+    Trainer(settings(steps=2), tmp_path).fit(small_network(), Blobs(3))
+    state = tmp_path / "state.pt"
+    state.write_bytes(state.read_bytes()[:2000])
+    with pytest.raises(
+        InputError, match=r"state\.pt: expected the state of a training run .the file is damaged"
+    ):
+        Trainer(settings(steps=2), tmp_path).fit(small_network(), Blobs(3), resume=True)
+
+
+def test_lost_log_is_refused(tmp_path):
+    Trainer(settings(steps=2), tmp_path).fit(small_network(), Blobs(3))
+    log = tmp_path / "log.csv"
+    log.write_bytes(log.read_bytes()[:-5])
+    with pytest.raises(InputError, match=r"log\.csv: expected the log of the run that is resumed"):
+        Trainer(settings(steps=2), tmp_path).fit(small_network(), Blobs(3), resume=True)
