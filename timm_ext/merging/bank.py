@@ -1,0 +1,253 @@
+"""Weights and Fishers of all source models as two planes that the merge reads once."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from timm_ext.checkpoint import load_checkpoint, non_finite, save_checkpoint
+from timm_ext.errors import InputError
+from timm_ext.parameters import Layout, compatibility_report
+
+if TYPE_CHECKING:
+    from timm_ext.fisher.result import Fisher
+
+Normalization = Literal["tensor", "model"]
+
+_ALIGNMENT = 64  # elements between the starts of rows
+_PAGE = 4096  # bytes; rows that start a whole number of pages apart compete for the same cache sets
+_HALF_PEAK = 2.0**15  # the largest Fisher of an element when it is stored as float16, whose maximum is 65504
+
+
+@dataclass(frozen=True, eq=False)
+class Bank:
+    """θ and F of T source models with P shared elements each.
+
+    The rows are padded to a stride that suits the merge; `theta` and `fisher` are views without the padding.
+
+    Attributes:
+        planes: `[1 or 2, T, stride]`, the weights and, if there are Fishers, those.
+        layout: what the P elements are.
+        sources: names of the T models.
+        normalize: how the Fishers were scaled, see `build`.
+    """
+
+    planes: Tensor
+    layout: Layout
+    sources: tuple[str, ...]
+    normalize: Normalization | None = None
+
+    @classmethod
+    def build(
+        cls,
+        models: Mapping[str, Mapping[str, Tensor]],
+        fishers: "Sequence[Fisher] | None",
+        layout: Layout,
+        *,
+        normalize: Normalization | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> "Bank":
+        """Check and copy the models' tensors; the caller's are neither changed nor kept.
+
+        Parameters in any Fisher's `zero` get F = 1 in all models: the plain mean. `normalize="tensor"`
+        divides each tensor's F by its sum, as the authors of T-IMM did; if one sum is 0, the tensor gets F
+        = 1 in all models. `normalize="model"` divides a model's whole F by its sum. In float16 each
+        tensor's Fishers are multiplied by a power of two, the same for all models: that changes no merge
+        and saves them from underflow.
+
+        Args:
+            models: parameters by name for each source model; names beyond the layout's are ignored.
+            fishers: of the same models in the same order, or None.
+            layout: the shared parameters.
+            normalize: None leaves the Fishers as they are; their `scaling` must then agree.
+            dtype: of storage: float32, bfloat16 or float16 (float64 for checks).
+
+        Raises:
+            InputError: no model, tensors that do not fit the layout, weights that are not finite (in
+                `dtype`), Fishers that are negative or not finite; all are listed with model and tensor.
+        """
+        _check_arguments(models, fishers, normalize)
+        _check_tensors(models, fishers or (), layout)
+        planes = _padded(1 if fishers is None else 2, len(models), layout.numel, dtype)
+        bank = cls(planes, layout, tuple(models), normalize)
+        for row, tensors in zip(bank.theta, models.values(), strict=True):
+            layout.flatten(tensors, out=row)
+        _check_stored(bank.theta, models, layout)
+        if fishers is not None and bank.fisher is not None:
+            _fill_fishers(bank, fishers)
+            _check_stored(bank.fisher, map(_fisher_of, models), layout)
+        return bank
+
+    @property
+    def theta(self) -> Tensor:
+        """Weights `[T, P]`."""
+        return self.planes[0, :, : self.layout.numel]
+
+    @property
+    def fisher(self) -> Tensor | None:
+        """Fishers `[T, P]`, or None."""
+        return self.planes[1, :, : self.layout.numel] if len(self.planes) > 1 else None
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def without_fisher(self) -> "Bank":
+        """Return the same weights, not copied, with F = 1."""
+        return replace(self, planes=self.planes[:1], normalize=None)
+
+    def to(self, device: torch.device | str) -> "Bank":
+        """Return the bank on a device; it is not copied if it is there."""
+        return replace(self, planes=self.planes.to(device))
+
+    def save(self, path: Path | str, **metadata: Any) -> str:
+        """Write all of it as one safetensors file.
+
+        Args:
+            path: of the file.
+            **metadata: provenance as JSON values, such as the sources' SHA-256.
+
+        Returns:
+            SHA-256 of the file.
+        """
+        about = {"sources": list(self.sources), "normalize": self.normalize, "layout": self.layout.to_list()}
+        rows = {
+            f"{kind}.{index}": row[: self.layout.numel]
+            for kind, plane in zip(("theta", "fisher"), self.planes, strict=False)
+            for index, row in enumerate(plane)
+        }
+        return save_checkpoint(path, rows, kind="bank", bank=about, **metadata)
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Bank":
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: the file is not a bank or is damaged.
+        """
+        checkpoint = load_checkpoint(path, kind="bank")
+        about = checkpoint.metadata.get("bank") or {}
+        try:
+            layout = Layout.from_list(about["layout"])
+            sources = tuple(about["sources"])
+            kinds = ("theta", "fisher") if "fisher.0" in checkpoint.tensors else ("theta",)
+            dtype = checkpoint.tensors["theta.0"].dtype
+            planes = _padded(len(kinds), len(sources), layout.numel, dtype)
+            for plane, kind in zip(planes, kinds, strict=True):
+                for index, row in enumerate(plane):
+                    row[: layout.numel] = checkpoint.tensors.pop(f"{kind}.{index}")
+            return cls(planes, layout, sources, about["normalize"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise InputError(f"{path}: expected a bank written by timm_ext (got {error!r})") from error
+
+
+def _padded(planes: int, models: int, elements: int, dtype: torch.dtype) -> Tensor:
+    stride = -(-elements // _ALIGNMENT) * _ALIGNMENT
+    if stride * dtype.itemsize % _PAGE == 0:
+        stride += _ALIGNMENT
+    result = torch.empty(planes, models, stride, dtype=dtype)
+    result[:, :, elements:] = 0
+    return result
+
+
+def _check_arguments(
+    models: Mapping[str, Mapping[str, Tensor]],
+    fishers: "Sequence[Fisher] | None",
+    normalize: Normalization | None,
+) -> None:
+    if not models:
+        raise InputError("bank: expected at least one model (got none)")
+    if normalize is not None and normalize not in get_args(Normalization):
+        raise InputError(f"normalize: expected None, 'tensor' or 'model' (got {normalize!r})")
+    if fishers is None:
+        return
+    if len(fishers) != len(models):
+        raise InputError(f"bank: expected one Fisher for each of {len(models)} models (got {len(fishers)})")
+    scalings = dict.fromkeys(fisher.scaling for fisher in fishers)
+    if normalize is None and len(scalings) > 1:
+        raise InputError(
+            f"bank: expected Fishers of one scaling unless normalize is set (got {'; '.join(scalings)})"
+        )
+
+
+def _check_tensors(
+    models: Mapping[str, Mapping[str, Tensor]], fishers: "Sequence[Fisher]", layout: Layout
+) -> None:
+    named = {_fisher_of(model): fisher.tensors for model, fisher in zip(models, fishers, strict=False)}
+    _refuse("tensors that fit the layout", compatibility_report({**models, **named}, layout=layout))
+    lines = [
+        f"{model}: {name}: {problem}"
+        for model, tensors in named.items()
+        for name in layout.names
+        for problem in _fisher_problems(tensors[name])
+    ]
+    _refuse("finite Fishers that are not negative", lines)
+
+
+def _fisher_of(model: str) -> str:
+    return f"Fisher of {model}"
+
+
+def _fisher_problems(tensor: Tensor) -> list[str]:
+    problems = {
+        "NaN or infinite": tensor.numel() - int(tensor.isfinite().sum()),
+        "negative": int((tensor < 0).sum()),
+    }
+    return [f"{count} of {tensor.numel()} elements are {what}" for what, count in problems.items() if count]
+
+
+def _check_stored(plane: Tensor, rows: Iterable[str], layout: Layout) -> None:
+    dtype = str(plane.dtype).removeprefix("torch.")
+    lines = [
+        f"{row}: {line}"
+        for row, flat in zip(rows, plane, strict=True)
+        for line in non_finite(layout.split(flat))
+    ]
+    _refuse(f"finite values as {dtype}", lines)
+
+
+def _refuse(expected: str, lines: Sequence[str]) -> None:
+    if lines:
+        raise InputError(
+            "\n  ".join([f"bank: expected {expected} (got {len(lines)} tensors that are not)", *lines])
+        )
+
+
+def _fill_fishers(bank: Bank, fishers: "Sequence[Fisher]") -> None:
+    """Copy the Fishers tensor by tensor, scaled, with F = 1 where the plain mean is due."""
+    plain = {name for fisher in fishers for name in fisher.zero}
+    totals = _totals(bank, fishers, plain) if bank.normalize == "model" else None
+    for entry, start in zip(bank.layout.entries, bank.layout.offsets, strict=True):
+        columns = bank.planes[1, :, start : start + entry.numel]
+        values = _values(entry.name, fishers)
+        sums = values.sum(dim=1) if bank.normalize == "tensor" else totals
+        if entry.name in plain or (sums is not None and (sums == 0).any()):
+            columns.fill_(1)
+            continue
+        if sums is not None:
+            values /= sums[:, None]
+        columns.copy_(values * _half_factor(values) if columns.dtype == torch.float16 else values)
+
+
+def _values(name: str, fishers: "Sequence[Fisher]") -> Tensor:
+    """Return one tensor's Fisher of all models, `[T, elements]` in float64."""
+    return torch.stack([fisher.tensors[name].reshape(-1).to("cpu", torch.float64) for fisher in fishers])
+
+
+def _totals(bank: Bank, fishers: "Sequence[Fisher]", plain: Set[str]) -> Tensor:
+    totals = torch.zeros(len(bank), dtype=torch.float64)
+    for name in bank.layout.names:
+        if name not in plain:
+            totals += _values(name, fishers).sum(dim=1)
+    if empty := [source for source, total in zip(bank.sources, totals, strict=True) if total == 0]:
+        raise InputError(f"bank: expected Fishers above zero somewhere (got none for {', '.join(empty)})")
+    return totals
+
+
+def _half_factor(values: Tensor) -> float:
+    """Return the power of two that brings the largest value of float16 storage near `_HALF_PEAK`."""
+    peak = float(values.max()) if values.numel() else 0.0
+    return 2.0 ** math.floor(math.log2(_HALF_PEAK / peak)) if peak else 1.0

@@ -1,0 +1,143 @@
+"""From source networks to an initialised target network."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from timm_ext.errors import InputError
+from timm_ext.groups import Granularity
+from timm_ext.merging.bank import Bank, Normalization
+from timm_ext.merging.merged_model import MergedModel
+from timm_ext.merging.methods import Method, get_method
+from timm_ext.merging.modalities import fit_to_target
+from timm_ext.ops import Mixing
+from timm_ext.parameters import Layout, Split, check_compatible, named_parameters
+
+if TYPE_CHECKING:
+    from timm_ext.fisher.result import Fisher
+
+
+def assemble_bank(
+    network: nn.Module,
+    models: Mapping[str, Mapping[str, Tensor]],
+    fishers: "Sequence[Fisher] | None",
+    *,
+    split: Split,
+    source_modalities: Sequence[Sequence[str]],
+    target_modalities: Sequence[str],
+    input_layers: Sequence[str],
+    unseen: Mapping[str, str] | None = None,
+    normalize: Normalization | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Bank:
+    """Fit source networks to the target's input images and collect their shared parameters.
+
+    Args:
+        network: the target network.
+        models: parameters (or the state) of each source network by its name.
+        fishers: of the same models in the same order, or None.
+        split: which of the target's parameters are shared.
+        source_modalities: of each source network.
+        target_modalities: of the target task.
+        input_layers: names of the weights that read the images.
+        unseen: see `match_input_channels`.
+        normalize: see `Bank.build`.
+        dtype: see `Bank.build`.
+
+    Raises:
+        InputError: the networks differ in more than their task-specific tensors, all of which are listed,
+            or what `match_input_channels` and `Bank.build` refuse.
+    """
+    check_compatible(models, ignore=(*split.specific, *input_layers))
+    if len(source_modalities) != len(models):
+        raise InputError(
+            f"modalities: expected those of each of {len(models)} models (got {len(source_modalities)} lists)"
+        )
+    shared_inputs = [name for name in input_layers if name in split.shared]
+    fitted = [
+        fit_to_target(
+            tensors,
+            fisher,
+            source_modalities=modalities,
+            target_modalities=target_modalities,
+            input_layers=shared_inputs,
+            unseen=unseen,
+        )
+        for tensors, fisher, modalities in zip(
+            models.values(), _one_each(fishers, len(models)), source_modalities, strict=True
+        )
+    ]
+    fitted_fishers = [fisher for _, fisher in fitted if fisher is not None]
+    return Bank.build(
+        {name: tensors for name, (tensors, _) in zip(models, fitted, strict=True)},
+        fitted_fishers if fishers is not None else None,
+        Layout.from_model(network, split.shared),
+        normalize=normalize,
+        dtype=dtype,
+    )
+
+
+def _one_each(fishers: "Sequence[Fisher] | None", models: int) -> "Sequence[Fisher | None]":
+    if fishers is not None and len(fishers) != models:
+        raise InputError(f"bank: expected one Fisher for each of {models} models (got {len(fishers)})")
+    return fishers if fishers is not None else [None] * models
+
+
+def build_initialisation(
+    method: Method | str,
+    network: nn.Module,
+    bank: Bank | None,
+    *,
+    granularity: Granularity | None = None,
+    mixing: Mixing = "sigmoid",
+    initial_logits: Tensor | None = None,
+) -> nn.Module:
+    """Initialise a copy of the target network by a method.
+
+    Args:
+        method: or its name, see `get_method`.
+        network: the target network, whose task-specific parameters are initialised; it is not changed.
+        bank: the source models; None only for methods without any.
+        granularity: of the logits where they are trained; None as the method has it.
+        mixing: of the logits where they are trained.
+        initial_logits: where they are trained, see `MergedModel`.
+
+    Returns:
+        A `MergedModel` for a method that trains the logits, which is to be adapted and folded; otherwise a
+        plain network with the merged shared weights, of which `adapt="specific"` trains the rest first.
+
+    Raises:
+        InputError: the method needs more models than the bank has, or Fishers, or the network does not fit
+            the bank.
+    """
+    method = get_method(method) if isinstance(method, str) else method
+    if method.models and (bank is None or len(bank) < method.models):
+        raise InputError(
+            f"{method.name}: expected at least {method.models} source models (got {len(bank or ())})"
+        )
+    if method.needs_fisher and bank is not None and bank.fisher is None:
+        raise InputError(f"{method.name}: expected a bank with Fishers (got one without)")
+    if bank is None or method.shared is None:
+        return copy.deepcopy(network)
+    if method.adapt == "logits":
+        return MergedModel(
+            network,
+            bank if method.needs_fisher else bank.without_fisher(),
+            granularity=granularity or method.granularity,
+            mixing=mixing,
+            initial_logits=initial_logits,
+        )
+    return _with_shared(network, bank, method.shared(bank))
+
+
+def _with_shared(network: nn.Module, bank: Bank, merged: Tensor) -> nn.Module:
+    result = copy.deepcopy(network)
+    parameters = named_parameters(result)
+    check_compatible({"network": parameters}, layout=bank.layout)
+    with torch.no_grad():
+        for name, tensor in bank.layout.split(merged).items():
+            parameters[name].copy_(tensor)
+    return result

@@ -1,0 +1,227 @@
+"""A network whose shared weights are a function of mixing logits."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from timm_ext.errors import InputError
+from timm_ext.groups import Granularity, make_groups
+from timm_ext.merging.bank import Bank
+from timm_ext.ops import MIXINGS, Mixing, fused_merge, ratios
+from timm_ext.parameters import check_compatible, named_parameters, parameter_aliases
+
+_MOST_LISTED = 10_000  # logits of more groups than this stay out of a file's metadata
+
+
+class MergedModel(nn.Module):
+    """A network that merges its shared weights anew in each forward, so that the mixing can be learned.
+
+    θ*_p = Σ_t α[g,t] F[t,p] θ[t,p] / Σ_t α[g,t] F[t,p] for the elements p of group g, with α from the
+    logits δ: σ(δ[g,t]) / Σ_j σ(δ[g,j]) (`"sigmoid"`, T-IMM of Geyer et al., MIDL 2019), softmax
+    (`"softmax"`), or the logits themselves divided by their sum (`"ratios"`).
+
+    Parameters are `logits` and the network's task-specific parameters, nothing else: the shared ones have
+    empty slots in `network` and exist only during a forward. The bank is a buffer that moves with the
+    module; it is left out of `state_dict` (the sources have files of their own) and shared by deep copies.
+    Buffers of the network, such as running statistics, are the network's own and are not merged.
+
+    Each forward merges; call `fold()` first where the logits do not change, as in inference.
+
+    Attributes:
+        logits: δ, `[G, T]`.
+        network: a copy of the given network without its shared parameters.
+        layout: the shared parameters.
+        sources: names of the T source models.
+        group_names: `[G]`.
+        granularity: of the groups.
+        mixing: how ratios come from logits.
+    """
+
+    _like: Tensor
+    _planes: Tensor
+    _offsets: Tensor
+    _rows: Tensor | None
+
+    def __init__(
+        self,
+        network: nn.Module,
+        bank: Bank,
+        *,
+        granularity: Granularity = "layer",
+        mixing: Mixing = "sigmoid",
+        initial_logits: Tensor | None = None,
+    ):
+        """Take a copy of `network`, and the bank as it is.
+
+        Args:
+            network: gives structure, task-specific parameters and buffers; its shared weights do not matter.
+            bank: the source models; what its layout names is shared.
+            granularity: which elements share a row of logits.
+            mixing: see above.
+            initial_logits: `[G, T]`, or what expands to it, such as `[T]`; None starts from equal ratios,
+                which is IMM.
+
+        Raises:
+            InputError: the network lacks a tensor of the bank or has it in another shape, all of which are
+                listed, or the logits are not finite, of another shape, or negative ratios.
+        """
+        super().__init__()
+        parameters = named_parameters(network)
+        check_compatible({"network": parameters}, layout=bank.layout)
+        self.layout, self.sources = bank.layout, bank.sources
+        self.granularity, self.mixing = granularity, mixing
+        shared = set(bank.layout.names)
+        self._aliases = {name: first for name, first in parameter_aliases(network).items() if first in shared}
+        self._views = _views_of_aliases(network, self._aliases)
+        self.network = copy.deepcopy(network)
+        for name in self._aliases:
+            _set(self.network, name, None)
+        self.network.requires_grad_(True)
+        groups = make_groups(bank.layout, granularity)
+        self.group_names = groups.names
+        own_rows = torch.equal(groups.rows, torch.arange(len(groups.rows)))
+        self.register_buffer("_planes", bank.planes, persistent=False)
+        self.register_buffer("_offsets", groups.offsets, persistent=False)
+        self.register_buffer("_rows", None if own_rows else groups.rows, persistent=False)
+        # Has the dtype of the shared weights, also after the module was moved to another.
+        self.register_buffer("_like", parameters[bank.layout.names[0]].new_empty(0), persistent=False)
+        # DistributedDataParallel would send the bank to all ranks in each forward.
+        self._ddp_params_and_buffers_to_ignore = ["_planes", "_offsets", "_rows", "_like"]
+        self.logits = nn.Parameter(_initial(initial_logits, (len(groups.names), len(bank)), mixing))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the network on the merged weights; takes and returns what the network does."""
+        merged = self.layout.split(self.merge())
+        shared = {name: self._view(name, merged[first]) for name, first in self._aliases.items()}
+        return torch.func.functional_call(self.network, shared, args, kwargs)
+
+    def merge(self) -> Tensor:
+        """Return the merged shared weights `[P]` in the network's dtype, differentiable in the logits."""
+        elements = self.layout.numel
+        fisher = self._planes[1, :, :elements] if len(self._planes) > 1 else None
+        theta = self._planes[0, :, :elements]
+        merged = fused_merge(theta, fisher, self.logits, self._offsets, mixing=self.mixing, groups=self._rows)
+        return merged.to(self._like.dtype)
+
+    def ratios(self) -> Tensor:
+        """Return the mixing ratios α `[G, T]`, detached; each row sums to 1."""
+        return ratios(self.logits.detach(), self.mixing)
+
+    def specific_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of the network that are not merged: heads and, unless transferred, norms."""
+        return list(named_parameters(self.network).values())
+
+    def fold(self) -> nn.Module:
+        """Return a plain copy of the network with the merged weights, all of them trainable."""
+        network = copy.deepcopy(self.network)
+        with torch.no_grad():
+            merged = self.layout.split(self.merge())
+        folded = {name: nn.Parameter(tensor.clone()) for name, tensor in merged.items()}
+        for name, first in self._aliases.items():
+            view = self._view(name, folded[first])
+            _set(network, name, view if isinstance(view, nn.Parameter) else nn.Parameter(view.detach()))
+        return network
+
+    def provenance(self) -> dict[str, Any]:
+        """Return how the weights come about, as JSON values for a file's metadata.
+
+        The logits are among them unless there are more than ten thousand groups, whose mean ratios stand
+        for them.
+        """
+        facts: dict[str, Any] = {
+            "sources": list(self.sources),
+            "granularity": self.granularity,
+            "mixing": self.mixing,
+            "fisher": len(self._planes) > 1,
+            "mean_ratios": self.ratios().mean(dim=0).tolist(),
+        }
+        if len(self.group_names) <= _MOST_LISTED:
+            facts |= {"groups": list(self.group_names), "logits": self.logits.detach().tolist()}
+        return facts
+
+    def extra_repr(self) -> str:
+        """Describe the merge beside the network's own description."""
+        return (
+            f"sources={', '.join(self.sources)}, shared elements={self.layout.numel}, "
+            f"granularity={self.granularity}, mixing={self.mixing}"
+        )
+
+    def _view(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a merged tensor as the parameter `name` sees it."""
+        if name not in self._views:
+            return tensor
+        shape, stride = self._views[name]
+        return tensor.reshape(-1).as_strided(shape, stride)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MergedModel":
+        memo[id(self._planes)] = self._planes  # constant and large
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        for key, value in vars(self).items():
+            vars(twin)[key] = copy.deepcopy(value, memo)
+        return twin
+
+
+def logits_of(shares: Tensor, mixing: Mixing = "sigmoid") -> Tensor:
+    """Return logits with given ratios: those whose largest σ is 1/2, so that equal ratios have δ = 0.
+
+    Args:
+        shares: the ratios `[..., T]`, positive; each row is divided by its sum.
+        mixing: how the logits will be read.
+
+    Returns:
+        `[..., T]`.
+
+    Raises:
+        InputError: a ratio is not positive; zero would need a logit of minus infinity, which learns nothing.
+    """
+    if mixing == "ratios":
+        return shares / shares.sum(dim=-1, keepdim=True)
+    if not bool((shares > 0).all()):
+        raise InputError(f"ratios: expected all above 0 (got {shares.flatten()[:8].tolist()})")
+    relative = shares / shares.amax(dim=-1, keepdim=True)
+    return torch.logit(relative / 2) if mixing == "sigmoid" else relative.log()
+
+
+def _initial(logits: Tensor | None, shape: tuple[int, int], mixing: Mixing) -> Tensor:
+    if mixing not in MIXINGS:
+        raise InputError(f"mixing: expected one of {', '.join(MIXINGS)} (got {mixing!r})")
+    if logits is None:
+        return torch.full(shape, 1.0 if mixing == "ratios" else 0.0)
+    try:
+        expanded = logits.detach().to("cpu", torch.float32).expand(shape).clone()
+    except RuntimeError as error:
+        raise InputError(f"initial logits: expected {list(shape)} (got {list(logits.shape)})") from error
+    if not bool(expanded.isfinite().all()):
+        raise InputError("initial logits: expected finite numbers (got NaN or infinity)")
+    if mixing == "ratios" and (bool((expanded < 0).any()) or not bool(expanded.sum(dim=1).gt(0).all())):
+        raise InputError("initial ratios: expected numbers ≥ 0, not all 0 in a group (got others)")
+    return expanded
+
+
+def _views_of_aliases(
+    network: nn.Module, aliases: Mapping[str, str]
+) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return shape and stride of the tied parameters that see the memory of their first name differently."""
+    return dict(_different_views(dict(network.named_parameters(remove_duplicate=False)), aliases))
+
+
+def _different_views(
+    parameters: Mapping[str, nn.Parameter], aliases: Mapping[str, str]
+) -> Iterator[tuple[str, tuple[tuple[int, ...], tuple[int, ...]]]]:
+    for name, first in aliases.items():
+        tensor, original = parameters[name], parameters[first]
+        if tensor.shape == original.shape and tensor.stride() == original.stride():
+            continue
+        if not original.is_contiguous():
+            raise InputError(f"{name}: expected a view of a contiguous parameter (got a view of {first})")
+        yield name, (tuple(tensor.shape), tensor.stride())
+
+
+def _set(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    """Put a parameter, or nothing, into the slot of that name; the order of slots stays."""
+    path, _, last = name.rpartition(".")
+    module.get_submodule(path)._parameters[last] = parameter

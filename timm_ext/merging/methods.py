@@ -1,0 +1,134 @@
+"""The ways to make an initialisation from source models, as one list."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from timm_ext.errors import InputError
+from timm_ext.groups import Granularity
+from timm_ext.merging.bank import Bank
+from timm_ext.ops import fused_merge
+
+_GEYER = "Geyer et al., Transfer Learning by Adaptive Merging of Multiple Models, MIDL 2019"
+_LEE = "Lee et al., Overcoming Catastrophic Forgetting by Incremental Moment Matching, NeurIPS 2017"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way from source models to an initialisation of the target network.
+
+    Attributes:
+        name: in commands and files.
+        title: in tables and figures.
+        paper: source, and the equation.
+        shared: the shared weights `[P]` from the bank; None leaves them as they were initialised.
+        adapt: what is trained before all of the network is: nothing, the task-specific parameters, or these
+            together with the mixing logits.
+        needs_fisher: the merge uses the bank's Fishers.
+        extra_steps: the steps of `adapt` come on top of fine-tuning's, as in the paper; otherwise they are
+            taken from its number of steps.
+        granularity: groups of the logits, where they are trained.
+        models: the least number of source models.
+    """
+
+    name: str
+    title: str
+    paper: str
+    shared: Callable[[Bank], Tensor] | None = None
+    adapt: Literal["none", "specific", "logits"] = "none"
+    needs_fisher: bool = False
+    extra_steps: bool = False
+    granularity: Granularity = "layer"
+    models: int = 1
+
+
+def uniform_merge(bank: Bank, *, with_fisher: bool) -> Tensor:
+    """Return the merge `[P]` with equal ratios.
+
+    With Fishers θ*_p = Σ_t F[t,p] θ[t,p] / Σ_t F[t,p] (mode-IMM), without them the mean (mean-IMM).
+
+    Raises:
+        InputError: Fishers are wanted and the bank has none.
+    """
+    if with_fisher and bank.fisher is None:
+        raise InputError("mode-imm: expected a bank with Fishers (got one without)")
+    whole = torch.tensor([0, bank.layout.numel], device=bank.planes.device)
+    equal = torch.zeros(1, len(bank), device=bank.planes.device)
+    return fused_merge(bank.theta, bank.fisher if with_fisher else None, equal, whole)
+
+
+def one_model(bank: Bank, *, index: int) -> Tensor:
+    """Return the weights `[P]` of one source model."""
+    return bank.theta[index].clone()
+
+
+mean_imm = partial(uniform_merge, with_fisher=False)
+mode_imm = partial(uniform_merge, with_fisher=True)
+
+METHODS: tuple[Method, ...] = (
+    Method("scratch", "From scratch", "the network's own initialisation", models=0),
+    Method("mean-imm", "Mean-IMM", f"{_LEE}: θ* = Σ θ_t / T", mean_imm),
+    Method("mode-imm", "Mode-IMM", f"{_LEE}: θ* = Σ F_t θ_t / Σ F_t", mode_imm, needs_fisher=True),
+    Method(
+        "imm-warmup",
+        "Mode-IMM + warm-up",
+        f"{_LEE}, with the warm-up that T-IMM also has",
+        mode_imm,
+        adapt="specific",
+        needs_fisher=True,
+    ),
+    Method(
+        "t-imm",
+        "T-IMM",
+        f"{_GEYER}: θ* = Σ α_t F_t θ_t / Σ α_t F_t",
+        mode_imm,
+        adapt="logits",
+        needs_fisher=True,
+    ),
+    Method(
+        "t-imm-extra",
+        "T-IMM, adaptation extra",
+        f"{_GEYER}: as t-imm, with the adaptation beside the budget of fine-tuning",
+        mode_imm,
+        adapt="logits",
+        needs_fisher=True,
+        extra_steps=True,
+    ),
+)
+
+
+def transfer(number: int) -> Method:
+    """Return plain transfer from source model `number`, counted from 1."""
+    return Method(
+        f"transfer-{number}",
+        f"Transfer from M{number}",
+        "all shared weights of one source model",
+        partial(one_model, index=number - 1),
+        models=number,
+    )
+
+
+def method_names(models: int) -> tuple[str, ...]:
+    """Return the names of all methods for `models` source models: transfer from each comes after scratch."""
+    names = [method.name for method in METHODS]
+    return (names[0], *(transfer(number + 1).name for number in range(models)), *names[1:])
+
+
+def get_method(name: str) -> Method:
+    """Look a method up by name.
+
+    Raises:
+        InputError: there is no such method; the known ones are listed.
+    """
+    number = name.removeprefix("transfer-")
+    if number != name and number.isdecimal() and int(number) > 0:
+        return transfer(int(number))
+    for method in METHODS:
+        if method.name == name:
+            return method
+    known = ", ".join(["scratch", "transfer-1, transfer-2, …", *(method.name for method in METHODS[1:])])
+    raise InputError(f"method: expected one of {known} (got {name!r})")

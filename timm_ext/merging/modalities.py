@@ -1,0 +1,126 @@
+"""Source networks on the target's input images: channels are matched by the names of the modalities."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from timm_ext.errors import InputError
+
+if TYPE_CHECKING:
+    from timm_ext.fisher.result import Fisher
+
+# Spellings of public data sets (BraTS 2017-2024, TCGA), in lower case without punctuation.
+_SPELLINGS = {
+    "t1ce": "t1c",
+    "t1gd": "t1c",
+    "t1n": "t1",
+    "t1w": "t1",
+    "t2w": "t2",
+    "t2f": "flair",
+    "t2flair": "flair",
+}
+_UNSEEN = {"T1c": "T1", "FLAIR": "T2"}
+
+
+def match_input_channels(
+    tensor: Tensor,
+    source: Sequence[str],
+    target: Sequence[str],
+    *,
+    unseen: Mapping[str, str] | None = None,
+) -> Tensor:
+    """Rearrange the input channels of a weight or of its Fisher from the source's modalities to the target's.
+
+    A target modality that the source has takes that channel. One that the source never saw takes the
+    channel of the modality that `unseen` names for it: T1c that of T1, which is the same sequence before
+    contrast agent, and FLAIR that of T2, whose oedema it shows alike. If the source has not that one
+    either, it takes the mean of all source channels. Values are not rescaled to the number of channels.
+    Weights and Fishers follow the same rule.
+
+    Args:
+        tensor: `[O, C_source, ...]`.
+        source: modalities of `C_source` channels, in order. Case and the spellings of BraTS do not matter.
+        target: modalities of `C_target` channels, in order.
+        unseen: further rules or other ones, from a modality of the target to one of the source.
+
+    Returns:
+        `[O, C_target, ...]`, a copy.
+
+    Raises:
+        InputError: the weight has another number of channels than `source` names, a name occurs twice, or a
+            rule for a modality of the target names one the source has not.
+    """
+    if tensor.ndim < 2 or tensor.shape[1] != len(source):
+        raise InputError(
+            f"input layer: expected {len(source)} input channels for {', '.join(source)} "
+            f"(got a weight of shape {list(tensor.shape)})"
+        )
+    place = {name: index for index, name in enumerate(_canonical(source, "source"))}
+    rules = _rules(unseen or {}, target, place)
+    channels = []
+    for name in _canonical(target, "target"):
+        index = place.get(name, place.get(rules.get(name, "")))
+        channels.append(tensor.mean(dim=1) if index is None else tensor[:, index])
+    return torch.stack(channels, dim=1)
+
+
+def fit_to_target(
+    tensors: Mapping[str, Tensor],
+    fisher: "Fisher | None",
+    *,
+    source_modalities: Sequence[str],
+    target_modalities: Sequence[str],
+    input_layers: Sequence[str],
+    unseen: Mapping[str, str] | None = None,
+) -> "tuple[dict[str, Tensor], Fisher | None]":
+    """Give a source network, and its Fisher, the input channels of the target network.
+
+    Args:
+        tensors: parameters of the source by name.
+        fisher: its Fisher, or None.
+        source_modalities: what its input channels are.
+        target_modalities: what the target's are.
+        input_layers: names of all weights that read the images; a residual network has two.
+        unseen: see `match_input_channels`.
+
+    Returns:
+        The parameters and the Fisher, with only the weights `input_layers` changed.
+
+    Raises:
+        InputError: as for `match_input_channels`, or a source has no such weight.
+    """
+
+    def fit(named: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+        if missing := [name for name in input_layers if name not in named]:
+            raise InputError(f"input layer: expected {what} to have {', '.join(missing)} (got none)")
+        matched = {
+            name: match_input_channels(named[name], source_modalities, target_modalities, unseen=unseen)
+            for name in input_layers
+        }
+        return {**named, **matched}
+
+    fitted = None if fisher is None else replace(fisher, tensors=fit(fisher.tensors, "the Fisher"))
+    return fit(tensors, "the network"), fitted
+
+
+def _canonical(names: Sequence[str], which: str) -> list[str]:
+    canonical = [_spelled(name) for name in names]
+    if len(set(canonical)) < len(canonical):
+        raise InputError(f"{which} modalities: expected each once (got {', '.join(names)})")
+    return canonical
+
+
+def _spelled(name: str) -> str:
+    plain = "".join(letter for letter in name.lower() if letter.isalnum())
+    return _SPELLINGS.get(plain, plain)
+
+
+def _rules(unseen: Mapping[str, str], target: Sequence[str], place: Mapping[str, int]) -> dict[str, str]:
+    wanted = {_spelled(name) for name in target}
+    for name, stand_in in unseen.items():
+        if _spelled(name) in wanted and _spelled(stand_in) not in place:
+            raise InputError(f"unseen: expected a modality of the source for {name} (got {stand_in})")
+    return {_spelled(name): _spelled(stand_in) for name, stand_in in (_UNSEEN | dict(unseen)).items()}
