@@ -58,7 +58,6 @@ def work(rank, folder):
     distributed.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_two_processes(tmp_path):
     multiprocessing.spawn(work, args=(str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))

@@ -24,7 +24,7 @@ def estimate_fisher(
     seed: int = 0,
     strict: bool = True,
     precision: str = "ieee",
-    batch_size: int = 2,
+    batch_size: int = 1,
     progress: bool = False,
 ) -> Fisher:
     """Return the diagonal Fisher of a model over all examples of a data set or loader.
@@ -42,7 +42,8 @@ def estimate_fisher(
         seed: of the sampled labels.
         strict: refuse frozen, tied and unused parameters.
         precision: `ieee`, `tf32`, `bf16-mixed` or `16-mixed`.
-        batch_size: examples at a time, for a data set; it changes speed and memory, not the result.
+        batch_size: examples at a time, for a data set; it changes speed and memory, not the result. Volumes on
+            the CPU are fastest one by one.
         progress: show a bar on the terminal.
 
     Raises:

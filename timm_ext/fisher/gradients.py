@@ -1,15 +1,12 @@
 """Gradients of one parameter for each example of a batch, made one example at a time and squared at once."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from timm_ext.fisher.convolution import Geometry
 from timm_ext.ops import square_accumulate_
-
-_GROUPED_ELEMENTS = 1 << 20
-"""Largest transient of the grouped convolution, in elements: 4 MiB of float32."""
 
 
 class ExampleGradients:
@@ -52,44 +49,6 @@ class LinearWeightGradients(ExampleGradients):
         accumulator.addmm_(grad.T, self._input[:, 0].to(accumulator.dtype).square(), alpha=scale)
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Arguments of a convolution after its weights, one number for each spatial axis."""
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    transposed: bool
-    output_padding: tuple[int, ...]
-    groups: int
-
-    def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Convolve `[B, C, ...]`."""
-        return torch.convolution(
-            input, weight, bias, self.stride, self.padding, self.dilation, self.transposed,
-            self.output_padding, self.groups,
-        )  # fmt: skip
-
-    def input_gradient(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
-        """Return the gradient with respect to the input."""
-        gradient: Tensor = self._backward(grad, input, weight, self.groups, (True, False, False))[0]
-        return gradient
-
-    def weight_gradient(self, grad: Tensor, input: Tensor, weight: Tensor, groups: int) -> Tensor:
-        """Return the gradient with respect to the weight, summed over the batch."""
-        gradient: Tensor = self._backward(grad, input, weight, groups, (False, True, False))[1]
-        return gradient
-
-    def _backward(
-        self, grad: Tensor, input: Tensor, weight: Tensor, groups: int, mask: tuple[bool, bool, bool]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        result: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
-            grad, input, weight, None, self.stride, self.padding, self.dilation, self.transposed,
-            self.output_padding, groups, mask,
-        )  # fmt: skip
-        return result
-
-
 class ConvolutionWeightGradients(ExampleGradients):
     """Weight gradients of a convolution.
 
@@ -101,55 +60,11 @@ class ConvolutionWeightGradients(ExampleGradients):
     """
 
     def __init__(self, input: Tensor, grad: Tensor, weight: Tensor, geometry: Geometry):
-        self._input, self._grad, self._weight, self._geometry = input, grad, weight, geometry
-        super().__init__(len(input), self._one)
+        def example(index: int) -> Tensor:
+            part = slice(index, index + 1)
+            return geometry.weight_gradient(grad[part], input[part], weight)
 
-    def square_into(self, accumulator: Tensor, scale: float) -> None:
-        """Add scale · Σ_b g_b², a few examples at a time where that is faster than one."""
-        chunk = self._examples_together()
-        if chunk < 2:
-            super().square_into(accumulator, scale)
-            return
-        for start in range(0, self.count, chunk):
-            for gradient in self._together(slice(start, start + chunk)):
-                square_accumulate_([accumulator], [gradient.contiguous()], scale)
-
-    def _one(self, index: int) -> Tensor:
-        part = slice(index, index + 1)
-        return self._geometry.weight_gradient(
-            self._grad[part], self._input[part], self._weight, self._geometry.groups
-        )
-
-    def _together(self, part: slice) -> Tensor:
-        """Return `[b, *weight.shape]` from one convolution in which every example is a group of its own."""
-        input, grad = self._input[part], self._grad[part]
-        count = len(input)
-        weight = self._weight.expand(count, *self._weight.shape).flatten(0, 1)
-        gradient = self._geometry.weight_gradient(
-            grad.reshape(1, -1, *grad.shape[2:]),
-            input.reshape(1, -1, *input.shape[2:]),
-            weight,
-            count * self._geometry.groups,
-        )
-        return gradient.reshape(count, *self._weight.shape)
-
-    def _examples_together(self) -> int:
-        """Choose how many examples share a call; one where the plain call is as fast.
-
-        ATen sends a single small 3-D example (channels x depth x height up to 20480) to a slow kernel, a
-        grouped convolution never. Pointwise kernels and very few positions do not gain.
-        """
-        input, weight = self._input, self._weight
-        slow = (
-            input.device.type == "cpu"
-            and input.dtype == torch.float32
-            and input.dim() == 5
-            and self._geometry.groups == 1
-            and input[0, ..., 0].numel() <= 20480
-        )
-        if not slow or weight[0, 0].numel() == 1 or self._grad[0, 0].numel() <= 64:
-            return 1
-        return min(self.count, _GROUPED_ELEMENTS // weight.numel())
+        super().__init__(len(input), example)
 
 
 class SquareSums:

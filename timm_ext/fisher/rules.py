@@ -16,10 +16,10 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from timm_ext.errors import InputError
+from timm_ext.fisher.convolution import Geometry
 from timm_ext.fisher.gradients import (
     ConvolutionWeightGradients,
     ExampleGradients,
-    Geometry,
     LinearWeightGradients,
     SquareSums,
 )

@@ -1,0 +1,109 @@
+"""Convolution and its gradients, around the slow kernel that ATen chooses for one small 3-D example.
+
+On the CPU, ATen gives float32 batches of one with channels x depth x height <= 20480 to `slow_conv3d`, which
+takes up to fifteen times as long as oneDNN. The functions here reach oneDNN for them, too.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+_SLOW_EXTENT = 20480
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Arguments of a convolution after its weights, one number for each spatial axis."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
+    def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Convolve `[B, C, ...]`."""
+        if self._would_be_slow(input, weight):
+            return self._onednn(input.contiguous(), weight, bias)
+        return torch.convolution(
+            input,
+            weight,
+            bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.transposed,
+            self.output_padding,
+            self.groups,
+        )
+
+    def input_gradient(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+        """Return the gradient with respect to the input `[B, C, ...]`."""
+        reach = tuple(gap * (size - 1) for gap, size in zip(self.dilation, weight.shape[2:], strict=True))
+        around = tuple(far - pad for far, pad in zip(reach, self.padding, strict=True))
+        if self._would_be_slow(input, weight) and set(self.stride) == {1} and min(around) >= 0:
+            flipped = weight.flip(2, 3, 4).transpose(0, 1).contiguous()
+            mirrored = Geometry(self.stride, around, self.dilation, False, self.output_padding, 1)
+            return mirrored._onednn(grad.contiguous(), flipped, None)
+        return self._backward(grad, input, weight, (True, False, False))[0]
+
+    def weight_gradient(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+        """Return the gradient with respect to the weight, summed over the batch."""
+        if self._would_be_slow(input, weight) and grad.shape[2] > 1:
+            return self._weight_gradient_in_slabs(grad, input, weight)
+        return self._backward(grad, input, weight, (False, True, False))[1]
+
+    def _weight_gradient_in_slabs(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+        """Return the gradient from two halves of the depth as a batch of two, which ATen gives to oneDNN."""
+        depth = grad.shape[2]
+        half = (depth + 1) // 2
+        pad, step = self.padding[0], self.stride[0]
+        padded = functional.pad(input[0], (0, 0, 0, 0, pad, pad)) if pad else input[0]
+        extent = (half - 1) * step + self.dilation[0] * (weight.shape[2] - 1) + 1
+        second = (depth - half) * step
+        inputs = torch.stack([padded[:, :extent], padded[:, second : second + extent]])
+        grads = torch.stack([grad[0, :, :half], grad[0, :, depth - half :]])
+        if depth % 2:
+            grads[1, :, 0] = 0  # the middle plane belongs to both halves
+        flat = Geometry(self.stride, (0, *self.padding[1:]), self.dilation, False, self.output_padding, 1)
+        return flat._backward(grads, inputs, weight, (False, True, False))[1]
+
+    def _would_be_slow(self, input: Tensor, weight: Tensor) -> bool:
+        return (
+            input.device.type == "cpu"
+            and input.dtype == weight.dtype == torch.float32
+            and input.dim() == 5
+            and len(input) == 1
+            and not self.transposed
+            and self.groups == 1
+            and weight[0, 0].numel() > 1
+            and input[0, ..., 0].numel() <= _SLOW_EXTENT
+            and torch.backends.mkldnn.is_available()
+        )
+
+    def _onednn(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        output: Tensor = torch.mkldnn_convolution(
+            input, weight.contiguous(), bias, self.padding, self.stride, self.dilation, self.groups
+        )
+        return output
+
+    def _backward(
+        self, grad: Tensor, input: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        result: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+            grad,
+            input,
+            weight,
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.transposed,
+            self.output_padding,
+            self.groups,
+            mask,
+        )
+        return result
