@@ -71,3 +71,8 @@ def only_trained(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None
     finally:
         for parameter, required in before.items():
             parameter.requires_grad_(required)
+
+
+def is_first_process() -> bool:
+    """Tell whether this process is the one that writes files."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

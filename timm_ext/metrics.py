@@ -1,0 +1,241 @@
+"""Dice and HD95 of predicted against true label maps, per region, case and folder.
+
+Conventions for empty masks: where prediction and truth are both empty, Dice is 1 and HD95 is 0 mm; where
+one of them is, Dice is 0 and HD95 is undefined: None in Python, null in JSON, an empty cell in CSV.
+Summaries take the mean of HD95 over the cases where it is defined and say how many are not.
+"""
+
+import csv
+import statistics
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from monai.metrics.hausdorff_distance import compute_hausdorff_distance
+from monai.metrics.meandice import compute_dice
+
+from timm_ext.data.tasks import Labels, Task
+from timm_ext.data.volume import SUFFIXES, Volume, read_labels, same_grid
+from timm_ext.errors import InputError
+from timm_ext.files import atomic_write, write_json
+
+Scores = dict[str, dict[str, float | None]]
+"""`{region: {"dice": value, "hd95": mm or None}}`."""
+
+JSON_NAME = "metrics.json"
+CSV_NAME = "metrics.csv"
+_METRICS = ("dice", "hd95")
+_PERCENTILE = 95
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of a set of cases.
+
+    Attributes:
+        cases: scores by case.
+        summary: `{region: {"dice": {"mean", "sd", "median", "count", "undefined"}, "hd95": {...}}}`, with a
+            row `mean` over all regions and cases; null where no case is defined, `sd` 0 for a single case.
+    """
+
+    cases: dict[str, Scores]
+    summary: dict[str, dict[str, dict[str, float | None]]]
+
+
+def evaluate_case(
+    prediction: npt.ArrayLike, truth: npt.ArrayLike, task: Task, spacing: Sequence[float]
+) -> Scores:
+    """Score a label map region by region, by MONAI.
+
+    Dice = 2 |A ∩ B| / (|A| + |B|). HD95 = max over both directions of the 95th percentile (linear
+    interpolation) of the distances from one surface to the other, a surface being the voxels of a mask with
+    a face neighbour outside it.
+
+    Args:
+        prediction: labels `[D, H, W]`, or regions `[R, D, H, W]` of 0 and 1 in the task's order.
+        truth: labels or regions of the same grid.
+        task: names the regions.
+        spacing: voxel size along D, H, W in mm.
+
+    Returns:
+        Dice and HD95 in mm by region; see the module for empty masks.
+
+    Raises:
+        InputError: the arrays differ in shape or are not labels or regions.
+    """
+    predicted, true = _regions(prediction, task, "prediction"), _regions(truth, task, "truth")
+    if predicted.shape != true.shape:
+        raise InputError(
+            f"evaluation: expected a prediction of the truth's shape {true.shape[1:]} "
+            f"(got {predicted.shape[1:]})"
+        )
+    return {
+        region.name: _scores(one, other, [float(length) for length in spacing])
+        for region, one, other in zip(task.regions, predicted, true, strict=True)
+    }
+
+
+def evaluate_files(prediction: Path | str, truth: Path | str, task: Task) -> Scores:
+    """Score one label file against another.
+
+    Raises:
+        InputError: a file cannot be read, the two lie on different grids, or hold labels outside the task's
+            set.
+    """
+    predicted, true = read_labels(prediction), read_labels(truth)
+    if not same_grid(predicted, true):
+        raise InputError(
+            f"{prediction}: expected the grid of {truth}, {_describe(true)} (got {_describe(predicted)})"
+        )
+    return evaluate_case(
+        task.read_labels(predicted.data, prediction), task.read_labels(true.data, truth), task, true.spacing
+    )
+
+
+def evaluate_pairs(
+    pairs: Mapping[str, tuple[Path | str, Path | str]], task: Task, out_dir: Path | str | None = None
+) -> Evaluation:
+    """Score label files case by case, and summarise.
+
+    Args:
+        pairs: prediction and truth by case.
+        task: names the regions.
+        out_dir: receives `metrics.json` (cases and summary) and `metrics.csv` (a row per case and region);
+            None writes nothing.
+
+    Returns:
+        The scores of all cases and their summary.
+
+    Raises:
+        InputError: no case, a case that cannot be scored, or a folder that cannot be written.
+    """
+    if not pairs:
+        raise InputError("evaluation: expected at least one case (got none)")
+    cases = {case: evaluate_files(predicted, true, task) for case, (predicted, true) in pairs.items()}
+    evaluation = Evaluation(cases, summarise(cases))
+    if out_dir is not None:
+        _write(Path(out_dir), evaluation, task)
+    return evaluation
+
+
+def evaluate_folder(
+    predictions: Path | str, truths: Path | str, task: Task, out_dir: Path | str | None = None
+) -> Evaluation:
+    """Score every label file of a folder against the file of the same name (whatever its suffix) in another.
+
+    Args:
+        predictions: folder of predicted label maps.
+        truths: folder of true label maps; further files there are left out.
+        task: names the regions.
+        out_dir: see `evaluate_pairs`.
+
+    Returns:
+        The scores of all cases and their summary.
+
+    Raises:
+        InputError: no prediction, one without a truth (all of them are named), or as for `evaluate_pairs`.
+    """
+    predicted, true = _label_files(Path(predictions)), _label_files(Path(truths))
+    if missing := [case for case in predicted if case not in true]:
+        raise InputError(
+            f"{truths}: expected a label file for every prediction (got none for {', '.join(missing)})"
+        )
+    if not predicted:
+        raise InputError(f"{predictions}: expected label files that end in {', '.join(SUFFIXES)} (got none)")
+    return evaluate_pairs({case: (path, true[case]) for case, path in predicted.items()}, task, out_dir)
+
+
+def summarise(cases: Mapping[str, Scores]) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Return mean, standard deviation (n − 1), median and counts over cases, as `Evaluation.summary`."""
+    regions = list(next(iter(cases.values())))
+    rows = {region: [scores[region] for scores in cases.values()] for region in regions}
+    rows["mean"] = [score for scores in rows.values() for score in scores]
+    return {
+        region: {metric: _statistics([score[metric] for score in scores]) for metric in _METRICS}
+        for region, scores in rows.items()
+    }
+
+
+def _regions(values: npt.ArrayLike, task: Task, what: str) -> Labels:
+    array = np.asarray(values)
+    if array.ndim == 3:
+        return task.targets(array)
+    if array.ndim != 4 or len(array) != len(task.regions) or not np.isin(array, (0, 1)).all():
+        raise InputError(
+            f"{what}: expected labels [D, H, W], or {len(task.regions)} regions of 0 and 1 "
+            f"(got shape {array.shape})"
+        )
+    return array.astype(np.uint8)
+
+
+def _scores(predicted: Labels, true: Labels, spacing: list[float]) -> dict[str, float | None]:
+    """Score one region `[D, H, W]`."""
+    if not predicted.any() or not true.any():
+        equal = bool(predicted.any() == true.any())
+        return {"dice": float(equal), "hd95": 0.0 if equal else None}
+    one, other = (torch.from_numpy(mask.astype(np.float32))[None, None] for mask in (predicted, true))
+    with warnings.catch_warnings():
+        # MONAI 1.5 and later warn of an argument that they pass themselves.
+        warnings.simplefilter("ignore", FutureWarning)
+        distance = compute_hausdorff_distance(
+            one, other, include_background=True, percentile=_PERCENTILE, spacing=spacing
+        )
+    return {"dice": compute_dice(one, other).item(), "hd95": distance.item()}
+
+
+def _statistics(values: Sequence[float | None]) -> dict[str, float | None]:
+    defined = [value for value in values if value is not None]
+    known = {"count": len(defined), "undefined": len(values) - len(defined)}
+    if not defined:
+        return {"mean": None, "sd": None, "median": None, **known}
+    return {
+        "mean": statistics.fmean(defined),
+        "sd": statistics.stdev(defined) if len(defined) > 1 else 0.0,
+        "median": statistics.median(defined),
+        **known,
+    }
+
+
+def _label_files(folder: Path) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: expected a folder of label files (no such folder)")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        suffix = next(
+            (suffix for suffix in sorted(SUFFIXES, key=len, reverse=True) if path.name.endswith(suffix)), ""
+        )
+        if suffix and not path.name.startswith("."):
+            case = path.name.removesuffix(suffix)
+            if case in found:
+                raise InputError(
+                    f"{folder}: expected one label file per case (got {found[case].name}, {path.name})"
+                )
+            found[case] = path
+    return found
+
+
+def _write(out_dir: Path, evaluation: Evaluation, task: Task) -> None:
+    value: dict[str, Any] = {
+        "task": task.name,
+        "units": {"dice": "1", "hd95": "mm"},
+        "cases": evaluation.cases,
+        "summary": evaluation.summary,
+    }
+    write_json(out_dir / JSON_NAME, value)
+    with (
+        atomic_write(out_dir / CSV_NAME) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["case", "region", "dice", "hd95_mm"])
+        for case, scores in evaluation.cases.items():
+            writer.writerows([case, region, score["dice"], score["hd95"]] for region, score in scores.items())
+
+
+def _describe(volume: Volume) -> str:
+    return f"shape {volume.shape} and affine {np.round(volume.affine, 4).tolist()}"
