@@ -293,9 +293,17 @@ def test_lightning_fabric_trains_it() -> None:
 
 
 def test_data_parallel_training_does_not_send_the_bank() -> None:
-    ignored = MergedModel(network(9), bank_of())._ddp_params_and_buffers_to_ignore
     model = MergedModel(network(9), bank_of())
-    assert {n for n, _ in model.named_buffers() if not n.startswith("network.")} <= set(ignored)
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        parallel = nn.parallel.DistributedDataParallel(model)
+        sent = {buffer.data_ptr() for buffer in parallel.modules_buffers}
+        parallel(image()).square().mean().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert model.network.batch_norm.running_mean.data_ptr() in sent
+    assert not sent & {model._planes.data_ptr(), model._offsets.data_ptr()}
+    assert model.logits.grad.abs().sum() > 0
 
 
 def test_provenance_is_json_and_tells_the_mix() -> None:

@@ -53,11 +53,13 @@ class Bank:
     ) -> "Bank":
         """Check and copy the models' tensors; the caller's are neither changed nor kept.
 
-        Parameters in any Fisher's `zero` get F = 1 in all models: the plain mean. `normalize="tensor"`
-        divides each tensor's F by its sum, as the authors of T-IMM did; if one sum is 0, the tensor gets F
-        = 1 in all models. `normalize="model"` divides a model's whole F by its sum. In float16 each
-        tensor's Fishers are multiplied by a power of two, the same for all models: that changes no merge
-        and saves them from underflow.
+        Parameters in any Fisher's `zero` get F = 1 in all models: the plain mean.
+
+        `normalize="tensor"` divides each tensor's F by its sum, as the authors of T-IMM did; a tensor whose
+        sum is 0 in any model gets F = 1 in all. `normalize="model"` divides a model's whole F by its sum.
+
+        In float16 each tensor's Fishers are multiplied by a power of two, the same for all models: that
+        changes no merge and saves them from underflow.
 
         Args:
             models: parameters by name for each source model; names beyond the layout's are ignored.
