@@ -75,12 +75,21 @@ class _Keyed(Dataset[Sample]):
         return self._examples.sample(index, epoch)
 
 
-def training_batches(examples: Examples, order: BatchOrder, workers: int) -> DataLoader[Sample]:
-    """Return a loader of the batches of `order`.
+def training_batches(examples: Examples, order: BatchOrder, workers: int) -> Iterator[dict[str, Any]]:
+    """Load the batches of `order`.
 
-    Its items are `{"id": list of B, "image": [B, C, D, H, W], "target": [B, R, D, H, W]}`.
+    Args:
+        examples: the cases.
+        order: which of them make each batch.
+        workers: loader processes; 0 loads in this one.
+
+    Yields:
+        `{"id": list of B, "image": [B, C, D, H, W], "target": [B, R, D, H, W]}`.
+
+    Raises:
+        InputError: a case cannot be read, or the cases of a batch differ in shape.
     """
-    return DataLoader(
+    loader: DataLoader[Sample] = DataLoader(
         _Keyed(examples),
         batch_sampler=order,
         num_workers=workers,
@@ -88,6 +97,14 @@ def training_batches(examples: Examples, order: BatchOrder, workers: int) -> Dat
         # Loader processes take a base seed from here instead of the global generator.
         generator=torch.Generator().manual_seed(0),
     )
+    try:
+        yield from loader
+    except InputError as error:
+        # PyTorch puts the whole traceback of a loader process into the message.
+        _, found, message = str(error).rpartition("timm_ext.errors.InputError: ")
+        if not found:
+            raise
+        raise InputError(message.strip()) from error
 
 
 def region_names(examples: Examples, count: int) -> tuple[str, ...]:

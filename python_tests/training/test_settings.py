@@ -1,0 +1,49 @@
+import json
+
+import pytest
+
+from timm_ext.errors import InputError
+from timm_ext.training.settings import TrainSettings
+
+
+def test_budgets():
+    assert TrainSettings(steps=7).total_steps(5) == 7
+    assert TrainSettings(epochs=3, batch_size=2).total_steps(5) == 9
+    assert TrainSettings(batch_size=2).total_steps(4) == 1000
+    assert TrainSettings(batch_size=2).round_steps(5) == 3
+    assert TrainSettings(batch_size=2, validate_every=10).round_steps(5) == 10
+
+
+def test_settings_are_json_values():
+    values = TrainSettings(patch=(4, 4, 4)).to_dict()
+    assert json.loads(json.dumps(values)) == values
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 1, "epochs": 1}, r"expected steps or epochs, not both \(got 1 and 1\)"),
+        ({"steps": 0}, r"steps must be greater than 0 \(got 0\)"),
+        ({"batch_size": 0}, r"batch_size must be greater than 0 \(got 0\)"),
+        ({"lr": float("nan")}, r"lr must be greater than 0 \(got nan\)"),
+        ({"lr_patience": 0}, r"lr_patience must be greater than 0"),
+        ({"workers": -1}, r"workers must not be negative \(got -1\)"),
+        ({"schedule": "linear"}, r"schedule must be one of plateau, cosine, constant \(got 'linear'\)"),
+        ({"keep": "all"}, r"keep must be one of best, last"),
+        ({"precision": "64"}, r"precision must be one of 32-true, bf16-mixed, 16-mixed"),
+        ({"patch": (4, 4)}, r"patch must be three positive edges \(got \[4, 4\]\)"),
+    ],
+)
+def test_impossible_settings_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        TrainSettings(**changes)
+
+
+def test_resume_compares_what_decides_the_result():
+    saved = TrainSettings(steps=5).to_dict()
+    TrainSettings(steps=9, workers=2, save_every=3, tensorboard=False).check_resume(saved, "run")
+    with pytest.raises(InputError, match=r"run: cannot be resumed with other settings: seed 0, now 1"):
+        TrainSettings(steps=5, seed=1).check_resume(saved, "run")
+    cosine = TrainSettings(steps=5, schedule="cosine")
+    with pytest.raises(InputError, match=r"steps 5, now 9"):
+        TrainSettings(steps=9, schedule="cosine").check_resume(cosine.to_dict(), "run")
