@@ -17,7 +17,7 @@ BOX_MM = (136.2, 167.9, 139.1)
 """Mean extent of the brain along R, A and S in mm; the shell of CSF around it is not counted."""
 BOX_SD_MM = (4.5, 9.6, 4.6)
 
-_SHARED_VOLUME = 0.6
+_SHARED_VOLUME = 0.75
 _SHARED_VENTRICLES = 0.8
 _VENTRICLES = frozenset(
     {"lateral ventricle", "inferior lateral ventricle", "third ventricle", "fourth ventricle"}

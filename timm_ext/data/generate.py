@@ -79,7 +79,7 @@ class DrawnCase:
 def draw_case(settings: GenerateSettings, index: int) -> DrawnCase:
     """Draw one case of a data set; it depends on the settings and its number only.
 
-    Anatomy is drawn at half the spacing, but not finer than 2 mm unless the spacing is, and averaged.
+    At a spacing of 4 mm and more, anatomy and images are drawn at half the spacing and averaged.
 
     Args:
         settings: of the data set.
@@ -91,7 +91,7 @@ def draw_case(settings: GenerateSettings, index: int) -> DrawnCase:
     task = _checked(settings)
     subject = _subject(settings, _subjects(settings), index)
     key = f"{settings.seed}/{settings.prefix}/{index}"
-    pool = max(1, round(settings.spacing / _FINE_MM))
+    pool = 2 if settings.spacing >= 2 * _FINE_MM else 1
     tissue = draw_subject(
         settings.source,
         subject,

@@ -20,7 +20,7 @@ _CHIASM, _VESSEL = 85, 62
 _MARGIN_MM = 10.0
 _WARP_MM, _WARP_GRAIN_MM = 1.6, 36.0
 _CLIP = 30.0
-_HULL_SHIFT_MM, _SULCAL_CSF = 5.0, (0.08, 0.2)
+_HULL_SHIFT_MM, _SULCAL_CSF = 5.0, (0.12, 0.26)
 
 _DEEP: dict[str, Shape] = {
     "lateral ventricle": Tube(

@@ -67,11 +67,11 @@ class SynthesisSettings:
 
     contrast: tuple[float, float] = (0.65, 1.1)
     contrast_sd: float = 0.08
-    texture: float = 0.08
+    texture: float = 0.07
     bias: float = 0.2
-    noise: tuple[float, float] = (0.04, 0.10)
+    noise: tuple[float, float] = (0.03, 0.08)
     lesions: int = 24
-    conspicuity: tuple[float, float] = (0.45, 0.95)
+    conspicuity: tuple[float, float] = (0.55, 1.0)
     enhancing: tuple[float, float] = (1.3, 2.2)
 
 
