@@ -52,8 +52,8 @@ struct MergePlaneGradients {
 };
 
 /// The gradients with respect to θ and F. One launch.
-int merge_backward_planes(const MergeInputs& inputs, const MergeGradient& gradient,
-                          const MergePlaneGradients& outputs, void* stream);
+int merge_backward_planes(const MergeInputs& inputs, const MergeGradient& gradient, const MergePlaneGradients& outputs,
+                          void* stream);
 
 /// cudaGetErrorString, for callers that do not see the CUDA headers.
 const char* error_string(int error);

@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   using Bits = typename P::Bits;
   constexpr int kRow = kWarp * P::kSize;
   TIMM_EXT_SHARED(int, ends, kThreads);
-  TIMM_EXT_SHARED(Compute, weights, kThreads* kModels);
+  TIMM_EXT_SHARED(Compute, weights, kThreads * kModels);
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   Window<Compute, kModels> window = {};
@@ -94,10 +94,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       const int row_end = row + kRow < window.length ? row + kRow : window.length;
       P planes;
       planes.load(in, window.start + own, window.length - own, vectors);
-      const typename P::Vector g = gradient.stride
-                                       ? P::load_pack(values + window.start + own, window.length - own,
-                                                      vectors && window.length - own >= P::kSize)
-                                       : P::Vector::filled(*values);
+      const typename P::Vector g = gradient.stride ? P::load_pack(values + window.start + own, window.length - own,
+                                                                  vectors && window.length - own >= P::kSize)
+                                                   : P::Vector::filled(*values);
       for (int begin = row;;) {  // once, or more often when a row holds more segments than the window
         const int end = window.end() < row_end ? window.end() : row_end;
         const bool ending = window.ends[window.cursor] <= end;

@@ -18,9 +18,7 @@ using ModelsTag = std::integral_constant<int, kModels>;
 constexpr int kMaxPackedModels = 16;
 
 /// Whether the packed kernels serve this call; the general ones serve any.
-inline bool packed(const MergeInputs& in) {
-  return in.element != Element::kFloat64 && in.models <= kMaxPackedModels;
-}
+inline bool packed(const MergeInputs& in) { return in.element != Element::kFloat64 && in.models <= kMaxPackedModels; }
 
 template <class F>
 int with_models(int64_t models, const F& call) {

@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   using P = Planes<kElement, kModels, kFisher>;
   constexpr int kRow = kWarp * P::kSize;
   TIMM_EXT_SHARED(int, ends, kThreads);
-  TIMM_EXT_SHARED(Compute, weights, kThreads* kModels);
+  TIMM_EXT_SHARED(Compute, weights, kThreads * kModels);
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   Window<Compute, kModels> window = {};

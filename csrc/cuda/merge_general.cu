@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "merge_general.h"
-
 #include "merge_dispatch.h"
+#include "merge_general.h"
 
 namespace timm_ext::cuda {
 namespace {
@@ -88,7 +87,7 @@ template <Element kElement>
 __global__ void __launch_bounds__(kThreads, 1)
     forward_general_kernel(const __grid_constant__ MergeInputs in, Tiling tiling, void* merged) {
   using Compute = typename Storage<kElement>::Compute;
-  TIMM_EXT_SHARED(Compute, cache, kWarps* kCached);
+  TIMM_EXT_SHARED(Compute, cache, kWarps * kCached);
   const int lane = threadIdx.x % kWarp;
   const int models = static_cast<int>(in.models);
   auto* const out = static_cast<typename Storage<kElement>::Bits*>(merged);
@@ -105,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     backward_general_kernel(const __grid_constant__ MergeInputs in, MergeGradient gradient, Tiling tiling, Edges edges,
                             void* rows) {
   using Compute = typename Storage<kElement>::Compute;
-  TIMM_EXT_SHARED(Compute, cache, kWarps* kCached);
+  TIMM_EXT_SHARED(Compute, cache, kWarps * kCached);
   const int lane = threadIdx.x % kWarp;
   const int models = static_cast<int>(in.models);
   const auto* const values = static_cast<const typename Storage<kElement>::Bits*>(gradient.values);
@@ -135,7 +134,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                   MergePlaneGradients outputs) {
   using Compute = typename Storage<kElement>::Compute;
   using Bits = typename Storage<kElement>::Bits;
-  TIMM_EXT_SHARED(Compute, cache, kWarps* kCached);
+  TIMM_EXT_SHARED(Compute, cache, kWarps * kCached);
   const int lane = threadIdx.x % kWarp;
   const int models = static_cast<int>(in.models);
   Bits* const theta = static_cast<Bits*>(outputs.theta);
@@ -146,7 +145,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       const math::Merge<Compute> m = math::merge<Compute>(element, models);
       const Compute g = Storage<kElement>::decode(static_cast<const Bits*>(gradient.values)[p * gradient.stride]);
       for (int t = 0; t < models; ++t) {
-        if (theta) theta[t * outputs.theta_stride + p] = Storage<kElement>::encode(g * math::merge_share(element, m, t));
+        if (theta)
+          theta[t * outputs.theta_stride + p] = Storage<kElement>::encode(g * math::merge_share(element, m, t));
         if (!fisher) continue;
         fisher[t * outputs.fisher_stride + p] = Storage<kElement>::encode(g * math::merge_fisher_slope(element, m, t));
       }

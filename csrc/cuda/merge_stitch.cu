@@ -14,7 +14,9 @@ __device__ int64_t chain_length(const MergeInputs& in, const Edges& edges, const
   const int64_t segment = edges.first_segment[boundary];
   const int64_t start = in.offsets[segment];
   const bool opened_before = start < boundary * tiling.length && start >= (boundary - 1) * tiling.length;
-  return opened_before ? (in.offsets[segment + 1] - 1) / tiling.length - boundary + 1 : 0;
+  if (!opened_before) return 0;
+  const int64_t last = (in.offsets[segment + 1] - 1) / tiling.length;
+  return (last < tiling.tiles ? last : tiling.tiles - 1) - boundary + 1;
 }
 
 /// Σ head[boundary + i] over i = first, first + step, … below `count`.

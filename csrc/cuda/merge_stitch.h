@@ -28,10 +28,10 @@ template <class Compute>
 struct TileSums {
   const Edges& edges;
   const Tiling& tiling;
-  Compute* rows;    // grad_log_weight [S, T]
-  int64_t models;   // T
+  Compute* rows;   // grad_log_weight [S, T]
+  int64_t models;  // T
   int64_t tile;
-  int64_t open;     // the segment that began before the tile, or -1
+  int64_t open;  // the segment that began before the tile, or -1
 
   /// Records the segment that holds the first element; all lanes call it.
   __device__ __forceinline__ void enter(const int64_t* offsets, int64_t segment, int lane) {

@@ -77,7 +77,8 @@ struct Window {
     for (int i = lane; i < count * kModels; i += kWarp) {
       const int t = i % kModels;
       const Log* row = static_cast<const Log*>(in.log_weight) + (segment + i / kModels) * in.models;
-      weights[i] = t < in.models ? math::relative_weight<Compute>(row[t], math::row_maximum(row, in.models)) : Compute{};
+      weights[i] =
+          t < in.models ? math::relative_weight<Compute>(row[t], math::row_maximum(row, in.models)) : Compute{};
     }
     __syncwarp();
   }

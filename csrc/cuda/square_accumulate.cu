@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "square_accumulate.h"
-
 #include "../math/square.h"
+#include "square_accumulate.h"
 #include "storage.h"
 
 namespace timm_ext::cuda {
@@ -42,7 +41,7 @@ struct Packs {
   static constexpr int kSize = 16 / sizeof(Compute);  // elements whose accumulators fill one vector
   static constexpr Element kAccumulator = sizeof(Compute) == 8 ? Element::kFloat64 : Element::kFloat32;
   using Accumulator = Pack<kAccumulator, 16>;
-  using Gradient = Pack<kElement, kSize * static_cast<int>(sizeof(Bits))>;
+  using Gradient = Pack<kElement, kSize* static_cast<int>(sizeof(Bits))>;
   static constexpr int64_t kChunk = kThreads * kPacksPerThread * kSize;
 };
 
@@ -68,8 +67,8 @@ __global__ void __launch_bounds__(kThreads, 1) square_accumulate_kernel(const __
       const bool whole = aligned && left >= P::kSize;
       const int count = left < P::kSize ? static_cast<int>(left) : P::kSize;
       const auto g = whole ? P::Gradient::load(gradient + p) : P::Gradient::load_some(gradient + p, count);
-      auto sum = whole ? P::Accumulator::load_written(accumulator + p)
-                       : P::Accumulator::load_some(accumulator + p, count);
+      auto sum =
+          whole ? P::Accumulator::load_written(accumulator + p) : P::Accumulator::load_some(accumulator + p, count);
       TIMM_EXT_UNROLL
       for (int e = 0; e < P::kSize; ++e) sum.set(e, math::square_accumulate(sum.get(e), g.get(e), scale));
       if (whole) {

@@ -130,14 +130,10 @@ struct Pack {
   }
 
   /// The whole pack at an address that is aligned to it and that the kernel does not write.
-  __device__ static Pack load(const Bits* address) {
-    return unpack(__ldg(reinterpret_cast<const Vector*>(address)));
-  }
+  __device__ static Pack load(const Bits* address) { return unpack(__ldg(reinterpret_cast<const Vector*>(address))); }
 
   /// The same where the kernel writes too.
-  __device__ static Pack load_written(const Bits* address) {
-    return unpack(*reinterpret_cast<const Vector*>(address));
-  }
+  __device__ static Pack load_written(const Bits* address) { return unpack(*reinterpret_cast<const Vector*>(address)); }
 
   /// The first `count` elements one by one; the others are 0.
   __device__ static Pack load_some(const Bits* address, int count) {

@@ -23,7 +23,7 @@ TIMM_EXT_FN float select(bool mask, float yes, float no) { return mask ? yes : n
 TIMM_EXT_FN double select(bool mask, double yes, double no) { return mask ? yes : no; }
 
 /// The exact power of two 2^-(e+1) that brings x = m·2^e (x >= 0, 1 <= m < 2) into [0.5, 1). At the ends of the range,
-/// where that power is no normal number, the nearest one that is: denormals come to [2^-23, 1), the largest to < 2.
+/// where that power is no normal number, the nearest one that is: denormals come to [2^-23, 1), the largest to < 4.
 TIMM_EXT_FN float reciprocal_power_of_two(float x) {
   const int32_t bits = 0x7E800000 - (bit_cast<int32_t>(x) & 0x7F800000);
   return bit_cast<float>(bits < 0x00800000 ? 0x00800000 : bits);

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <random>
 
 #include "../cuda/storage.h"
@@ -81,7 +82,7 @@ void encode(Element element, void* values, int64_t i, double value) {
 }
 
 double storage_rounding(Element element) {
-  return element == Element::kBFloat16 ? 0x1p-9 : element == Element::kFloat16 ? 0x1p-12 : 0.0;
+  return element == Element::kBFloat16 ? 0x1p-8 : element == Element::kFloat16 ? 0x1p-11 : 0.0;
 }
 
 double storage_step(Element element) {
@@ -139,11 +140,11 @@ MergeCase::MergeCase(const CaseSpec& spec_, uint64_t seed)
   for (int64_t p = 0; p < (spec.one_gradient ? 1 : spec.elements); ++p) {
     encode(spec.element, gradient.data(), p, 2 * uniform(random) - 1);
   }
-  inputs = {theta.data(), spec.fisher == FisherKind::kNone ? nullptr : fisher.data(),
+  inputs = {theta.data(),      spec.fisher == FisherKind::kNone ? nullptr : fisher.data(),
             log_weight.data(), offsets.data(),
-            stride(), stride(),
-            segments(), spec.models,
-            spec.elements, spec.element};
+            stride(),          stride(),
+            segments(),        spec.models,
+            spec.elements,     spec.element};
   upstream = {gradient.data(), spec.one_gradient ? 0 : 1};
 }
 
@@ -160,35 +161,39 @@ Reference MergeCase::reference() const {
   return r;
 }
 
+/// Everything relative to model 0, in the widest type: equal models give exact zeros.
 void MergeCase::reference_element(int64_t s, int64_t p, Reference& r) const {
+  using Wide = long double;
   const int64_t models = spec.models;
-  std::vector<double> values(models), alpha(models), weight(models);
-  double total = 0;
+  std::vector<Wide> theta_offset(models), alpha(models), weight(models);
+  const double first = decode(spec.element, theta.data(), p);
+  Wide total = 0, magnitude = 0, shift = 0;
   for (int64_t t = 0; t < models; ++t) {
-    values[t] = decode(spec.element, theta.data(), t * stride() + p);
-    alpha[t] = std::exp(decode(log_element(), log_weight.data(), s * models + t));
+    theta_offset[t] = Wide{decode(spec.element, theta.data(), t * stride() + p)} - first;
+    alpha[t] = std::exp(Wide{decode(log_element(), log_weight.data(), s * models + t)});
     weight[t] = alpha[t] * (inputs.fisher ? decode(spec.element, fisher.data(), t * stride() + p) : 1.0);
     total += weight[t];
   }
   const bool zero = total == 0;
-  if (zero) {
-    weight = alpha;
-    for (double w : weight) total += w;
-  }
+  if (zero) weight = alpha;
+  if (zero) total = std::accumulate(alpha.begin(), alpha.end(), Wide{0});
   for (int64_t t = 0; t < models; ++t) {
-    r.merged[p] += weight[t] / total * values[t];
-    r.magnitude[p] += weight[t] / total * std::abs(values[t]);
+    shift += weight[t] / total * theta_offset[t];
+    magnitude += weight[t] / total * std::abs(first + theta_offset[t]);
   }
-  const auto [lowest, highest] = std::minmax_element(values.begin(), values.end());
-  const double width = *highest - *lowest;
-  const double g = decode(spec.element, gradient.data(), spec.one_gradient ? 0 : p);
+  r.merged[p] = static_cast<double>(first + shift);
+  r.magnitude[p] = static_cast<double>(magnitude);
+  const auto [lowest, highest] = std::minmax_element(theta_offset.begin(), theta_offset.end());
+  const Wide width = *highest - *lowest;
+  const Wide g = decode(spec.element, gradient.data(), spec.one_gradient ? 0 : p);
   for (int64_t t = 0; t < models; ++t) {
-    const double share = weight[t] / total;
-    r.rows[s * models + t] += g * share * (values[t] - r.merged[p]);
-    r.rows_magnitude[s * models + t] += std::abs(g) * share * width;
-    r.theta[t * spec.elements + p] = g * share;
-    r.fisher[t * spec.elements + p] = zero ? 0 : g * alpha[t] / total * (values[t] - r.merged[p]);
-    r.fisher_magnitude[t * spec.elements + p] = zero ? 0 : alpha[t] / total * width;
+    const Wide share = weight[t] / total;
+    const Wide slope = zero ? 0 : alpha[t] / total;
+    r.rows[s * models + t] += static_cast<double>(g * share * (theta_offset[t] - shift));
+    r.rows_magnitude[s * models + t] += static_cast<double>(std::abs(g) * share * width);
+    r.theta[t * spec.elements + p] = static_cast<double>(g * share);
+    r.fisher[t * spec.elements + p] = static_cast<double>(g * slope * (theta_offset[t] - shift));
+    r.fisher_magnitude[t * spec.elements + p] = static_cast<double>(slope * width);
   }
 }
 

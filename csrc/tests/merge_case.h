@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// One random input of the merge, in storage that ends where the planes end, and its merge in plain float64.
+// One random input of the merge, in storage that ends where the planes end, and its merge in plain extended precision.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ constexpr Element kElements[] = {Element::kFloat32, Element::kBFloat16, Element:
 int element_bytes(Element element);
 double decode(Element element, const void* values, int64_t i);
 void encode(Element element, void* values, int64_t i, double value);
-/// Half the distance between neighbours of the storage type, relative; 0 where the arithmetic type is stored.
+/// The largest relative error of rounding to the storage type; 0 where the arithmetic type is stored.
 double storage_rounding(Element element);
 /// The step of the smallest numbers of the storage type.
 double storage_step(Element element);
@@ -35,8 +35,8 @@ struct CaseSpec {
   int64_t elements;
   Segments segments;
   FisherKind fisher;
-  int64_t padding = 0;   // of the row stride
-  int64_t offset = 0;    // of the first element from a 16-byte boundary
+  int64_t padding = 0;        // of the row stride
+  int64_t offset = 0;         // of the first element from a 16-byte boundary
   bool one_gradient = false;  // stride 0
   bool same_theta = false;
   std::string name() const;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The CUDA merge kernels, run by the host executor, against a plain float64 merge; and the same bits under other
-// schedules.
+// The CUDA merge kernels, run by the host executor, against a plain merge in extended precision; and the same bits
+// under other schedules.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -28,12 +28,12 @@ Buffer forward(const MergeCase& c) {
 }
 
 Buffer backward_rows(const MergeCase& c) {
-  const size_t bytes =
-      timm_ext::cuda::merge_backward_workspace_bytes(c.spec.models, c.spec.elements, c.spec.element);
+  const size_t bytes = timm_ext::cuda::merge_backward_workspace_bytes(c.spec.models, c.spec.elements, c.spec.element);
   Buffer workspace(Element::kFloat64, static_cast<int64_t>(bytes / 8));
   Buffer rows(c.log_element(), c.segments() * c.spec.models);
   const int64_t before = timm_ext::executor::launches();
-  const int error = timm_ext::cuda::merge_backward_log_weight(c.inputs, c.upstream, rows.data(), workspace.data(), nullptr);
+  const int error =
+      timm_ext::cuda::merge_backward_log_weight(c.inputs, c.upstream, rows.data(), workspace.data(), nullptr);
   check(error == 0 && timm_ext::executor::launches() - before <= 2, "backward failed or took more than two launches");
   return rows;
 }
@@ -95,7 +95,7 @@ void check_case(const CaseSpec& spec, uint64_t seed) {
   const Reference truth = c.reference();
   check_forward(c, truth);
   check_rows(c, truth);
-  if (spec.elements <= 2000) check_planes(c, truth);
+  if (spec.elements <= 600) check_planes(c, truth);
 }
 
 /// Every element type and instance of T, over kinds of segments and Fishers that rotate.
@@ -109,7 +109,9 @@ void test_table() {
   for (Element element : kElements) {
     for (int64_t models : {1, 2, 3, 4, 5, 6, 11, 17}) {
       for (int64_t size : sizes) {
-        CaseSpec spec = {element, models, size, segments[i % 5], fishers[(i / 2 + i / 5) % 5]};
+        const bool one_per_lane = element == Element::kFloat64 || models == 17;  // slow here: a barrier per segment
+        CaseSpec spec = {element, models, one_per_lane ? std::min<int64_t>(size, 700) : size, segments[i % 5],
+                         fishers[(i / 2 + i / 5) % 5]};
         spec.padding = i % 4 == 1 ? 5 : i % 4 == 2 ? -size & 63 : 0;
         spec.offset = i % 7 == 3 ? 1 : 0;
         spec.one_gradient = i % 6 == 5;
@@ -122,9 +124,10 @@ void test_table() {
 /// Every kind of segment with every kind of Fisher at the size of a few tiles.
 void test_kinds() {
   uint64_t seed = 1000;
-  for (Segments segments : {Segments::kOne, Segments::kSingle, Segments::kKernels, Segments::kMixed, Segments::kTiles}) {
-    for (FisherKind fisher : {FisherKind::kNone, FisherKind::kPlain, FisherKind::kWide, FisherKind::kHalfZero,
-                              FisherKind::kDenormal}) {
+  for (Segments segments :
+       {Segments::kOne, Segments::kSingle, Segments::kKernels, Segments::kMixed, Segments::kTiles}) {
+    for (FisherKind fisher :
+         {FisherKind::kNone, FisherKind::kPlain, FisherKind::kWide, FisherKind::kHalfZero, FisherKind::kDenormal}) {
       check_case({Element::kFloat32, 3, 1999, segments, fisher}, ++seed);
     }
   }

@@ -31,9 +31,7 @@ inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaS
 #define TIMM_EXT_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 inline void __syncthreads(TIMM_EXT_SITE) { timm_ext::executor::block_barrier(file, line); }
-inline void __syncwarp(uint32_t mask = ~0u, TIMM_EXT_SITE) {
-  timm_ext::executor::warp_exchange(mask, 0, file, line);
-}
+inline void __syncwarp(uint32_t mask = ~0u, TIMM_EXT_SITE) { timm_ext::executor::warp_exchange(mask, 0, file, line); }
 
 namespace timm_ext::executor {
 

@@ -14,7 +14,7 @@
 #include <utility>
 #include <vector>
 
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(TIMM_EXT_ASAN)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #else
@@ -54,7 +54,8 @@ struct Fiber {
   uint64_t gathered[kWarp];
 
   Fiber() {
-    void* memory = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory =
+        mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw Error("no memory for the stack of a fiber");
     mprotect(memory, kPage, PROT_NONE);
     stack = static_cast<char*>(memory);
@@ -85,7 +86,8 @@ Fiber& running() { return *executor.fibers[executor.current]; }
 
 void yield_to_scheduler(bool last) {
   void* fake_stack = nullptr;
-  __sanitizer_start_switch_fiber(last ? nullptr : &fake_stack, executor.scheduler_stack, executor.scheduler_stack_bytes);
+  __sanitizer_start_switch_fiber(last ? nullptr : &fake_stack, executor.scheduler_stack,
+                                 executor.scheduler_stack_bytes);
   swapcontext(&running().context, &executor.scheduler);
   __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 }
@@ -118,6 +120,7 @@ void start_fiber(Fiber& fiber) {
   fiber.context.uc_stack.ss_size = kStackBytes - kPage;
   fiber.context.uc_link = nullptr;
   makecontext(&fiber.context, fiber_main, 0);
+  fiber.context.uc_stack.ss_size = 0;  // else AddressSanitizer forgets the stack's red zones at every switch
   fiber.state = State::kRunnable;
   fiber.site = {};
 }
