@@ -46,7 +46,7 @@ def summary(**changes):
             method("scratch", "scratch", 0.0),
             method("mode-imm", "mode-IMM", 0.1),
             method("t-imm", "T-IMM", 0.1),
-            method("t-imm-extra", "T-IMM", 0.1, extra=True),
+            method("t-imm-extra", "T-IMM, adaptation extra", 0.1, extra=True),
             method("same", "as scratch", 0.0),
         ),
         "baseline": "scratch",
@@ -124,7 +124,7 @@ def test_tables_and_figures_lie_beside_the_page(folder):
     assert rows[0] == ["Initialisation", "Steps", "Mean", *REGIONS, "Seconds"]
     scratch = summary().methods[0]
     assert rows[1][2] == f"{scratch.dice.mean():.3f} ± {scratch.dice.mean(axis=(1, 2)).std(ddof=1):.3f}"
-    assert rows[4][:2] == ["T-IMM (extra)", "120"]
+    assert rows[4][:2] == ["T-IMM, adaptation extra", "120"]
     with open(folder / "tables" / "cases.csv", newline="", encoding="utf-8") as file:
         assert len(list(csv.reader(file))) == 1 + 5 * SEEDS * CASES
 
@@ -160,7 +160,7 @@ def test_limits_say_when_nothing_could_be_shown():
     text = "\n".join(limits(summary(methods=tuple(few), cases=("a", "b", "c"))))
     assert "cannot show any difference" in text
     assert "cannot show any difference" not in "\n".join(limits(summary()))
-    assert "extra" in text
+    assert "T-IMM, adaptation extra had more optimiser steps" in text
 
 
 def test_unwritable_folder_is_one_line(tmp_path):

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from timm_ext.study.summary import Example, MethodResult, Ratios, Summary
+from timm_ext.study.summary import Example, Ratios, Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +32,7 @@ def dice_figure(summary: Summary) -> "Figure":
         axis.set_title(name)
         axis.set_xlabel("test Dice")
         axis.grid(axis="x", alpha=0.3)
-    axes[0].set_yticks(range(len(summary.methods)), [_label(method) for method in summary.methods])
+    axes[0].set_yticks(range(len(summary.methods)), [method.title for method in summary.methods])
     axes[0].invert_yaxis()
     return figure
 
@@ -46,7 +46,7 @@ def curves_figure(summary: Summary) -> "Figure":
         steps = np.array([step for step, _ in method.curves[0]])
         values = np.array([[dice for _, dice in curve] for curve in method.curves])
         style = _style(row)
-        axis.plot(steps, values.mean(axis=0), markevery=0.1, markersize=5, label=_label(method), **style)
+        axis.plot(steps, values.mean(axis=0), markevery=0.1, markersize=5, label=method.title, **style)
         axis.fill_between(steps, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.08)
     axis.set_xlabel("optimiser steps (adaptation included)")
     axis.set_ylabel("mean validation Dice")
@@ -136,10 +136,6 @@ def _style(row: int) -> dict[str, Any]:
         "marker": MARKERS[row % len(MARKERS)],
         "linestyle": LINES[row % len(LINES)],
     }
-
-
-def _label(method: MethodResult) -> str:
-    return f"{method.title}*" if method.extra else method.title
 
 
 def _wrapped(title: str, width: int = 16) -> str:

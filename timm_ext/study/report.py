@@ -93,7 +93,7 @@ def dice_table(summary: Summary) -> Table:
     """Mean test Dice per method and region, ± standard deviation over seeds."""
     rows = tuple(
         (
-            method.title + (" (extra)" if method.extra else ""),
+            method.title,
             str(method.steps),
             _spread(method.spread()),
             *(_spread(method.spread(region)) for region in range(len(summary.regions))),
@@ -149,7 +149,7 @@ def forgetting_table(summary: Summary) -> Table:
 def cases_table(summary: Summary) -> Table:
     """Mean Dice of every method on every case and seed: the numbers under the statistics."""
     rows = tuple(
-        (method.title + (" (extra)" if method.extra else ""), str(seed), case, *(f"{d:.4f}" for d in dice))
+        (method.title, str(seed), case, *(f"{d:.4f}" for d in dice))
         for method in summary.methods
         for seed, per_seed in zip(summary.seeds, method.dice, strict=True)
         for case, dice in zip(summary.cases, per_seed, strict=True)
@@ -159,19 +159,18 @@ def cases_table(summary: Summary) -> Table:
 
 def draw(summary: Summary) -> list[Picture]:
     """Draw all figures that the summary has data for."""
-    star = " * marks rows with extra steps." if any(method.extra for method in summary.methods) else ""
     means = "; ".join(f"{method.title} {method.spread()[0]:.2f}" for method in summary.methods)
     pictures = [
         _picture(
             "dice",
             figures.dice_figure(summary),
-            "Test Dice per initialisation: each seed a point, the mean over seeds a bar." + star,
+            "Test Dice per initialisation: each seed a point, the mean over seeds a bar.",
             f"Dot plot of test Dice. Means: {means}.",
         ),
         _picture(
             "curves",
             figures.curves_figure(summary),
-            "Learning curves: mean validation Dice over seeds, the band is their range." + star,
+            "Learning curves: mean validation Dice over seeds, the band is their range.",
             f"Line plot of validation Dice against steps for {len(summary.methods)} initialisations.",
         ),
     ]

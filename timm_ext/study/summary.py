@@ -179,9 +179,8 @@ def limits(summary: Summary) -> list[str]:
             f"With {cases} test cases no p-value is smaller than {smallest:.3g}, which the correction over "
             f"{pairs} pairs lifts above 0.05: this run cannot show any difference, however large."
         )
-    if any(method.extra for method in summary.methods):
+    if names := ", ".join(method.title for method in summary.methods if method.extra):
         sentences.append(
-            "Rows marked “extra” had more optimiser steps than the others; a lead of theirs may be nothing "
-            "but the longer training."
+            f"{names} had more optimiser steps than the others; a lead may be nothing but the longer training."
         )
     return [*sentences, *summary.notes]

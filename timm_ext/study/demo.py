@@ -1,0 +1,155 @@
+"""The whole method in minutes: generate, pre-train, Fisher, merge, adapt, fine-tune, compare, report."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from timm_ext.data.generate import PHANTOM
+from timm_ext.errors import InputError
+from timm_ext.files import atomic_write
+from timm_ext.study.collect import environment, summarise
+from timm_ext.study.plan import Plan, PlanSettings, make_plan, settings_to_dict
+from timm_ext.study.progress import plan_progress
+from timm_ext.study.records import Folder
+from timm_ext.study.report import write_report
+from timm_ext.study.runner import available_cores, run_steps
+from timm_ext.study.stages import FISHER, INITIAL, NETWORK
+from timm_ext.study.summary import Summary
+
+CHECKPOINTS = "checkpoints"
+
+
+def demo_settings(*, seeds: int = 3, label_maps: Path | None = None, quick: bool = False) -> PlanSettings:
+    """Return the demo's settings.
+
+    Args:
+        seeds: number of repeats of adaptation and fine-tuning.
+        label_maps: folder of FreeSurfer-style label maps; None draws phantoms.
+        quick: so few steps on so small images that the numbers mean nothing; to see that everything runs.
+
+    Raises:
+        InputError: fewer than one seed.
+    """
+    if seeds < 1:
+        raise InputError(f"seeds: expected at least 1 (got {seeds})")
+    source = PHANTOM if label_maps is None else str(Path(label_maps).resolve())
+    settings = PlanSettings(source=source, seeds=tuple(range(seeds)))
+    if not quick:
+        return settings
+    return replace(
+        settings,
+        options={"base_filters": 2, "levels": 3},
+        spacing=8.0,
+        size=(20, 24, 20),
+        source_cases=2,
+        source_test=1,
+        train_cases=2,
+        val_cases=1,
+        test_cases=3,
+        source_steps=6,
+        steps=6,
+        adapt_steps=2,
+        validate_every=2,
+    )
+
+
+def run_demo(
+    out: Path, settings: PlanSettings, *, workers: int | None = None, console: Console | None = None
+) -> Path:
+    """Run the demo, or go on with one that was interrupted, and write its report.
+
+    Args:
+        out: folder of the results: `report.html`, `tables/`, `figures/`, `checkpoints/` and `runs/`.
+        settings: see `demo_settings`.
+        workers: processes of one thread each; default: the number of cores.
+        console: for progress and the closing lines.
+
+    Returns:
+        Path of the report.
+
+    Raises:
+        InputError: the folder is in use, holds other results or cannot be written, or steps failed; they are
+            listed, and all that does not need them is done.
+    """
+    console = console or Console()
+    folder = Folder(out)
+    plan = make_plan(settings)
+    count = workers or available_cores()
+    facts = environment()
+    with folder.lock():
+        folder.claim(settings_to_dict(settings), extendable=["seeds"])
+        with plan_progress(plan.steps, folder, console) as listener:
+            outcome = run_steps(
+                plan.steps, folder, workers=count, listener=listener, facts={"environment": facts}
+            )
+        if not outcome.complete:
+            lines = [f"{name}: {message}" for name, message in outcome.failed.items()]
+            lines += [f"{name}: not run, it needs {cause}" for name, cause in outcome.skipped.items()]
+            raise InputError("\n  ".join([f"{out}: {len(outcome.failed)} steps failed:", *lines]))
+        described = {
+            "Made by": f"timm_ext {facts['timm_ext']}, torch {facts['torch']}, Python {facts['python']}",
+            "Machine": f"{facts['machine']}, {facts['instruction_set']} kernels, one thread per worker",
+            "Anatomy": "procedural phantoms"
+            if settings.source == PHANTOM
+            else f"label maps of {settings.source}",
+        }
+        summary = summarise(plan, folder, "T-IMM demo: initialisations for a small tumour task", described)
+        page = write_report(summary, out)
+        saved = publish_checkpoints(plan, folder)
+    _print_end(console, summary, page, saved)
+    return page
+
+
+def publish_checkpoints(plan: Plan, folder: Folder) -> Path:
+    """Put the networks and Fishers of a finished plan, under readable names, into one folder.
+
+    Sources are `M1`, `M2`, … and `fisher-M1`, …; of the first seed, `METHOD` is the fine-tuned network and
+    `METHOD-initial` what it started from. Files are linked where the file system can, else copied.
+
+    Returns:
+        The folder.
+    """
+    target = folder.path / CHECKPOINTS
+    files = {f"M{n}": folder.run_path(step) / NETWORK for n, step in enumerate(plan.models, 1)}
+    files |= {f"fisher-M{n}": folder.run_path(step) / FISHER for n, step in enumerate(plan.fishers, 1)}
+    seed = plan.settings.seeds[0]
+    for name in plan.settings.methods:
+        run = folder.run_path(plan.runs[name, seed])
+        adaptation = plan.adaptations.get((name, seed))
+        files[name] = run / NETWORK
+        initial = (run if adaptation is None else folder.run_path(adaptation)) / INITIAL
+        if initial.exists():
+            files[f"{name}-initial"] = initial
+    for name, source in files.items():
+        _link(source, target / f"{name}.safetensors")
+    return target
+
+
+def _link(source: Path, target: Path) -> None:
+    with atomic_write(target) as temporary:
+        temporary.unlink()
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+
+def _print_end(console: Console, summary: Summary, page: Path, saved: Path) -> None:
+    from rich.table import Table
+
+    table = Table("Initialisation", "Steps", "Mean", *summary.regions, title="Test Dice (± SD over seeds)")
+    for method in summary.methods:
+        spreads: Sequence[tuple[float, float]] = [
+            method.spread(),
+            *(method.spread(region) for region in range(len(summary.regions))),
+        ]
+        table.add_row(
+            method.title, str(method.steps), *(f"{mean:.3f} ± {deviation:.3f}" for mean, deviation in spreads)
+        )
+    console.print(table)
+    console.print(f"Report: {page}", soft_wrap=True, highlight=False)
+    console.print(f"Checkpoints for timm-ext predict: {saved}", soft_wrap=True, highlight=False)

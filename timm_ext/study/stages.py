@@ -1,0 +1,336 @@
+"""The steps of a study: each a function of settings and of the folders of the steps it needs.
+
+They call what a user's own script would call; `timm_ext.study.worker` runs them.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from timm_ext.data.dataset import Sample
+from timm_ext.data.generate import GenerateSettings, generate_cases
+from timm_ext.data.layouts import Case, read_cases
+from timm_ext.data.prepare import Prepared, PrepareSettings, prepare_case, prepare_cases
+from timm_ext.data.synthesis import SynthesisSettings
+from timm_ext.data.tasks import Task, get_task, task_to_dict
+from timm_ext.data.tumour import TumourSettings
+from timm_ext.fisher import estimate_fisher
+from timm_ext.inference import labels_from_probabilities, predict_case, predict_probabilities
+from timm_ext.merging import MergedModel, get_method
+from timm_ext.metrics import Scores, evaluate_case, evaluate_pairs
+from timm_ext.networks.io import load_network, save_network
+from timm_ext.study.sources import Recipe, Sources, load_sources, network_of, new_network, start_from
+from timm_ext.study.worker import Context
+from timm_ext.training.examples import Examples
+from timm_ext.training.settings import TrainSettings
+from timm_ext.training.stages import adapt, fine_tune, make_sets, train, warm_up
+from timm_ext.training.state import STATE_NAME
+
+Settings = Mapping[str, Any]
+Inputs = Mapping[str, Path]
+
+NETWORK = "network.safetensors"
+INITIAL = "initial.safetensors"
+FISHER = "fisher.safetensors"
+CASES, CACHE, TRAINING, PREDICTIONS = "cases", "prepared", "training", "predictions"
+
+
+def make_cases(settings: Settings, inputs: Inputs, context: Context) -> dict[str, Any]:
+    """Generate cases as NIfTI files and prepare them; settings: `generate`, `count`, `prepare`."""
+    given = dict(settings["generate"])
+    generate = GenerateSettings(
+        **{
+            **given,
+            "size": tuple(given["size"]),
+            "subjects": tuple(given["subjects"]),
+            "synthesis": SynthesisSettings(**_tuples(given.get("synthesis", {}))),
+            "tumour": TumourSettings(**_tuples(given.get("tumour", {}))),
+        }
+    )
+    cases = generate_cases(
+        context.folder / CASES,
+        generate,
+        settings["count"],
+        progress=lambda done, count: context.report(0.9 * done / count),
+    )
+    task = get_task(generate.task)
+    prepare_cases(cases, task, _prepare_settings(settings), context.folder / CACHE, workers=0, progress=False)
+    return {"cases": [case.id for case in cases]}
+
+
+def train_source(settings: Settings, inputs: Inputs, context: Context) -> dict[str, Any]:
+    """Train a source network, from scratch or starting from an earlier one.
+
+    Settings: `task`, `network`, `prepare`, `train`, `recipe`. Inputs: `train`, `test`, and `parent` for a
+    start by plain transfer.
+    """
+    task = get_task(settings["task"])
+    recipe = Recipe(**settings["recipe"])
+    network = settings["network"]
+    model = new_network(network["name"], network["options"], task, recipe.seed)
+    parents: tuple[str, ...] = ()
+    if "parent" in inputs:
+        sources = load_sources([inputs["parent"] / NETWORK], names=["parent"])
+        model, parents = start_from("transfer-1", model, task, sources, recipe).model, sources.hashes
+    train_cases, test_cases = (
+        _prepared(inputs["train"], task, settings),
+        _prepared(inputs["test"], task, settings),
+    )
+    schedule = _train_settings(settings)
+    train_set, test_set = make_sets(train_cases, test_cases, task, schedule)
+    history = train(
+        model,
+        _Counted(train_set, context, schedule),
+        test_set,
+        schedule,
+        context.folder / TRAINING,
+        resume=True,
+    )
+    _save(context.folder / NETWORK, model, task, settings, parents)
+    _forget_state(context)
+    return {"curve": history.curve("val_dice")}
+
+
+def source_fisher(settings: Settings, inputs: Inputs, context: Context) -> dict[str, Any]:
+    """Estimate a source network's Fisher on its training cases; settings: `task`, `prepare`, `fisher`."""
+    task = get_task(settings["task"])
+    model, checkpoint = load_network(inputs["model"] / NETWORK)
+    cases = _prepared(inputs["train"], task, settings)
+    data, _ = make_sets(cases, (), task, TrainSettings())
+    fisher = estimate_fisher(model, data, **settings["fisher"])
+    fisher.save(
+        context.folder / FISHER,
+        network_sha256=checkpoint.sha256,
+        task=task_to_dict(task),
+        settings=dict(settings["fisher"]),
+    )
+    return {"examples": fisher.count, "kind": fisher.kind.value}
+
+
+def adapt_start(settings: Settings, inputs: Inputs, context: Context) -> dict[str, Any]:
+    """Train what a method trains before fine-tuning, and save the plain network that results.
+
+    Settings: `task`, `method`, `prepare`, `recipe`, `train`, `logit_lr`. Inputs: `model-1` …, `fisher-1` …,
+    `train`, `val`.
+    """
+    task = get_task(settings["task"])
+    sources = _sources(inputs)
+    recipe = Recipe(**settings["recipe"])
+    start = start_from(settings["method"], network_of(sources, task, recipe.seed), task, sources, recipe)
+    schedule = _train_settings(settings)
+    train_set, val_set = _target_sets(inputs, task, settings, schedule)
+    counted, folder = _Counted(train_set, context, schedule), context.folder / TRAINING
+    facts: dict[str, Any] = {}
+    if isinstance(start.model, MergedModel):
+        adaptation = adapt(
+            start.model, counted, val_set, schedule, folder, logit_lr=settings["logit_lr"], resume=True
+        )
+        history, network = adaptation.history, start.model.fold()
+        facts = {
+            "sources": list(adaptation.sources),
+            "layers": list(adaptation.layers),
+            "ratios": adaptation.ratios[-1].tolist(),
+            "logits": start.model.logits.tolist(),
+        }
+        _save(context.folder / INITIAL, network, task, settings, sources.hashes, start.model.provenance())
+    else:
+        network = start.model
+        history = warm_up(network, start.split.specific, counted, val_set, schedule, folder, resume=True)
+        _save(
+            context.folder / INITIAL, network, task, settings, sources.hashes, {"method": settings["method"]}
+        )
+    _forget_state(context)
+    return {"curve": history.curve("val_dice"), **facts}
+
+
+def tune_and_test(settings: Settings, inputs: Inputs, context: Context) -> dict[str, Any]:
+    """Fine-tune an initialisation, segment the test cases and score them.
+
+    Settings: `task`, `method`, `network`, `prepare`, `recipe`, `train`. Inputs: `start` (an adaptation) or,
+    without one, `model-1` …, `fisher-1` …; and `train`, `val`, `test`.
+    """
+    task = get_task(settings["task"])
+    network, parents = _initial_network(settings, inputs, context, task)
+    schedule = _train_settings(settings)
+    train_set, val_set = _target_sets(inputs, task, settings, schedule)
+    network, history = fine_tune(
+        network,
+        _Counted(train_set, context, schedule),
+        val_set,
+        schedule,
+        context.folder / TRAINING,
+        resume=True,
+    )
+    _save(context.folder / NETWORK, network, task, settings, parents)
+    scores = _test(network, inputs["test"], task, settings, context.folder)
+    _forget_state(context)
+    return {"curve": history.curve("val_dice"), "scores": scores}
+
+
+def forgetting(settings: Settings, inputs: Inputs, context: Context) -> dict[str, Any]:
+    """Score initialisations on the source tasks.
+
+    The merged weights are put into each source network, which keeps its own heads, norms and input channels.
+
+    Settings: `methods`, `tasks`, `prepare`, `recipe`, `adapted` (title of an input → method). Inputs:
+    `model-1` …, `fisher-1` …, `test-1` …, and the adaptations.
+    """
+    sources = _sources(inputs)
+    recipe = Recipe(**settings["recipe"])
+    wanted: list[tuple[str, str, torch.Tensor | None]] = [(name, name, None) for name in settings["methods"]]
+    for role, method in settings["adapted"].items():
+        wanted.append((role, method, _learned_logits(inputs[role])))
+    table: dict[str, dict[str, float]] = {}
+    for number, (role, method, logits) in enumerate(wanted):
+        table[role] = {
+            task.name: _mean_dice(
+                _in_source(method, sources, index, recipe, logits),
+                _prepared(inputs[f"test-{index + 1}"], task, settings),
+                task,
+            )
+            for index, task in enumerate(sources.tasks)
+        }
+        context.report((number + 1) / len(wanted))
+    return {"dice": table}
+
+
+class _Counted:
+    """Training cases that tell the runner how far the training is."""
+
+    def __init__(self, examples: Examples, context: Context, settings: TrainSettings) -> None:
+        self._examples, self._context = examples, context
+        self._total = settings.total_steps(len(examples)) * settings.batch_size
+        self._seen = 0
+        self.task = getattr(examples, "task", None)
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def sample(self, index: int, epoch: int) -> Sample:
+        self._seen += 1
+        self._context.report(self._seen / self._total)
+        return self._examples.sample(index, epoch)
+
+
+def _tuples(values: Settings) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _prepare_settings(settings: Settings) -> PrepareSettings:
+    return PrepareSettings(**_tuples(settings["prepare"]))
+
+
+def _train_settings(settings: Settings) -> TrainSettings:
+    return TrainSettings(**_tuples(settings["train"]))
+
+
+def _prepared(folder: Path, task: Task, settings: Settings) -> list[Prepared]:
+    cases = read_cases(folder / CASES, task, require_labels=True)
+    return [prepare_case(case, task, _prepare_settings(settings), folder / CACHE) for case in cases]
+
+
+def _target_sets(
+    inputs: Inputs, task: Task, settings: Settings, schedule: TrainSettings
+) -> tuple[Examples, Examples | None]:
+    train_cases, val_cases = (_prepared(inputs[part], task, settings) for part in ("train", "val"))
+    return make_sets(train_cases, val_cases, task, schedule)
+
+
+def _sources(inputs: Inputs) -> Sources:
+    count = sum(role.startswith("model-") for role in inputs)
+    models = [inputs[f"model-{number}"] / NETWORK for number in range(1, count + 1)]
+    fishers = [inputs[role] / FISHER for n in range(1, count + 1) if (role := f"fisher-{n}") in inputs]
+    return load_sources(models, fishers, names=[f"M{number}" for number in range(1, count + 1)])
+
+
+def _initial_network(
+    settings: Settings, inputs: Inputs, context: Context, task: Task
+) -> tuple[nn.Module, Sequence[str]]:
+    """Return the plain network that fine-tuning starts from, and the hashes of its parents."""
+    if "start" in inputs:
+        network, checkpoint = load_network(inputs["start"] / INITIAL)
+        return network, [str(checkpoint.sha256)]
+    recipe = Recipe(**settings["recipe"])
+    target = new_network(settings["network"]["name"], settings["network"]["options"], task, recipe.seed)
+    if not get_method(settings["method"]).models:
+        return target, []
+    sources = _sources(inputs)
+    network = start_from(settings["method"], target, task, sources, recipe).model
+    facts = {"method": settings["method"]}
+    _save(context.folder / INITIAL, network, task, settings, sources.hashes, facts)
+    return network, sources.hashes
+
+
+def _save(
+    path: Path,
+    network: nn.Module,
+    task: Task,
+    settings: Settings,
+    parents: Sequence[str],
+    merge: Mapping[str, Any] | None = None,
+) -> None:
+    kind = "network" if merge is None else "merged"
+    facts = {} if merge is None else {"merge": dict(merge)}
+    save_network(
+        path, network, task=task_to_dict(task), parents=parents, settings=dict(settings), kind=kind, **facts
+    )
+
+
+def _test(
+    network: nn.Module, cases: Path, task: Task, settings: Settings, folder: Path
+) -> dict[str, dict[str, float | None]]:
+    """Write a label map for every test case and return the Dice per case and region."""
+    pairs = {}
+    for case in read_cases(cases / CASES, task, require_labels=True):
+        path = folder / PREDICTIONS / f"{case.id}.nii.gz"
+        predict_case(
+            network,
+            Case(case.id, case.images, None),
+            task,
+            _prepare_settings(settings),
+            path,
+            cache=folder / CACHE,
+        )
+        pairs[case.id] = (path, cast(Path, case.label))
+    evaluation = evaluate_pairs(pairs, task, folder)
+    return {case: _dice(scores) for case, scores in evaluation.cases.items()}
+
+
+def _dice(scores: Scores) -> dict[str, float | None]:
+    return {region: score["dice"] for region, score in scores.items()}
+
+
+def _learned_logits(folder: Path) -> torch.Tensor:
+    _, checkpoint = load_network(folder / INITIAL)
+    return torch.tensor(checkpoint.metadata["merge"]["logits"])
+
+
+def _in_source(
+    method: str, sources: Sources, index: int, recipe: Recipe, logits: torch.Tensor | None
+) -> nn.Module:
+    """Return source network `index` with its shared weights replaced by the merge."""
+    model = start_from(
+        method, sources.networks[index], sources.tasks[index], sources, recipe, initial_logits=logits
+    ).model
+    return model.fold() if isinstance(model, MergedModel) else model
+
+
+def _mean_dice(network: nn.Module, cases: Sequence[Prepared], task: Task) -> float:
+    """Return the mean Dice over cases and regions on the prepared grid."""
+    values: list[float] = []
+    for case in cases:
+        probabilities = predict_probabilities(network, torch.from_numpy(case.image.copy()))
+        assert case.label is not None
+        labels = labels_from_probabilities(probabilities, task)
+        # Distances do not matter here, only overlaps.
+        scores = evaluate_case(labels, case.label, task, (1.0, 1.0, 1.0))
+        values += [score["dice"] for score in scores.values() if score["dice"] is not None]
+    return sum(values) / len(values)
+
+
+def _forget_state(context: Context) -> None:
+    """Remove the state of the finished training: it is as large as three networks."""
+    (context.folder / TRAINING / STATE_NAME).unlink(missing_ok=True)
