@@ -22,10 +22,11 @@ from timm_ext.fisher.likelihoods import (
     summed_logits,
 )
 from timm_ext.fisher.model import evaluation_mode, examine_model, no_randomness
+from timm_ext.fisher.nodes import Tape
 from timm_ext.fisher.precision import autocast, check_precision, precise, tolerance
 from timm_ext.fisher.reduction import Share, add_over_ranks, gather
 from timm_ext.fisher.result import Fisher, FisherKind
-from timm_ext.fisher.rules import Rules, Tape, run_backward
+from timm_ext.fisher.rules import Rules, run_backward
 
 
 class FisherAccumulator:
@@ -123,8 +124,7 @@ class FisherAccumulator:
         """
         self._check_usable()
         names = _check_batch(x, ids, self._ids)
-        x = x.detach()
-        x = x if type(x) is Tensor else x.as_subclass(Tensor)
+        x = _plain(x.detach())
         require_finite(x, names, "x")
         with torch.enable_grad(), precise(self._precision, x.device):
             alone = self._probe(x)
@@ -266,7 +266,7 @@ class FisherAccumulator:
 
     def _score(self, logits: Tensor, y: Any, ids: Sequence[str], sample: int) -> Tensor:
         if self._labels == "true":
-            target = y.to(logits.device) if isinstance(y, Tensor) else y
+            target = _plain(y).to(logits.device) if isinstance(y, Tensor) else y
             self._likelihood.check(logits, target, ids)
         else:
             shape = self._likelihood.draws_shape(logits)
@@ -294,6 +294,11 @@ class FisherAccumulator:
             raise InputError("update: expected no call after all_reduce (got one)")
         if self._broken:
             raise InputError("update: expected whole updates (got one after one that failed half-way)")
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Drop a subclass, such as MONAI's `MetaTensor`, whose own functions would hide calls from the rules."""
+    return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
 
 
 def _check_labels(likelihood: Likelihood, labels: str, samples: int) -> None:

@@ -42,8 +42,8 @@ def estimate_fisher(
         seed: of the sampled labels.
         strict: refuse frozen, tied and unused parameters.
         precision: `ieee`, `tf32`, `bf16-mixed` or `16-mixed`.
-        batch_size: examples at a time, for a data set; it changes speed and memory, not the result. Volumes on
-            the CPU are fastest one by one.
+        batch_size: examples at a time, for a data set; it changes speed and memory, not the result.
+            Volumes on the CPU are fastest one by one.
         progress: show a bar on the terminal.
 
     Raises:

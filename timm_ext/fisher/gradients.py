@@ -36,17 +36,19 @@ class LinearWeightGradients(ExampleGradients):
     """
 
     def __init__(self, input: Tensor, grad: Tensor):
-        self._input = input.reshape(len(input), -1, input.shape[-1])
-        self._grad = grad.reshape(len(grad), -1, grad.shape[-1])
-        super().__init__(len(input), lambda index: self._grad[index].T @ self._input[index])
+        inputs = input.reshape(len(input), -1, input.shape[-1])
+        grads = grad.reshape(len(grad), -1, grad.shape[-1])
+        self._inputs, self._grads = inputs, grads
+        # Naming self in here would make a cycle, which keeps the tensors until the garbage collector comes.
+        super().__init__(len(input), lambda index: grads[index].T @ inputs[index])
 
     def square_into(self, accumulator: Tensor, scale: float) -> None:
         """Use (g xᵀ)² = g² (x²)ᵀ where an example has one position: one product for the whole batch."""
-        if self._input.shape[1] != 1:
+        if self._inputs.shape[1] != 1:
             super().square_into(accumulator, scale)
             return
-        grad = self._grad[:, 0].to(accumulator.dtype).square()
-        accumulator.addmm_(grad.T, self._input[:, 0].to(accumulator.dtype).square(), alpha=scale)
+        grads = self._grads[:, 0].to(accumulator.dtype).square()
+        accumulator.addmm_(grads.T, self._inputs[:, 0].to(accumulator.dtype).square(), alpha=scale)
 
 
 class ConvolutionWeightGradients(ExampleGradients):

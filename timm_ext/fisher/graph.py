@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from timm_ext.fisher.rules import Call
+from timm_ext.fisher.nodes import Call
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,236 @@
+"""Nodes of the autograd graph that leave per-example gradients of their parameters behind.
+
+A node keeps the input of its layer. When the gradient of the layer's output arrives, it hands the per-example
+gradients on, frees the input and passes the input's gradient down.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from timm_ext.fisher.convolution import Geometry
+from timm_ext.fisher.gradients import (
+    ConvolutionWeightGradients,
+    ExampleGradients,
+    LinearWeightGradients,
+    SquareSums,
+)
+
+
+class Tape:
+    """What the rules need to know of one batch.
+
+    Args:
+        batch: number of examples B.
+        names: parameter name by the `id` of each tracked parameter.
+        device: where the anchor lives, a scalar that makes every node part of the graph.
+
+    Attributes:
+        squares: where the backward leaves its per-example gradients; set before it runs.
+        refused: parameters used where the first axis is not the batch; they need the fallback.
+    """
+
+    def __init__(self, batch: int, names: dict[int, str], device: torch.device, refused: set[str]):
+        self.batch = batch
+        self.names = names
+        self.anchor = torch.zeros((), device=device, requires_grad=True)
+        self.refused = refused
+        self.squares: SquareSums | None = None
+
+    def claim(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> "Call | None":
+        """Return the call to record, or None where the function must run as it is."""
+        known = [self.names.get(id(p)) if p is not None else None for p in (weight, bias)]
+        names = {name for name in known if name is not None}
+        if not input.dim() or input.shape[0] != self.batch:
+            self.refused |= names
+        foreign = any(
+            p is not None and name is None and p.requires_grad
+            for p, name in zip((weight, bias), known, strict=True)
+        )
+        if foreign or names & self.refused or input.shape[0] != self.batch or not torch.is_grad_enabled():
+            return None
+        return Call(self, known[0], known[1])
+
+
+@dataclass
+class Call:
+    """One use of parameters in a forward.
+
+    Attributes:
+        rule: the word of the coverage report.
+        invariant: whether adding a constant to a channel of the input leaves the output as it is.
+        shifts: whether the bias adds one constant to each channel of each example.
+    """
+
+    tape: Tape
+    weight: str | None
+    bias: str | None
+    rule: str = ""
+    invariant: bool = False
+    shifts: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the parameters used."""
+        return [name for name in (self.weight, self.bias) if name is not None]
+
+    def leave(self, weight: Callable[[], ExampleGradients], bias: Callable[[], Tensor]) -> None:
+        """Hand on the gradients that are wanted.
+
+        Args:
+            weight: makes the per-example gradients of the weight.
+            bias: makes those of the bias as one tensor `[B, *bias.shape]`.
+        """
+        squares = self.tape.squares
+        assert squares is not None, "the backward runs only after the graph was read"
+        if self.weight is not None and squares.wants(self.weight):
+            squares.deposit(self.weight, weight())
+        if self.bias is not None and squares.wants(self.bias):
+            rows = bias()
+            squares.deposit(self.bias, ExampleGradients(len(rows), rows.__getitem__))
+
+
+class ConvolutionNode(torch.autograd.Function):
+    """Convolution or transposed convolution, `[B, C, ...]` to `[B, O, ...]`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, call: Call
+    ) -> Tensor:
+        """Convolve."""
+        ctx.save_for_backward(input, weight)
+        ctx.geometry, ctx.call = g, call
+        return _owned(g.forward(input, weight, bias))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Leave the parameters' gradients with the call, return the input's."""
+        input, weight = ctx.saved_tensors
+        ctx.call.leave(
+            lambda: ConvolutionWeightGradients(input, grad, weight, ctx.geometry),
+            lambda: grad.flatten(2).sum(2, dtype=_wide(grad)),
+        )
+        below = ctx.geometry.input_gradient(grad, input, weight) if ctx.needs_input_grad[0] else None
+        return below, None, None, None, None, None
+
+
+class LinearNode(torch.autograd.Function):
+    """Linear map of the last axis, `[B, ..., I]` to `[B, ..., O]`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, call: Call
+    ) -> Tensor:
+        """Map."""
+        ctx.save_for_backward(input, weight)
+        ctx.call = call
+        return _owned(functional.linear(input, weight, bias))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Leave the parameters' gradients with the call, return the input's."""
+        input, weight = ctx.saved_tensors
+        ctx.call.leave(
+            lambda: LinearWeightGradients(input, grad),
+            lambda: grad.reshape(len(grad), -1, grad.shape[-1]).sum(1, dtype=_wide(grad)),
+        )
+        below = grad @ weight if ctx.needs_input_grad[0] else None
+        return below, None, None, None, None
+
+
+class GroupNormNode(torch.autograd.Function):
+    """Group norm of a batch as of one example with B·C channels: its affine gradients are per example."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        anchor: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        groups: int,
+        eps: float,
+        call: Call,
+    ) -> Tensor:
+        """Normalise, at least in the type of the affine parameters."""
+        batch, channels = input.shape[:2]
+        ctx.sizes = (1, batch * channels, input[0, 0].numel(), batch * groups)
+        ctx.dtype, ctx.call = input.dtype, call
+        wide = _norm_input(input, weight)
+        weights = weight.repeat(batch) if weight is not None else None
+        biases = bias.repeat(batch) if bias is not None else None
+        output, mean, deviation = torch.ops.aten.native_group_norm(wide, weights, biases, *ctx.sizes, eps)
+        ctx.save_for_backward(wide, weights, mean, deviation)
+        return _owned(output.to(input.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Leave the parameters' gradients with the call, return the input's."""
+        input, weights, mean, deviation = ctx.saved_tensors
+        mask = (ctx.needs_input_grad[0], ctx.call.weight is not None, ctx.call.bias is not None)
+        below, for_weight, for_bias = torch.ops.aten.native_group_norm_backward(
+            grad.to(input.dtype).contiguous(), input, mean, deviation, weights, *ctx.sizes, mask
+        )
+        batch = len(input)
+        ctx.call.leave(
+            lambda: ExampleGradients(batch, for_weight.view(batch, -1).__getitem__),
+            lambda: for_bias.view(batch, -1),
+        )
+        return below.to(ctx.dtype) if ctx.needs_input_grad[0] else None, None, None, None, None, None, None
+
+
+class AffineNode(torch.autograd.Function):
+    """`x * weight + bias` behind any normalisation, the parameters aligned with the axes from `axis` on."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, axis: int, call: Call
+    ) -> Tensor:
+        """Scale and shift."""
+        ctx.save_for_backward(input, weight)
+        ctx.axis, ctx.call = axis, call
+        output = input * _aligned(weight, input, axis)
+        return output if bias is None else output.add_(_aligned(bias, input, axis))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Leave the parameters' gradients with the call, return the input's."""
+        input, weight = ctx.saved_tensors
+        own = range(ctx.axis, ctx.axis + weight.dim())
+        others = [axis - 1 for axis in range(1, input.dim()) if axis not in own]
+
+        def reduce(one: Tensor) -> Tensor:
+            return one.sum(others, dtype=_wide(one)) if others else one
+
+        ctx.call.leave(
+            lambda: ExampleGradients(len(input), lambda index: reduce(grad[index] * input[index])),
+            lambda: grad.sum([axis + 1 for axis in others], dtype=_wide(grad)) if others else grad,
+        )
+        below = grad * _aligned(weight, input, ctx.axis) if ctx.needs_input_grad[0] else None
+        return below, None, None, None, None, None
+
+
+def _aligned(parameter: Tensor, input: Tensor, axis: int) -> Tensor:
+    behind = input.dim() - axis - parameter.dim()
+    return parameter.reshape(*parameter.shape, *[1] * behind)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _owned(output: Tensor) -> Tensor:
+    """Return the tensor without its being a view: an in-place activation may follow it."""
+    return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
+
+
+def _norm_input(input: Tensor, weight: Tensor | None) -> Tensor:
+    """Return the input in the affine parameters' type, at least float32 under autocast, contiguous."""
+    dtype = weight.dtype if weight is not None else input.dtype
+    if torch.is_autocast_enabled(input.device.type):
+        dtype = torch.promote_types(dtype, torch.float32)
+    return input.to(dtype).contiguous()
