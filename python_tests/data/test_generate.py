@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,6 +97,23 @@ def test_other_settings_in_one_folder_are_refused(tmp_path):
     generate_cases(tmp_path / "set", SMALL, 1)
     with pytest.raises(InputError, match=r"other settings \(seed\); choose another folder"):
         generate_cases(tmp_path / "set", replace(SMALL, seed=1), 1)
+
+
+def test_a_record_of_something_else_is_refused(tmp_path):
+    (tmp_path / RECORD_NAME).write_text("[]")
+    with pytest.raises(InputError, match="expected the record of a generated data set"):
+        generate_cases(tmp_path, SMALL, 1)
+
+
+def test_label_maps_may_have_moved_but_not_changed(tmp_path, maps):
+    moved = tmp_path / "moved"
+    shutil.copytree(maps, moved)
+    settings = replace(SMALL, source=str(maps), subjects=("bela",))
+    generate_cases(tmp_path / "set", settings, 1)
+    generate_cases(tmp_path / "set", replace(settings, source=str(moved)), 1)
+    shutil.copy(moved / "anna.nii.gz", moved / "bela.nii.gz")
+    with pytest.raises(InputError, match=r"other settings \(label_maps\)"):
+        generate_cases(tmp_path / "set", replace(settings, source=str(moved)), 1)
 
 
 def test_label_maps_are_taken_in_turn_and_recorded(tmp_path, maps):

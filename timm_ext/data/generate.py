@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from timm_ext.data.label_maps import classes_of, draw_subject, label_map_files
 from timm_ext.data.layouts import LIST_NAME, Case, write_list
 from timm_ext.data.noise import keyed_generator
 from timm_ext.data.synthesis import MODALITIES, SynthesisSettings, pool_labels, pooled_affine, render
-from timm_ext.data.tasks import Task, get_task
+from timm_ext.data.tasks import Task, get_task, task_to_dict
 from timm_ext.data.tumour import ENHANCING, TumourSettings, grow, push_aside
 from timm_ext.data.volume import Array, Volume, write_nifti
 from timm_ext.errors import InputError
@@ -161,7 +162,7 @@ def _written(out_dir: Path, settings: GenerateSettings, indices: list[int], work
         for index in indices:
             yield _write_case(out_dir, settings, index)
         return
-    with ProcessPoolExecutor(min(workers, len(indices))) as pool:
+    with ProcessPoolExecutor(min(workers, len(indices)), mp_context=get_context("spawn")) as pool:
         jobs: list[Future[int]] = [pool.submit(_write_case, out_dir, settings, index) for index in indices]
         try:
             for job in as_completed(jobs):
@@ -228,12 +229,17 @@ def _record(out_dir: Path, settings: GenerateSettings, subjects: Sequence[str | 
     if settings.source != PHANTOM:
         files = label_map_files(settings.source)
         maps = {str(name): sha256(files[str(name)]) for name in dict.fromkeys(subjects)}
-    made: dict[str, Any] = {"recipe": _RECIPE, "settings": _plain(asdict(settings)), "label_maps": maps}
+    plain = _plain(asdict(settings))
+    plain["source"] = PHANTOM if settings.source == PHANTOM else "label maps"
+    plain["task"] = task_to_dict(get_task(settings.task))
+    made: dict[str, Any] = {"recipe": _RECIPE, "settings": plain, "label_maps": maps}
     path = out_dir / RECORD_NAME
     if path.is_file():
         old = read_json(path)
+        if not isinstance(old, dict) or not isinstance(old.get("settings"), dict):
+            raise InputError(f"{path}: expected the record of a generated data set; remove it or its folder")
         changed = sorted(
-            {key for key in made["settings"] if old.get("settings", {}).get(key) != made["settings"][key]}
+            {key for key in made["settings"] if old["settings"].get(key) != made["settings"][key]}
             | {key for key in ("recipe", "label_maps") if old.get(key) != made[key]}
         )
         if changed:

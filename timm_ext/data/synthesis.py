@@ -69,9 +69,9 @@ class SynthesisSettings:
     contrast_sd: float = 0.08
     texture: float = 0.07
     bias: float = 0.2
-    noise: tuple[float, float] = (0.03, 0.08)
+    noise: tuple[float, float] = (0.04, 0.09)
     lesions: int = 24
-    conspicuity: tuple[float, float] = (0.55, 1.0)
+    conspicuity: tuple[float, float] = (0.5, 0.95)
     enhancing: tuple[float, float] = (1.3, 2.2)
 
 

@@ -145,8 +145,8 @@ def _focus(
     arrival = _arrival(tissue, centre, count)
     reached = np.isfinite(arrival)
     arrival = np.where(reached, arrival, np.float32(0.0))
-    uneven = [smooth_noise(shape, spacing, grain, generator) for grain in (9.0, 8.0, 6.0)]
-    whole = _lowest(arrival * (1 + np.float32(0.15) * uneven[0]), reached, count)
+    uneven = [smooth_noise(shape, spacing, grain, generator) for grain in (0.5 * radius, 8.0, 6.0)]
+    whole = _lowest(arrival * (1 + np.float32(0.3) * uneven[0]), reached, count)
     share = generator.uniform(*settings.core_share)
     core = _lowest(arrival * (1 + np.float32(0.25) * uneven[1]), whole, round(share * whole.sum()))
     labels = np.where(core, CORE, np.where(whole, OEDEMA, 0)).astype(np.uint8)
