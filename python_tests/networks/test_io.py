@@ -67,7 +67,9 @@ def test_every_differing_tensor_is_listed(tmp_path):
     model = _network(out_channels=2)
     save_network(tmp_path / "m.safetensors", model)
     other = config_of(_network(out_channels=3))
-    with pytest.raises(InputError, match=r"(?s)2 that differ.*heads\.0\.bias: expected \[3\].*heads\.0\.weight"):
+    with pytest.raises(
+        InputError, match=r"(?s)2 that differ.*heads\.0\.bias: expected \[3\].*heads\.0\.weight"
+    ):
         load_network(tmp_path / "m.safetensors", network=other)
 
 
