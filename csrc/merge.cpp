@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <torch/csrc/stable/ops.h>
 
+#include <initializer_list>
 #include <vector>
 
 #include "checks.h"
 #include "cpu/kernels.h"
+#include "cpu/pages.h"
 #include "cuda_launch.h"
 #include "operators.h"
 
@@ -83,6 +85,13 @@ MergeInputs check_inputs(const Tensor& theta, const std::optional<Tensor>& fishe
   return in;
 }
 
+/// An uninitialised result of theta's dtype.
+Tensor new_result(const Tensor& theta, std::initializer_list<int64_t> sizes) {
+  const Tensor result = new_empty(theta, sizes);
+  if (result.is_cpu()) cpu::prefer_huge_pages(result.mutable_data_ptr(), result.numel() * result.element_size());
+  return result;
+}
+
 void forward(const MergeInputs& in, const Tensor& theta, const Tensor& merged) {
   if (in.elements == 0) return;
   void* const to = merged.mutable_data_ptr();
@@ -124,7 +133,7 @@ void backward_log_weight_cpu(const MergeInputs& in, const MergeGradient& gradien
 Tensor fused_merge(const Tensor& theta, const std::optional<Tensor>& fisher, const Tensor& log_weight,
                    const Tensor& offsets) {
   const MergeInputs in = check_inputs(theta, fisher, log_weight, offsets);
-  const Tensor merged = new_empty(theta, {in.elements});
+  const Tensor merged = new_result(theta, {in.elements});
   forward(in, theta, merged);
   return merged;
 }
@@ -168,7 +177,7 @@ std::tuple<Tensor, Tensor> fused_merge_backward_planes(const Tensor& grad, const
   check(fisher.has_value() || !fisher_wanted, kOp, ": fisher must be given where its gradient is wanted (got None)");
   const Tensor usable = usable_gradient(grad, theta);
   const auto plane = [&](bool wanted) {
-    return wanted ? new_empty(theta, {in.models, in.elements}) : new_empty(theta, {int64_t{0}});
+    return wanted ? new_result(theta, {in.models, in.elements}) : new_result(theta, {0});
   };
   const Tensor grad_theta = plane(theta_wanted);
   const Tensor grad_fisher = plane(fisher_wanted);

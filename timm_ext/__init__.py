@@ -1,6 +1,7 @@
 """Fisher-weighted adaptive merging of pre-trained 3D segmentation networks into one initialisation.
 
-Importing the package loads torch and the operators only; the other names below load their module when they are used.
+Importing the package loads torch and the operators only; the other names below load their module when they
+are used.
 """
 
 from importlib import import_module
@@ -17,21 +18,22 @@ from timm_ext.ops import fused_merge, ratios, square_accumulate_  # noqa: E402
 if TYPE_CHECKING:
     from timm_ext.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
     from timm_ext.fisher import Fisher, FisherAccumulator
+    from timm_ext.groups import Groups, make_groups
     from timm_ext.merging import Bank, MergedModel
     from timm_ext.networks import build_network
-    from timm_ext.parameters import Groups, Layout, make_groups, split_parameters
+    from timm_ext.parameters import Layout, split_parameters
 
 _MODULE_OF = {
     "Bank": "merging",
     "Checkpoint": "checkpoint",
     "Fisher": "fisher",
     "FisherAccumulator": "fisher",
-    "Groups": "parameters",
+    "Groups": "groups",
     "Layout": "parameters",
     "MergedModel": "merging",
     "build_network": "networks",
     "load_checkpoint": "checkpoint",
-    "make_groups": "parameters",
+    "make_groups": "groups",
     "save_checkpoint": "checkpoint",
     "split_parameters": "parameters",
 }

@@ -16,8 +16,8 @@ OLDEST_TORCH = (2, 10)
 def load_library(package_path: list[str], version: str) -> None:
     """Load the operators into PyTorch.
 
-    With a plain install, Python started in the source folder imports the source's package, which has no compiled
-    library; the installed one is then used, if it is of the same version.
+    With a plain install, Python started in the source folder imports the source's package, which has no
+    compiled library; the installed one is then used, if it is of the same version.
 
     Args:
         package_path: `timm_ext.__path__`; the folder that holds the library is added where it is another.
@@ -69,7 +69,7 @@ def _explain(facts: list[str]) -> str:
             "Likely causes:",
             f"  1. The package was not installed for this interpreter ({sys.executable}).",
             f"  2. It was built for another Python or another kind of CPU than this one ({python}).",
-            f"  3. This torch ({torch.__version__}) is older than {oldest}, or was built with another C++ library.",
+            f"  3. This torch ({torch.__version__}) is older than {oldest} or a build of another kind.",
             "  4. The source was updated after the install.",
             f"To mend it: {sys.executable} -m pip install --force-reinstall --no-deps {target}",
         ]
@@ -81,8 +81,8 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         `version`; `torch_built` and `torch_running`; `compiler`; `cuda_built`, `cuda_version` and
-        `cuda_architectures` of the kernels inside; `isa_built` and `isa_chosen`, the CPU instruction sets; `gpu`, the
-        name of the GPU in use or why there is none; `library`, its file.
+        `cuda_architectures` of the kernels inside; `isa_built` and `isa_chosen`, the CPU instruction sets;
+        `gpu`, the name of the GPU in use or why there is none; `library`, its file.
     """
     host = importlib.import_module("timm_ext._host")
     info: dict[str, Any] = host.build_info()

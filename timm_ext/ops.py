@@ -33,21 +33,21 @@ def fused_merge(
 
         merged[p] = Σ_t α[g, t] F[t, p] θ[t, p] / Σ_t α[g, t] F[t, p]        for p in a segment of group g
 
-    with α[g, t] ∝ σ(δ[g, t]) for logits δ. This is T-IMM (Geyer et al., MIDL 2019, eq. 4); equal logits make it
-    mode-IMM (Lee et al., NeurIPS 2017), `fisher=None` a weighted mean. Differentiable in θ, F and δ in one pass each;
-    the value lies within the models' range, is exact where they agree, and is the α-weighted mean where all F are 0.
-    The same bits for any number of threads and any instruction set.
+    with α[g, t] ∝ σ(δ[g, t]) for logits δ. This is T-IMM (Geyer et al., MIDL 2019, eq. 4); equal logits make
+    it mode-IMM (Lee et al., NeurIPS 2017), `fisher=None` a weighted mean. Differentiable in θ, F and δ in one
+    pass each; the value lies within the models' range, is exact where they agree, and is the α-weighted mean
+    where all F are 0. The same bits for any number of threads and any instruction set.
 
     Args:
-        theta: parameters `[T, P]`, float32, bfloat16, float16 (computed in float32) or float64. Rows may lie further
-            apart than P.
+        theta: parameters `[T, P]`, float32, bfloat16, float16 (computed in float32) or float64. Rows may lie
+            further apart than P.
         fisher: diagonal Fishers `[T, P]`, non-negative and finite, of theta's dtype; None stands for 1.
         logits: mixing logits δ `[G, T]`.
-        offsets: int64 `[S + 1]`, strictly increasing from 0 to P: segment s holds the elements from `offsets[s]` up
-            to `offsets[s + 1]`. The values are checked on the CPU only.
-        mixing: how logits give ratios: `"sigmoid"` σ(δ), `"softmax"` exp(δ), `"ratios"` δ itself (δ >= 0, and 0
-            leaves the model out); each divided by its sum over the models. Ratios below 2^-100 of the largest count
-            as 0. A row with NaN or without any positive ratio gives NaN.
+        offsets: int64 `[S + 1]`, strictly increasing from 0 to P: segment s holds the elements from
+            `offsets[s]` up to `offsets[s + 1]`. The values are checked on the CPU only.
+        mixing: how logits give ratios: `"sigmoid"` σ(δ), `"softmax"` exp(δ), `"ratios"` δ itself (δ >= 0, and
+            0 leaves the model out); each divided by its sum over the models. Ratios below 2^-100 of the
+            largest count as 0. A row with NaN or without any positive ratio gives NaN.
         groups: int64 `[S]`, each segment's row of logits; None: segment s has row s.
         out: where to write the result, `[P]` of theta's dtype; without gradient.
 
@@ -55,7 +55,8 @@ def fused_merge(
         The merged parameters `[P]`.
 
     Raises:
-        InputError: mixing is unknown, logits and groups do not fit, or `out` is given where a gradient is wanted.
+        InputError: mixing is unknown, logits and groups do not fit, or `out` is given where a gradient is
+            wanted.
     """
     _check_rows(theta, logits, offsets, mixing, groups)
     dtype = torch.float64 if theta.dtype == torch.float64 else torch.float32
@@ -82,8 +83,8 @@ def _check_rows(theta: Tensor, logits: Tensor, offsets: Tensor, mixing: str, gro
     if groups is None:
         if logits.shape[0] != segments:
             raise InputError(
-                f"logits: expected one row for each of the {segments} segments, or groups that name each segment's "
-                f"row (got {logits.shape[0]} rows)"
+                f"logits: expected one row for each of the {segments} segments, or groups that name each "
+                f"segment's row (got {logits.shape[0]} rows)"
             )
         return
     if groups.dtype != torch.int64 or groups.ndim != 1 or groups.shape[0] != segments:
@@ -109,23 +110,32 @@ def _mark_changed(tensors: Sequence[Tensor]) -> None:
         torch.autograd.graph.increment_version(tensors)
 
 
-@register_fake("timm_ext::fused_merge")
-def _(theta: Tensor, fisher: Tensor | None, log_weight: Tensor, offsets: Tensor) -> Tensor:
+def _fake_merge(theta: Tensor, fisher: Tensor | None, log_weight: Tensor, offsets: Tensor) -> Tensor:
     return theta.new_empty(theta.shape[1])
 
 
-@register_fake("timm_ext::fused_merge.out")
-def _(theta: Tensor, fisher: Tensor | None, log_weight: Tensor, offsets: Tensor, *, out: Tensor) -> None:
+register_fake("timm_ext::fused_merge", _fake_merge)
+
+
+def _fake_merge_out(
+    theta: Tensor, fisher: Tensor | None, log_weight: Tensor, offsets: Tensor, *, out: Tensor
+) -> None:
     return None
 
 
-@register_fake("timm_ext::fused_merge_backward_log_weight")
-def _(grad: Tensor, theta: Tensor, fisher: Tensor | None, log_weight: Tensor, offsets: Tensor) -> Tensor:
+register_fake("timm_ext::fused_merge.out", _fake_merge_out)
+
+
+def _fake_merge_rows(
+    grad: Tensor, theta: Tensor, fisher: Tensor | None, log_weight: Tensor, offsets: Tensor
+) -> Tensor:
     return log_weight.new_empty(log_weight.shape)
 
 
-@register_fake("timm_ext::fused_merge_backward_planes")
-def _(
+register_fake("timm_ext::fused_merge_backward_log_weight", _fake_merge_rows)
+
+
+def _fake_merge_planes(
     grad: Tensor,
     theta: Tensor,
     fisher: Tensor | None,
@@ -138,6 +148,9 @@ def _(
         theta.new_empty(theta.shape if theta_wanted else (0,)),
         theta.new_empty(theta.shape if fisher_wanted else (0,)),
     )
+
+
+register_fake("timm_ext::fused_merge_backward_planes", _fake_merge_planes)
 
 
 def _save_merge(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -179,29 +192,37 @@ def ratios(logits: Tensor, mixing: Mixing = "sigmoid") -> Tensor:
     return torch.softmax(_ops.log_weights.default(logits.double(), mixing), dim=1).to(logits.dtype)
 
 
-@register_fake("timm_ext::log_weights")
-def _(logits: Tensor, mixing: str) -> Tensor:
+def _fake_log_weights(logits: Tensor, mixing: str) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-@register_fake("timm_ext::log_weights_backward")
-def _(grad: Tensor, logits: Tensor, mixing: str) -> Tensor:
+register_fake("timm_ext::log_weights", _fake_log_weights)
+
+
+def _fake_log_weights_backward(grad: Tensor, logits: Tensor, mixing: str) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-@register_kernel("timm_ext::log_weights", "cuda")
-def _(logits: Tensor, mixing: str) -> Tensor:
+register_fake("timm_ext::log_weights_backward", _fake_log_weights_backward)
+
+
+def _cuda_log_weights(logits: Tensor, mixing: str) -> Tensor:
     return reference.log_weights(logits.contiguous(), mixing)
 
 
-@register_kernel("timm_ext::log_weights_backward", "cuda")
-def _(grad: Tensor, logits: Tensor, mixing: str) -> Tensor:
+register_kernel("timm_ext::log_weights", "cuda", _cuda_log_weights)
+
+
+def _cuda_log_weights_backward(grad: Tensor, logits: Tensor, mixing: str) -> Tensor:
     largest = torch.nn.functional.one_hot(logits.argmax(1), logits.shape[1])
     inner = grad - largest * grad.sum(1, keepdim=True)
     if mixing == "softmax":
         return inner
     slope = torch.sigmoid(-logits) if mixing == "sigmoid" else torch.where(logits == 0, 0, 1 / logits)
     return inner * slope
+
+
+register_kernel("timm_ext::log_weights_backward", "cuda", _cuda_log_weights_backward)
 
 
 def _save_logits(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -221,14 +242,18 @@ def square_accumulate_(acc: Sequence[Tensor], grads: Sequence[Tensor], scale: fl
 
     Args:
         acc: accumulators, contiguous, no two overlapping; float32, or float64 for float64 gradients.
-        grads: of the same shapes; float32, bfloat16, float16 or float64, all alike; no copy in another dtype is made.
-        scale: factor of the squares; applied before squaring, so that small and large gradients keep their precision.
+        grads: of the same shapes; float32, bfloat16, float16 or float64, all alike; no copy in another dtype
+            is made.
+        scale: factor of the squares; applied before squaring, so that small and large gradients keep their
+            precision.
     """
     with torch.no_grad():
         _ops.square_accumulate_.default(list(acc), list(grads), float(scale))
     _mark_changed(acc)
 
 
-@register_fake("timm_ext::square_accumulate_")
-def _(acc: list[Tensor], grads: list[Tensor], scale: float) -> None:
+def _fake_square_accumulate(acc: list[Tensor], grads: list[Tensor], scale: float) -> None:
     return None
+
+
+register_fake("timm_ext::square_accumulate_", _fake_square_accumulate)

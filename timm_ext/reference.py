@@ -1,7 +1,7 @@
-"""Every operator in plain PyTorch: its definition, the oracle of its tests and the baseline of its benchmarks.
+"""Every operator in plain PyTorch: definition, oracle of the tests and baseline of the benchmarks.
 
-The signatures are those of `timm_ext`. Run in float64 these functions are the truth; in float32 they overflow,
-underflow and cancel where the operators do not.
+The signatures are those of `timm_ext`. Run in float64 these functions are the truth; in float32 they
+overflow, underflow and cancel where the operators do not.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def fused_merge(
     groups: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Return Σ_t α F θ / Σ_t α F `[P]`, and the α-weighted mean where every F is 0; see `timm_ext.fused_merge`."""
+    """Return Σ_t α F θ / Σ_t α F `[P]`, or the α-weighted mean where every F is 0; see `timm_ext`."""
     rows = log_weights(logits.to(theta.dtype), mixing)
     if groups is not None:
         rows = rows[groups]

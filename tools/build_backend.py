@@ -1,8 +1,8 @@
 """setuptools' build backend, which builds beside the torch the user already has.
 
-In build isolation torch cannot be imported, and asking for it would download it a second time. The compiled library
-uses PyTorch's stable ABI, so headers of any torch >= 2.10 will do: those of the environment that is installed into, when
-there are such, and else those of a torch that is fetched for the build.
+In build isolation torch cannot be imported, and asking for it would download it a second time. The compiled
+library uses PyTorch's stable ABI, so headers of any torch >= 2.10 will do: those of the environment that is
+installed into, when there are such, and else those of a torch that is fetched for the build.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ OLDEST_TORCH = (2, 10)
 
 
 def find_torch() -> tuple[Path, str] | None:
-    """Return folder and version of an installed torch >= 2.10, importable or in the environment around the build."""
+    """Return folder and version of a torch >= 2.10, importable or in the environment around the build."""
     for folder in _torch_folders():
         version = _version(folder)
         numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))

@@ -108,10 +108,9 @@ __global__ void __launch_bounds__(kThreads, 1)
           segment = window.advance(segment, own + i);
           const PackedElement<P, Compute, kFisher> element = {planes, window.weights + segment * kModels, i};
           const math::Merge<Compute> m = math::merge<Compute>(element, kModels);
-          const Compute inverse = Compute{1} / m.total;
           TIMM_EXT_UNROLL
           for (int t = 0; t < kModels; ++t) {
-            const Compute share = math::merge_weight(element, m, t) * inverse;
+            const Compute share = math::merge_share(element, m, t);
             lane_sums.open[t] += g.get(i) * (share * math::merge_offset(element, m, t));
           }
           if (ending && own + i + 1 == window.ends[segment]) lane_sums.end_segment(segment, window.first, sums);
