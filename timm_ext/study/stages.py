@@ -286,14 +286,7 @@ def _test(
     pairs = {}
     for case in read_cases(cases / CASES, task, require_labels=True):
         path = folder / PREDICTIONS / f"{case.id}.nii.gz"
-        predict_case(
-            network,
-            Case(case.id, case.images, None),
-            task,
-            _prepare_settings(settings),
-            path,
-            cache=folder / CACHE,
-        )
+        predict_case(network, Case(case.id, case.images, None), task, _prepare_settings(settings), path)
         pairs[case.id] = (path, cast(Path, case.label))
     evaluation = evaluate_pairs(pairs, task, folder)
     return {case: _dice(scores) for case, scores in evaluation.cases.items()}

@@ -181,6 +181,6 @@ def limits(summary: Summary) -> list[str]:
         )
     if names := ", ".join(method.title for method in summary.methods if method.extra):
         sentences.append(
-            f"{names} had more optimiser steps than the others; a lead may be nothing but the longer training."
+            f"{names} had more optimiser steps than the others; a lead may be nothing but longer training."
         )
     return [*sentences, *summary.notes]

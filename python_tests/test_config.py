@@ -1,0 +1,93 @@
+import pytest
+
+from timm_ext.config import RunSettings, load_settings, settings_to_dict, write_settings
+from timm_ext.errors import InputError
+
+
+def load(tmp_path, text, *overrides, **options):
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    return load_settings(RunSettings, path, overrides, **options)
+
+
+def test_defaults_are_the_dataclasses_own():
+    settings = load_settings(RunSettings)
+    assert settings.train.lr == 5e-4
+    assert settings.network.name == "isensee2017"
+    assert settings.prepare.normalise == "zscore"
+
+
+def test_file_then_overrides(tmp_path):
+    settings = load(tmp_path, "train: {lr: 0.01, steps: 5}\nmerge:\n  granularity: kernel\n", "train.lr=3e-3")
+    assert (settings.train.lr, settings.train.steps, settings.merge.granularity) == (0.003, 5, "kernel")
+
+
+def test_an_empty_file_is_the_defaults(tmp_path):
+    assert load(tmp_path, "") == RunSettings()
+
+
+def test_base_holds_only_where_nothing_else_is_said(tmp_path):
+    base = {"prepare": {"spacing": 4.0, "crop": False}}
+    settings = load(tmp_path, "prepare: {spacing: 2}\n", base=base)
+    assert (settings.prepare.spacing, settings.prepare.crop) == (2.0, False)
+
+
+def test_settings_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        RunSettings().train = None
+
+
+def test_written_settings_are_read_back(tmp_path):
+    settings = load(tmp_path, "prepare: {size: [8, 16, 24]}\npredict: {window: [8, 8, 8]}\n")
+    path = tmp_path / "effective.yaml"
+    write_settings(path, settings, command="timm-ext train")
+    assert path.read_text().startswith("# command: timm-ext train\n")
+    assert load_settings(RunSettings, path) == settings
+    assert settings_to_dict(settings)["prepare"]["size"] == [8, 16, 24]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "trian:\n  lr: 1\n",
+            r"settings\.yaml, line 1: unknown field trian \(expected one of network, prepare",
+        ),
+        (
+            "train:\n  lr: 1\n  stepz: 4\n",
+            r"line 3: unknown field train\.stepz \(expected one of steps, epochs",
+        ),
+        ("merge:\n  ratio: 1\n", r"line 2: unknown field merge\.ratio \(expected one of granularity"),
+        ("train:\n  steps: many\n", r"line 2: train\.steps: .*integer.*\(got 'many'\)"),
+        ("train:\n\n  lr: -1\n", r"line 1: train: training: lr must be greater than 0"),
+        ("fisher:\n  labels: guessed\n", r"line 2: fisher\.labels: .*'sampled' or 'true'.*\(got 'guessed'\)"),
+        ("predict:\n  overlap: 1.5\n", r"line 2: predict\.overlap: .*less than 1 \(got 1\.5\)"),
+        ("- a\n", r"expected sections with fields \(got list\)"),
+        ("train: [1\n", "expected YAML"),
+        ("train: 3\n", "line 1: train: "),
+    ],
+)
+def test_bad_file(tmp_path, text, message):
+    with pytest.raises(InputError, match=message) as caught:
+        load(tmp_path, text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stepz=4", r"--set: unknown field train\.stepz"),
+        ("train", "--set: expected section.field=value"),
+        ("train.lr.more=4", "--set"),
+        ("train.lr=[1", "--set train.lr: expected a YAML value"),
+        ("train.lr=slow", r"--set: train\.lr: "),
+    ],
+)
+def test_bad_override(override, message):
+    with pytest.raises(InputError, match=message):
+        load_settings(RunSettings, None, [override])
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(InputError, match="cannot be read"):
+        load_settings(RunSettings, tmp_path / "none.yaml")

@@ -1,0 +1,21 @@
+"""The command `timm-ext`: thin commands over the library, heavy imports inside each."""
+
+import sys
+
+from timm_ext.cli.app import app, run
+from timm_ext.cli.apply import evaluate, predict
+from timm_ext.cli.data import phantom, prepare
+from timm_ext.cli.demo import demo
+from timm_ext.cli.info import info
+from timm_ext.cli.initialise import adapt, merge
+from timm_ext.cli.train import fisher, train
+
+__all__ = ["app", "main", "run"]
+
+for command in (demo, phantom, prepare, train, fisher, merge, adapt, predict, evaluate, info):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line and exit with its status."""
+    sys.exit(run(sys.argv[1:]))

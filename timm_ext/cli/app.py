@@ -1,0 +1,71 @@
+"""The application object that every command registers with, and how its failures are told."""
+
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from timm_ext.errors import InputError
+
+INTERRUPTED = 130
+USAGE = 2
+
+app = typer.Typer(
+    name="timm-ext",
+    help="Merge pre-trained 3-D segmentation networks into one initialisation for a new task.",
+    add_completion=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def _options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of a failure (anywhere).")
+    ] = False,
+) -> None:
+    """Merge pre-trained 3-D segmentation networks into one initialisation for a new task."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit status; every failure is one line on standard error.
+
+    Args:
+        arguments: without the program's name; `--debug` may stand anywhere.
+
+    Returns:
+        0 if it worked, 1 for a failure, 2 for wrong usage, 130 if interrupted.
+    """
+    debug = "--debug" in arguments
+    command = typer.main.get_command(app)
+    try:
+        with warnings.catch_warnings():
+            if not debug:
+                warnings.simplefilter("ignore")
+            rest = [argument for argument in arguments if argument != "--debug"]
+            status = command.main(rest or ["--help"], prog_name="timm-ext", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        print("error: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        message, status = _explain(error)
+        print(f"error: {message}", file=sys.stderr)
+    return status if isinstance(status, int) else 0
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """Return what to print for an exception, and the exit status."""
+    if isinstance(error, InputError):
+        return str(error), 1
+    if (usage := getattr(error, "format_message", None)) is not None:
+        return f"{' '.join(usage().split())} (see timm-ext --help)", USAGE
+    if isinstance(error, OSError):
+        return f"{error.filename or 'file'}: {error.strerror or error}", 1
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text} (run again with --debug for the traceback)", 1

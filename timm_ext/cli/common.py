@@ -1,0 +1,189 @@
+"""Options that several commands share, and small helpers; nothing heavy is imported at the top."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from timm_ext.checkpoint import Checkpoint
+    from timm_ext.config import RunSettings
+    from timm_ext.data.layouts import Case
+    from timm_ext.data.prepare import Prepared
+    from timm_ext.data.tasks import Task
+
+NETWORK_NAME = "network.safetensors"
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", metavar="FILE", help="YAML file; `timm-ext info --settings` prints all settings."
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="SECTION.FIELD=VALUE",
+        help="Override a setting, e.g. `--set train.steps=100`; repeatable.",
+    ),
+]
+CasesArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CASES",
+        help="BraTS folder, nnU-Net raw folder (`dataset.json`), or a CSV or JSON list of cases.",
+    ),
+]
+TaskOption = Annotated[
+    str,
+    typer.Option(
+        "--task",
+        metavar="TASK",
+        help="Name of a task (`timm-ext info` lists them), or its YAML or JSON file.",
+    ),
+]
+TaskOfNetwork = Annotated[
+    str | None,
+    typer.Option("--task", metavar="TASK", help="Task; default: the one noted in the network's file."),
+]
+Cache = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache", metavar="DIR", help="Folder of prepared cases, which several commands may share."
+    ),
+]
+Workers = Annotated[
+    int, typer.Option("--workers", min=0, help="Processes that prepare cases; 0 uses this one.")
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the run in the folder, at the exact step.")
+]
+ValCases = Annotated[
+    Path | None, typer.Option("--val", metavar="CASES", help="Validation cases; default: a share of CASES.")
+]
+ValShare = Annotated[
+    float,
+    typer.Option(
+        "--val-share", min=0.0, max=0.9, help="Share of CASES held out for validation without --val."
+    ),
+]
+Networks = Annotated[
+    list[Path], typer.Argument(metavar="NETWORK...", help="Source networks of one architecture, M1 first.")
+]
+Fishers = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--fisher", metavar="FILE", help="Fisher of each source network, in their order; repeatable."
+    ),
+]
+
+
+def settings_from(
+    config: Path | None, overrides: Sequence[str] | None, checkpoint: "Checkpoint | None" = None
+) -> "RunSettings":
+    """Read the settings; what a network was prepared with holds unless the user says otherwise."""
+    from timm_ext.config import RunSettings, load_settings
+
+    noted = (checkpoint.metadata.get("settings") or {}) if checkpoint is not None else {}
+    base = {"prepare": noted["prepare"]} if isinstance(noted.get("prepare"), dict) else None
+    return load_settings(RunSettings, config, overrides or (), base=base)
+
+
+def fit_volumes(settings: "RunSettings", model: "nn.Module") -> "RunSettings":
+    """Round prepared volumes up to edges that the network takes whole."""
+    from dataclasses import replace
+    from math import lcm
+
+    from timm_ext.networks.registry import size_divisor_of
+
+    multiple = lcm(settings.prepare.multiple, size_divisor_of(model))
+    return settings.model_copy(update={"prepare": replace(settings.prepare, multiple=multiple)})
+
+
+def note_settings(output: Path, settings: "RunSettings", *, folder: bool) -> None:
+    """Write the effective settings beside an output: `settings.yaml` in a folder or `NAME.settings.yaml`."""
+    import torch
+
+    import timm_ext
+    from timm_ext.config import write_settings
+
+    path = (
+        output / "settings.yaml"
+        if folder
+        else output.with_name(f"{output.name.partition('.')[0]}.settings.yaml")
+    )
+    write_settings(
+        path,
+        settings,
+        command=shlex.join(["timm-ext", *sys.argv[1:]]),
+        versions=f"timm_ext {timm_ext.__version__}, torch {torch.__version__}",
+    )
+
+
+def settings_dict(settings: "RunSettings", *sections: str) -> dict[str, Any]:
+    """Return some sections of the settings as JSON values, for a checkpoint's metadata."""
+    from timm_ext.config import settings_to_dict
+
+    values = settings_to_dict(settings)
+    return {section: values[section] for section in sections}
+
+
+def task_of(name: str | None, checkpoint: "Checkpoint") -> "Task":
+    """Return the task the user names, or the one noted in a network's file.
+
+    Raises:
+        InputError: neither is there, or the network has other channels than the task.
+    """
+    from timm_ext.data.tasks import get_task, task_from_dict
+    from timm_ext.errors import InputError
+
+    noted = checkpoint.metadata.get("task")
+    if name is None and not noted:
+        raise InputError(f"{checkpoint.path}: expected a network that names its task (got none); give --task")
+    task = get_task(name) if name is not None else task_from_dict(noted, where=checkpoint.path)
+    config = checkpoint.metadata.get("network") or {}
+    expected = (len(task.modalities), len(task.regions))
+    got = (config.get("in_channels"), config.get("out_channels"))
+    if got != expected:
+        raise InputError(
+            f"{checkpoint.path}: expected a network with {expected[0]} inputs and {expected[1]} outputs for "
+            f"task {task.name} (got {got[0]} and {got[1]}); timm-ext merge --method transfer-1 fits one "
+            "network to a new task"
+        )
+    return task
+
+
+def prepare_labelled(
+    cases: "Sequence[Case]", task: "Task", settings: "RunSettings", cache: Path | None, workers: int
+) -> "list[Prepared]":
+    """Prepare cases with a progress bar."""
+    from timm_ext.data.prepare import prepare_cases
+
+    return prepare_cases(cases, task, settings.prepare, cache, workers=workers, progress=True)
+
+
+def training_parts(
+    cases: Path,
+    val: Path | None,
+    val_share: float,
+    task: "Task",
+    settings: "RunSettings",
+    cache: Path,
+    workers: int,
+) -> "tuple[list[Prepared], list[Prepared]]":
+    """Read, divide and prepare the training and validation cases."""
+    from timm_ext.data.layouts import read_cases, split_cases
+
+    every = read_cases(cases, task, require_labels=True)
+    if val is not None:
+        parts = [every, read_cases(val, task, require_labels=True)]
+    else:
+        parts = split_cases(every, [1 - val_share, val_share], seed=settings.train.seed)
+    train_part, val_part = (prepare_labelled(part, task, settings, cache, workers) for part in parts)
+    return train_part, val_part

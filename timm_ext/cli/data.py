@@ -1,0 +1,77 @@
+"""Commands that make and prepare cases."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from timm_ext.cli.common import (
+    CasesArgument,
+    Config,
+    Overrides,
+    TaskOption,
+    Workers,
+    note_settings,
+    settings_from,
+)
+
+
+def phantom(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the cases.")],
+    task: TaskOption = "brats",
+    count: Annotated[int, typer.Option("--count", min=1, help="Number of cases.")] = 4,
+    seed: Annotated[int, typer.Option("--seed", help="Decides everything that is drawn.")] = 0,
+    spacing: Annotated[float, typer.Option("--spacing", help="Voxel size in mm.")] = 2.0,
+    size: Annotated[
+        tuple[int, int, int],
+        typer.Option("--size", metavar="R A S", help="Voxels to the right, front and top."),
+    ] = (80, 96, 80),
+    label_maps: Annotated[
+        Path | None,
+        typer.Option(
+            "--label-maps", metavar="DIR", help="Draw from FreeSurfer-style label maps instead of phantoms."
+        ),
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes.")] = 1,
+) -> None:
+    """Generate labelled cases from procedural brains or from label maps.
+
+    Example: `timm-ext phantom cases --task brats --count 8`
+    """
+    from rich.progress import Progress
+
+    from timm_ext.data.generate import PHANTOM, GenerateSettings, generate_cases
+
+    source = PHANTOM if label_maps is None else str(label_maps)
+    settings = GenerateSettings(source=source, task=task, seed=seed, spacing=spacing, size=size)
+    with Progress() as bar:
+        row = bar.add_task("Drawing cases", total=count)
+        cases = generate_cases(
+            out, settings, count, workers=workers, progress=lambda done, _: bar.update(row, completed=done)
+        )
+    print(f"{len(cases)} cases in {out}")
+
+
+def prepare(
+    cases: CasesArgument,
+    cache: Annotated[Path, typer.Option("--cache", metavar="DIR", help="Folder of prepared cases.")],
+    task: TaskOption = "brats",
+    config: Config = None,
+    overrides: Overrides = None,
+    workers: Workers = 0,
+) -> None:
+    """Read, check and preprocess cases into a cache that the other commands take up.
+
+    Example: `timm-ext prepare BraTS2021/ --task brats --cache cache --set prepare.spacing=2 --workers 4`
+    """
+    from timm_ext.data.layouts import read_cases
+    from timm_ext.data.prepare import prepare_cases
+    from timm_ext.data.tasks import get_task
+
+    settings = settings_from(config, overrides)
+    chosen = get_task(task)
+    prepared = prepare_cases(read_cases(cases, chosen), chosen, settings.prepare, cache, workers=workers)
+    note_settings(cache, settings, folder=True)
+    for case in prepared:
+        labels = f"labels {list(case.present)}" if case.has_label else "no label"
+        print(f"{case.id}: {' × '.join(map(str, case.shape))} voxels, {labels}")

@@ -1,0 +1,147 @@
+"""Commands that turn source networks into an initialisation: merge and adapt."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from timm_ext.cli.common import (
+    NETWORK_NAME,
+    Cache,
+    Config,
+    Fishers,
+    Networks,
+    Overrides,
+    Resume,
+    TaskOption,
+    ValCases,
+    ValShare,
+    Workers,
+    fit_volumes,
+    note_settings,
+    settings_dict,
+    settings_from,
+    training_parts,
+)
+from timm_ext.errors import InputError
+
+if TYPE_CHECKING:
+    from timm_ext.checkpoint import Checkpoint
+
+
+def merge(
+    networks: Networks,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Merged network (.safetensors).")],
+    fishers: Fishers = None,
+    method: Annotated[
+        str, typer.Option("--method", help="mean-imm, mode-imm, transfer-1, transfer-2, …")
+    ] = "mode-imm",
+    task: Annotated[
+        str | None,
+        typer.Option("--task", metavar="TASK", help="New task; default: that of the first network."),
+    ] = None,
+    config: Config = None,
+    overrides: Overrides = None,
+) -> None:
+    """Merge source networks with fixed ratios into an initialisation for a task.
+
+    Heads and, unless `merge.transfer_norms` is set, norms start anew.
+
+    Example: `timm-ext merge M1.safetensors M2.safetensors --fisher F1.safetensors --fisher F2.safetensors
+    --method mode-imm --task brats --out init.safetensors`
+    """
+    from timm_ext.data.tasks import get_task, task_to_dict
+    from timm_ext.merging import get_method
+    from timm_ext.networks.io import save_network
+    from timm_ext.study.sources import load_sources, network_of, start_from
+
+    if get_method(method).adapt != "none":
+        raise InputError(f"method: {method} learns on data of the new task; use timm-ext adapt")
+    settings = settings_from(config, overrides, _first_of(networks))
+    sources = load_sources(networks, fishers or ())
+    chosen = get_task(task) if task is not None else sources.tasks[0]
+    target = network_of(sources, chosen, settings.merge.seed)
+    start = start_from(method, target, chosen, sources, settings.merge)
+    save_network(
+        out,
+        start.model,
+        task=task_to_dict(chosen),
+        parents=sources.hashes,
+        settings=settings_dict(settings, "prepare", "merge"),
+        kind="merged",
+        merge={"method": method, "sources": list(sources.names)},
+    )
+    note_settings(out, settings, folder=False)
+    print(f"{out}: {start.method.title} of {', '.join(sources.names)}")
+
+
+def adapt(
+    networks: Networks,
+    data: Annotated[Path, typer.Option("--data", metavar="CASES", help="Training cases of the new task.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the run.")],
+    task: TaskOption = "brats",
+    fishers: Fishers = None,
+    method: Annotated[str, typer.Option("--method", help="t-imm, imm-warmup")] = "t-imm",
+    val: ValCases = None,
+    val_share: ValShare = 0.2,
+    resume: Resume = False,
+    config: Config = None,
+    overrides: Overrides = None,
+    cache: Cache = None,
+    workers: Workers = 0,
+) -> None:
+    """Learn the mixing ratios and the task-specific layers, nothing else, on data of the new task.
+
+    Writes the folded `network.safetensors`, ready for `timm-ext train --init`, and, in `training/`, the
+    ratios per layer over time.
+
+    Example: `timm-ext adapt M1.safetensors M2.safetensors --fisher F1.safetensors --fisher F2.safetensors
+    --data BraTS2021/ --task brats --out adapted --set train.epochs=20`
+    """
+    from timm_ext.data.tasks import get_task, task_to_dict
+    from timm_ext.merging import MergedModel, get_method
+    from timm_ext.networks.io import save_network
+    from timm_ext.study.sources import load_sources, network_of, start_from
+    from timm_ext.training import stages
+
+    if get_method(method).adapt == "none":
+        raise InputError(f"method: {method} learns nothing before fine-tuning; use timm-ext merge")
+    settings = settings_from(config, overrides, _first_of(networks))
+    sources = load_sources(networks, fishers or ())
+    chosen = get_task(task)
+    target = network_of(sources, chosen, settings.merge.seed)
+    start = start_from(method, target, chosen, sources, settings.merge)
+    settings = fit_volumes(settings, target)
+    parts = training_parts(data, val, val_share, chosen, settings, cache or out / "prepared", workers)
+    train_set, val_set = stages.make_sets(*parts, chosen, settings.train)
+    run = out / "training"
+    facts: dict[str, Any] = {"method": method, "sources": list(sources.names)}
+    if isinstance(start.model, MergedModel):
+        rates = settings.adapt.model_dump()
+        stages.adapt(
+            start.model, train_set, val_set, settings.train, run, **rates, resume=resume, progress=True
+        )
+        network = start.model.fold()
+        facts |= start.model.provenance()
+    else:
+        network, names = start.model, start.split.specific
+        stages.warm_up(network, names, train_set, val_set, settings.train, run, resume=resume, progress=True)
+    save_network(
+        out / NETWORK_NAME,
+        network,
+        task=task_to_dict(chosen),
+        parents=sources.hashes,
+        settings=settings_dict(settings, "prepare", "merge", "adapt", "train"),
+        kind="merged",
+        merge=facts,
+    )
+    note_settings(out, settings, folder=True)
+    ratios = f", mean ratios {[round(x, 2) for x in facts['mean_ratios']]}" if "mean_ratios" in facts else ""
+    print(f"{out / NETWORK_NAME}: {start.method.title} of {', '.join(sources.names)}{ratios}")
+
+
+def _first_of(networks: list[Path]) -> "Checkpoint":
+    """Return the first source's checkpoint, whose preparation of cases holds for the new task, too."""
+    from timm_ext.checkpoint import load_checkpoint
+
+    return load_checkpoint(networks[0], kind=("network", "merged"))

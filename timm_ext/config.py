@@ -1,0 +1,225 @@
+"""Typed settings of every command: read from YAML, overridden by `--set`, written beside each output."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from timm_ext.data.prepare import PrepareSettings
+from timm_ext.errors import InputError
+from timm_ext.files import atomic_write
+from timm_ext.study.sources import Recipe
+from timm_ext.training.settings import TrainSettings
+
+Location = tuple[int | str, ...]
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses fields it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class NetworkSettings(Section):
+    """Which network is built where none is given.
+
+    Attributes:
+        name: one of `timm_ext.networks.registry.network_names()`.
+        options: the network's own options.
+    """
+
+    name: str = "isensee2017"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class FisherSettings(Section):
+    """How the Fisher information is estimated.
+
+    Attributes:
+        likelihood: what the outputs mean.
+        labels: drawn from the model's own output, or those of the label files.
+        samples: label draws per example.
+        seed: of the draws.
+        batch_size: examples per pass; does not change the result.
+    """
+
+    likelihood: Literal["bernoulli", "categorical", "dice"] = "bernoulli"
+    labels: Literal["sampled", "true"] = "sampled"
+    samples: int = Field(default=1, ge=1)
+    seed: int = 0
+    batch_size: int = Field(default=2, ge=1)
+
+
+class AdaptSettings(Section):
+    """Learning rates of an adaptation; its other settings are those of training.
+
+    Attributes:
+        logit_lr: of the mixing logits.
+        specific_lr: of the task-specific layers; None is that of training.
+    """
+
+    logit_lr: float = Field(default=0.1, gt=0)
+    specific_lr: float | None = Field(default=None, gt=0)
+
+
+class PredictSettings(Section):
+    """How a network is applied to a whole scan.
+
+    Attributes:
+        window: edges of the sliding window in voxels; None takes the whole prepared volume at once.
+        overlap: share of a window that its neighbour covers.
+        flips: average over mirror images.
+        threshold: probability from which a voxel belongs to a region.
+    """
+
+    window: tuple[int, int, int] | None = None
+    overlap: float = Field(default=0.5, ge=0, lt=1)
+    flips: bool = False
+    threshold: float = Field(default=0.5, gt=0, lt=1)
+
+
+class RunSettings(Section):
+    """All settings of the commands; every section and field has a default."""
+
+    network: NetworkSettings = NetworkSettings()
+    prepare: PrepareSettings = PrepareSettings()
+    train: TrainSettings = TrainSettings()
+    fisher: FisherSettings = FisherSettings()
+    merge: Recipe = Recipe()
+    adapt: AdaptSettings = AdaptSettings()
+    predict: PredictSettings = PredictSettings()
+
+
+Kind = TypeVar("Kind", bound=BaseModel)
+
+
+def load_settings(
+    kind: type[Kind],
+    path: Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    base: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Kind:
+    """Read settings from YAML, then apply overrides.
+
+    Args:
+        kind: the model that they must fit.
+        path: the file; None reads none.
+        overrides: `"section.field=value"`, values written as in YAML.
+        base: sections that hold where neither file nor overrides say otherwise, for example those that a
+            network was trained with.
+
+    Returns:
+        Validated, frozen settings.
+
+    Raises:
+        InputError: the file cannot be read or is not YAML, or a field is unknown or has a wrong value; the
+            message names the file, the line and the field.
+    """
+    values, lines = ({}, {}) if path is None else _read_yaml(path)
+    for section, fallback in (base or {}).items():
+        given = values.get(section)
+        values[section] = {**fallback, **given} if isinstance(given, dict) else given or dict(fallback)
+    where = {location: f"{path}, line {line}" for location, line in lines.items()}
+    for override in overrides:
+        location, value = _parse_override(override)
+        _put(values, location, value)
+        where |= {location[:depth]: "--set" for depth in range(2, len(location) + 1)}
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise InputError(_describe(error, kind, where, str(path or "settings"))) from error
+
+
+def write_settings(path: Path, settings: BaseModel, **facts: Any) -> None:
+    """Write the effective settings as YAML that `load_settings` reads back, atomically.
+
+    Args:
+        path: the file.
+        settings: what was used.
+        **facts: written as comments above, for example the command and versions.
+    """
+    head = "".join(f"# {name}: {value}\n" for name, value in facts.items())
+    with atomic_write(path) as temporary:
+        temporary.write_text(head + settings_to_yaml(settings), encoding="utf-8")
+
+
+def settings_to_dict(settings: BaseModel) -> dict[str, Any]:
+    """Return settings as JSON values."""
+    values: dict[str, Any] = TypeAdapter(type(settings)).dump_python(settings, mode="json")
+    return values
+
+
+def settings_to_yaml(settings: BaseModel) -> str:
+    """Return settings as YAML."""
+    return yaml.safe_dump(settings_to_dict(settings), sort_keys=False)
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Location, int]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: expected YAML (got {' '.join(str(error).split())})") from error
+    if values is None:
+        return {}, {}
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected sections with fields (got {type(values).__name__})")
+    lines: dict[Location, int] = {}
+    _note_lines(node, (), lines)
+    return values, lines
+
+
+def _note_lines(node: Any, location: Location, lines: dict[Location, int]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            inner = (*location, key.value)
+            lines[inner] = key.start_mark.line + 1
+            _note_lines(value, inner, lines)
+
+
+def _parse_override(text: str) -> tuple[Location, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise InputError(f"--set: expected section.field=value (got {text!r})")
+    try:
+        return tuple(name.strip().split(".")), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {name}: expected a YAML value (got {value!r})") from error
+
+
+def _put(values: dict[str, Any], location: Location, value: Any) -> None:
+    for part in location[:-1]:
+        inner = values.setdefault(str(part), {})
+        if not isinstance(inner, dict):
+            raise InputError(f"--set {'.'.join(map(str, location))}: {part} has no fields")
+        values = inner
+    values[str(location[-1])] = value
+
+
+def _describe(
+    error: ValidationError, kind: type[BaseModel], where: Mapping[Location, str], default: str
+) -> str:
+    problem = error.errors(include_url=False)[0]
+    location: Location = problem["loc"]
+    known = next((location[:n] for n in range(len(location), 0, -1) if location[:n] in where), location)
+    name = ".".join(map(str, known))
+    place = where.get(known, default)
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        expected = ", ".join(_field_names(kind, location[:-1]))
+        return f"{place}: unknown field {name} (expected one of {expected})"
+    message = problem["msg"].removeprefix("Value error, ")
+    got = "" if isinstance(problem["input"], (dict, BaseModel)) else f" (got {problem['input']!r})"
+    return f"{place}: {name}: {message}{got}"
+
+
+def _field_names(kind: Any, location: Location) -> list[str]:
+    for part in location:
+        kind = kind.model_fields[str(part)].annotation
+    return [field.name for field in fields(kind)] if is_dataclass(kind) else list(kind.model_fields)
