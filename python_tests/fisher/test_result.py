@@ -42,10 +42,8 @@ def test_save_and_load(tmp_path):
 def test_provenance_survives_a_second_save(tmp_path):
     path = tmp_path / "fisher.safetensors"
     fisher().save(path, network_sha256="ab12")
-    Fisher.load(path).normalized("tensor").save(path)
-    got = Fisher.load(path)
-    assert got.metadata == {"network_sha256": "ab12"}
-    assert got.scaling == "sum; each tensor divided by its sum"
+    Fisher.load(path).save(path, task={"name": "brats"})
+    assert Fisher.load(path).metadata == {"network_sha256": "ab12", "task": {"name": "brats"}}
 
 
 @pytest.mark.parametrize(
@@ -87,19 +85,6 @@ def test_another_kind_of_file_is_refused(tmp_path):
     save_checkpoint(path, {"a": torch.ones(1)}, kind="network")
     with pytest.raises(InputError, match="fisher"):
         Fisher.load(path)
-
-
-def test_normalized():
-    by_tensor = fisher().normalized("tensor")
-    assert by_tensor.tensors["a.weight"].flatten().tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4])
-    assert by_tensor.tensors["a.bias"].tolist() == [0, 0]
-    two = fisher(tensors={"a": torch.tensor([3.0]), "b": torch.tensor([1.0, 4.0])}, zero=()).normalized(
-        "model"
-    )
-    assert two.tensors["a"].tolist() == pytest.approx([3 / 8])
-    assert two.tensors["b"].tolist() == pytest.approx([1 / 8, 4 / 8])
-    with pytest.raises(InputError, match=r"normalized: expected 'tensor' or 'model' .got 'layer'"):
-        fisher().normalized("layer")
 
 
 def test_kinds():

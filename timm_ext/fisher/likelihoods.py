@@ -156,7 +156,7 @@ class Dice(Bernoulli):
 
     log( 1/R · Σ_r (2·Σ p·y + s) / (Σ p + Σ y + s) ) with p = σ(z), sums over voxels and s = 1e-5. Not the
     logarithm of a probability, but what the authors' code squares the gradient of;
-    `Fisher.normalized("tensor")` is the second half of their recipe.
+    `Bank.build(normalize="tensor")` is the second half of their recipe.
     """
 
     name = "dice"

@@ -1,12 +1,11 @@
 """The diagonal Fisher of a network, with what is needed to compare and trust it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from timm_ext.checkpoint import load_checkpoint, save_checkpoint
@@ -124,24 +123,6 @@ class Fisher:
         if unknown := [name for name in fisher.zero if name not in fisher.tensors]:
             raise InputError(f"{path}: expected tensors for all of zero (got none for {', '.join(unknown)})")
         return fisher
-
-    def normalized(self, by: str) -> "Fisher":
-        """Divide by sums, so that Fishers of different scale weigh alike in a merge.
-
-        Args:
-            by: `tensor`, each tensor by its own sum (as the authors of T-IMM), or `model`, all by the total.
-                A sum of zero leaves its tensors as they are.
-
-        Raises:
-            InputError: `by` is something else.
-        """
-        if by not in ("tensor", "model"):
-            raise InputError(f"normalized: expected 'tensor' or 'model' (got {by!r})")
-        sums = {name: float(tensor.sum(dtype=torch.float64)) for name, tensor in self.tensors.items()}
-        if by == "model":
-            sums = dict.fromkeys(sums, sum(sums.values()))
-        tensors = {name: tensor / (sums[name] or 1.0) for name, tensor in self.tensors.items()}
-        return replace(self, tensors=tensors, scaling=f"{self.scaling}; each {by} divided by its sum")
 
 
 def _check_values(tensors: Mapping[str, Tensor], what: str) -> None:
