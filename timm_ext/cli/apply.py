@@ -10,6 +10,7 @@ from timm_ext.cli.common import (
     Overrides,
     TaskOfNetwork,
     TaskOption,
+    check_output,
     note_settings,
     settings_from,
     task_of,
@@ -58,6 +59,7 @@ def predict(
     from timm_ext.inference import predict_case
     from timm_ext.networks.io import load_network
 
+    check_output(out / "settings.yaml")
     model, checkpoint = load_network(network)
     chosen = task_of(task, checkpoint)
     settings = settings_from(config, overrides, checkpoint)

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -93,6 +94,22 @@ def settings_from(
     noted = (checkpoint.metadata.get("settings") or {}) if checkpoint is not None else {}
     base = {"prepare": noted["prepare"]} if isinstance(noted.get("prepare"), dict) else None
     return load_settings(RunSettings, config, overrides or (), base=base)
+
+
+def check_output(path: Path) -> None:
+    """Refuse an output that cannot be written before any work is done for it.
+
+    Raises:
+        InputError: the folder of `path` cannot be made or written to.
+    """
+    from timm_ext.errors import InputError
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def fit_volumes(settings: "RunSettings", model: "nn.Module") -> "RunSettings":

@@ -17,6 +17,7 @@ from timm_ext.cli.common import (
     ValCases,
     ValShare,
     Workers,
+    check_output,
     fit_volumes,
     note_settings,
     settings_dict,
@@ -55,6 +56,7 @@ def merge(
     from timm_ext.networks.io import save_network
     from timm_ext.study.sources import load_sources, network_of, start_from
 
+    check_output(out)
     if get_method(method).adapt != "none":
         raise InputError(f"method: {method} learns on data of the new task; use timm-ext adapt")
     settings = settings_from(config, overrides, _first_of(networks))
@@ -104,6 +106,7 @@ def adapt(
     from timm_ext.study.sources import load_sources, network_of, start_from
     from timm_ext.training import stages
 
+    check_output(out / NETWORK_NAME)
     if get_method(method).adapt == "none":
         raise InputError(f"method: {method} learns nothing before fine-tuning; use timm-ext merge")
     settings = settings_from(config, overrides, _first_of(networks))

@@ -17,6 +17,7 @@ from timm_ext.cli.common import (
     ValCases,
     ValShare,
     Workers,
+    check_output,
     fit_volumes,
     note_settings,
     prepare_labelled,
@@ -56,6 +57,7 @@ def train(
     from timm_ext.study.sources import new_network
     from timm_ext.training.stages import fine_tune, make_sets
 
+    check_output(out / NETWORK_NAME)
     checkpoint = None
     chosen = get_task(task)
     if init is not None:
@@ -106,6 +108,7 @@ def fisher(
     from timm_ext.training.settings import TrainSettings
     from timm_ext.training.stages import make_sets
 
+    check_output(out)
     model, checkpoint = load_network(network)
     chosen = task_of(task, checkpoint)
     settings = fit_volumes(settings_from(config, overrides, checkpoint), model)

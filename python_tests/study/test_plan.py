@@ -1,0 +1,97 @@
+import dataclasses
+import json
+
+import pytest
+
+from timm_ext.errors import InputError
+from timm_ext.merging import get_method
+from timm_ext.study.plan import (
+    PlanSettings,
+    fine_tuning_steps,
+    make_plan,
+    settings_to_dict,
+    split_subjects,
+)
+from timm_ext.study.records import with_needs
+
+
+def test_every_row_has_the_same_steps_but_for_the_extra_one():
+    settings = PlanSettings()
+    total = {}
+    for name in settings.methods:
+        method = get_method(name)
+        adapted = settings.adapt_steps if method.adapt != "none" else 0
+        total[name] = fine_tuning_steps(settings, method) + adapted
+    assert total.pop("t-imm-extra") == settings.steps + settings.adapt_steps
+    assert set(total.values()) == {settings.steps}
+
+
+def test_shared_stages_appear_once():
+    plan = make_plan(PlanSettings(seeds=(0, 1, 2)))
+    names = [step.name for step in with_needs(plan.steps)]
+    assert len(names) == len(set(names)) == 7 + 2 + 2 + 2 * 3 + 8 * 3 + 1
+    assert plan.adaptations["t-imm", 1] is not plan.adaptations["t-imm", 2]
+    assert plan.adaptations["t-imm", 1].digest == plan.adaptations["t-imm-extra", 1].digest
+
+
+def test_a_setting_changes_only_the_steps_that_depend_on_it():
+    one, other = make_plan(PlanSettings()), make_plan(PlanSettings(lr=1e-3))
+    assert [step.digest for step in one.models] == [step.digest for step in other.models]
+    assert not {s.digest for s in one.runs.values()} & {s.digest for s in other.runs.values()}
+    more = make_plan(PlanSettings(seeds=(0, 1, 2, 3)))
+    assert {s.digest for s in one.runs.values()} < {s.digest for s in more.runs.values()}
+
+
+def test_scratch_waits_for_no_source():
+    plan = make_plan(PlanSettings())
+    assert set(plan.runs["scratch", 0].needs) == {"train", "val", "test"}
+    assert "fisher-1" not in plan.runs["mean-imm", 0].needs
+    assert "fisher-1" in plan.runs["mode-imm", 0].needs
+    assert set(plan.runs["t-imm", 0].needs) == {"train", "val", "test", "start"}
+
+
+def test_fourteen_label_maps_are_split_4_4_2_4_without_overlap():
+    names = [f"sub-{number:02d}" for number in range(1, 15)]
+    parts = split_subjects(names, 2)
+    sizes = {part: len(subjects) for part, subjects in parts.items()}
+    assert sizes == {
+        "source-1": 4,
+        "source-2": 4,
+        "source-1-test": 4,
+        "source-2-test": 4,
+        "train": 2,
+        "val": 2,
+        "test": 4,
+    }
+    apart = [parts[part] for part in ("source-1", "source-2", "train", "test")]
+    assert sorted(name for part in apart for name in part) == names
+
+
+@pytest.mark.parametrize("count", range(4, 30))
+def test_any_number_of_label_maps_is_used_once(count):
+    names = [f"{number:03d}" for number in range(count)]
+    parts = split_subjects(names, 2)
+    apart = [parts[part] for part in ("source-1", "source-2", "train", "test")]
+    assert all(apart)
+    assert sorted(name for part in apart for name in part) == names
+
+
+def test_too_few_label_maps():
+    with pytest.raises(InputError, match=r"at least 4 to keep the tasks apart \(got 3\)"):
+        split_subjects(["a", "b", "c"], 2)
+
+
+def test_adaptation_must_leave_steps():
+    with pytest.raises(InputError, match=r"adapt_steps must be less than steps 20 \(got 20\)"):
+        make_plan(PlanSettings(steps=20))
+
+
+def test_unknown_method():
+    with pytest.raises(InputError, match="expected one of scratch"):
+        make_plan(PlanSettings(methods=("scratch", "magic")))
+
+
+def test_settings_are_json():
+    values = settings_to_dict(PlanSettings())
+    assert json.loads(json.dumps(values)) == values
+    assert set(values) == {field.name for field in dataclasses.fields(PlanSettings)}
