@@ -51,8 +51,7 @@ int with_packed(const MergeInputs& in, const F& call) {
 /// Elements of one row of the kernel that serves these inputs.
 inline int row_of(const MergeInputs& in) {
   if (!packed(in)) return kWarp;
-  const int bytes = in.models > 8 ? 8 : 16;
-  return kWarp * bytes / (in.element == Element::kFloat32 ? 4 : 2);
+  return kWarp * vector_bytes(in.element, in.models) / (in.element == Element::kFloat32 ? 4 : 2);
 }
 
 template <class P>

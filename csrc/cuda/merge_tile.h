@@ -98,12 +98,16 @@ struct Window {
   }
 };
 
+/// Bytes of one load: 16, or 8 where packs of 16 bytes of all planes would not fit the registers.
+constexpr int vector_bytes(Element element, int64_t models) {
+  return models > 8 || (models > 5 && element != Element::kFloat32) ? 8 : 16;
+}
+
 /// One pack of θ and F of every model, in registers. Models beyond T repeat model 0 (their weight is 0), so that one
 /// kernel serves several T: they change neither the sums nor the hull.
 template <Element kElement, int kModels, bool kFisher>
 struct Planes {
-  // 8-byte vectors where 16-byte ones would not fit the registers.
-  using Vector = Pack<kElement, (kModels > 8 ? 8 : 16)>;
+  using Vector = Pack<kElement, vector_bytes(kElement, kModels)>;
   using Bits = typename Vector::Bits;
   static constexpr int kSize = Vector::kSize;
 

@@ -13,6 +13,7 @@
 #include "../cuda/merge_tile.h"
 #include "check.h"
 #include "merge_case.h"
+#include "merge_check.h"
 
 namespace {
 
@@ -38,99 +39,24 @@ Buffer backward_rows(const MergeCase& c) {
   return rows;
 }
 
-void check_forward(const MergeCase& c, const Reference& truth) {
-  const Buffer merged = forward(c);
-  const Element e = c.spec.element;
-  const double bound = std::max<double>(8, 1.6 * c.spec.models) * arithmetic_rounding(e);
-  for (int64_t p = 0; p < c.spec.elements; ++p) {
-    const double value = decode(e, merged.data(), p);
-    const double allowed =
-        bound * truth.magnitude[p] + storage_rounding(e) * std::abs(truth.merged[p]) + storage_step(e);
-    check(std::abs(value - truth.merged[p]) <= allowed, "%s: merged[%ld] is %.9g, truth %.9g", c.name.c_str(),
-          static_cast<long>(p), value, truth.merged[p]);
-  }
-}
-
-void check_rows(const MergeCase& c, const Reference& truth) {
-  const Buffer rows = backward_rows(c);
-  const double bound = c.spec.element == Element::kFloat64 ? 1e-14 : 5e-6;
-  for (int64_t i = 0; i < c.segments() * c.spec.models; ++i) {
-    const double value = decode(c.log_element(), rows.data(), i);
-    check(std::abs(value - truth.rows[i]) <= bound * truth.rows_magnitude[i] + 1e-36,
-          "%s: row %ld of log-weight gradient is %.9g, truth %.9g", c.name.c_str(), static_cast<long>(i), value,
-          truth.rows[i]);
-  }
-}
-
-void check_planes(const MergeCase& c, const Reference& truth) {
-  const Element e = c.spec.element;
-  const int64_t stride = c.stride() + 3;
-  const int64_t count = (c.spec.models - 1) * stride + c.spec.elements;
-  Buffer theta(e, count), fisher(e, count);
-  const MergePlaneGradients outputs = {theta.data(), c.inputs.fisher ? fisher.data() : nullptr, stride, stride};
-  check(timm_ext::cuda::merge_backward_planes(c.inputs, c.upstream, outputs, nullptr) == 0, "planes failed");
-  const double bound = 16 * arithmetic_rounding(e) + storage_rounding(e);
-  const double underflow = 1e-36;  // of w, which is scaled to [0.5, 1) for the largest F
-  const double largest = e == Element::kFloat16 ? 65504 : e == Element::kFloat64 ? 1e308 : 3.38e38;
-  for (int64_t t = 0; t < c.spec.models; ++t) {
-    for (int64_t p = 0; p < c.spec.elements; ++p) {
-      const int64_t i = t * c.spec.elements + p;
-      const double value = decode(e, theta.data(), t * stride + p);
-      check(std::abs(value - truth.theta[i]) <= bound * std::abs(truth.theta[i]) + storage_step(e) + underflow,
-            "%s: theta gradient [%ld, %ld] is %.9g, truth %.9g", c.name.c_str(), static_cast<long>(t),
-            static_cast<long>(p), value, truth.theta[i]);
-      if (!c.inputs.fisher || truth.fisher_magnitude[i] > largest) continue;
-      const double slope = decode(e, fisher.data(), t * stride + p);
-      const double allowed = 16 * arithmetic_rounding(e) * truth.fisher_magnitude[i] +
-                             storage_rounding(e) * std::abs(truth.fisher[i]) + storage_step(e);
-      check(std::abs(slope - truth.fisher[i]) <= allowed, "%s: Fisher gradient [%ld, %ld] is %.9g, truth %.9g",
-            c.name.c_str(), static_cast<long>(t), static_cast<long>(p), slope, truth.fisher[i]);
-    }
-  }
-}
-
 void check_case(const CaseSpec& spec, uint64_t seed) {
   timm_ext::executor::set_seed(seed);
   const MergeCase c(spec, seed);
   const Reference truth = c.reference();
-  check_forward(c, truth);
-  check_rows(c, truth);
-  if (spec.elements <= 600) check_planes(c, truth);
+  check_merged(c, truth, forward(c).data());
+  check_rows(c, truth, backward_rows(c).data());
+  if (spec.elements > 600) return;
+  const int64_t stride = c.stride() + 3;
+  const int64_t count = (spec.models - 1) * stride + spec.elements;
+  Buffer theta(spec.element, count), fisher(spec.element, count);
+  const MergePlaneGradients outputs = {theta.data(), c.inputs.fisher ? fisher.data() : nullptr, stride, stride};
+  check(timm_ext::cuda::merge_backward_planes(c.inputs, c.upstream, outputs, nullptr) == 0, "planes failed");
+  check_planes(c, truth, outputs);
 }
 
-/// Every element type and instance of T, over kinds of segments and Fishers that rotate.
 void test_table() {
-  const Segments segments[] = {Segments::kKernels, Segments::kMixed, Segments::kOne, Segments::kTiles,
-                               Segments::kSingle};
-  const FisherKind fishers[] = {FisherKind::kPlain, FisherKind::kWide, FisherKind::kNone, FisherKind::kHalfZero,
-                                FisherKind::kDenormal};
-  const int64_t sizes[] = {1, 27, 129, 512, 1151, 2048, 3001};
-  uint64_t i = 0;
-  for (Element element : kElements) {
-    for (int64_t models : {1, 2, 3, 4, 5, 6, 11, 17}) {
-      for (int64_t size : sizes) {
-        const bool one_per_lane = element == Element::kFloat64 || models == 17;  // slow here: a barrier per segment
-        CaseSpec spec = {element, models, one_per_lane ? std::min<int64_t>(size, 700) : size, segments[i % 5],
-                         fishers[(i / 2 + i / 5) % 5]};
-        spec.padding = i % 4 == 1 ? 5 : i % 4 == 2 ? -size & 63 : 0;
-        spec.offset = i % 7 == 3 ? 1 : 0;
-        spec.one_gradient = i % 6 == 5;
-        check_case(spec, ++i);
-      }
-    }
-  }
-}
-
-/// Every kind of segment with every kind of Fisher at the size of a few tiles.
-void test_kinds() {
-  uint64_t seed = 1000;
-  for (Segments segments :
-       {Segments::kOne, Segments::kSingle, Segments::kKernels, Segments::kMixed, Segments::kTiles}) {
-    for (FisherKind fisher :
-         {FisherKind::kNone, FisherKind::kPlain, FisherKind::kWide, FisherKind::kHalfZero, FisherKind::kDenormal}) {
-      check_case({Element::kFloat32, 3, 1999, segments, fisher}, ++seed);
-    }
-  }
+  uint64_t seed = 0;
+  for (const CaseSpec& spec : case_table()) check_case(spec, ++seed);
 }
 
 /// Segments over so many tiles that a whole block adds them up, beside short ones.
@@ -217,7 +143,6 @@ void test_tiling() {
 
 int main() {
   test_table();
-  test_kinds();
   test_long_chains();
   test_same_bits_under_other_schedules();
   test_equal_models();

@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The cases of the host executor on a GPU: results within the same bounds, the same bits in a second run and when
+// replayed from a CUDA graph. `test_on_gpu quick` leaves most cases out, for compute-sanitizer.
+#include <cuda_runtime.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "../../cuda/merge.h"
+#include "../../cuda/square_accumulate.h"
+#include "../check.h"
+#include "../merge_case.h"
+#include "../merge_check.h"
+
+namespace {
+
+using namespace timm_ext::test;
+namespace cuda = timm_ext::cuda;
+
+void must(int error, const char* what) {
+  if (error == 0) return;
+  std::printf("%s: %s\n", what, cuda::error_string(error));
+  std::exit(2);
+}
+
+/// Device memory of exactly the size of a host block; 16 more bytes in front when the block is to be misaligned.
+class DeviceBuffer {
+ public:
+  DeviceBuffer(size_t bytes, size_t shift = 0) : bytes_(bytes), shift_(shift) {
+    must(cudaMalloc(&memory_, shift + bytes + (bytes == 0)), "cudaMalloc");
+  }
+  DeviceBuffer(const void* host, size_t bytes, size_t shift = 0) : DeviceBuffer(bytes, shift) {
+    must(cudaMemcpy(data(), host, bytes, cudaMemcpyHostToDevice), "copy to the device");
+  }
+  ~DeviceBuffer() { cudaFree(memory_); }
+  DeviceBuffer(const DeviceBuffer&) = delete;
+
+  void* data() const { return static_cast<char*>(memory_) + shift_; }
+  std::vector<unsigned char> to_host() const {
+    std::vector<unsigned char> host(bytes_);
+    must(cudaMemcpy(host.data(), data(), bytes_, cudaMemcpyDeviceToHost), "copy from the device");
+    return host;
+  }
+
+ private:
+  void* memory_ = nullptr;
+  size_t bytes_;
+  size_t shift_;
+};
+
+/// A case on the device, and the results of the three launchers.
+struct DeviceCase {
+  const MergeCase& host;
+  size_t shift;
+  DeviceBuffer theta, fisher, log_weight, offsets, gradient;
+  DeviceBuffer merged, rows, workspace, grad_theta, grad_fisher;
+  cuda::MergeInputs inputs;
+
+  explicit DeviceCase(const MergeCase& c)
+      : host(c),
+        shift(c.spec.offset * element_bytes(c.spec.element)),
+        theta(c.theta.data(), c.theta.size(), shift),
+        fisher(c.fisher.data(), c.fisher.size(), shift),
+        log_weight(c.log_weight.data(), c.log_weight.size()),
+        offsets(c.offsets.data(), c.offsets.size() * sizeof(int64_t)),
+        gradient(c.gradient.data(), c.gradient.size(), c.spec.one_gradient ? 0 : shift),
+        merged(c.spec.elements * element_bytes(c.spec.element), shift),
+        rows(c.log_weight.size()),
+        workspace(cuda::merge_backward_workspace_bytes(c.spec.models, c.spec.elements, c.spec.element)),
+        grad_theta(c.spec.models * c.spec.elements * element_bytes(c.spec.element)),
+        grad_fisher(c.spec.models * c.spec.elements * element_bytes(c.spec.element)),
+        inputs(c.inputs) {
+    inputs.theta = theta.data();
+    inputs.fisher = c.inputs.fisher ? fisher.data() : nullptr;
+    inputs.log_weight = log_weight.data();
+    inputs.offsets = static_cast<const int64_t*>(offsets.data());
+  }
+
+  cuda::MergePlaneGradients planes() const {
+    return {grad_theta.data(), inputs.fisher ? grad_fisher.data() : nullptr, host.spec.elements, host.spec.elements};
+  }
+
+  void launch(cudaStream_t stream) const {
+    const cuda::MergeGradient upstream = {gradient.data(), host.upstream.stride};
+    must(cuda::merge_forward(inputs, merged.data(), stream), "merge_forward");
+    must(cuda::merge_backward_log_weight(inputs, upstream, rows.data(), workspace.data(), stream), "backward");
+    must(cuda::merge_backward_planes(inputs, upstream, planes(), stream), "merge_backward_planes");
+  }
+
+  std::vector<unsigned char> results() const {
+    must(cudaDeviceSynchronize(), "kernels");
+    std::vector<unsigned char> all;
+    for (const DeviceBuffer* buffer : {&merged, &rows}) {
+      const auto bytes = buffer->to_host();
+      all.insert(all.end(), bytes.begin(), bytes.end());
+    }
+    return all;
+  }
+};
+
+void check_case(const CaseSpec& spec, uint64_t seed, cudaStream_t stream) {
+  const MergeCase c(spec, seed);
+  const DeviceCase device(c);
+  device.launch(stream);
+  const auto first = device.results();
+  const Reference truth = c.reference();
+  check_merged(c, truth, device.merged.to_host().data());
+  check_rows(c, truth, device.rows.to_host().data());
+  auto theta = device.grad_theta.to_host();
+  auto fisher = c.inputs.fisher ? device.grad_fisher.to_host() : std::vector<unsigned char>();
+  check_planes(c, truth, {theta.data(), c.inputs.fisher ? fisher.data() : nullptr, spec.elements, spec.elements});
+
+  cudaGraph_t graph;
+  cudaGraphExec_t replay;
+  must(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "begin capture");
+  device.launch(stream);
+  must(cudaStreamEndCapture(stream, &graph), "end capture");
+  must(cudaGraphInstantiate(&replay, graph, 0), "instantiate graph");
+  must(cudaGraphLaunch(replay, stream), "replay");
+  check(device.results() == first, "%s: other bits in a second run", c.name.c_str());
+  must(cudaGraphExecDestroy(replay), "destroy");
+  must(cudaGraphDestroy(graph), "destroy");
+}
+
+void check_square_accumulate(cudaStream_t stream) {
+  constexpr int kItems = 130;
+  std::vector<std::unique_ptr<DeviceBuffer>> sums, gradients;
+  std::vector<std::vector<float>> host(kItems);
+  std::vector<cuda::SquareAccumulateItem> items;
+  for (int i = 0; i < kItems; ++i) {
+    const int64_t size = i == 7 ? 50001 : i % 11;
+    for (int64_t p = 0; p < size; ++p) host[i].push_back(static_cast<float>((p * 7 + i) % 64) / 32 - 1);
+    const std::vector<float> ones(size, 1.0f);
+    sums.push_back(std::make_unique<DeviceBuffer>(ones.data(), size * sizeof(float)));
+    gradients.push_back(std::make_unique<DeviceBuffer>(host[i].data(), size * sizeof(float)));
+    items.push_back({sums.back()->data(), gradients.back()->data(), size});
+  }
+  must(cuda::square_accumulate(items.data(), kItems, Element::kFloat32, 0.5, stream), "square_accumulate");
+  must(cudaDeviceSynchronize(), "square_accumulate");
+  for (int i = 0; i < kItems; ++i) {
+    const auto bytes = sums[i]->to_host();
+    for (size_t p = 0; p < host[i].size(); ++p) {  // exact in float32
+      const float truth = 1.0f + 0.5f * host[i][p] * host[i][p];
+      check(decode(Element::kFloat32, bytes.data(), p) == truth, "square_accumulate, item %d, element %d", i, int(p));
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const bool quick = argc > 1 && std::strcmp(argv[1], "quick") == 0;
+  cudaStream_t stream;
+  must(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+  const std::vector<CaseSpec> table = case_table();
+  for (size_t i = 0; i < table.size(); i += quick ? 5 : 1) check_case(table[i], i + 1, stream);
+  check_case({Element::kFloat32, 2, 512 * 280 + 5, Segments::kOne, FisherKind::kPlain}, 2001, stream);
+  if (!quick) check_case({Element::kFloat32, 3, (1 << 21) + 77, Segments::kKernels, FisherKind::kWide}, 2002, stream);
+  check_square_accumulate(stream);
+  must(cudaStreamDestroy(stream), "cudaStreamDestroy");
+  return result();
+}
