@@ -247,6 +247,8 @@ def square_accumulate_(acc: Sequence[Tensor], grads: Sequence[Tensor], scale: fl
         scale: factor of the squares; applied before squaring, so that small and large gradients keep their
             precision.
     """
+    if not acc and not grads:
+        return  # the dispatcher finds no device in empty lists
     with torch.no_grad():
         _ops.square_accumulate_.default(list(acc), list(grads), float(scale))
     _mark_changed(acc)

@@ -1,0 +1,122 @@
+"""Imports inside the package go one way; the table is the layering of the design."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import timm_ext
+
+PACKAGE = Path(timm_ext.__file__).parent
+
+BASE = {"errors", "files"}
+MODEL = {"parameters", "groups", "checkpoint", "networks"}
+MERGE = {"ops", "fisher", "merging"}
+WORK = {"data", "training", "inference", "metrics"}
+
+# What each module or package of timm_ext may import from timm_ext. A name may always import itself.
+ALLOWED = {
+    "__init__": BASE | {"_library", "ops"},
+    "_library": set(),
+    "errors": set(),
+    "files": {"errors"},
+    "reference": set(),
+    "ops": BASE | {"reference"},
+    "parameters": BASE,
+    "groups": BASE | {"parameters"},
+    "checkpoint": BASE | {"parameters"},
+    "networks": BASE | {"parameters", "checkpoint"},
+    "fisher": BASE | {"ops", "parameters", "checkpoint"},
+    "merging": BASE | {"ops", "parameters", "groups", "checkpoint", "fisher", "networks"},
+    "data": BASE,
+    "metrics": BASE | {"data"},
+    "inference": BASE | {"data", "networks"},
+    "training": BASE | MODEL | MERGE | WORK,
+    "study": BASE | MODEL | MERGE | WORK,
+    "config": BASE | {"data", "training", "study"},
+    "cli": BASE | MODEL | MERGE | WORK | {"config", "study"},
+}
+
+# Packages that `import timm_ext` must not load, and the modules that may import them at their top.
+HEAVY = {
+    "monai",
+    "nibabel",
+    "SimpleITK",
+    "scipy",
+    "matplotlib",
+    "pydantic",
+    "lightning_fabric",
+    "typer",
+    "rich",
+}
+LIGHT = {"__init__", "_library", "errors", "files", "reference", "ops", "parameters", "groups"}
+
+MODULES = sorted(path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py"))
+every_module = pytest.mark.parametrize("module", MODULES, ids=str)
+
+
+def unit_of(module: Path) -> str:
+    """The module or package right below timm_ext that a file belongs to."""
+    return module.parts[0]
+
+
+def imported_names(module: Path, *, top_level: bool = False) -> Iterator[str]:
+    """Yield the dotted names of the import statements of a file."""
+    tree = ast.parse((PACKAGE / module).with_suffix(".py").read_text())
+    for node in tree.body if top_level else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level > 0:
+                base = ["timm_ext", *module.parts[: len(module.parts) - node.level]]
+                yield ".".join([*base, *([node.module] if node.module else [])])
+            elif node.module == "timm_ext":
+                yield from (f"timm_ext.{alias.name}" for alias in node.names)
+            else:
+                yield str(node.module)
+
+
+def own_units(module: Path) -> set[str]:
+    names = (name.split(".") for name in imported_names(module))
+    return {parts[1] for parts in names if parts[0] == "timm_ext" and len(parts) > 1}
+
+
+@every_module
+def test_imports_go_one_way(module: Path) -> None:
+    unit = unit_of(module)
+    assert unit in ALLOWED, f"{unit}: give it a place in the table"
+    lazy = set(timm_ext._MODULE_OF.values()) if unit == "__init__" else set()  # loaded when they are used
+    beyond = own_units(module) - ALLOWED[unit] - {unit} - lazy
+    assert not beyond, f"{module} imports {', '.join(sorted(beyond))}"
+
+
+@every_module
+def test_light_modules_import_nothing_heavy(module: Path) -> None:
+    if unit_of(module) in LIGHT:
+        heavy = {name.split(".")[0] for name in imported_names(module)} & HEAVY
+        assert not heavy, f"{module} imports {', '.join(sorted(heavy))}"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if unit_of(m) == "cli"], ids=str)
+def test_commands_import_heavy_packages_inside(module: Path) -> None:
+    """So that `timm-ext --help` and a mistyped option answer at once."""
+    light = {"typer", "rich"}
+    heavy = ({name.split(".")[0] for name in imported_names(module, top_level=True)} & HEAVY) - light
+    assert not heavy, f"{module} imports {', '.join(sorted(heavy))} at its top"
+
+
+def test_the_layers_have_no_cycle() -> None:
+    """The table itself goes one way."""
+    left = {unit: allowed - {unit} for unit, allowed in ALLOWED.items() if unit != "__init__"}
+    while left:
+        free = {unit for unit, allowed in left.items() if not allowed & left.keys()}
+        assert free, f"cycle among {sorted(left)}"
+        left = {unit: allowed for unit, allowed in left.items() if unit not in free}
+
+
+def test_only_the_loader_and_the_operators_reach_the_library() -> None:
+    reaching = {
+        str(m) for m in MODULES if "torch.ops.timm_ext" in (PACKAGE / m).with_suffix(".py").read_text()
+    }
+    assert reaching <= {"_library", "ops"}

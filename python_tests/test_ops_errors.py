@@ -1,0 +1,209 @@
+"""Each message of the merge, and that nothing is computed after it."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import timm_ext
+from timm_ext.errors import InputError
+
+Arguments = dict[str, object]
+
+
+def good() -> Arguments:
+    return {
+        "theta": torch.randn(2, 10),
+        "fisher": torch.rand(2, 10),
+        "logits": torch.zeros(3, 2),
+        "offsets": torch.tensor([0, 2, 5, 10]),
+    }
+
+
+def call(arguments: Arguments) -> torch.Tensor:
+    arguments = dict(arguments)
+    positional = [arguments.pop(name) for name in ("theta", "fisher", "logits", "offsets")]
+    return timm_ext.fused_merge(*positional, **arguments)
+
+
+def test_the_good_arguments_are_good() -> None:
+    assert call(good()).shape == (10,)
+
+
+WRAPPER: list[tuple[Callable[[Arguments], object], str]] = [
+    (
+        lambda a: a.update(mixing="mean"),
+        r"mixing: expected one of 'sigmoid', 'softmax', 'ratios' \(got 'mean'\)",
+    ),
+    (lambda a: a.update(logits=torch.zeros(3)), r"logits: expected \[G, T\] for theta \[T, P\] \(got \[3\]"),
+    (lambda a: a.update(logits=torch.zeros(3, 4)), r"got \[3, 4\] for \[2, 10\]"),
+    (lambda a: a.update(logits=torch.zeros(2, 2)), r"one row for each of the 3 segments.*got 2 rows"),
+    (lambda a: a.update(groups=torch.zeros(2, dtype=torch.int64)), r"groups: expected int64 \[S\] = \[3\]"),
+    (lambda a: a.update(groups=torch.zeros(3)), r"groups: expected int64 \[S\] = \[3\] \(got torch.float32"),
+    (
+        lambda a: a.update(groups=torch.tensor([0, 1, 3])),
+        r"groups: expected rows of logits, 0 to 2 \(got 0 to 3\)",
+    ),
+    (lambda a: a.update(groups=torch.tensor([0, -1, 2])), r"got -1 to 2"),
+    (
+        lambda a: a.update(out=torch.empty(10), logits=torch.zeros(3, 2, requires_grad=True)),
+        "out: expected no input that requires a gradient",
+    ),
+]
+
+OPERATOR: list[tuple[Callable[[Arguments], object], str]] = [
+    (lambda a: a.update(theta=torch.zeros(0, 10), logits=torch.zeros(3, 0)), "log"),
+    (
+        lambda a: a.update(theta=torch.zeros(2, 10, dtype=torch.int32)),
+        "theta must be float32, bfloat16, float16 or",
+    ),
+    (
+        lambda a: a.update(theta=torch.randn(10, 2).T),
+        r"theta must have stride 1 along P.*got strides \[1, 2\]",
+    ),
+    (
+        lambda a: a.update(theta=torch.randn(10).expand(2, 10)),
+        r"rows at least P apart \(got strides \[0, 1\]",
+    ),
+    (
+        lambda a: a.update(fisher=torch.rand(2, 9)),
+        r"fisher must have the shape of theta \(got \[2, 9\] vs \[2, 10\]\)",
+    ),
+    (
+        lambda a: a.update(fisher=torch.rand(2, 10).double()),
+        r"fisher must be float32 like theta \(got float64\)",
+    ),
+    (lambda a: a.update(fisher=torch.rand(10, 2).T), "fisher must have stride 1 along P"),
+    (lambda a: a.update(offsets=torch.tensor([[0, 2, 5, 10]])), "log|offsets"),
+    (lambda a: a.update(offsets=torch.tensor([0, 2, 5, 10]).int()), r"offsets must be int64 \(got dtype"),
+    (
+        lambda a: a.update(offsets=torch.tensor([0, 2, 5, 9])),
+        r"offsets must go from 0 to P = 10 \(got 0 to 9\)",
+    ),
+    (
+        lambda a: a.update(offsets=torch.tensor([1, 2, 5, 10])),
+        r"offsets must go from 0 to P = 10 \(got 1 to 10\)",
+    ),
+    (
+        lambda a: a.update(offsets=torch.tensor([0, 5, 5, 10])),
+        r"strictly increasing \(got 5 then 5 at segment 1\)",
+    ),
+    (
+        lambda a: a.update(offsets=torch.tensor([0, 12, 5, 10])),
+        r"strictly increasing \(got 12 then 5 at segment 1\)",
+    ),
+    (
+        lambda a: a.update(offsets=torch.tensor([0]), logits=torch.zeros(0, 2)),
+        r"one segment or more just when P > 0 \(got 0 segments for P = 10\)",
+    ),
+    (lambda a: a.update(out=torch.empty(9)), r"out must be \[P\] = \[10\], contiguous \(got \[9\]"),
+    (lambda a: a.update(out=torch.empty(20)[::2]), r"out must be.*with strides \[2\]"),
+    (lambda a: a.update(out=torch.empty(10).double()), r"out must be float32 like theta \(got float64\)"),
+    (lambda a: a.update(out=a["theta"][1]), "out must not share memory with the inputs"),
+    (lambda a: a.update(out=a["fisher"][0]), "out must not share memory with the inputs"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), WRAPPER)
+def test_wrapper_refuses(spoil: Callable[[Arguments], object], message: str) -> None:
+    arguments = good()
+    spoil(arguments)
+    with pytest.raises(InputError, match=message):
+        call(arguments)
+
+
+@pytest.mark.parametrize(("spoil", "message"), OPERATOR)
+def test_operator_refuses(spoil: Callable[[Arguments], object], message: str) -> None:
+    arguments = good()
+    spoil(arguments)
+    with pytest.raises((RuntimeError, InputError), match=message):
+        call(arguments)
+
+
+def operator(name: str, **changes: object) -> object:
+    arguments = good()
+    arguments["log_weight"] = arguments.pop("logits")
+    arguments.update(changes)
+    return getattr(torch.ops.timm_ext, name)(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"log_weight": torch.zeros(3, 2).double()}, r"log_weight must be float32 for planes of this dtype"),
+        ({"log_weight": torch.zeros(2, 2)}, r"log_weight must be \[S, T\] = \[3, 2\] \(got \[2, 2\]\)"),
+        ({"log_weight": torch.zeros(2, 3).T}, r"log_weight must be contiguous \(got strides \[1, 3\]\)"),
+        ({"theta": torch.zeros(10)}, r"theta must be \[T, P\] with T >= 1 \(got \[10\]\)"),
+        ({"theta": torch.zeros(0, 10)}, r"theta must be \[T, P\] with T >= 1 \(got \[0, 10\]\)"),
+        ({"offsets": torch.tensor([[0, 10]])}, r"offsets must be \[S \+ 1\], contiguous \(got \[1, 2\]\)"),
+    ],
+)
+def test_bare_operator_refuses(changes: Arguments, message: str) -> None:
+    with pytest.raises(RuntimeError, match=f"fused_merge: {message}"):
+        operator("fused_merge", **changes)
+
+
+@pytest.mark.parametrize(
+    ("grad", "message"),
+    [
+        (torch.zeros(9), r"grad must be \[P\] = \[10\] \(got \[9\]\)"),
+        (torch.zeros(10).double(), r"grad must be float32 like theta \(got float64\)"),
+    ],
+)
+def test_backward_refuses(grad: torch.Tensor, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        operator("fused_merge_backward_log_weight", grad=grad)
+
+
+def test_fisher_gradient_without_fisher() -> None:
+    with pytest.raises(RuntimeError, match="fisher must be given where its gradient is wanted"):
+        operator(
+            "fused_merge_backward_planes",
+            grad=torch.zeros(10),
+            fisher=None,
+            theta_wanted=True,
+            fisher_wanted=True,
+        )
+
+
+@pytest.mark.parametrize(
+    ("logits", "mixing", "message"),
+    [
+        (torch.zeros(2, 2), "mean", "mixing must be 'sigmoid', 'softmax' or 'ratios'"),
+        (torch.zeros(2), "sigmoid", r"logits must be \[G, T\] with T >= 1 \(got \[2\]\)"),
+        (torch.zeros(2, 2).half(), "sigmoid", r"logits must be float32 or float64 \(got float16\)"),
+    ],
+)
+def test_log_weights_refuses(logits: torch.Tensor, mixing: str, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.timm_ext.log_weights(logits, mixing)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.timm_ext.log_weights_backward(torch.zeros_like(logits), logits, mixing)
+
+
+@pytest.mark.parametrize(
+    ("grad", "message"),
+    [
+        (torch.zeros(2, 2).double(), r"grad must be float32 like logits \(got float64\)"),
+        (torch.zeros(2, 3), r"grad must have the shape of logits \(got \[2, 3\] vs \[2, 2\]\)"),
+    ],
+)
+def test_log_weights_backward_refuses(grad: torch.Tensor, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.timm_ext.log_weights_backward(grad, torch.zeros(2, 2), "sigmoid")
+
+
+def test_ratios_refuses() -> None:
+    with pytest.raises(InputError, match="mixing: expected one of"):
+        timm_ext.ratios(torch.zeros(1, 2), "mean")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"logits: expected \[G, T\] \(got \[2\]\)"):
+        timm_ext.ratios(torch.zeros(2))
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize("name", ["theta", "fisher", "offsets", "out"])
+def test_tensors_of_another_device_are_named(name: str, device: torch.device) -> None:
+    arguments = {**good(), "out": torch.empty(10)}
+    moved = {other: tensor.to(device) for other, tensor in arguments.items() if other != name}
+    with pytest.raises(RuntimeError, match="must be on the device of theta"):
+        call({**arguments, **moved})
