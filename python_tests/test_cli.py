@@ -62,6 +62,12 @@ def sources(place):
     return [str(place / "M1.safetensors"), str(place / "M2.safetensors")]
 
 
+def test_fisher_of_volumes_of_different_size(place, tmp_path):
+    out = tmp_path / "F.safetensors"
+    assert run(["fisher", sources(place)[0], str(place / "brains"), "--out", str(out)]) == 0
+    assert load_checkpoint(out).metadata["fisher"]["count"] == 2
+
+
 def fishers(place):
     return ["--fisher", str(place / "F1.safetensors"), "--fisher", str(place / "F2.safetensors")]
 

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,15 +140,13 @@ def _link(source: Path, target: Path) -> None:
 def _print_end(console: Console, summary: Summary, page: Path, saved: Path) -> None:
     from rich.table import Table
 
-    table = Table("Initialisation", "Steps", "Mean", *summary.regions, title="Test Dice (± SD over seeds)")
+    table = Table(
+        "Initialisation", "Steps", "Mean ± SD", *summary.regions, title="Test Dice over cases and seeds"
+    )
     for method in summary.methods:
-        spreads: Sequence[tuple[float, float]] = [
-            method.spread(),
-            *(method.spread(region) for region in range(len(summary.regions))),
-        ]
-        table.add_row(
-            method.title, str(method.steps), *(f"{mean:.3f} ± {deviation:.3f}" for mean, deviation in spreads)
-        )
+        mean, deviation = method.spread()
+        regions = (f"{method.spread(region)[0]:.3f}" for region in range(len(summary.regions)))
+        table.add_row(method.title, str(method.steps), f"{mean:.3f} ± {deviation:.3f}", *regions)
     console.print(table)
     console.print(f"Report: {page}", soft_wrap=True, highlight=False)
     console.print(f"Checkpoints for timm-ext predict: {saved}", soft_wrap=True, highlight=False)
