@@ -94,19 +94,31 @@ def test_flips_average_all_eight_mirror_images():
                     ]
                     one = model(image.flip(axes)[None])[0].sigmoid()
                     expected += one.flip(axes) / 8
-    assert torch.allclose(predict_probabilities(model, image, flips=True, batch_size=3), expected, atol=1e-6)
+    assert torch.allclose(
+        predict_probabilities(model, image, flips=(0, 1, 2), batch_size=3), expected, atol=1e-6
+    )
     assert not torch.allclose(predict_probabilities(model, image), expected, atol=1e-3)
 
 
 def test_flips_symmetrise():
-    probabilities = predict_probabilities(_Ramp(), torch.zeros(1, 4, 4, 6), flips=True)
+    probabilities = predict_probabilities(_Ramp(), torch.zeros(1, 4, 4, 6), flips=(0, 1, 2))
     assert torch.allclose(probabilities, torch.full((1, 4, 4, 6), 0.5), atol=1e-6)
+
+
+def test_only_the_wanted_axes_are_mirrored():
+    model = _network().eval()
+    image = torch.randn(1, 8, 8, 12)
+    with torch.no_grad():
+        expected = (model(image[None])[0].sigmoid() + model(image.flip(1)[None])[0].sigmoid().flip(1)) / 2
+    assert torch.allclose(predict_probabilities(model, image, flips=(0,)), expected, atol=1e-6)
+    with pytest.raises(InputError, match=r"flips: expected spatial axes out of 0, 1, 2 \(got \[3\]\)"):
+        predict_probabilities(model, image, flips=(3,))
 
 
 @pytest.mark.parametrize(("batch_size", "batches"), [(8, [8]), (3, [3, 3, 2])])
 def test_mirror_images_are_batched(batch_size, batches):
     model = _Voxelwise()
-    predict_probabilities(model, torch.rand(1, 4, 4, 4), flips=True, batch_size=batch_size)
+    predict_probabilities(model, torch.rand(1, 4, 4, 4), flips=(0, 1, 2), batch_size=batch_size)
     assert model.batches == batches
 
 
@@ -198,7 +210,7 @@ def test_case_is_written_on_the_grid_of_its_input(tmp_path, window):
         tmp_path / "out/labels.nii.gz",
         probabilities_path=tmp_path / "out/probabilities.nii.gz",
         window=window,
-        flips=True,
+        flips=(0, 1, 2),
     )
     written, source = nib.load(tmp_path / "out/labels.nii.gz"), nib.load(tmp_path / "scan.nii.gz")
     assert written.shape == source.shape

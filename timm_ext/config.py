@@ -71,13 +71,14 @@ class PredictSettings(Section):
     Attributes:
         window: edges of the sliding window in voxels; None takes the whole prepared volume at once.
         overlap: share of a window that its neighbour covers.
-        flips: average over mirror images.
+        flips: axes along which mirror images are averaged: 0 left–right, 1 front–back, 2 up–down; only those
+            that training mirrored.
         threshold: probability from which a voxel belongs to a region.
     """
 
     window: tuple[int, int, int] | None = None
     overlap: float = Field(default=0.5, ge=0, lt=1)
-    flips: bool = False
+    flips: tuple[int, ...] = ()
     threshold: float = Field(default=0.5, gt=0, lt=1)
 
 

@@ -21,7 +21,6 @@ from timm_ext.errors import InputError
 from timm_ext.networks.registry import size_divisor_of
 
 Precision = Literal["float32", "bfloat16", "float16"]
-_SPATIAL_AXES = (2, 3, 4)
 
 
 def predict_logits(
@@ -86,7 +85,7 @@ def predict_probabilities(
     *,
     window: Sequence[int] | None = None,
     overlap: float = 0.5,
-    flips: bool = False,
+    flips: Sequence[int] = (),
     batch_size: int = 4,
     precision: Precision = "float32",
     device: torch.device | str | None = None,
@@ -99,7 +98,9 @@ def predict_probabilities(
         image: `[C, D, H, W]`.
         window: see `predict_logits`.
         overlap: see `predict_logits`.
-        flips: average over the eight mirror images along the three axes.
+        flips: spatial axes (0 left–right, 1 front–back, 2 up–down in RAS) along which mirror images are
+            averaged, in all combinations. Only for axes that the network saw mirrored in training: one that
+            has learned where a structure lies loses it otherwise.
         batch_size: volumes or windows per pass. PyTorch's CPU convolutions are slow for a batch of one
             small volume, so that mirror images and windows cost less together.
         precision: of the network's arithmetic (automatic mixed precision); the average is float32.
@@ -109,13 +110,16 @@ def predict_probabilities(
         `[R, D, H, W]` float32 on the CPU.
 
     Raises:
-        InputError: the image is not `[C, D, H, W]`, or as for `predict_logits`.
+        InputError: the image is not `[C, D, H, W]`, an axis is not spatial, or as for `predict_logits`.
     """
     if image.ndim != 4:
         raise InputError(f"prediction: expected an image [C, D, H, W] (got shape {list(image.shape)})")
     place = torch.device(device) if device is not None else _device_of(model)
     model.to(place)
-    axes = list(chain.from_iterable(combinations(_SPATIAL_AXES, n) for n in range(4))) if flips else [()]
+    if not set(flips) <= {0, 1, 2}:
+        raise InputError(f"flips: expected spatial axes out of 0, 1, 2 (got {list(flips)})")
+    spatial = sorted({axis + 2 for axis in flips})
+    axes = list(chain.from_iterable(combinations(spatial, n) for n in range(len(spatial) + 1)))
     per_pass = batch_size if window is None else 1
     total: Tensor | float = 0.0
     with torch.inference_mode(), evaluating(model), _autocast(place, precision):
@@ -181,7 +185,7 @@ def predict_case(
     threshold: float = 0.5,
     window: Sequence[int] | None = None,
     overlap: float = 0.5,
-    flips: bool = False,
+    flips: Sequence[int] = (),
     batch_size: int = 4,
     precision: Precision = "float32",
     device: torch.device | str | None = None,

@@ -40,7 +40,12 @@ def predict(
     ] = None,
     task: TaskOfNetwork = None,
     flips: Annotated[
-        bool, typer.Option("--flips", help="Average over mirror images: slower, often better.")
+        bool,
+        typer.Option(
+            "--flips",
+            help="Average with the left–right mirror image; for networks trained with `train.augment`. "
+            "Other axes: `--set predict.flips=[0,1,2]`.",
+        ),
     ] = False,
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="Also write the probability of each region.")
@@ -77,7 +82,7 @@ def predict(
             threshold=settings.predict.threshold,
             window=settings.predict.window,
             overlap=settings.predict.overlap,
-            flips=flips or settings.predict.flips,
+            flips=settings.predict.flips or ((0,) if flips else ()),
         )
     note_settings(out, settings, folder=True)
     print(f"{len(scans)} label maps in {out}")
@@ -116,7 +121,6 @@ def evaluate(
 
 def _evaluate(predictions: Path, truth: Path, task: "Task", out: Path | None) -> "Evaluation":
     from timm_ext.data.layouts import read_cases
-    from timm_ext.data.volume import SUFFIXES
     from timm_ext.metrics import evaluate_folder, evaluate_pairs
 
     for path in (predictions, truth):
@@ -124,8 +128,7 @@ def _evaluate(predictions: Path, truth: Path, task: "Task", out: Path | None) ->
             raise InputError(f"{path}: no such file or folder")
     if predictions.is_file():
         return evaluate_pairs({predictions.name.partition(".")[0]: (predictions, truth)}, task, out)
-    files = [path for path in truth.iterdir() if path.is_file()] if truth.is_dir() else []
-    if any(path.name.endswith(tuple(SUFFIXES)) for path in files):
+    if any((truth / path.name).is_file() for path in predictions.glob("*.nii*")):
         return evaluate_folder(predictions, truth, task, out)
     pairs, missing = {}, []
     for case in read_cases(truth, task, require_labels=True):
