@@ -406,6 +406,22 @@ def test_missing_image(place, tmp_path, capsys):
     assert "missing modality T2" in error
 
 
+def test_evaluate_takes_files_folders_and_cases(place, tmp_path):
+    truth = place / "tumours" / "case-000" / "case-000_label.nii.gz"
+    folder = tmp_path / "labels"
+    folder.mkdir()
+    for number in range(2):
+        name = f"case-00{number}"
+        label = place / "tumours" / name / f"{name}_label.nii.gz"
+        (folder / f"{name}.nii.gz").write_bytes(label.read_bytes())
+    for number, truths in enumerate((folder, place / "tumours")):
+        out = tmp_path / f"scores-{number}"
+        assert run(["evaluate", str(folder), str(truths), "--out", str(out)]) == 0
+        summary = json.loads((out / "metrics.json").read_text())["summary"]
+        assert summary["mean"]["dice"] == {"mean": 1.0, "sd": 0.0, "median": 1.0, "count": 6, "undefined": 0}
+    assert run(["evaluate", str(truth), str(truth)]) == 0
+
+
 def test_evaluate_names_missing_predictions(place, tmp_path, capsys):
     error = failure(capsys, ["evaluate", tmp_path, place / "tumours"])
     assert "got none for case-000.nii.gz, case-001.nii.gz" in error

@@ -137,9 +137,9 @@ def test_same_summary_gives_the_same_bytes(folder, tmp_path):
 def test_conclusions_name_clear_differences_and_no_others():
     example = summary()
     text = "\n".join(conclusions(example, example.comparisons()))
-    assert re.search(r"Against scratch, mode-IMM gains 0\.1\d\d mean Dice", text)
-    assert "Not told apart from scratch here: as scratch." in text
-    assert not re.search(r"mode-IMM and T-IMM differ", text)
+    assert re.search(r"Against “scratch”, “mode-IMM” gains 0\.1\d\d mean Dice", text)
+    assert "Not told apart from “scratch” here: “as scratch”." in text
+    assert not re.search(r"mode-IMM” and “T-IMM” differ", text)
     assert "no ranking" in text
 
 
@@ -149,7 +149,7 @@ def test_noise_is_never_called_a_difference():
     text = "\n".join(conclusions(example, example.comparisons()))
     assert "gains" not in text
     assert "loses" not in text
-    assert "Not told apart from scratch here: a, bb, ccc." in text
+    assert "Not told apart from “scratch” here: “a”, “bb”, “ccc”." in text
 
 
 def test_limits_say_when_nothing_could_be_shown():
@@ -160,7 +160,7 @@ def test_limits_say_when_nothing_could_be_shown():
     text = "\n".join(limits(summary(methods=tuple(few), cases=("a", "b", "c"))))
     assert "cannot show any difference" in text
     assert "cannot show any difference" not in "\n".join(limits(summary()))
-    assert "T-IMM, adaptation extra had more optimiser steps" in text
+    assert "“T-IMM, adaptation extra” had more optimiser steps" in text
 
 
 def test_unwritable_folder_is_one_line(tmp_path):

@@ -194,7 +194,7 @@ def _notes(plan: Plan) -> tuple[str, ...]:
         return ("All images are drawn from procedural phantoms; a different person in each case.",)
     used = {part: len(names) for part, names in plan.subjects.items()}
     total = len({name for names in plan.subjects.values() for name in names})
-    sources = ", ".join(str(used[f"source-{n}"]) for n in range(1, len(plan.settings.source_tasks) + 1))
+    sources = " and ".join(str(used[f"source-{n}"]) for n in range(1, len(plan.settings.source_tasks) + 1))
     return (
         f"The anatomies come from {total} label maps: {sources} for the source tasks, {used['train']} for "
         f"training and validation of the target task, {used['test']} others for its test. Test cases that "

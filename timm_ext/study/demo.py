@@ -88,7 +88,7 @@ def run_demo(
         if not outcome.complete:
             lines = [f"{name}: {message}" for name, message in outcome.failed.items()]
             lines += [f"{name}: not run, it needs {cause}" for name, cause in outcome.skipped.items()]
-            raise InputError("\n  ".join([f"{out}: {len(outcome.failed)} steps failed:", *lines]))
+            raise InputError("\n  ".join([f"{out}: {len(outcome.failed)} of the steps failed:", *lines]))
         described = {
             "Made by": f"timm_ext {facts['timm_ext']}, torch {facts['torch']}, Python {facts['python']}",
             "Machine": f"{facts['machine']}, {facts['instruction_set']} kernels, one thread per worker",

@@ -31,6 +31,7 @@ def dice_figure(summary: Summary) -> "Figure":
             axis.vlines(values.mean(), row - 0.35, row + 0.35, color=style["color"], linewidth=2)
         axis.set_title(name)
         axis.set_xlabel("test Dice")
+        axis.locator_params(axis="x", nbins=4)
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(summary.methods)), [method.title for method in summary.methods])
     axes[0].invert_yaxis()

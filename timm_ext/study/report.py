@@ -114,8 +114,8 @@ def comparison_table(summary: Summary, comparisons: Sequence[Comparison]) -> Tab
     rows = tuple(
         (
             f"{summary.title_of(c.a)} − {summary.title_of(c.b)}",
-            f"{c.difference:+.3f}",
-            f"{c.low:+.3f} to {c.high:+.3f}",
+            _signed(c.difference),
+            f"{_signed(c.low)} to {_signed(c.high)}",
             f"{c.seed_spread:.3f}",
             f"{c.p:.3g}",
             f"{c.p_holm:.3g}",
@@ -272,6 +272,10 @@ def _html_table(table: Table) -> str:
 
 def _items(sentences: Iterable[str]) -> str:
     return "<ul>" + "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences) + "</ul>"
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 3) + 0.0:+.3f}"
 
 
 def _spread(mean_and_deviation: tuple[float, float]) -> str:

@@ -139,16 +139,16 @@ def conclusions(summary: Summary, comparisons: Sequence[Comparison]) -> list[str
     against = [c for c in comparisons if c.b == summary.baseline]
     among = [c for c in comparisons if c.b != summary.baseline]
     sentences = [
-        f"Against {title(c.b)}, {title(c.a)} {'gains' if c.difference > 0 else 'loses'} "
+        f"Against “{title(c.b)}”, “{title(c.a)}” {'gains' if c.difference > 0 else 'loses'} "
         f"{abs(c.difference):.3f} mean Dice (95 % interval {c.low:+.3f} to {c.high:+.3f}, "
         f"Holm-corrected p = {c.p_holm:.3f})."
         for c in against
         if c.beyond_chance
     ]
-    if unclear := [title(c.a) for c in against if not c.beyond_chance]:
-        sentences.append(f"Not told apart from {title(summary.baseline)} here: {', '.join(unclear)}.")
+    if unclear := [f"“{title(c.a)}”" for c in against if not c.beyond_chance]:
+        sentences.append(f"Not told apart from “{title(summary.baseline)}” here: {', '.join(unclear)}.")
     sentences += [
-        f"{title(c.a)} and {title(c.b)} differ by {c.difference:+.3f} "
+        f"“{title(c.a)}” and “{title(c.b)}” differ by {c.difference:+.3f} "
         f"(95 % interval {c.low:+.3f} to {c.high:+.3f}, Holm-corrected p = {c.p_holm:.3f})."
         for c in among
         if c.beyond_chance
@@ -179,7 +179,7 @@ def limits(summary: Summary) -> list[str]:
             f"With {cases} test cases no p-value is smaller than {smallest:.3g}, which the correction over "
             f"{pairs} pairs lifts above 0.05: this run cannot show any difference, however large."
         )
-    if names := ", ".join(method.title for method in summary.methods if method.extra):
+    if names := ", ".join(f"“{method.title}”" for method in summary.methods if method.extra):
         sentences.append(
             f"{names} had more optimiser steps than the others; a lead may be nothing but longer training."
         )
