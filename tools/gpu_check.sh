@@ -8,9 +8,10 @@
 # Needs python3 with torch >= 2.10, setuptools, pybind11, pytest and hypothesis; nvcc, cmake, ninja, compute-sanitizer.
 # PYTHON and CUDA_ARCHITECTURES (default: that of the GPU) may be set. Every step writes OUT/STEP.log; the verdicts,
 # with the environment and the results, go to OUT/gpu_check.json. Exits 1 when a step failed.
-set -uo pipefail
-# The steps are called by their names.
+
+# The steps are functions called by their names.
 # shellcheck disable=SC2329
+set -uo pipefail
 
 usage="usage: tools/gpu_check.sh OUT [environment|build|pytest|cases|sanitizers|benchmark ...]"
 [ $# -ge 1 ] || { echo "$usage" >&2; exit 2; }
