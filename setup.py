@@ -13,7 +13,24 @@ ROOT = Path(__file__).parent.resolve()
 OPERATORS = "timm_ext.libtimm_ext"
 sys.path.insert(0, str(ROOT / "tools"))
 
-from build_backend import find_torch  # noqa: E402
+from build_backend import find_torch, torch_requirement  # noqa: E402
+
+REQUIREMENTS = [
+    torch_requirement(),
+    "numpy>=1.26",
+    "nibabel>=5.2",
+    "SimpleITK>=2.3",
+    "monai>=1.4",
+    "lightning-fabric>=2.4",
+    "safetensors>=0.5",
+    "pydantic>=2.7",
+    "PyYAML>=6",
+    "typer>=0.12",
+    "rich>=13",
+    "matplotlib>=3.8",
+    "tensorboard>=2.16",
+    "scipy>=1.12",
+]
 
 
 class CMakeBuild(build_ext):
@@ -57,6 +74,7 @@ class CMakeBuild(build_ext):
 
 
 setup(
+    install_requires=REQUIREMENTS,
     packages=find_packages(include=["timm_ext", "timm_ext.*"]),
     package_data={"": ["py.typed", "*.json", "*.yaml", "*.html", "*.css"]},
     ext_modules=[Extension("timm_ext._host", sources=[]), Extension(OPERATORS, sources=[])],

@@ -6,11 +6,12 @@ installed into, when there are such, and else those of a torch that is fetched f
 """
 
 import importlib.util
+import itertools
 import re
 import site
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from setuptools import build_meta
@@ -21,8 +22,25 @@ OLDEST_TORCH = (2, 10)
 
 
 def find_torch() -> tuple[Path, str] | None:
-    """Return folder and version of a torch >= 2.10, importable or in the environment around the build."""
-    for folder in _torch_folders():
+    """Return folder and version of a torch >= 2.10, in the environment around the build or fetched for it."""
+    return _first_usable(itertools.chain(_environment_folders(), _importable_folders()))
+
+
+def torch_requirement() -> str:
+    """Return what the package requires at run time.
+
+    Where the environment has no torch, the requirement is the one that was fetched for the build: an open one
+    would download another version of several gigabytes.
+    """
+    return (
+        "torch>=" + ".".join(map(str, OLDEST_TORCH))
+        if _first_usable(_environment_folders())
+        else FETCHED_TORCH
+    )
+
+
+def _first_usable(folders: Iterable[Path]) -> tuple[Path, str] | None:
+    for folder in folders:
         version = _version(folder)
         numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))
         if numbers >= OLDEST_TORCH and (folder / "include/torch/csrc/stable/library.h").exists():
@@ -30,7 +48,7 @@ def find_torch() -> tuple[Path, str] | None:
     return None
 
 
-def _torch_folders() -> Iterator[Path]:
+def _environment_folders() -> Iterator[Path]:
     scheme_paths = [sysconfig.get_path(name) for name in ("purelib", "platlib")]
     configuration = Path(sys.prefix, "pyvenv.cfg")
     isolated = (
@@ -43,6 +61,9 @@ def _torch_folders() -> Iterator[Path]:
         scheme_paths += site.getsitepackages([sys.base_prefix])
     for path in scheme_paths:
         yield Path(path, "torch")
+
+
+def _importable_folders() -> Iterator[Path]:
     spec = importlib.util.find_spec("torch")
     if spec is not None and spec.origin is not None:
         yield Path(spec.origin).parent
