@@ -15,7 +15,7 @@ using ElementTag = std::integral_constant<Element, kElement>;
 template <int kModels>
 using ModelsTag = std::integral_constant<int, kModels>;
 
-constexpr int kMaxPackedModels = 16;
+constexpr int kMaxPackedModels = 8;
 
 /// Whether the packed kernels serve this call; the general ones serve any.
 inline bool packed(const MergeInputs& in) { return in.element != Element::kFloat64 && in.models <= kMaxPackedModels; }
@@ -26,7 +26,6 @@ int with_models(int64_t models, const F& call) {
   if (models == 3) return call(ModelsTag<3>{});
   if (models == 4) return call(ModelsTag<4>{});
   if (models == 5) return call(ModelsTag<5>{});
-  if (models <= 8) return call(ModelsTag<8>{});
   return call(ModelsTag<kMaxPackedModels>{});
 }
 

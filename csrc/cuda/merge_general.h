@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Merge kernels for any T and every element type, one element per lane: float64, more than 16 models, and the
+// Merge kernels for any T and every element type, one element per lane: float64, more than 8 models, and the
 // gradients of the planes, where reading and writing 4T + 1 planes leaves nothing to gain from registers.
 #pragma once
 

@@ -100,7 +100,7 @@ struct Window {
 
 /// Bytes of one load: 16, or 8 where packs of 16 bytes of all planes would not fit the registers.
 constexpr int vector_bytes(Element element, int64_t models) {
-  return models > 8 || (models > 5 && element != Element::kFloat32) ? 8 : 16;
+  return models > 5 && element != Element::kFloat32 ? 8 : 16;
 }
 
 /// One pack of θ and F of every model, in registers. Models beyond T repeat model 0 (their weight is 0), so that one
