@@ -193,6 +193,19 @@ def test_out_is_filled_and_returned(device: torch.device) -> None:
     assert out._version > version  # autograd notices when a saved tensor was overwritten
 
 
+def test_inference_mode(device: torch.device) -> None:
+    inputs = make_inputs(SAMPLES[0], device)
+    arguments, options = inputs.arguments()
+    with torch.inference_mode():
+        out = torch.empty(SAMPLES[0].elements, device=device)
+        assert torch.equal(
+            timm_ext.fused_merge(*arguments, **options, out=out), timm_ext.fused_merge(*arguments, **options)
+        )
+        acc = [torch.zeros(3, device=device)]
+        timm_ext.square_accumulate_(acc, [torch.ones(3, device=device)])
+        assert acc[0].tolist() == [1.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize("mixing", ["sigmoid", "softmax", "ratios"])
 def test_gradcheck(mixing: str, device: torch.device) -> None:
     sample = Sample("", models=3, lengths=(4, 2, 5), dtype=torch.float64, mixing=mixing, groups=(1, 0, 1))

@@ -107,7 +107,7 @@ def _refuse_gradient(*inputs: Tensor | None) -> None:
 def _mark_changed(tensors: Sequence[Tensor]) -> None:
     """Let autograd notice when a tensor that it saved was overwritten."""
     if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(tensors)
+        torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
 
 def _fake_merge(theta: Tensor, fisher: Tensor | None, log_weight: Tensor, offsets: Tensor) -> Tensor:
