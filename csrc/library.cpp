@@ -26,7 +26,8 @@ STABLE_TORCH_LIBRARY(timm_ext, m) {
   m.def("fused_merge.out(Tensor theta, Tensor? fisher, Tensor log_weight, Tensor offsets, *, Tensor(a!) out) -> ()");
 
   // result[s, t] = Σ_{p in s} grad[p] w_t (theta[t, p] - merged[p]) / Σ_j w_j, of log_weight's dtype; sums of float32
-  // terms in float64. grad [P] of theta's dtype, any stride (0: the gradient of a sum). Rows add up to 0.
+  // terms in float64 (on CUDA in float32 within a warp's tile, in float64 across tiles). grad [P] of theta's dtype, any
+  // stride (0: the gradient of a sum). Rows add up to 0.
   m.def(
       "fused_merge_backward_log_weight(Tensor grad, Tensor theta, Tensor? fisher, Tensor log_weight, Tensor offsets)"
       " -> Tensor");

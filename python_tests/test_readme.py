@@ -1,0 +1,44 @@
+"""The README's first screen: short enough, and its code does what it says."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+@pytest.fixture
+def text():
+    return README.read_text(encoding="utf-8")
+
+
+def test_the_first_screen_is_short_and_holds_the_essentials(text):
+    first = text[: text.index("\n## ")]
+    assert len(first.splitlines()) <= 40
+    for wanted in (
+        "pip install . && timm-ext demo",
+        'pip install ".[test]" && pytest',
+        "fused_merge",
+        "![",
+        "equivalent",
+    ):
+        assert wanted in first
+
+
+def test_the_example_is_equivalent_to_plain_pytorch(text):
+    example, equivalent = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[:2]
+    names: dict[str, object] = {}
+    exec(example, names)
+    merged = names["merged"]
+    exec(equivalent, names)
+    assert merged is not names["merged"]
+    torch.testing.assert_close(merged, names["merged"])
+    (plain,) = torch.autograd.grad(names["merged"].square().sum(), names["logits"])
+    torch.testing.assert_close(names["logits"].grad, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_files_that_the_readme_links_to_exist(text):
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (README.parent / target).exists(), target
