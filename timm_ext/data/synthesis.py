@@ -71,7 +71,7 @@ class SynthesisSettings:
     bias: float = 0.2
     noise: tuple[float, float] = (0.04, 0.09)
     lesions: int = 24
-    conspicuity: tuple[float, float] = (0.5, 0.95)
+    conspicuity: tuple[float, float] = (0.75, 1.0)
     enhancing: tuple[float, float] = (1.3, 2.2)
 
 

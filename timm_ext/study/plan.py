@@ -42,8 +42,8 @@ class PlanSettings:
         source_steps: optimiser steps of a source network, with a cosine schedule.
         source_lr: its learning rate.
         steps: optimiser steps of every run, adaptation included.
-        lr: learning rate of fine-tuning, where it falls to zero (cosine), and of the task-specific layers in
-            an adaptation, where it is constant.
+        lr: learning rate of the runs, constant; also of the task-specific layers in an adaptation. A run ends
+            with its weights of the lowest validation loss.
         adapt_steps: optimiser steps of an adaptation.
         logit_lr: learning rate of the mixing logits.
         validate_every: steps between validations.
@@ -296,8 +296,8 @@ class _Planner:
             "method": method.name,
             "network": self.network,
             "recipe": {"seed": seed},
-            # Falling to zero: at a constant rate the last step's Dice varies more than the methods differ.
-            "train": self._train(steps, settings.lr, "cosine", seed),
+            # The best on validation: at a constant rate the last step's Dice varies more than the methods differ.
+            "train": {**self._train(steps, settings.lr, "constant", seed), "keep": "best"},
         }
         needs = {part: cases[part] for part in ("train", "val", "test")}
         if adaptation is not None:
