@@ -96,6 +96,18 @@ def test_killed_demo_goes_on_to_the_same_records(undisturbed, tmp_path):
 
 
 @pytest.mark.slow
+def test_interrupted_demo_ends_at_once_with_one_line(tmp_path):
+    process = start(tmp_path / "demo")
+    while not finished(tmp_path / "demo") and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert text.splitlines()[-1] == "error: interrupted"
+    assert "Traceback" not in text
+
+
+@pytest.mark.slow
 def test_failed_step_is_reported_and_retried(undisturbed, tmp_path):
     out = tmp_path / "demo"
     shutil.copytree(undisturbed[0], out)

@@ -42,6 +42,16 @@ def test_a_setting_changes_only_the_steps_that_depend_on_it():
     assert {s.digest for s in one.runs.values()} < {s.digest for s in more.runs.values()}
 
 
+def test_steps_carry_every_default_that_decides_their_result():
+    plan = make_plan(PlanSettings())
+    generate = plan.cases["train"].settings["generate"]
+    assert {"noise", "lesions"} <= set(generate["synthesis"])
+    assert "radius_mm" in generate["tumour"]
+    assert "normalise" in plan.cases["train"].settings["prepare"]
+    assert "augment" in plan.runs["scratch", 0].settings["train"]
+    assert "granularity" in plan.runs["t-imm", 0].settings["recipe"]
+
+
 def test_scratch_waits_for_no_source():
     plan = make_plan(PlanSettings())
     assert set(plan.runs["scratch", 0].needs) == {"train", "val", "test"}

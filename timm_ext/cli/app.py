@@ -49,14 +49,18 @@ def run(arguments: Sequence[str]) -> int:
             rest = [argument for argument in arguments if argument != "--debug"]
             status = command.main(rest or ["--help"], prog_name="timm-ext", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        print("error: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return _tell("interrupted", INTERRUPTED)
     except Exception as error:
         if debug:
             traceback.print_exc()
-        message, status = _explain(error)
-        print(f"error: {message}", file=sys.stderr)
+        return _tell(*_explain(error))
     return status if isinstance(status, int) else 0
+
+
+def _tell(message: str, status: int) -> int:
+    sys.stdout.flush()  # what was printed before the failure comes before it
+    print(f"error: {message}", file=sys.stderr)
+    return status
 
 
 def _explain(error: Exception) -> tuple[str, int]:

@@ -27,7 +27,12 @@ from timm_ext.cli.common import (
 from timm_ext.errors import InputError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from timm_ext.checkpoint import Checkpoint
+    from timm_ext.config import RunSettings
+    from timm_ext.study.sources import Start
+    from timm_ext.training.examples import Examples
 
 
 def merge(
@@ -104,7 +109,7 @@ def adapt(
     from timm_ext.merging import MergedModel, get_method
     from timm_ext.networks.io import save_network
     from timm_ext.study.sources import load_sources, network_of, start_from
-    from timm_ext.training import stages
+    from timm_ext.training.stages import make_sets
 
     check_output(out / NETWORK_NAME)
     if get_method(method).adapt == "none":
@@ -116,19 +121,12 @@ def adapt(
     start = start_from(method, target, chosen, sources, settings.merge)
     settings = fit_volumes(settings, target)
     parts = training_parts(data, val, val_share, chosen, settings, cache or out / "prepared", workers)
-    train_set, val_set = stages.make_sets(*parts, chosen, settings.train)
+    train_set, val_set = make_sets(*parts, chosen, settings.train)
     run = out / "training"
     facts: dict[str, Any] = {"method": method, "sources": list(sources.names)}
+    network = _learn(start, train_set, val_set, settings, run, resume=resume)
     if isinstance(start.model, MergedModel):
-        rates = settings.adapt.model_dump()
-        stages.adapt(
-            start.model, train_set, val_set, settings.train, run, **rates, resume=resume, progress=True
-        )
-        network = start.model.fold()
         facts |= start.model.provenance()
-    else:
-        network, names = start.model, start.split.specific
-        stages.warm_up(network, names, train_set, val_set, settings.train, run, resume=resume, progress=True)
     save_network(
         out / NETWORK_NAME,
         network,
@@ -141,6 +139,41 @@ def adapt(
     note_settings(out, settings, folder=True)
     ratios = f", mean ratios {[round(x, 2) for x in facts['mean_ratios']]}" if "mean_ratios" in facts else ""
     print(f"{out / NETWORK_NAME}: {start.method.title} of {', '.join(sources.names)}{ratios}")
+
+
+def _learn(
+    start: "Start",
+    train_set: "Examples",
+    val_set: "Examples | None",
+    settings: "RunSettings",
+    run: Path,
+    *,
+    resume: bool,
+) -> "nn.Module":
+    """Adapt or warm up, and return the plain network that results."""
+    from dataclasses import replace
+
+    from timm_ext.merging import MergedModel
+    from timm_ext.training.stages import adapt as adapt_merge
+    from timm_ext.training.stages import warm_up
+
+    rates = settings.adapt
+    if isinstance(start.model, MergedModel):
+        adapt_merge(
+            start.model,
+            train_set,
+            val_set,
+            settings.train,
+            run,
+            logit_lr=rates.logit_lr,
+            specific_lr=rates.specific_lr,
+            resume=resume,
+            progress=True,
+        )
+        return start.model.fold()
+    train = replace(settings.train, lr=rates.specific_lr or settings.train.lr)
+    warm_up(start.model, start.split.specific, train_set, val_set, train, run, resume=resume, progress=True)
+    return start.model
 
 
 def _first_of(networks: list[Path]) -> "Checkpoint":

@@ -182,7 +182,8 @@ def _facts(plan: Plan, folder: Folder) -> list[tuple[str, str]]:
         (
             "Training",
             f"Adam, learning rate {s.lr:g}, batch {s.batch_size}, {s.steps} steps in all; adaptation takes "
-            f"{s.adapt_steps} of them (logits' rate {s.logit_lr:g})",
+            f"{s.adapt_steps} of them (logits' rate {s.logit_lr:g}); a run ends with the weights of its "
+            "lowest validation loss",
         ),
         ("Seeds", ", ".join(map(str, s.seeds))),
         ("Computing time", f"{_total_seconds(plan, folder):.0f} s, summed over the worker processes"),

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from timm_ext.study.plan import Plan, PlanSettings, make_plan, settings_to_dict
 from timm_ext.study.progress import plan_progress
 from timm_ext.study.records import Folder
 from timm_ext.study.report import write_report
-from timm_ext.study.runner import available_cores, run_steps
+from timm_ext.study.runner import Outcome, available_cores, run_steps
 from timm_ext.study.stages import FISHER, INITIAL, NETWORK
 from timm_ext.study.summary import Summary
 
 CHECKPOINTS = "checkpoints"
+TITLE = "T-IMM demo: initialisations for a small tumour task"
 
 
 def demo_settings(*, seeds: int = 3, label_maps: Path | None = None, quick: bool = False) -> PlanSettings:
@@ -85,22 +87,28 @@ def run_demo(
             outcome = run_steps(
                 plan.steps, folder, workers=count, listener=listener, facts={"environment": facts}
             )
-        if not outcome.complete:
-            lines = [f"{name}: {message}" for name, message in outcome.failed.items()]
-            lines += [f"{name}: not run, it needs {cause}" for name, cause in outcome.skipped.items()]
-            raise InputError("\n  ".join([f"{out}: {len(outcome.failed)} of the steps failed:", *lines]))
-        described = {
-            "Made by": f"timm_ext {facts['timm_ext']}, torch {facts['torch']}, Python {facts['python']}",
-            "Machine": f"{facts['machine']}, {facts['instruction_set']} kernels, one thread per worker",
-            "Anatomy": "procedural phantoms"
-            if settings.source == PHANTOM
-            else f"label maps of {settings.source}",
-        }
-        summary = summarise(plan, folder, "T-IMM demo: initialisations for a small tumour task", described)
+        _require_complete(outcome, out)
+        summary = summarise(plan, folder, TITLE, _facts(settings, facts))
         page = write_report(summary, out)
         saved = publish_checkpoints(plan, folder)
     _print_end(console, summary, page, saved)
     return page
+
+
+def _require_complete(outcome: Outcome, out: Path) -> None:
+    if not outcome.complete:
+        lines = [f"{name}: {message}" for name, message in outcome.failed.items()]
+        lines += [f"{name}: not run, it needs {cause}" for name, cause in outcome.skipped.items()]
+        raise InputError("\n  ".join([f"{out}: {len(outcome.failed)} of the steps failed:", *lines]))
+
+
+def _facts(settings: PlanSettings, facts: Mapping[str, str]) -> dict[str, str]:
+    phantom = settings.source == PHANTOM
+    return {
+        "Made by": f"timm_ext {facts['timm_ext']}, torch {facts['torch']}, Python {facts['python']}",
+        "Machine": f"{facts['machine']}, {facts['instruction_set']} kernels, one thread per worker",
+        "Anatomy": "procedural phantoms" if phantom else f"label maps of {settings.source}",
+    }
 
 
 def publish_checkpoints(plan: Plan, folder: Folder) -> Path:

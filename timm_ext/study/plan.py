@@ -1,16 +1,20 @@
 """The plan of a study: methods × seeds as steps that share their cases, source networks and Fishers."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from timm_ext.data.generate import PHANTOM
+from timm_ext.data.generate import PHANTOM, GenerateSettings
 from timm_ext.data.label_maps import label_map_files
+from timm_ext.data.prepare import PrepareSettings
 from timm_ext.errors import InputError
 from timm_ext.files import sha256
 from timm_ext.merging.methods import METHODS, Method, get_method
 from timm_ext.study.records import Step
+from timm_ext.study.sources import Recipe
+from timm_ext.training.settings import TrainSettings
 
 STAGES = "timm_ext.study.stages"
 
@@ -158,8 +162,8 @@ class _Planner:
         self.maps = {} if settings.source == PHANTOM else label_map_files(settings.source)
         names = list(self.maps)
         self.subjects = split_subjects(names, len(settings.source_tasks)) if names else {}
-        prepare = {"spacing": settings.spacing, "size": list(settings.size)}
-        self.common: dict[str, Any] = {"prepare": prepare}
+        prepare = PrepareSettings(spacing=settings.spacing, size=settings.size)
+        self.common: dict[str, Any] = {"prepare": _json(prepare)}
         self.network = {"name": settings.network, "options": dict(settings.options)}
         voxels = settings.size[0] * settings.size[1] * settings.size[2]
         self.step_cost = _SECONDS_PER_STEP * voxels / _USUAL_VOXELS
@@ -202,33 +206,35 @@ class _Planner:
     def _cases(self, part: str, task: str, count: int) -> Step:
         settings = self.settings
         subjects = self.subjects.get(part, ())
-        generate = {
-            "source": settings.source,
-            "task": task,
-            "seed": settings.data_seed,
-            "spacing": settings.spacing,
-            "size": list(settings.size),
-            "subjects": list(subjects),
-            "prefix": part,
-        }
+        generate = GenerateSettings(
+            source=settings.source,
+            task=task,
+            seed=settings.data_seed,
+            spacing=settings.spacing,
+            size=settings.size,
+            subjects=subjects,
+            prefix=part,
+        )
         content = {name: sha256(self.maps[name]) for name in subjects}
-        values = {**self.common, "generate": generate, "count": count, "label_maps": content}
+        values = {**self.common, "generate": _json(generate), "count": count, "label_maps": content}
         return Step(f"cases-{part}", f"{STAGES}:make_cases", values, cost=2.0 * count)
 
-    def _train(self, steps: int, lr: float, schedule: str, seed: int) -> dict[str, Any]:
-        return {
-            "steps": steps,
-            "batch_size": self.settings.batch_size,
-            "lr": lr,
-            "schedule": schedule,
-            "stop_patience": None,
-            "validate_every": min(self.settings.validate_every, steps),
-            "keep": "last",
-            "seed": seed,
-            "accelerator": "cpu",
-            "devices": 1,
-            "tensorboard": False,
-        }
+    def _train(
+        self, steps: int, lr: float, schedule: Literal["constant", "cosine"], seed: int
+    ) -> dict[str, Any]:
+        return TrainSettings(
+            steps=steps,
+            batch_size=self.settings.batch_size,
+            lr=lr,
+            schedule=schedule,
+            stop_patience=None,
+            validate_every=min(self.settings.validate_every, steps),
+            keep="last",
+            seed=seed,
+            accelerator="cpu",
+            devices=1,
+            tensorboard=False,
+        ).to_dict()
 
     def _model(self, number: int, cases: Mapping[str, Step], earlier: list[Step]) -> Step:
         settings = self.settings
@@ -236,7 +242,7 @@ class _Planner:
             **self.common,
             "task": settings.source_tasks[number - 1],
             "network": self.network,
-            "recipe": {"seed": settings.source_seed + number},
+            "recipe": _json(Recipe(seed=settings.source_seed + number)),
             "train": self._train(
                 settings.source_steps, settings.source_lr, "cosine", settings.source_seed + number
             ),
@@ -272,7 +278,7 @@ class _Planner:
             **self.common,
             "task": settings.target_task,
             "method": method.name,
-            "recipe": {"seed": seed},
+            "recipe": _json(Recipe(seed=seed)),
             "train": self._train(settings.adapt_steps, settings.lr, "constant", seed),
             "logit_lr": settings.logit_lr,
         }
@@ -295,8 +301,8 @@ class _Planner:
             "task": settings.target_task,
             "method": method.name,
             "network": self.network,
-            "recipe": {"seed": seed},
-            # The best on validation: at a constant rate the last step's Dice varies more than the methods differ.
+            "recipe": _json(Recipe(seed=seed)),
+            # At a constant rate the last step's Dice varies more than the methods differ.
             "train": {**self._train(steps, settings.lr, "constant", seed), "keep": "best"},
         }
         needs = {part: cases[part] for part in ("train", "val", "test")}
@@ -323,7 +329,7 @@ class _Planner:
         }
         values = {
             **self.common,
-            "recipe": {},
+            "recipe": _json(Recipe()),
             "methods": [m.name for m in self.methods if m.models and m.adapt == "none"],
             "adapted": {role: name for role, (name, _) in learned.items()},
         }
@@ -347,9 +353,15 @@ def fine_tuning_steps(settings: PlanSettings, method: Method) -> int:
     return settings.steps - taken
 
 
+def _json(settings: Any) -> dict[str, Any]:
+    """Return all fields of a dataclass, the defaults included, as JSON values."""
+    values: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
+    return values
+
+
 def settings_to_dict(settings: PlanSettings) -> dict[str, Any]:
     """Return the settings as JSON values, the folder of label maps as an absolute path."""
-    values = asdict(settings)
+    values = _json(settings)
     if settings.source != PHANTOM:
         values["source"] = str(Path(settings.source).resolve())
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return values

@@ -40,14 +40,12 @@ CASES, CACHE, TRAINING, PREDICTIONS = "cases", "prepared", "training", "predicti
 
 def make_cases(settings: Settings, inputs: Inputs, context: Context) -> dict[str, Any]:
     """Generate cases as NIfTI files and prepare them; settings: `generate`, `count`, `prepare`."""
-    given = dict(settings["generate"])
+    given = settings["generate"]
     generate = GenerateSettings(
         **{
-            **given,
-            "size": tuple(given["size"]),
-            "subjects": tuple(given["subjects"]),
-            "synthesis": SynthesisSettings(**_tuples(given.get("synthesis", {}))),
-            "tumour": TumourSettings(**_tuples(given.get("tumour", {}))),
+            **_tuples(given),
+            "synthesis": SynthesisSettings(**_tuples(given["synthesis"])),
+            "tumour": TumourSettings(**_tuples(given["tumour"])),
         }
     )
     cases = generate_cases(

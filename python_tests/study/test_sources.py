@@ -1,0 +1,116 @@
+import pytest
+import torch
+
+from timm_ext.data.tasks import get_task, task_to_dict
+from timm_ext.errors import InputError
+from timm_ext.fisher import Fisher, FisherKind
+from timm_ext.merging import MergedModel
+from timm_ext.networks.io import save_network
+from timm_ext.study.sources import Recipe, load_sources, network_of, new_network, start_from
+
+TASKS = ("parcellation-1-7", "parcellation-8-14")
+OPTIONS = {"base_filters": 2, "levels": 3}
+WEIGHT = "encoder.1.entry.conv.weight"
+FIRST = "encoder.0.entry.conv.weight"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Two source networks with Fishers of 1 and 3 everywhere."""
+    folder = tmp_path_factory.mktemp("sources")
+    models, fishers = [], []
+    for number, name in enumerate(TASKS, 1):
+        task = get_task(name)
+        model = new_network("isensee2017", OPTIONS, task, number)
+        models.append(folder / f"M{number}.safetensors")
+        sha = save_network(models[-1], model, task=task_to_dict(task))
+        fishers.append(folder / f"F{number}.safetensors")
+        values = {name: torch.full_like(p, 2.0 * number - 1).detach() for name, p in model.named_parameters()}
+        Fisher(values, 2, FisherKind.BERNOULLI_SAMPLED, "sum over voxels").save(
+            fishers[-1], network_sha256=sha
+        )
+    return models, fishers
+
+
+def state(model):
+    return model.state_dict()
+
+
+def test_mode_imm_by_hand_with_matched_modalities(files):
+    sources = load_sources(*files)
+    task = get_task("brats")
+    target = network_of(sources, task, seed=7)
+    merged = state(start_from("mode-imm", target, task, sources, Recipe()).model)
+    one, two = map(state, sources.networks)
+    torch.testing.assert_close(merged[WEIGHT], (one[WEIGHT] + 3 * two[WEIGHT]) / 4)
+    first = (one[FIRST] + 3 * two[FIRST]) / 4
+    t1, t2 = first[:, 0], first[:, 1]
+    torch.testing.assert_close(merged[FIRST], torch.stack([t1, t1, t2, t2], dim=1))
+    heads = [name for name in merged if name.startswith("heads.") or "norm" in name]
+    assert heads
+    assert all(torch.equal(merged[name], state(target)[name]) for name in heads)
+
+
+def test_merge_in_a_source_keeps_its_heads_and_norms(files):
+    sources = load_sources(*files)
+    for index, network in enumerate(sources.networks):
+        same = start_from(f"transfer-{index + 1}", network, sources.tasks[index], sources, Recipe()).model
+        assert all(torch.equal(state(same)[name], value) for name, value in state(network).items())
+        other = start_from(f"transfer-{2 - index}", network, sources.tasks[index], sources, Recipe()).model
+        assert torch.equal(state(other)[WEIGHT], state(sources.networks[1 - index])[WEIGHT])
+        assert torch.equal(state(other)["heads.0.bias"], state(network)["heads.0.bias"])
+
+
+def test_t_imm_starts_at_given_logits(files):
+    sources = load_sources(*files)
+    task = get_task("brats")
+    target = network_of(sources, task, seed=7)
+    start = start_from("t-imm", target, task, sources, Recipe(), initial_logits=torch.tensor([40.0, -40.0]))
+    assert isinstance(start.model, MergedModel)
+    torch.testing.assert_close(state(start.model.fold())[WEIGHT], state(sources.networks[0])[WEIGHT])
+
+
+def test_transferred_norms_are_merged(files):
+    sources = load_sources(*files)
+    task = get_task("brats")
+    start = start_from("mean-imm", network_of(sources, task, 0), task, sources, Recipe(transfer_norms=True))
+    assert any("norm" in name for name in start.split.shared)
+    assert not any("norm" in name for name in start.split.specific)
+
+
+def test_scratch_needs_no_sources():
+    task = get_task("brats")
+    target = new_network("isensee2017", OPTIONS, task, 3)
+    model = start_from("scratch", target, task, None, Recipe()).model
+    assert all(torch.equal(state(model)[name], value) for name, value in state(target).items())
+
+
+def test_names_come_from_the_files_and_stay_distinct(files, tmp_path):
+    models, fishers = files
+    assert load_sources(models).names == ("M1", "M2")
+    twin = tmp_path / "M1.safetensors"
+    twin.write_bytes(models[0].read_bytes())
+    assert load_sources([models[0], twin]).names == ("M1-1", "M1-2")
+    assert load_sources(models, fishers, names=["a", "b"]).names == ("a", "b")
+
+
+def test_wrong_fishers(files):
+    models, fishers = files
+    with pytest.raises(InputError, match=r"expected one for each of 2 networks \(got 1\)"):
+        load_sources(models, fishers[:1])
+    with pytest.raises(InputError, match="that of another network"):
+        load_sources(models, fishers[::-1])
+
+
+def test_a_network_must_name_its_task(tmp_path):
+    path = tmp_path / "M.safetensors"
+    save_network(path, new_network("isensee2017", OPTIONS, get_task(TASKS[0]), 0))
+    with pytest.raises(InputError, match="expected a network that names its task"):
+        load_sources([path])
+
+
+def test_a_method_with_fishers_needs_them(files):
+    sources = load_sources(files[0])
+    task = get_task("brats")
+    with pytest.raises(InputError, match="mode-imm: expected a Fisher for each source network"):
+        start_from("mode-imm", network_of(sources, task, 0), task, sources, Recipe())
