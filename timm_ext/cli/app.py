@@ -54,6 +54,8 @@ def run(arguments: Sequence[str]) -> int:
         if debug:
             traceback.print_exc()
         return _tell(*_explain(error))
+    if status == INTERRUPTED:  # newer typers turn Ctrl-C into this status without a word
+        return _tell("interrupted", INTERRUPTED)
     return status if isinstance(status, int) else 0
 
 
