@@ -17,7 +17,7 @@ from timm_ext.ops import fused_merge, ratios, square_accumulate_  # noqa: E402
 
 if TYPE_CHECKING:
     from timm_ext.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-    from timm_ext.fisher import Fisher, FisherAccumulator
+    from timm_ext.fisher import Fisher, FisherAccumulator, estimate_fisher
     from timm_ext.groups import Groups, make_groups
     from timm_ext.merging import Bank, MergedModel
     from timm_ext.networks import build_network
@@ -32,6 +32,7 @@ _MODULE_OF = {
     "Layout": "parameters",
     "MergedModel": "merging",
     "build_network": "networks",
+    "estimate_fisher": "fisher",
     "load_checkpoint": "checkpoint",
     "make_groups": "groups",
     "save_checkpoint": "checkpoint",
@@ -50,6 +51,7 @@ __all__ = [
     "__version__",
     "build_info",
     "build_network",
+    "estimate_fisher",
     "fused_merge",
     "load_checkpoint",
     "make_groups",

@@ -46,6 +46,21 @@ def test_tuples_and_progress(model, capsys):
     assert "1/1" in capsys.readouterr().out
 
 
+def test_examples_of_different_shapes_need_batches_of_one(model):
+    data = [{"id": f"case{n}", "image": torch.randn(2, n, 5, dtype=torch.float64)} for n in (5, 6)]
+
+    class Uneven(Dataset):
+        def __len__(self):
+            return len(data)
+
+        def __getitem__(self, index):
+            return data[index]
+
+    assert estimate_fisher(model, Uneven(), batch_size=1).count == 2
+    with pytest.raises(InputError, match=r"batch: expected examples of one shape, or batch_size=1 \(got"):
+        estimate_fisher(model, Uneven(), batch_size=2)
+
+
 def test_global_generator_is_left_alone(model):
     state = torch.get_rng_state()
     estimate_fisher(model, Cases())

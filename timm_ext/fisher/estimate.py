@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from timm_ext.errors import InputError
 from timm_ext.fisher.accumulator import FisherAccumulator
@@ -79,7 +79,16 @@ def _batches(data: Dataset[Any] | Iterable[Any], batch_size: int) -> Iterable[An
         raise InputError(f"batch_size: expected at least 1 (got {batch_size})")
     if distributed.is_available() and distributed.is_initialized():
         data = Subset(data, range(distributed.get_rank(), len(data), distributed.get_world_size()))
-    return DataLoader(data, batch_size=batch_size, generator=torch.Generator())
+    return DataLoader(data, batch_size=batch_size, generator=torch.Generator(), collate_fn=_collate)
+
+
+def _collate(examples: list[Any]) -> Any:
+    try:
+        return default_collate(examples)
+    except RuntimeError as error:
+        raise InputError(
+            f"batch: expected examples of one shape, or batch_size=1 (got examples that differ: {error})"
+        ) from error
 
 
 def _unpack(batch: Any, *, needs_target: bool) -> tuple[Tensor, Any, Sequence[str]]:

@@ -82,7 +82,7 @@ class PlanSettings:
     lr: float = 3e-3
     adapt_steps: int = 20
     logit_lr: float = 0.1
-    validate_every: int = 10
+    validate_every: int = 20
     fisher: Mapping[str, Any] = field(default_factory=lambda: {"labels": "sampled", "samples": 1})
     data_seed: int = 0
     source_seed: int = 0
