@@ -1,8 +1,11 @@
 """Several processes on gloo give the Fisher of one."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
 
 from timm_ext.errors import InputError
 from timm_ext.fisher import FisherAccumulator
@@ -59,7 +62,9 @@ def work(rank, folder):
 
 
 def test_two_processes(tmp_path):
-    multiprocessing.spawn(work, args=(str(tmp_path),), nprocs=2)
+    # As scripts: a spawned function's module can only be imported where the source folder is on the path.
+    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)]) for rank in (0, 1)]
+    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     expected = accumulate(range(5)).result()
     for got in (first, second):
@@ -113,3 +118,7 @@ def test_one_process_needs_no_group():
     before = accumulator.result().tensors
     accumulator.all_reduce()
     assert all(torch.equal(before[name], tensor) for name, tensor in accumulator.result().tensors.items())
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[1]), sys.argv[2])
