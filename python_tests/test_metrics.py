@@ -8,7 +8,7 @@ from scipy.ndimage import binary_erosion, distance_transform_edt
 from timm_ext.data.tasks import TASKS, Region, Task
 from timm_ext.data.volume import Volume, write_nifti
 from timm_ext.errors import InputError
-from timm_ext.metrics import evaluate_case, evaluate_folder, summarise
+from timm_ext.metrics import dice_by_region, evaluate_case, evaluate_folder, summarise
 
 ONE = Task("one", ("T1",), (Region("A", (1,)),), frozenset((0, 1)))
 BRATS = TASKS["brats"]
@@ -44,6 +44,13 @@ def test_hd95_is_in_mm_along_each_axis(other, distance):
     score = _score(_mask((1, 1, 1)), _mask(other), spacing=(0.5, 2.0, 3.0))
     assert score["hd95"] == pytest.approx(distance)
     assert score["dice"] == 0
+
+
+def test_dice_alone_is_that_of_the_whole_score():
+    generator = np.random.default_rng(0)
+    prediction, truth = generator.choice([0, 1, 2, 4], size=(2, 5, 6, 7))
+    whole = evaluate_case(prediction, truth, BRATS, (1.0, 1.0, 1.0))
+    assert dice_by_region(prediction, truth, BRATS) == {name: score["dice"] for name, score in whole.items()}
 
 
 def test_hd95_is_the_percentile_of_the_worse_direction():

@@ -43,14 +43,14 @@ class FisherSettings(Section):
         labels: drawn from the model's own output, or those of the label files.
         samples: label draws per example.
         seed: of the draws.
-        batch_size: examples per pass; does not change the result.
+        batch_size: examples per pass, of one size where more than one; does not change the result.
     """
 
     likelihood: Literal["bernoulli", "categorical", "dice"] = "bernoulli"
     labels: Literal["sampled", "true"] = "sampled"
     samples: int = Field(default=1, ge=1)
     seed: int = 0
-    batch_size: int = Field(default=2, ge=1)
+    batch_size: int = Field(default=1, ge=1)
 
 
 class AdaptSettings(Section):

@@ -68,16 +68,25 @@ def evaluate_case(
     Raises:
         InputError: the arrays differ in shape or are not labels or regions.
     """
-    predicted, true = _regions(prediction, task, "prediction"), _regions(truth, task, "truth")
-    if predicted.shape != true.shape:
-        raise InputError(
-            f"evaluation: expected a prediction of the truth's shape {true.shape[1:]} "
-            f"(got {predicted.shape[1:]})"
-        )
+    lengths = [float(length) for length in spacing]
     return {
-        region.name: _scores(one, other, [float(length) for length in spacing])
-        for region, one, other in zip(task.regions, predicted, true, strict=True)
+        region: {"dice": _dice(one, other), "hd95": _hd95(one, other, lengths)}
+        for region, (one, other) in _pairs(prediction, truth, task).items()
     }
+
+
+def dice_by_region(prediction: npt.ArrayLike, truth: npt.ArrayLike, task: Task) -> dict[str, float]:
+    """Return the Dice of `evaluate_case` alone; distances between surfaces take most of its time.
+
+    Args:
+        prediction: see `evaluate_case`.
+        truth: see `evaluate_case`.
+        task: see `evaluate_case`.
+
+    Raises:
+        InputError: as for `evaluate_case`.
+    """
+    return {region: _dice(one, other) for region, (one, other) in _pairs(prediction, truth, task).items()}
 
 
 def evaluate_files(prediction: Path | str, truth: Path | str, task: Task) -> Scores:
@@ -173,19 +182,38 @@ def _regions(values: npt.ArrayLike, task: Task, what: str) -> Labels:
     return array.astype(np.uint8)
 
 
-def _scores(predicted: Labels, true: Labels, spacing: list[float]) -> dict[str, float | None]:
-    """Score one region `[D, H, W]`."""
-    if not predicted.any() or not true.any():
-        equal = bool(predicted.any() == true.any())
-        return {"dice": float(equal), "hd95": 0.0 if equal else None}
-    one, other = (torch.from_numpy(mask.astype(np.float32))[None, None] for mask in (predicted, true))
+def _pairs(
+    prediction: npt.ArrayLike, truth: npt.ArrayLike, task: Task
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return predicted and true mask `[1, 1, D, H, W]` by region."""
+    predicted, true = _regions(prediction, task, "prediction"), _regions(truth, task, "truth")
+    if predicted.shape != true.shape:
+        raise InputError(
+            f"evaluation: expected a prediction of the truth's shape {true.shape[1:]} "
+            f"(got {predicted.shape[1:]})"
+        )
+    masks = (torch.from_numpy(regions.astype(np.float32))[:, None, None] for regions in (predicted, true))
+    return dict(zip(task.region_names, zip(*masks, strict=True), strict=True))
+
+
+def _dice(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Return 1 where both masks are empty, 0 where one is."""
+    if not one.any() or not other.any():
+        return float(one.any() == other.any())
+    return float(compute_dice(one, other).item())
+
+
+def _hd95(one: torch.Tensor, other: torch.Tensor, spacing: list[float]) -> float | None:
+    """Return 0 where both masks are empty, None where one is."""
+    if not one.any() or not other.any():
+        return 0.0 if one.any() == other.any() else None
     with warnings.catch_warnings():
         # MONAI 1.5 and later warn of an argument that they pass themselves.
         warnings.simplefilter("ignore", FutureWarning)
         distance = compute_hausdorff_distance(
             one, other, include_background=True, percentile=_PERCENTILE, spacing=spacing
         )
-    return {"dice": compute_dice(one, other).item(), "hd95": distance.item()}
+    return float(distance.item())
 
 
 def _statistics(values: Sequence[float | None]) -> dict[str, float | None]:

@@ -4,7 +4,8 @@ import multiprocessing
 import pytest
 
 from timm_ext.errors import InputError
-from timm_ext.study.records import Folder, Step, with_needs
+from timm_ext.files import read_json
+from timm_ext.study.records import PLAN, Folder, Step, with_needs
 
 
 def step(name="a", needs=None, **settings):
@@ -97,6 +98,7 @@ def test_claim_accepts_the_same_and_extended_settings(tmp_path):
     folder = Folder(tmp_path)
     folder.claim({"steps": 5, "seeds": 2, "size": (1, 2)}, extendable=["seeds"])
     folder.claim({"steps": 5, "seeds": 3, "size": (1, 2)}, extendable=["seeds"])
+    assert read_json(tmp_path / PLAN) == {"steps": 5, "seeds": 3, "size": [1, 2]}
 
 
 def test_claim_refuses_other_settings_and_foreign_folders(tmp_path):

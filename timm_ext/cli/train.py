@@ -115,10 +115,7 @@ def fisher(
     every = read_cases(cases, chosen, require_labels=True)[:limit]
     prepared = prepare_labelled(every, chosen, settings, cache, workers)
     data, _ = make_sets(prepared, (), chosen, TrainSettings())
-    arguments = settings.fisher.model_dump()
-    if len({case.shape for case in prepared}) > 1:
-        arguments["batch_size"] = 1  # volumes of different size make no batch; the result is the same
-    estimate = estimate_fisher(model, data, **arguments, progress=True)
+    estimate = estimate_fisher(model, data, **settings.fisher.model_dump(), progress=True)
     estimate.save(
         out,
         network_sha256=checkpoint.sha256,

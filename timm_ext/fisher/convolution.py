@@ -1,7 +1,7 @@
 """Convolution and its gradients, around the slow kernel that ATen chooses for one small 3-D example.
 
 On the CPU, ATen gives float32 batches of one with channels x depth x height <= 20480 to `slow_conv3d`, which
-takes up to fifteen times as long as oneDNN. The functions here reach oneDNN for them, too.
+is much slower than oneDNN. The functions here reach oneDNN for them, too.
 """
 
 from dataclasses import dataclass

@@ -20,7 +20,7 @@ from timm_ext.data.tumour import TumourSettings
 from timm_ext.fisher import estimate_fisher
 from timm_ext.inference import labels_from_probabilities, predict_case, predict_probabilities
 from timm_ext.merging import MergedModel, get_method
-from timm_ext.metrics import Scores, evaluate_case, evaluate_pairs
+from timm_ext.metrics import Scores, dice_by_region, evaluate_pairs
 from timm_ext.networks.io import load_network, save_network
 from timm_ext.study.sources import Recipe, Sources, load_sources, network_of, new_network, start_from
 from timm_ext.study.worker import Context
@@ -322,9 +322,7 @@ def _mean_dice(network: nn.Module, cases: Sequence[Prepared], task: Task) -> flo
         probabilities = predict_probabilities(network, torch.from_numpy(case.image.copy()))
         assert case.label is not None
         labels = labels_from_probabilities(probabilities, task)
-        # Distances do not matter here, only overlaps.
-        scores = evaluate_case(labels, case.label, task, (1.0, 1.0, 1.0))
-        values += [score["dice"] for score in scores.values() if score["dice"] is not None]
+        values += dice_by_region(labels, case.label, task).values()
     return sum(values) / len(values)
 
 
