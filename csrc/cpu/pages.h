@@ -10,8 +10,8 @@
 
 namespace timm_ext::cpu {
 
-/// Asks for huge pages under a large new buffer: with pages of 4 KiB, its first touch is thousands of page faults. Only a
-/// hint; the content is not touched.
+/// Asks for huge pages under a large new buffer: with pages of 4 KiB, its first touch is thousands of page faults. Only
+/// a hint; the content is not touched.
 inline void prefer_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
