@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import timm_ext
+from timm_ext import reference
 from timm_ext.checkpoint import describe, save_checkpoint
 from timm_ext.errors import InputError
 from timm_ext.merging.bank import Bank
@@ -93,14 +95,113 @@ def test_structural_zeros_do_not_count_in_model_sums() -> None:
     assert bank.fisher.tolist() == [[0.25, 0.75, 1], [0.5, 0.5, 1]]
 
 
-def test_half_precision_keeps_the_ratios_of_tiny_fishers() -> None:
-    pair = [FisherStub(tensors(a=[1e-12, 3e-12], b=[1e30])), FisherStub(tensors(a=[2e-12, 0.0], b=[2e30]))]
-    bank = Bank.build({"M1": M1, "M2": M2}, pair, LAYOUT, dtype=torch.float16)
-    fisher = bank.fisher.double()
-    assert (fisher[1, 0] / fisher[0, 0]).item() == pytest.approx(2, rel=2e-3)
-    assert (fisher[1, 2] / fisher[0, 2]).item() == pytest.approx(2, rel=2e-3)
-    assert fisher[1, 1] == 0
-    assert fisher.max() <= 2**15
+def test_shares_add_up_to_one_and_zeros_stay_zero() -> None:
+    pair = fishers(a=[3.0, 0.0])
+    pair[0].tensors["a"][1] = 0
+    bank = Bank.build({"M1": M1, "M2": M2}, pair, LAYOUT, fisher_storage="shares")
+    assert bank.fisher_storage == "shares"
+    assert bank.fisher.tolist() == [[0.25, 0, 1], [0.75, 0, 0]]
+
+
+def test_shares_come_after_normalizing() -> None:
+    bank = Bank.build({"M1": M1, "M2": M2}, fishers(), LAYOUT, normalize="tensor", fisher_storage="shares")
+    torch.testing.assert_close(bank.fisher, torch.tensor([[1 / 3, 0.6, 0.5], [2 / 3, 0.4, 0.5]]))
+
+
+def test_shares_of_structural_zeros_are_equal() -> None:
+    pair = fishers()
+    pair[0].zero = ("a",)
+    bank = Bank.build({"M1": M1, "M2": M2}, pair, LAYOUT, fisher_storage="shares")
+    assert bank.fisher.tolist() == [[0.5, 0.5, 1], [0.5, 0.5, 0]]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "storage"),
+    [(torch.float32, "raw"), (torch.float64, "raw"), (torch.bfloat16, "shares"), (torch.float16, "shares")],
+)
+def test_half_precision_stores_shares(dtype: torch.dtype, storage: str) -> None:
+    bank = Bank.build({"M1": M1, "M2": M2}, fishers(), LAYOUT, dtype=dtype)
+    assert bank.fisher_storage == storage
+    assert bank.without_fisher().fisher_storage is None
+    assert Bank.build({"M1": M1, "M2": M2}, None, LAYOUT, dtype=dtype).fisher_storage is None
+
+
+def extreme_bank(
+    models: int, storage: str, dtype: torch.dtype = torch.float32
+) -> tuple[Bank, Tensor, Tensor]:
+    """Fishers from 1e-41 to 1e38, half of them 0: the bank, the Fishers and logits for segments of 1000."""
+    generator = torch.Generator().manual_seed(models)
+    shape = (models, 50_000)
+    exponent = torch.rand(shape, generator=generator, dtype=torch.float64) * 79 - 41
+    fisher = (10**exponent).float() * (torch.rand(shape, generator=generator) < 0.5)
+    theta = torch.randn(shape, generator=generator)
+    logits = torch.randn(50, models, generator=generator)
+    bank = Bank.build(
+        {str(t): {"w": row} for t, row in enumerate(theta)},
+        [FisherStub({"w": row}) for row in fisher],
+        Layout.from_tensors({"w": theta[0]}),
+        fisher_storage=storage,
+        dtype=dtype,
+    )
+    return bank, fisher, logits
+
+
+OFFSETS = torch.arange(0, 50_001, 1000)
+
+
+@pytest.mark.parametrize("models", [1, 2, 3, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_merge_with_shares_is_that_of_the_raw_fishers(models: int, dtype: torch.dtype) -> None:
+    """Held to the definition in float64, θ as stored.
+
+    A share r_t that is wrong by e_t moves θ* by Σ α_t e_t |θ_t - θ*| / Σ α_t r_t.
+    """
+    bank, fisher, logits = extreme_bank(models, "shares", dtype)
+    merged = timm_ext.fused_merge(bank.theta, bank.fisher, logits, OFFSETS).double()
+    theta, wide = bank.theta.double(), fisher.double()
+    expected = reference.fused_merge(theta, wide, logits.double(), OFFSETS)
+
+    share = wide / wide.sum(0).clamp(min=1e-300)
+    unit, step = torch.finfo(dtype).eps / 2, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    rounding = unit * share + step * (share > 0)
+    alpha = torch.sigmoid(logits.double()).repeat_interleave(1000, 0).T
+    moved = (alpha * rounding * (theta - expected).abs()).sum(0) / (alpha * share).sum(0).clamp(min=1e-300)
+    bound = 1.01 * moved + unit * expected.abs() + 8 * 2.0**-24 * theta.abs().amax(0)
+    assert bool(((merged - expected).abs() <= bound).all())
+    assert bool((bank.fisher.double().sum(0) <= 1 + models * unit).all())
+
+
+@pytest.mark.parametrize("models", [2, 3])
+def test_where_every_fisher_is_zero_shares_change_no_bit(models: int) -> None:
+    raw, fisher, logits = extreme_bank(models, "raw")
+    shares, _, _ = extreme_bank(models, "shares")
+    logits.requires_grad_()
+    results = [timm_ext.fused_merge(b.theta, b.fisher, logits, OFFSETS) for b in (raw, shares)]
+    empty = (fisher == 0).all(0)
+    assert 0.1 < empty.float().mean() < 0.3
+    assert torch.equal(results[0][empty], results[1][empty])
+    gradients = [torch.autograd.grad(merged, logits, empty.float())[0] for merged in results]
+    assert torch.equal(*gradients)
+    assert gradients[0].abs().sum() > 0
+
+
+def test_fishers_whose_sum_leaves_float64_have_shares() -> None:
+    pair = [FisherStub({"a": torch.tensor([1e308, 1e-310], dtype=torch.float64)}) for _ in range(2)]
+    layout = Layout.from_tensors({"a": torch.zeros(2)})
+    bank = Bank.build({"M1": {"a": M1["a"]}, "M2": {"a": M2["a"]}}, pair, layout, fisher_storage="shares")
+    assert bank.fisher.tolist() == [[0.5, 0.5], [0.5, 0.5]]
+
+
+@pytest.mark.parametrize(
+    ("storage", "dtype", "message"),
+    [
+        ("half", torch.float32, r"fisher_storage: expected None, 'raw' or 'shares' \(got 'half'\)"),
+        ("raw", torch.float16, r"fisher_storage: expected 'shares' in float16.*\(got 'raw'\)"),
+    ],
+)
+def test_wrong_storage_is_refused(storage: str, dtype: torch.dtype, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Bank.build({"M1": M1, "M2": M2}, fishers(), LAYOUT, fisher_storage=storage, dtype=dtype)
 
 
 def test_all_bad_weights_are_named() -> None:
@@ -184,9 +285,13 @@ def test_moving_keeps_the_row_stride() -> None:
     assert bank.to("cpu").theta.data_ptr() == bank.theta.data_ptr()
 
 
-@given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+@given(
+    data=st.data(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    storage=st.sampled_from([None, "shares"]),
+)
 def test_save_and_load(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, dtype: torch.dtype
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, dtype: torch.dtype, storage: str | None
 ) -> None:
     shapes = data.draw(st.lists(st.lists(st.integers(1, 3), max_size=3).map(tuple), min_size=1, max_size=4))
     count = data.draw(st.integers(1, 3))
@@ -196,7 +301,7 @@ def test_save_and_load(
         if data.draw(st.booleans())
         else None
     )
-    bank = Bank.build(models, own, Layout.from_tensors(models["M0"]), dtype=dtype)
+    bank = Bank.build(models, own, Layout.from_tensors(models["M0"]), fisher_storage=storage, dtype=dtype)
     path = tmp_path_factory.mktemp("bank") / "bank.safetensors"
     bank.save(path, parents=["0a"])
     got = Bank.load(path)
@@ -204,7 +309,8 @@ def test_save_and_load(
     assert got.theta.stride() == bank.theta.stride()
     assert (got.fisher is None) == (own is None)
     assert got.fisher is None or torch.equal(got.fisher, bank.fisher)
-    assert (got.layout, got.sources, got.normalize) == (bank.layout, bank.sources, bank.normalize)
+    assert (got.layout, got.sources) == (bank.layout, bank.sources)
+    assert (got.normalize, got.fisher_storage) == (bank.normalize, bank.fisher_storage)
     assert describe(path)["parents"] == ["0a"]
 
 

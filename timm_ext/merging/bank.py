@@ -1,6 +1,5 @@
 """Weights and Fishers of all source models as two planes that the merge reads once."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,10 +16,10 @@ if TYPE_CHECKING:
     from timm_ext.fisher.result import Fisher
 
 Normalization = Literal["tensor", "model"]
+FisherStorage = Literal["raw", "shares"]
 
 _ALIGNMENT = 64  # elements between the starts of rows
 _PAGE = 4096  # bytes; rows that start a whole number of pages apart compete for the same cache sets
-_HALF_PEAK = 2.0**15  # the largest Fisher of an element when it is stored as float16, whose maximum is 65504
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,12 +33,14 @@ class Bank:
         layout: what the P elements are.
         sources: names of the T models.
         normalize: how the Fishers were scaled, see `build`.
+        fisher_storage: what stands in for each Fisher, see `build`; None without Fishers.
     """
 
     planes: Tensor
     layout: Layout
     sources: tuple[str, ...]
     normalize: Normalization | None = None
+    fisher_storage: FisherStorage | None = None
 
     @classmethod
     def build(
@@ -49,6 +50,7 @@ class Bank:
         layout: Layout,
         *,
         normalize: Normalization | None = None,
+        fisher_storage: FisherStorage | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> "Bank":
         """Check and copy the models' tensors; the caller's are neither changed nor kept.
@@ -58,24 +60,32 @@ class Bank:
         `normalize="tensor"` divides each tensor's F by its sum, as the authors of T-IMM did; a tensor whose
         sum is 0 in any model gets F = 1 in all. `normalize="model"` divides a model's whole F by its sum.
 
-        In float16 each tensor's Fishers are multiplied by a power of two, the same for all models: that
-        changes no merge and saves them from underflow.
+        `fisher_storage="shares"` stores, in place of F, each element's shares in its sum over the models,
+
+            F[t, p] / Σ_j F[j, p]        (0 where every F is 0)
+
+        which gives the same merge, since a factor common to all models cancels. Shares lie in [0, 1], where
+        half precision is safe: bfloat16 rounds them by 2^-8 of their value at most, float16 by 2^-11 of it or
+        by 2^-25.
 
         Args:
             models: parameters by name for each source model; names beyond the layout's are ignored.
             fishers: of the same models in the same order, or None.
             layout: the shared parameters.
             normalize: None leaves the Fishers as they are; their `scaling` must then agree.
+            fisher_storage: `"raw"` or `"shares"`; None is raw, but shares in bfloat16 and float16.
             dtype: of storage: float32, bfloat16 or float16 (float64 for checks).
 
         Raises:
             InputError: no model, tensors that do not fit the layout, weights that are not finite (in
-                `dtype`), Fishers that are negative or not finite; all are listed with model and tensor.
+                `dtype`), Fishers that are negative or not finite, all of them listed with model and tensor;
+                raw Fishers in float16, whose range they would leave.
         """
         _check_arguments(models, fishers, normalize)
+        fisher_storage = _choose_storage(fisher_storage, dtype)
         _check_tensors(models, fishers or (), layout)
         planes = _padded(1 if fishers is None else 2, len(models), layout.numel, dtype)
-        bank = cls(planes, layout, tuple(models), normalize)
+        bank = cls(planes, layout, tuple(models), normalize, None if fishers is None else fisher_storage)
         for row, tensors in zip(bank.theta, models.values(), strict=True):
             layout.flatten(tensors, out=row)
         _check_stored(bank.theta, models, layout)
@@ -99,7 +109,7 @@ class Bank:
 
     def without_fisher(self) -> "Bank":
         """Return the same weights, not copied, with F = 1."""
-        return replace(self, planes=self.planes[:1], normalize=None)
+        return replace(self, planes=self.planes[:1], normalize=None, fisher_storage=None)
 
     def to(self, device: torch.device | str) -> "Bank":
         """Return the bank on a device; it is not copied if it is there."""
@@ -115,7 +125,12 @@ class Bank:
         Returns:
             SHA-256 of the file.
         """
-        about = {"sources": list(self.sources), "normalize": self.normalize, "layout": self.layout.to_list()}
+        about = {
+            "sources": list(self.sources),
+            "normalize": self.normalize,
+            "fisher_storage": self.fisher_storage,
+            "layout": self.layout.to_list(),
+        }
         rows = {
             f"{kind}.{index}": row[: self.layout.numel]
             for kind, plane in zip(("theta", "fisher"), self.planes, strict=False)
@@ -141,7 +156,7 @@ class Bank:
             for plane, kind in zip(planes, kinds, strict=True):
                 for index, row in enumerate(plane):
                     row[: layout.numel] = checkpoint.tensors.pop(f"{kind}.{index}")
-            return cls(planes, layout, sources, about["normalize"])
+            return cls(planes, layout, sources, about["normalize"], about["fisher_storage"])
         except (KeyError, TypeError, RuntimeError) as error:
             raise InputError(f"{path}: expected a bank written by timm_ext (got {error!r})") from error
 
@@ -173,6 +188,16 @@ def _check_arguments(
         raise InputError(
             f"bank: expected Fishers of one scaling unless normalize is set (got {'; '.join(scalings)})"
         )
+
+
+def _choose_storage(wanted: FisherStorage | None, dtype: torch.dtype) -> FisherStorage:
+    if wanted is None:
+        return "shares" if dtype.itemsize == 2 else "raw"
+    if wanted not in get_args(FisherStorage):
+        raise InputError(f"fisher_storage: expected None, 'raw' or 'shares' (got {wanted!r})")
+    if wanted == "raw" and dtype == torch.float16:
+        raise InputError("fisher_storage: expected 'shares' in float16, whose range is too small (got 'raw')")
+    return wanted
 
 
 def _check_tensors(
@@ -223,15 +248,21 @@ def _fill_fishers(bank: Bank, fishers: "Sequence[Fisher]") -> None:
     plain = {name for fisher in fishers for name in fisher.zero}
     totals = _totals(bank, fishers, plain) if bank.normalize == "model" else None
     for entry, start in zip(bank.layout.entries, bank.layout.offsets, strict=True):
-        columns = bank.planes[1, :, start : start + entry.numel]
         values = _values(entry.name, fishers)
         sums = values.sum(dim=1) if bank.normalize == "tensor" else totals
         if entry.name in plain or (sums is not None and (sums == 0).any()):
-            columns.fill_(1)
-            continue
-        if sums is not None:
+            values.fill_(1)
+        elif sums is not None:
             values /= sums[:, None]
-        columns.copy_(values * _half_factor(values) if columns.dtype == torch.float16 else values)
+        stored = _shares(values) if bank.fisher_storage == "shares" else values
+        bank.planes[1, :, start : start + entry.numel] = stored
+
+
+def _shares(values: Tensor) -> Tensor:
+    """Return each model's part of an element's sum over the models; 0 where all are 0."""
+    largest = values.amax(dim=0)
+    relative = values / largest.where(largest > 0, 1)  # their sum is 0 or in [1, T]
+    return relative / relative.sum(dim=0).clamp(min=1)
 
 
 def _values(name: str, fishers: "Sequence[Fisher]") -> Tensor:
@@ -247,9 +278,3 @@ def _totals(bank: Bank, fishers: "Sequence[Fisher]", plain: Set[str]) -> Tensor:
     if empty := [source for source, total in zip(bank.sources, totals, strict=True) if total == 0]:
         raise InputError(f"bank: expected Fishers above zero somewhere (got none for {', '.join(empty)})")
     return totals
-
-
-def _half_factor(values: Tensor) -> float:
-    """Return the power of two that brings the largest value of float16 storage near `_HALF_PEAK`."""
-    peak = float(values.max()) if values.numel() else 0.0
-    return 2.0 ** math.floor(math.log2(_HALF_PEAK / peak)) if peak else 1.0

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from timm_ext.errors import InputError
 from timm_ext.groups import Granularity
-from timm_ext.merging.bank import Bank, Normalization
+from timm_ext.merging.bank import Bank, FisherStorage, Normalization
 from timm_ext.merging.merged_model import MergedModel
 from timm_ext.merging.methods import Method, get_method
 from timm_ext.merging.modalities import fit_to_target
@@ -31,6 +31,7 @@ def assemble_bank(
     input_layers: Sequence[str],
     unseen: Mapping[str, str] | None = None,
     normalize: Normalization | None = None,
+    fisher_storage: FisherStorage | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Bank:
     """Fit source networks to the target's input images and collect their shared parameters.
@@ -45,6 +46,7 @@ def assemble_bank(
         input_layers: names of the weights that read the images.
         unseen: see `match_input_channels`.
         normalize: see `Bank.build`.
+        fisher_storage: see `Bank.build`.
         dtype: see `Bank.build`.
 
     Raises:
@@ -76,6 +78,7 @@ def assemble_bank(
         fitted_fishers if fishers is not None else None,
         Layout.from_model(network, split.shared),
         normalize=normalize,
+        fisher_storage=fisher_storage,
         dtype=dtype,
     )
 
