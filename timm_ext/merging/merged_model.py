@@ -1,7 +1,7 @@
 """A network whose shared weights are a function of mixing logits."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ class MergedModel(nn.Module):
 
     Parameters are `logits` and the network's task-specific parameters, nothing else: the shared ones have
     empty slots in `network` and exist only during a forward. The bank is a buffer that moves with the
-    module; it is left out of `state_dict` (the sources have files of their own) and shared by deep copies.
+    module and keeps its own dtype, be the network in another: a bank in half precision gives weights rounded
+    to it. It is left out of `state_dict` (the sources have files of their own) and shared by deep copies.
     Buffers of the network, such as running statistics, are the network's own and are not merged.
 
     Each forward merges; call `fold()` first where the logits do not change, as in inference.
@@ -96,15 +97,20 @@ class MergedModel(nn.Module):
         """Run the network on the merged weights; takes and returns what the network does."""
         merged = self.layout.split(self.merge())
         shared = {name: self._view(name, merged[first]) for name, first in self._aliases.items()}
-        return torch.func.functional_call(self.network, shared, args, kwargs)
+        # Ties among the shared parameters are resolved above; nothing is left to look for.
+        return torch.func.functional_call(self.network, shared, args, kwargs, tie_weights=False)
 
     def merge(self) -> Tensor:
         """Return the merged shared weights `[P]` in the network's dtype, differentiable in the logits."""
         elements = self.layout.numel
         fisher = self._planes[1, :, :elements] if len(self._planes) > 1 else None
         theta = self._planes[0, :, :elements]
-        merged = fused_merge(theta, fisher, self.logits, self._offsets, mixing=self.mixing, groups=self._rows)
-        return merged.to(self._like.dtype)
+        narrow = theta.dtype == torch.float16 and self._like.dtype != torch.float16
+        scale = _GradientScale() if narrow else None
+        logits = self.logits if scale is None else scale.leave(self.logits)
+        merged = fused_merge(theta, fisher, logits, self._offsets, mixing=self.mixing, groups=self._rows)
+        merged = merged.to(self._like.dtype)
+        return merged if scale is None else scale.enter(merged)
 
     def ratios(self) -> Tensor:
         """Return the mixing ratios α `[G, T]`, detached; each row sums to 1."""
@@ -156,6 +162,16 @@ class MergedModel(nn.Module):
         shape, stride = self._views[name]
         return tensor.reshape(-1).as_strided(shape, stride)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MergedModel":
+        """Move the bank, too, but as bytes: Fishers would leave the range of another dtype."""
+        dtype = self._planes.dtype
+        self._planes = self._planes.view(torch.uint8)
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            self._planes = self._planes.view(dtype)
+        return self
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "MergedModel":
         memo[id(self._planes)] = self._planes  # constant and large
         twin = type(self).__new__(type(self))
@@ -163,6 +179,38 @@ class MergedModel(nn.Module):
         for key, value in vars(self).items():
             vars(twin)[key] = copy.deepcopy(value, memo)
         return twin
+
+
+class _GradientScale:
+    """Brings a gradient into the range of float16 inside the merge, by a power of two.
+
+    Most entries of a weight's gradient can lie below 6e-8, where float16 ends.
+    """
+
+    _PEAK_EXPONENT = 15  # of the largest entry, of which float16 has 65504
+
+    def enter(self, merged: Tensor) -> Tensor:
+        """Scale the gradient of `merged` `[P]`, which is wider than float16."""
+        if merged.requires_grad:
+            merged.register_hook(self._scale)
+        return merged
+
+    def leave(self, logits: Tensor) -> Tensor:
+        """Return the logits, whose gradient is scaled back."""
+        if not logits.requires_grad:
+            return logits
+        logits = logits.view_as(logits)
+        logits.register_hook(self._unscale)
+        return logits
+
+    def _scale(self, grad: Tensor) -> Tensor:
+        exponent = torch.frexp(grad.abs().amax()).exponent
+        one = torch.ones((), dtype=grad.dtype, device=grad.device)
+        self._factor = torch.ldexp(one, (self._PEAK_EXPONENT - exponent).clamp(max=126))
+        return grad * self._factor
+
+    def _unscale(self, grad: Tensor) -> Tensor:
+        return grad / self._factor
 
 
 def logits_of(shares: Tensor, mixing: Mixing = "sigmoid") -> Tensor:
