@@ -22,6 +22,7 @@ if(timm_ext_cuda)
     csrc/cuda/merge_backward.cu
     csrc/cuda/merge_forward.cu
     csrc/cuda/merge_general.cu
+    csrc/cuda/merge_planes.cu
     csrc/cuda/merge_stitch.cu
     csrc/cuda/square_accumulate.cu)
   target_compile_definitions(timm_ext PRIVATE TIMM_EXT_CUDA)

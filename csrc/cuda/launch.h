@@ -13,8 +13,10 @@ namespace timm_ext::cuda {
 #ifdef __CUDACC__
 #define TIMM_EXT_SHARED(type, name, count) __shared__ type name[count]
 #define TIMM_EXT_UNROLL _Pragma("unroll")
+#define TIMM_EXT_NO_UNROLL _Pragma("unroll 1")
 #else
 #define TIMM_EXT_UNROLL
+#define TIMM_EXT_NO_UNROLL
 #define TIMM_EXT_SHARED(type, name, count) \
   static const char name##_site = 0;       \
   type* const name = static_cast<type*>(::timm_ext::executor::shared_memory(&name##_site, sizeof(type) * (count)))

@@ -6,35 +6,37 @@
 
 #include <type_traits>
 
-#include "merge_tile.h"
+#include "merge_planes.h"
 
 namespace timm_ext::cuda {
 
 template <Element kElement>
 using ElementTag = std::integral_constant<Element, kElement>;
-template <int kModels>
-using ModelsTag = std::integral_constant<int, kModels>;
 
-constexpr int kMaxPackedModels = 8;
+constexpr int kMaxPackedModels = 16;
 
 /// Whether the packed kernels serve this call; the general ones serve any.
 inline bool packed(const MergeInputs& in) { return in.element != Element::kFloat64 && in.models <= kMaxPackedModels; }
 
-template <class F>
-int with_models(int64_t models, const F& call) {
-  if (models <= 2) return call(ModelsTag<2>{});
-  if (models == 3) return call(ModelsTag<3>{});
-  if (models == 4) return call(ModelsTag<4>{});
-  if (models == 5) return call(ModelsTag<5>{});
-  return call(ModelsTag<kMaxPackedModels>{});
+template <int... kChoices>
+struct ModelChoices {};
+using AllModels = ModelChoices<2, 3, 4, 5, 8, kMaxPackedModels>;
+
+template <class F, int kFirst, int... kRest>
+int with_models(ModelChoices<kFirst, kRest...>, int64_t models, const F& call) {
+  if constexpr (sizeof...(kRest) > 0) {
+    if (models > kFirst) return with_models(ModelChoices<kRest...>{}, models, call);
+  }
+  return call(std::integral_constant<int, kFirst>{});
 }
 
-/// call(element tag, models tag, tag of "has a Fisher plane") for the packed kernel of these inputs.
-template <class F>
+/// call(planes) with a null pointer to the Planes of the packed kernel that serves these inputs.
+template <class Choices, class F>
 int with_packed(const MergeInputs& in, const F& call) {
   const auto typed = [&](auto element) {
-    return with_models(in.models, [&](auto models) {
-      return in.fisher ? call(element, models, std::true_type{}) : call(element, models, std::false_type{});
+    return with_models(Choices{}, in.models, [&](auto models) {
+      if (in.fisher) return call(static_cast<Planes<element(), models(), true>*>(nullptr));
+      return call(static_cast<Planes<element(), models(), false>*>(nullptr));
     });
   };
   switch (in.element) {
@@ -51,14 +53,6 @@ int with_packed(const MergeInputs& in, const F& call) {
 inline int row_of(const MergeInputs& in) {
   if (!packed(in)) return kWarp;
   return kWarp * vector_bytes(in.element, in.models) / (in.element == Element::kFloat32 ? 4 : 2);
-}
-
-template <class P>
-bool planes_aligned(const MergeInputs& in) {
-  constexpr int kBytes = sizeof(typename P::Vector);
-  constexpr int kElementBytes = sizeof(typename P::Bits);
-  return aligned(in.theta, in.theta_stride, kElementBytes, kBytes) &&
-         (!in.fisher || aligned(in.fisher, in.fisher_stride, kElementBytes, kBytes));
 }
 
 }  // namespace timm_ext::cuda

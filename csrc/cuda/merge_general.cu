@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "merge_dispatch.h"
 #include "merge_general.h"
+#include "merge_window.h"
 
 namespace timm_ext::cuda {
 namespace {
@@ -38,7 +39,7 @@ struct Piece {
   __device__ __forceinline__ Compute weight(int t) const { return t < kCached ? cache[t] : computed(t); }
 };
 
-/// The inputs of element p, read where they are used: the second reading of a line comes from the cache.
+/// The inputs of element p, read where they are used: from memory once, then from the L1 cache.
 template <Element kElement>
 struct GlobalElement {
   static constexpr bool kWeighted = true;
@@ -99,6 +100,30 @@ __global__ void __launch_bounds__(kThreads, 1)
   });
 }
 
+constexpr int kTogether = 8;  // models whose sums are kept in registers; each further eight take another pass
+
+/// Σ over the piece of the terms of models `first`, …, `first` + kTogether - 1; those beyond T stay 0.
+template <Element kElement, class Compute>
+__device__ __forceinline__ void sum_terms(const MergeInputs& in, const MergeGradient& gradient,
+                                          const Piece<Compute>& piece, int first, int lane,
+                                          Compute (&sums)[kTogether]) {
+  const auto* const values = static_cast<const typename Storage<kElement>::Bits*>(gradient.values);
+  const int models = static_cast<int>(in.models);
+  TIMM_EXT_UNROLL
+  for (int i = 0; i < kTogether; ++i) sums[i] = 0;
+  for (int64_t p = piece.begin + lane; p < piece.end; p += kWarp) {
+    const GlobalElement<kElement> element(in, piece, p);
+    const math::Merge<Compute> m = math::merge<Compute>(element, models);
+    const Compute g = Storage<kElement>::decode(values[p * gradient.stride]);
+    TIMM_EXT_UNROLL
+    for (int i = 0; i < kTogether; ++i) {
+      if (first + i < models) {
+        sums[i] += g * (math::merge_share(element, m, first + i) * math::merge_offset(element, m, first + i));
+      }
+    }
+  }
+}
+
 template <Element kElement>
 __global__ void __launch_bounds__(kThreads, 1)
     backward_general_kernel(const __grid_constant__ MergeInputs in, MergeGradient gradient, Tiling tiling, Edges edges,
@@ -107,31 +132,31 @@ __global__ void __launch_bounds__(kThreads, 1)
   TIMM_EXT_SHARED(Compute, cache, kWarps * kCached);
   const int lane = threadIdx.x % kWarp;
   const int models = static_cast<int>(in.models);
-  const auto* const values = static_cast<const typename Storage<kElement>::Bits*>(gradient.values);
   for_each_piece(in, tiling, cache, lane, [&](const Piece<Compute>& piece, int64_t tile) {
-    TileSums<Compute> sums = {edges, tiling, static_cast<Compute*>(rows), in.models, tile, -1};
-    const int64_t tile_begin = tile * tiling.length;
-    if (piece.begin == tile_begin) sums.enter(in.offsets, piece.segment, lane);
+    TileSums<Compute> edge = {edges, tiling, static_cast<Compute*>(rows), in.models, tile, -1};
+    if (piece.begin == tile * tiling.length) edge.enter(in.offsets, tile, piece.segment, lane);
     const bool goes_on = in.offsets[piece.segment + 1] > piece.end;
-    for (int t = 0; t < models; ++t) {
-      Compute sum = 0;
-      for (int64_t p = piece.begin + lane; p < piece.end; p += kWarp) {
-        const GlobalElement<kElement> element(in, piece, p);
-        const math::Merge<Compute> m = math::merge<Compute>(element, models);
-        const Compute slope = math::merge_share(element, m, t) * math::merge_offset(element, m, t);
-        sum += Storage<kElement>::decode(values[p * gradient.stride]) * slope;
+    for (int first = 0; first < models; first += kTogether) {
+      Compute sums[kTogether];
+      sum_terms<kElement>(in, gradient, piece, first, lane, sums);
+      TIMM_EXT_UNROLL
+      for (int i = 0; i < kTogether; ++i) {
+        const Compute sum = warp_sum(sums[i]);
+        if (lane > 0 || first + i >= models) continue;
+        if (goes_on) {
+          edge.leave(piece.segment, first + i, sum);
+        } else {
+          edge.close(piece.segment, first + i, sum);
+        }
       }
-      sum = warp_sum(sum);
-      if (lane == 0 && goes_on) sums.leave(piece.segment, t, sum);
-      if (lane == 0 && !goes_on) sums.close(piece.segment, t, sum);
     }
   });
 }
 
 template <Element kElement>
 __global__ void __launch_bounds__(kThreads, 1)
-    planes_kernel(const __grid_constant__ MergeInputs in, MergeGradient gradient, Tiling tiling,
-                  MergePlaneGradients outputs) {
+    planes_general_kernel(const __grid_constant__ MergeInputs in, MergeGradient gradient, Tiling tiling,
+                          MergePlaneGradients outputs) {
   using Compute = typename Storage<kElement>::Compute;
   using Bits = typename Storage<kElement>::Bits;
   TIMM_EXT_SHARED(Compute, cache, kWarps * kCached);
@@ -187,13 +212,12 @@ int merge_backward_general(const MergeInputs& in, const MergeGradient& gradient,
   });
 }
 
-int merge_backward_planes(const MergeInputs& in, const MergeGradient& gradient, const MergePlaneGradients& outputs,
-                          void* stream) {
-  if (in.elements == 0) return 0;
+int merge_planes_general(const MergeInputs& in, const MergeGradient& gradient, const MergePlaneGradients& outputs,
+                         void* stream) {
   const Tiling tiling = tiling_of(in.elements, kWarp);
   return with_element(in.element, [&](auto element) {
-    return launch(planes_kernel<element()>, grid_size(tiling.tiles, kWarps), kThreads, stream, in, gradient, tiling,
-                  outputs);
+    return launch(planes_general_kernel<element()>, grid_size(tiling.tiles, kWarps), kThreads, stream, in, gradient,
+                  tiling, outputs);
   });
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Merge kernels for any T and every element type, one element per lane: float64, more than 8 models, and the
-// gradients of the planes, where reading and writing 4T + 1 planes leaves nothing to gain from registers.
+// Merge kernels for any T and every element type, one element per lane: what the packed kernels do not serve, float64
+// (for checks of gradients) and more models than those take.
 #pragma once
 
 #include "merge_stitch.h"
@@ -11,5 +11,7 @@ namespace timm_ext::cuda {
 int merge_forward_general(const MergeInputs& in, void* merged, void* stream);
 int merge_backward_general(const MergeInputs& in, const MergeGradient& gradient, const Tiling& tiling,
                            const Edges& edges, void* grad_log_weight, void* stream);
+int merge_planes_general(const MergeInputs& in, const MergeGradient& gradient, const MergePlaneGradients& outputs,
+                         void* stream);
 
 }  // namespace timm_ext::cuda

@@ -33,8 +33,9 @@ struct TileSums {
   int64_t tile;
   int64_t open;  // the segment that began before the tile, or -1
 
-  /// Records the segment that holds the first element; all lanes call it.
-  __device__ __forceinline__ void enter(const int64_t* offsets, int64_t segment, int lane) {
+  /// Enters the tile, whose first element `segment` holds; all lanes call it.
+  __device__ __forceinline__ void enter(const int64_t* offsets, int64_t tile_, int64_t segment, int lane) {
+    tile = tile_;
     open = offsets[segment] < tile * tiling.length ? segment : -1;
     if (lane == 0) edges.first_segment[tile] = segment;
   }

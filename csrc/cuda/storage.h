@@ -50,6 +50,17 @@ struct Storage<Element::kBFloat16> {
     if (value != value) return 0x7FC0;
     return static_cast<Bits>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
   }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  TIMM_EXT_FN static uint32_t encode_pair(float low, float high) {
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+  }
+#else
+  TIMM_EXT_FN static uint32_t encode_pair(float low, float high) {
+    return encode(low) | static_cast<uint32_t>(encode(high)) << 16;
+  }
+#endif
 };
 
 template <>
@@ -78,6 +89,9 @@ struct Storage<Element::kFloat16> {
     return half.bits;
   }
 #endif
+  TIMM_EXT_FN static uint32_t encode_pair(float low, float high) {
+    return encode(low) | static_cast<uint32_t>(encode(high)) << 16;
+  }
 };
 
 /// kBytes of consecutive elements, held in 32-bit registers.
@@ -114,6 +128,19 @@ struct Pack {
     }
   }
 
+  TIMM_EXT_FN static Pack encoded(const Compute (&values)[kSize]) {
+    Pack pack = {};
+    TIMM_EXT_UNROLL
+    for (int i = 0; i < kSize; ++i) {
+      if constexpr (sizeof(Bits) > 2) {
+        pack.set(i, values[i]);
+      } else if (i % 2 == 0) {
+        pack.words[i / 2] = Storage<kElement>::encode_pair(values[i], values[i + 1]);
+      }
+    }
+    return pack;
+  }
+
   TIMM_EXT_FN void set(int i, Compute value) { set_bits(i, Storage<kElement>::encode(value)); }
   TIMM_EXT_FN Bits bits(int i) const {
     if constexpr (sizeof(Bits) == 8) return static_cast<Bits>(words[2 * i + 1]) << 32 | words[2 * i];
@@ -132,8 +159,21 @@ struct Pack {
   /// The whole pack at an address that is aligned to it and that the kernel does not write.
   __device__ static Pack load(const Bits* address) { return unpack(__ldg(reinterpret_cast<const Vector*>(address))); }
 
+  /// The same of a plane that is read once: the first to leave the caches, so that they keep what the network needs.
+  __device__ static Pack load_once(const Bits* address) {
+    return unpack(__ldcs(reinterpret_cast<const Vector*>(address)));
+  }
+
   /// The same where the kernel writes too.
   __device__ static Pack load_written(const Bits* address) { return unpack(*reinterpret_cast<const Vector*>(address)); }
+
+  /// The whole pack one by one, at any address.
+  __device__ static Pack load_each(const Bits* address) {
+    Pack pack = {};
+    TIMM_EXT_UNROLL
+    for (int i = 0; i < kSize; ++i) pack.set_bits(i, __ldg(address + i));
+    return pack;
+  }
 
   /// The first `count` elements one by one; the others are 0.
   __device__ static Pack load_some(const Bits* address, int count) {

@@ -25,7 +25,7 @@ void test_exp() {
     const double truth = std::exp(x), value = math::exp_nonpositive(x);
     check(std::abs(value - truth) <= 1e-15 * truth, "exp(%g) is %.17g, truth %.17g", x, value, truth);
   }
-  check(math::exp_nonpositive(0) == 1 && math::exp_nonpositive(-kInf) == 0, "exp at its ends");
+  check(math::exp_nonpositive(0.0) == 1 && math::exp_nonpositive(-kInf) == 0, "exp at its ends");
   check(std::isnan(math::exp_nonpositive(std::nan(""))), "exp of NaN");
 }
 
@@ -42,8 +42,9 @@ void test_log() {
     const double truth = std::log(x);
     check(std::abs(math::log_positive(x) - truth) <= 2e-15 * std::abs(truth), "log(%g)", x);
   }
-  check(math::log_positive(0) == -kInf && math::log_positive(1) == 0 && math::log_positive(kInf) == kInf, "log ends");
-  check(std::isnan(math::log_positive(-1)) && std::isnan(math::log_positive(std::nan(""))), "log of no number");
+  check(math::log_positive(0.0) == -kInf && math::log_positive(1.0) == 0 && math::log_positive(kInf) == kInf,
+        "log ends");
+  check(std::isnan(math::log_positive(-1.0)) && std::isnan(math::log_positive(std::nan(""))), "log of no number");
 }
 
 void test_weights() {

@@ -10,6 +10,7 @@
 #include <limits>
 #include <vector>
 
+#include "../cuda/merge_dispatch.h"
 #include "../cuda/merge_tile.h"
 #include "check.h"
 #include "merge_case.h"
