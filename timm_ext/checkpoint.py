@@ -67,7 +67,7 @@ def save_checkpoint(path: Path | str, tensors: Mapping[str, Tensor], *, kind: st
         InputError: the file cannot be written; nothing is left behind.
     """
     first_names, aliases = _without_aliases(tensors)
-    about = {"kind": kind, "versions": _versions(), **metadata}
+    about = {"kind": kind, "versions": versions(), **metadata}
     header = {_KEY: json.dumps(about)} | ({f"{_KEY}.aliases": json.dumps(aliases)} if aliases else {})
     whole = _disjoint({name: tensors[name].detach().contiguous() for name in first_names})
     with atomic_write(path) as temporary:
@@ -156,7 +156,8 @@ def _disjoint(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions that a file was written with, as they are noted in it."""
     try:
         own = packages.version("timm-ext")
     except packages.PackageNotFoundError:  # run from the source tree

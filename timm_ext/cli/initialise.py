@@ -24,6 +24,7 @@ from timm_ext.cli.common import (
     settings_from,
     training_parts,
 )
+from timm_ext.cli.streamed import merge_as_they_are, refuse_streams, refuse_together
 from timm_ext.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,25 +38,63 @@ if TYPE_CHECKING:
 
 def merge(
     networks: Networks,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Merged network (.safetensors).")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", metavar="PATH", help="Merged network (.safetensors); with --ratios also a folder."
+        ),
+    ],
     fishers: Fishers = None,
     method: Annotated[
-        str, typer.Option("--method", help="mean-imm, mode-imm, transfer-1, transfer-2, …")
-    ] = "mode-imm",
+        str | None,
+        typer.Option("--method", help="mean-imm, mode-imm (default), transfer-1, transfer-2, …"),
+    ] = None,
     task: Annotated[
         str | None,
         typer.Option("--task", metavar="TASK", help="New task; default: that of the first network."),
     ] = None,
     config: Config = None,
     overrides: Overrides = None,
+    ratios: Annotated[
+        str | None,
+        typer.Option("--ratios", metavar="R1,R2,…", help="Merge every tensor of any checkpoints by these."),
+    ] = None,
+    shard_size: Annotated[
+        str | None, typer.Option("--shard-size", metavar="SIZE", help="With --ratios: of shards, e.g. 5GB.")
+    ] = None,
+    hashes: Annotated[
+        bool, typer.Option("--sha256", help="With --ratios: note the sources' hashes; reads them once more.")
+    ] = False,
 ) -> None:
-    """Merge source networks with fixed ratios into an initialisation for a task.
+    """Merge source networks into an initialisation for a task, or any checkpoints as they are.
 
-    Heads and, unless `merge.transfer_norms` is set, norms start anew.
+    By a method, heads and, unless `merge.transfer_norms` is set, norms start anew. With `--ratios`, every
+    tensor is merged and nothing starts anew: checkpoints of any architecture, safetensors files or folders of
+    shards, larger than memory if need be, optionally weighted by one `--fisher` of the same layout for each.
 
     Example: `timm-ext merge M1.safetensors M2.safetensors --fisher F1.safetensors --fisher F2.safetensors
     --method mode-imm --task brats --out init.safetensors`
+
+    Example: `timm-ext merge model-a/ model-b/ --ratios 0.7,0.3 --out merged/`
     """
+    if ratios is not None:
+        methods = {"--method": method, "--task": task, "--config": config, "--set": overrides}
+        refuse_together("--ratios", methods)
+        merge_as_they_are(networks, out, ratios, fishers or (), shard_size, hashes)
+        return
+    refuse_streams([*networks, *(fishers or ())], {"--shard-size": shard_size, "--sha256": hashes})
+    _merge_by_method(networks, out, fishers, method or "mode-imm", task, config, overrides)
+
+
+def _merge_by_method(
+    networks: list[Path],
+    out: Path,
+    fishers: list[Path] | None,
+    method: str,
+    task: str | None,
+    config: Path | None,
+    overrides: list[str] | None,
+) -> None:
     from timm_ext.data.tasks import get_task, task_to_dict
     from timm_ext.merging import get_method
     from timm_ext.networks.io import save_network

@@ -108,16 +108,22 @@ def open_shards(path: Path | str) -> Shards:
     if len(tensors) < len(everything):
         raise InputError(f"{path}: expected each tensor in one file (got some in several)")
     if missing := [f"{name} of {file}" for name, file in (wanted or {}).items() if name not in tensors]:
-        raise InputError("\n  ".join([f"{path}: missing {len(missing)} tensors named in its index", *missing]))
+        raise InputError(
+            "\n  ".join([f"{path}: missing {len(missing)} tensors named in its index", *missing])
+        )
     return Shards(path, tensors, headers[0][0])
 
 
 def _read_index(path: Path) -> dict[str, str]:
     content = read_json(path)
     names = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
-        raise InputError(f"{path}: expected a weight_map from tensors to files (got none)")
+    if not isinstance(names, dict) or not names or not all(map(_is_file_name, names.values())):
+        raise InputError(f"{path}: expected a weight_map from tensors to files beside it (got none)")
     return names
+
+
+def _is_file_name(value: object) -> bool:
+    return isinstance(value, str) and value == Path(value).name
 
 
 def _shard_files(folder: Path, wanted: Mapping[str, str] | None) -> list[Path]:
@@ -146,7 +152,7 @@ def _read_header(path: Path) -> tuple[dict[str, str], dict[str, Place]]:
             if not 2 <= length <= min(size - 8, _LARGEST_HEADER):
                 raise InputError(f"{path}: expected a whole safetensors file (got no header)")
             header = json.loads(file.read(length))
-            metadata = header.pop("__metadata__", {})
+            metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
             start = 8 + length
             places = {name: _place(path, start, entry) for name, entry in header.items()}
     except OSError as error:
@@ -211,7 +217,10 @@ def plan_shards(
             groups[place.file.name].append(name)
     else:
         groups = {SINGLE: list(like.tensors)}
-    return [_plan_shard(file, {name: like.tensors[name] for name in names}, metadata) for file, names in groups.items()]
+    return [
+        _plan_shard(file, {name: like.tensors[name] for name in names}, metadata)
+        for file, names in groups.items()
+    ]
 
 
 def _shard_name(number: int, count: int) -> str:
@@ -233,7 +242,9 @@ def _fill_shards(like: Shards, shard_size: int) -> list[list[str]]:
 def _plan_shard(file_name: str, tensors: Mapping[str, Place], metadata: Mapping[str, str]) -> ShardPlan:
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
-    for name in sorted(tensors, key=lambda name: -_ELEMENT.get(tensors[name].dtype, 1)):  # so that all are aligned
+    for name in sorted(
+        tensors, key=lambda name: -_ELEMENT.get(tensors[name].dtype, 1)
+    ):  # so that all are aligned
         place = tensors[name]
         entries[name] = {
             "dtype": place.dtype,
@@ -244,7 +255,9 @@ def _plan_shard(file_name: str, tensors: Mapping[str, Place], metadata: Mapping[
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     header = len(text).to_bytes(8, "little") + text
-    begins = {name: len(header) + entries[name]["data_offsets"][0] for name in entries if name != "__metadata__"}
+    begins = {
+        name: len(header) + entries[name]["data_offsets"][0] for name in entries if name != "__metadata__"
+    }
     return ShardPlan(file_name, header, begins, len(header) + end)
 
 

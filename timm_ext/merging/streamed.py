@@ -1,0 +1,318 @@
+"""Merging of checkpoints that need not fit in memory, tensor by tensor, from files to files."""
+
+import json
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from timm_ext.checkpoint import versions
+from timm_ext.errors import InputError
+from timm_ext.files import atomic_write, sha256, write_json
+from timm_ext.merging.blocks import CHUNK, DTYPES, Files, Item, Output, merge_blocks, sync
+from timm_ext.merging.shards import (
+    INDEX,
+    KEY,
+    SINGLE,
+    Place,
+    ShardPlan,
+    Shards,
+    index_of,
+    open_shards,
+    plan_shards,
+)
+
+_COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # configuration and tokenizer
+_MOST_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class StreamedMerge:
+    """What a merge did.
+
+    Attributes:
+        tensors: number of tensors written.
+        nbytes_read: bytes of the sources and their Fishers.
+        nbytes_written: bytes of the merged tensors.
+        copied: tensors that are no floating-point numbers, and agree in all sources.
+        without_fisher: tensors that no Fisher holds, merged by the ratios alone.
+    """
+
+    tensors: int
+    nbytes_read: int
+    nbytes_written: int
+    copied: tuple[str, ...]
+    without_fisher: tuple[str, ...]
+
+
+def merge_checkpoints(
+    sources: Sequence[Path | str],
+    out: Path | str,
+    *,
+    ratios: Sequence[float],
+    fishers: Sequence[Path | str] = (),
+    shard_size: int | None = None,
+    hashes: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> StreamedMerge:
+    """Merge every tensor of several checkpoints of one architecture, whatever it is.
+
+        merged[p] = Σ_t α_t F[t, p] θ[t, p] / Σ_t α_t F[t, p]        with α_t = ratio_t / Σ_j ratio_j
+
+    by `fused_merge`, F = 1 without Fishers: float32 arithmetic for bfloat16 and float16, a value within the
+    range of the sources. Nothing is reset. The memory needed is a few megabytes for each source and worker,
+    whatever the size of the tensors; the bits do not depend on the number of workers.
+
+    Args:
+        sources: safetensors files, or folders of shards.
+        out: a `.safetensors` file, or a new or empty folder, which gets the shards of the first source, an
+            index, and the first source's configuration and tokenizer files. It appears once it is whole.
+        ratios: one for each source, non-negative; their sum does not matter.
+        fishers: one checkpoint of Fishers for each source, in the same order, or none at all. A tensor that
+            none of them holds is merged by the ratios alone.
+        shard_size: largest number of bytes of a shard in a folder; None: shards as in the first source.
+        hashes: note the SHA-256 of every source file in the result, which reads them once more.
+        workers: threads; None: two for each core, since half of them wait for the disk, and at most 8.
+        progress: called with the number of bytes read so far and in all, from any thread.
+
+    Raises:
+        InputError: files, tensors, ratios or Fishers do not fit, all tensors that do not being listed; values
+            cannot be merged; or the result cannot be written. Nothing is left behind.
+    """
+    out = Path(out)
+    models, planes = [open_shards(path) for path in sources], [open_shards(path) for path in fishers]
+    _check_ratios(ratios, models)
+    _check_tensors(models)
+    _check_fishers(planes, models)
+    about = _provenance(models, planes, ratios, hashes)
+    folder = out.suffix != ".safetensors"
+    if shard_size is not None and not (folder and shard_size > 0):
+        raise InputError(
+            f"shards of {shard_size} bytes: expected more than 0, and a folder for them (got {out})"
+        )
+    plans = plan_shards(models[0], None if folder else out.name, shard_size, models[0].metadata | about)
+    _check_room(out, folder=folder, nbytes=sum(plan.nbytes for plan in plans))
+    items = _items(models, planes)
+    _check_copied([item for item in items.values() if item.copied])
+    total = sum(item.nbytes_read for item in items.values())
+    count = _Counter(total, progress)
+    threads = workers or min(2 * len(os.sched_getaffinity(0)), _MOST_WORKERS)
+    with (_whole_folder if folder else atomic_write)(out) as place:
+        outputs = [_output(place / plan.name if folder else place, plan, items) for plan in plans]
+        merge_blocks(outputs, ratios, workers=threads, progress=count)
+        if folder:
+            _finish_folder(place, plans, models[0])
+    return StreamedMerge(
+        tensors=len(items),
+        nbytes_read=total,
+        nbytes_written=models[0].nbytes,
+        copied=tuple(name for name, item in items.items() if item.copied),
+        without_fisher=tuple(name for name, i in items.items() if planes and not (i.copied or i.fisher)),
+    )
+
+
+def _check_ratios(ratios: Sequence[float], models: Sequence[Shards]) -> None:
+    got = ", ".join(map(str, ratios))
+    if not models or len(ratios) != len(models):
+        raise InputError(
+            f"ratios: expected one for each of {len(models)} checkpoints (got {len(ratios)}: {got})"
+        )
+    if not all(isfinite(ratio) and ratio >= 0 for ratio in ratios) or max(ratios) == 0:
+        raise InputError(f"ratios: expected finite numbers >= 0, not all of them 0 (got {got})")
+
+
+def _check_tensors(models: Sequence[Shards]) -> None:
+    """Refuse checkpoints with other tensors than the first, all differences at once."""
+    first, *others = models
+    if not first.tensors:
+        raise InputError(f"{first.path}: expected tensors (got none)")
+    lines = []
+    for other in others:
+        for name, place in first.tensors.items():
+            got = other.tensors.get(name)
+            if got is None or (got.dtype, got.shape) != (place.dtype, place.shape):
+                lines.append(
+                    f"{other.path}: {name}: expected {place} as in {first.path} (got {got or 'none'})"
+                )
+        unknown = [name for name in other.tensors if name not in first.tensors]
+        lines += [
+            f"{other.path}: {name}: expected none as in {first.path} (got {other.tensors[name]})"
+            for name in unknown
+        ]
+    _refuse("checkpoints: expected the same tensors", "differ", lines)
+
+
+def _check_fishers(fishers: Sequence[Shards], models: Sequence[Shards]) -> None:
+    """Refuse Fishers that do not fit the models, all differences at once."""
+    if not fishers:
+        return
+    if len(fishers) != len(models):
+        raise InputError(f"fishers: expected one for each of {len(models)} checkpoints (got {len(fishers)})")
+    for fisher, model in zip(fishers, models, strict=True):
+        _check_origin(fisher, model)
+    expected = models[0].tensors
+    names = dict.fromkeys(name for fisher in fishers for name in fisher.tensors)
+    lines = []
+    for name in names:
+        places = [fisher.tensors.get(name) for fisher in fishers]
+        shape = expected[name].shape if name in expected and expected[name].dtype in DTYPES else None
+        fits = [place is not None and place.shape == shape and place.dtype in DTYPES for place in places]
+        if not all(fits) or len({place.dtype for place in places if place}) > 1:
+            wanted = "none" if shape is None else f"floating point {list(shape)} in each"
+            lines.append(
+                f"{name}: expected {wanted} (got {', '.join(str(place or 'none') for place in places)})"
+            )
+    _refuse("fishers: expected tensors of the checkpoints", "do not fit", lines)
+    if not names:
+        raise InputError(f"{fishers[0].path}: expected a Fisher (got no tensor)")
+
+
+def _check_origin(fisher: Shards, model: Shards) -> None:
+    if (kind := fisher.provenance.get("kind", "fisher")) != "fisher":
+        raise InputError(f"{fisher.path}: expected a Fisher (got a {kind} checkpoint)")
+    network = (fisher.provenance.get("provenance") or {}).get("network_sha256")
+    if network is not None and (model.path.is_dir() or sha256(model.path) != network):
+        raise InputError(f"{fisher.path}: expected the Fisher of {model.path} (got that of another network)")
+
+
+def _check_copied(items: Sequence[Item]) -> None:
+    """Refuse integers, booleans and the like that differ, all of them at once."""
+    files = Files()
+    try:
+        lines = [f"{item.name}: {item.theta[0]}" for item in items if not _agree(item.theta, files)]
+    finally:
+        files.close()
+    _refuse("checkpoints: expected the same integers in all of them", "differ", lines)
+
+
+def _agree(places: Sequence[Place], files: Files) -> bool:
+    for offset in range(0, places[0].nbytes, CHUNK):
+        chunks = [bytearray(min(CHUNK, place.nbytes - offset)) for place in places]
+        for chunk, place in zip(chunks, places, strict=True):
+            files.read(place, offset, memoryview(chunk))
+        if any(chunk != chunks[0] for chunk in chunks):
+            return False
+    return True
+
+
+def _refuse(what: str, how: str, lines: Sequence[str]) -> None:
+    if lines:
+        raise InputError("\n  ".join([f"{what} (got {len(lines)} that {how})", *lines]))
+
+
+def _provenance(
+    models: Sequence[Shards], fishers: Sequence[Shards], ratios: Sequence[float], hashes: bool
+) -> dict[str, str]:
+    """Return the metadata of the result: what it was merged from, and what programs of others look for."""
+    for model in models:
+        if (kind := model.provenance.get("kind", "network")) not in ("network", "merged"):
+            raise InputError(f"{model.path}: expected a network (got a {kind} checkpoint)")
+    common = {}
+    for key in ("network", "task"):
+        values = [model.provenance.get(key) for model in models]
+        if any(value != values[0] for value in values):
+            raise InputError(
+                f"checkpoints: expected the same {key} in all, since given ratios merge every tensor, heads "
+                f"included (got several {key}s); a merge method, without ratios, makes new heads for a task"
+            )
+        if values[0] is not None:
+            common[key] = values[0]
+    about = {
+        "kind": "merged",
+        "versions": versions(),
+        **common,
+        "merge": {
+            "method": "fisher" if fishers else "linear",
+            "ratios": list(ratios),
+            "sources": [_source(model, hashes) for model in models],
+            "fishers": [_source(fisher, hashes) for fisher in fishers],
+        },
+    }
+    return {"format": models[0].metadata.get("format", "pt"), KEY: json.dumps(about)}
+
+
+def _source(shards: Shards, hashes: bool) -> dict[str, Any]:
+    noted: dict[str, Any] = {"name": shards.path.resolve().name, "bytes": shards.nbytes}
+    if hashes:
+        with ThreadPoolExecutor(_MOST_WORKERS) as pool:
+            names = [file.name for file in shards.files]
+            noted["sha256"] = dict(zip(names, pool.map(sha256, shards.files), strict=True))
+    return noted
+
+
+def _check_room(out: Path, *, folder: bool, nbytes: int) -> None:
+    """Refuse a result that cannot be written, before any work is done for it."""
+    if folder and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: expected a .safetensors file, or a new or empty folder (got neither)")
+    if not folder and out.is_dir():
+        raise InputError(f"{out}: expected a file (got a folder)")
+    there = next(parent for parent in out.resolve().parents if parent.exists())
+    free = shutil.disk_usage(there).free
+    if free < nbytes:
+        raise InputError(f"{out}: expected {nbytes / 1e9:.2f} GB of room on the disk (got {free / 1e9:.2f})")
+
+
+def _items(models: Sequence[Shards], fishers: Sequence[Shards]) -> dict[str, Item]:
+    """Return where each tensor lies in the sources."""
+    return {
+        name: Item(
+            name,
+            theta=tuple(model.tensors[name] for model in models),
+            fisher=tuple(fisher.tensors[name] for fisher in fishers if name in fisher.tensors),
+        )
+        for name in models[0].tensors
+    }
+
+
+def _output(path: Path, plan: ShardPlan, items: Mapping[str, Item]) -> Output:
+    placed = tuple((begin, items[name]) for name, begin in plan.begins.items() if items[name].nbytes)
+    return Output(path, plan.header, placed, plan.nbytes)
+
+
+class _Counter:
+    """Adds up the bytes that the workers report."""
+
+    def __init__(self, total: int, progress: Callable[[int, int], object] | None) -> None:
+        self._done, self._total, self._progress = 0, total, progress
+        self._lock = threading.Lock()
+
+    def __call__(self, count: int) -> None:
+        with self._lock:
+            self._done += count
+            if self._progress is not None:
+                self._progress(self._done, self._total)
+
+
+@contextmanager
+def _whole_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path` that takes its name only once it is complete and on disk."""
+    temporary = path.parent / f".partial-{uuid.uuid4().hex}"
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _finish_folder(folder: Path, plans: Sequence[ShardPlan], first: Shards) -> None:
+    """Add the first source's configuration and tokenizer, and the index."""
+    beside = sorted(first.path.iterdir()) if first.path.is_dir() else []
+    for file in beside:
+        if file.is_file() and file.suffix in _COMPANIONS and not file.name.endswith(".index.json"):
+            with atomic_write(folder / file.name) as temporary:
+                shutil.copyfile(file, temporary)
+    if [plan.name for plan in plans] != [SINGLE]:
+        write_json(folder / INDEX, index_of(plans))
