@@ -20,9 +20,9 @@ set_target_properties(timm_ext PROPERTIES SKIP_BUILD_RPATH ON)
 if(timm_ext_cuda)
   target_sources(timm_ext PRIVATE
     csrc/cuda/merge_backward.cu
+    csrc/cuda/merge_backward_planes.cu
     csrc/cuda/merge_forward.cu
     csrc/cuda/merge_general.cu
-    csrc/cuda/merge_planes.cu
     csrc/cuda/merge_stitch.cu
     csrc/cuda/square_accumulate.cu)
   target_compile_definitions(timm_ext PRIVATE TIMM_EXT_CUDA)

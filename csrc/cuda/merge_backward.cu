@@ -73,21 +73,16 @@ struct LaneSums {
 
 /// grad_log_weight rows of segments inside one tile, and the edges of the others.
 template <class P>
-struct Backward {
+struct Backward : Steps {
   using Compute = typename P::Compute;
   const MergeInputs& in;
-  const MergeGradient& gradient;
-  bool vectors;  // of the gradient
+  GradientPack<P> g;
   int lane;
   TileSums<Compute> sums;
   LaneSums<Compute, P::kModelCount> lane_sums;
-  typename P::Vector g;
   int64_t first;  // segment 0 of the window
 
-  __device__ __forceinline__ void load(int64_t position, int64_t count) {
-    const auto* const values = static_cast<const typename P::Bits*>(gradient.values);
-    g = gradient.stride ? load_pack<typename P::Vector>(values + position, count, vectors) : P::Vector::filled(*values);
-  }
+  __device__ __forceinline__ void load(int64_t position, int64_t count) { g.load(position, count); }
   template <class W>
   __device__ __forceinline__ void begin_tile(int64_t tile, const W& window) {
     sums.enter(in.offsets, tile, window.first, lane);
@@ -127,14 +122,9 @@ __global__ void __launch_bounds__(kThreads, 1)
                     const __grid_constant__ Tiling tiling, bool vectors, bool gradient_vectors,
                     const __grid_constant__ Edges edges, void* rows) {
   using Compute = typename P::Compute;
-  Backward<P> body = {in,
-                      gradient,
-                      gradient_vectors,
-                      static_cast<int>(threadIdx.x % kWarp),
-                      {edges, tiling, static_cast<Compute*>(rows), in.models, 0, -1},
-                      {},
-                      {},
-                      0};
+  const int lane = threadIdx.x % kWarp;
+  const TileSums<Compute> sums = {edges, tiling, static_cast<Compute*>(rows), in.models, 0, -1};
+  Backward<P> body = {{}, in, {gradient, gradient_vectors, {}}, lane, sums, {}, 0};
   walk<P>(in, tiling, vectors, body);
 }
 
@@ -157,8 +147,7 @@ int merge_backward_log_weight(const MergeInputs& in, const MergeGradient& gradie
     error = with_packed<AllModels>(in, [&](auto* planes) {
       using P = std::remove_pointer_t<decltype(planes)>;
       return launch(backward_kernel<P>, grid_size(tiling.tiles, kWarps), kThreads, stream, in, gradient, tiling,
-                    P::aligned_in(in), aligned(gradient.values, 0, 1, sizeof(typename P::Vector)), edges,
-                    grad_log_weight);
+                    P::aligned_in(in), GradientPack<P>::aligned_in(gradient), edges, grad_log_weight);
     });
   } else {
     error = merge_backward_general(in, gradient, tiling, edges, grad_log_weight, stream);

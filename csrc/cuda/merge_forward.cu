@@ -7,35 +7,29 @@
 namespace timm_ext::cuda {
 namespace {
 
+/// merged[p] = θ*_p.
 template <class P>
-struct Forward {
+struct Forward : Steps {
   using Compute = typename P::Compute;
   typename P::Bits* merged;
   bool vectors;
   Compute values[P::kSize];
 
-  __device__ __forceinline__ void load(int64_t, int64_t) {}
-  template <class W>
-  __device__ __forceinline__ void begin_tile(int64_t, const W&) {}
-  template <class W>
-  __device__ __forceinline__ void begin_row(bool, const W&) {}
   template <class E>
   __device__ __forceinline__ void element(int i, const E&, const math::Merge<Compute>& m) {
     values[i] = math::merged_value(m);
   }
-  __device__ __forceinline__ void end_segment(int) {}
+  /// An ordinary store: the network reads the merged parameters next.
   __device__ __forceinline__ void end_row(bool, int64_t position, int64_t count) {
     store_pack(P::Vector::encoded(values), merged + position, count, vectors);
   }
-  template <class W>
-  __device__ __forceinline__ void end_tile(const W&) {}
 };
 
 template <class P>
 __global__ void __launch_bounds__(kThreads, 1)
     forward_kernel(const __grid_constant__ MergeInputs in, const __grid_constant__ Tiling tiling, bool vectors,
                    bool store_vectors, void* merged) {
-  Forward<P> body = {static_cast<typename P::Bits*>(merged), store_vectors, {}};
+  Forward<P> body = {{}, static_cast<typename P::Bits*>(merged), store_vectors, {}};
   walk<P>(in, tiling, vectors, body);
 }
 

@@ -9,7 +9,8 @@
 
 namespace timm_ext::cuda {
 
-/// Bytes of one load: 16, or 8 where packs of 16 bytes of all planes would not fit the registers.
+/// Bytes of one load: 16, or 8 where packs of 16 would take so many registers that fewer warps would have no more bytes
+/// on their way.
 constexpr int vector_bytes(Element element, int64_t models) {
   return models > 8 || (models > 5 && element != Element::kFloat32) ? 8 : 16;
 }
@@ -81,6 +82,25 @@ struct Planes {
   static bool aligned_in(const MergeInputs& in) {
     return aligned(in.theta, in.theta_stride, sizeof(Bits), sizeof(Vector)) &&
            (!in.fisher || aligned(in.fisher, in.fisher_stride, sizeof(Bits), sizeof(Vector)));
+  }
+};
+
+/// The gradient that flows back into the elements of one lane.
+template <class P>
+struct GradientPack {
+  const MergeGradient& gradient;
+  bool vectors;
+  typename P::Vector pack;
+
+  __device__ __forceinline__ void load(int64_t position, int64_t count) {
+    const auto* const values = static_cast<const typename P::Bits*>(gradient.values);
+    pack =
+        gradient.stride ? load_pack<typename P::Vector>(values + position, count, vectors) : P::Vector::filled(*values);
+  }
+  __device__ __forceinline__ typename P::Compute get(int i) const { return pack.get(i); }
+
+  static bool aligned_in(const MergeGradient& gradient) {
+    return aligned(gradient.values, 0, 1, sizeof(typename P::Vector));
   }
 };
 

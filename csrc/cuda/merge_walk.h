@@ -1,18 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The way of a warp through its tiles, common to the packed kernels. What a kernel does on it is its Body:
-//   load(position, count)               other planes of the lane's elements
-//   begin_tile(tile, window), end_tile(window)
-//   begin_row(crossing, window)         crossing: a segment ends in this row; the same in all lanes
-//   element(i, inputs, merge)           element i of the lane's pack
-//   end_segment(segment)                the element before was the last of a segment of the window
-//   end_row(crossing, position, count)  the lane's pack is done
+// The way of a warp through its tiles, common to the packed kernels. What a kernel does on it is its Body: one function
+// element(i, inputs, merge) for element i of the lane's pack, and what it needs of `Steps`.
 #pragma once
 
 #include "merge_planes.h"
 #include "merge_window.h"
 
 namespace timm_ext::cuda {
+
+/// The steps that a kernel need not take part in.
+struct Steps {
+  /// The lane goes to the elements from `position` on, of which `count` exist.
+  __device__ __forceinline__ void load(int64_t /*position*/, int64_t /*count*/) {}
+  template <class W>
+  __device__ __forceinline__ void begin_tile(int64_t /*tile*/, const W& /*window*/) {}
+  /// crossing: a segment ends in this row; the same in all lanes.
+  template <class W>
+  __device__ __forceinline__ void begin_row(bool /*crossing*/, const W& /*window*/) {}
+  /// The element before was the last of this segment of the window.
+  __device__ __forceinline__ void end_segment(int /*segment*/) {}
+  __device__ __forceinline__ void end_row(bool /*crossing*/, int64_t /*position*/, int64_t /*count*/) {}
+  template <class W>
+  __device__ __forceinline__ void end_tile(const W& /*window*/) {}
+};
 
 /// One row; `own` is the position of the lane's pack.
 template <class P, class W, class Body>
@@ -29,7 +40,7 @@ __device__ __forceinline__ void walk_row(const P& planes, W& window, int own, bo
     const PackedElement<P> inputs = {planes, weights, i};
     body.element(i, inputs, math::merge<Compute>(inputs, kModels));
   };
-  if constexpr (kModels <= 8) {  // with more models, looking for an end at each element does not count
+  if constexpr (kModels <= 8) {  // with more models, the look for an end at each element does not count
     if (!crossing) {
       enter(window.cursor);
       TIMM_EXT_UNROLL

@@ -54,6 +54,8 @@ double draw_fisher(FisherKind kind, Element element, std::mt19937_64& random) {
       return uniform(random) < 0.5 ? 0.0 : u + 0.01;
     case FisherKind::kDenormal:
       return (narrow ? 1e-6 : 1e-40) * u;
+    case FisherKind::kZero:
+      return 0.0;
     default:
       return u + 0.01;
   }
@@ -95,7 +97,7 @@ double arithmetic_rounding(Element element) { return element == Element::kFloat6
 std::string CaseSpec::name() const {
   const char* const elements_names[] = {"float32", "bfloat16", "float16", "float64"};
   const char* const segment_names[] = {"one", "single", "kernels", "mixed", "tiles"};
-  const char* const fisher_names[] = {"none", "plain", "wide", "half zero", "denormal"};
+  const char* const fisher_names[] = {"none", "plain", "wide", "half zero", "denormal", "zero"};
   std::string text = std::string(elements_names[static_cast<int>(element)]) + " T=" + std::to_string(models) +
                      " P=" + std::to_string(elements) + " segments=" + segment_names[static_cast<int>(segments)] +
                      " fisher=" + fisher_names[static_cast<int>(fisher)] + " padding=" + std::to_string(padding) +

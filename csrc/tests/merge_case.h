@@ -27,7 +27,7 @@ double storage_step(Element element);
 double arithmetic_rounding(Element element);
 
 enum class Segments { kOne, kSingle, kKernels, kMixed, kTiles };
-enum class FisherKind { kNone, kPlain, kWide, kHalfZero, kDenormal };
+enum class FisherKind { kNone, kPlain, kWide, kHalfZero, kDenormal, kZero };
 
 struct CaseSpec {
   Element element;

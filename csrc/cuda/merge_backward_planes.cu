@@ -9,26 +9,17 @@ namespace {
 
 /// The gradients with respect to θ and F; those that are not wanted are computed and thrown away.
 template <class P>
-struct PlaneGradients {
+struct PlaneGradients : Steps {
   using Compute = typename P::Compute;
   using Vector = typename P::Vector;
   using Bits = typename P::Bits;
   const MergeInputs& in;
-  const MergeGradient& gradient;
   const MergePlaneGradients& outputs;
-  bool vectors;  // of the gradient
-  Vector g;
+  GradientPack<P> g;
   Vector theta[P::kModelCount];
   Vector fisher[P::kHasFisher ? P::kModelCount : 1];
 
-  __device__ __forceinline__ void load(int64_t position, int64_t count) {
-    const auto* const values = static_cast<const Bits*>(gradient.values);
-    g = gradient.stride ? load_pack<Vector>(values + position, count, vectors) : Vector::filled(*values);
-  }
-  template <class W>
-  __device__ __forceinline__ void begin_tile(int64_t, const W&) {}
-  template <class W>
-  __device__ __forceinline__ void begin_row(bool, const W&) {}
+  __device__ __forceinline__ void load(int64_t position, int64_t count) { g.load(position, count); }
   template <class E>
   __device__ __forceinline__ void element(int i, const E& inputs, const math::Merge<Compute>& m) {
     TIMM_EXT_UNROLL
@@ -37,7 +28,6 @@ struct PlaneGradients {
       if constexpr (P::kHasFisher) fisher[t].set(i, g.get(i) * math::merge_fisher_slope(inputs, m, t));
     }
   }
-  __device__ __forceinline__ void end_segment(int) {}
   __device__ __forceinline__ void end_row(bool, int64_t position, int64_t count) {
     TIMM_EXT_UNROLL
     for (int t = 0; t < P::kModelCount; ++t) {
@@ -46,8 +36,6 @@ struct PlaneGradients {
       if constexpr (P::kHasFisher) write(outputs.fisher, t * outputs.fisher_stride + position, fisher[t], count);
     }
   }
-  template <class W>
-  __device__ __forceinline__ void end_tile(const W&) {}
 
   __device__ __forceinline__ static void write(void* plane, int64_t index, const Vector& pack, int64_t count) {
     if (!plane) return;
@@ -61,7 +49,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     planes_kernel(const __grid_constant__ MergeInputs in, const __grid_constant__ MergeGradient gradient,
                   const __grid_constant__ Tiling tiling, bool vectors, bool gradient_vectors,
                   const __grid_constant__ MergePlaneGradients outputs) {
-  PlaneGradients<P> body = {in, gradient, outputs, gradient_vectors, {}, {}, {}};
+  PlaneGradients<P> body = {{}, in, outputs, {gradient, gradient_vectors, {}}, {}, {}};
   walk<P>(in, tiling, vectors, body);
 }
 
@@ -79,7 +67,7 @@ int merge_backward_planes(const MergeInputs& in, const MergeGradient& gradient, 
     using P = std::remove_pointer_t<decltype(planes)>;
     const Tiling tiling = tiling_of(in.elements, P::kRow);
     return launch(planes_kernel<P>, grid_size(tiling.tiles, kWarps), kThreads, stream, in, gradient, tiling,
-                  P::aligned_in(in), aligned(gradient.values, 0, 1, sizeof(typename P::Vector)), outputs);
+                  P::aligned_in(in), GradientPack<P>::aligned_in(gradient), outputs);
   });
 }
 
