@@ -169,6 +169,32 @@ def test_nan_in_theta_stays_where_it_is(device: torch.device) -> None:
     assert merged.isnan().nonzero().flatten().tolist() == [7]
 
 
+def test_one_model_passes_the_gradient_to_itself_alone(device: torch.device) -> None:
+    inputs = make_inputs(Sample("", models=1, lengths=(3, 700, 40)), device)
+    inputs.fisher[:, ::2] = 0
+    inputs.require_grad()
+    arguments, _ = inputs.arguments()
+    merged = timm_ext.fused_merge(*arguments)
+    gradient = torch.randn(743, device=device)
+    merged.backward(gradient)
+    torch.testing.assert_close(inputs.theta.grad[0], gradient, rtol=2.0**-22, atol=0)  # times F · (1 / F)
+    assert not inputs.fisher.grad.any()
+    assert not inputs.logits.grad.any()
+
+
+def test_no_elements_and_no_segments(device: torch.device) -> None:
+    inputs = make_inputs(Sample("", lengths=()), device)
+    leaves = inputs.require_grad()
+    arguments, _ = inputs.arguments()
+    merged = timm_ext.fused_merge(*arguments)
+    assert merged.shape == (0,)
+    merged.sum().backward()
+    assert [leaf.grad.shape for leaf in leaves] == [(2, 0), (2, 0), (0, 2)]
+    out = torch.empty(0, device=device)
+    with torch.no_grad():
+        assert timm_ext.fused_merge(*arguments, out=out) is out
+
+
 @pytest.mark.parametrize("kind", ["expanded", "strided"])
 def test_gradients_with_any_stride(kind: str, device: torch.device) -> None:
     inputs = make_inputs(SAMPLES[0], device)

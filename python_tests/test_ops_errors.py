@@ -35,6 +35,8 @@ WRAPPER: list[tuple[Callable[[Arguments], object], str]] = [
         lambda a: a.update(mixing="mean"),
         r"mixing: expected one of 'sigmoid', 'softmax', 'ratios' \(got 'mean'\)",
     ),
+    (lambda a: a.update(theta=torch.randn(10)), r"logits: expected \[G, T\] for theta \[T, P\].*for \[10\]"),
+    (lambda a: a.update(theta=torch.randn(2, 10, 1)), r"logits: expected .* for \[2, 10, 1\]"),
     (lambda a: a.update(logits=torch.zeros(3)), r"logits: expected \[G, T\] for theta \[T, P\] \(got \[3\]"),
     (lambda a: a.update(logits=torch.zeros(3, 4)), r"got \[3, 4\] for \[2, 10\]"),
     (lambda a: a.update(logits=torch.zeros(2, 2)), r"one row for each of the 3 segments.*got 2 rows"),
@@ -52,7 +54,10 @@ WRAPPER: list[tuple[Callable[[Arguments], object], str]] = [
 ]
 
 OPERATOR: list[tuple[Callable[[Arguments], object], str]] = [
-    (lambda a: a.update(theta=torch.zeros(0, 10), logits=torch.zeros(3, 0)), "log"),
+    (
+        lambda a: a.update(theta=torch.zeros(0, 10), fisher=None, logits=torch.zeros(3, 0)),
+        r"logits must be \[G, T\] with T >= 1 \(got \[3, 0\]\)",
+    ),
     (
         lambda a: a.update(theta=torch.zeros(2, 10, dtype=torch.int32)),
         "theta must be float32, bfloat16, float16 or",
@@ -70,11 +75,26 @@ OPERATOR: list[tuple[Callable[[Arguments], object], str]] = [
         r"fisher must have the shape of theta \(got \[2, 9\] vs \[2, 10\]\)",
     ),
     (
+        lambda a: a.update(fisher=torch.rand(2, 1)),
+        r"fisher must have the shape of theta \(got \[2, 1\] vs \[2, 10\]\)",
+    ),
+    (
+        lambda a: a.update(fisher=torch.rand(10)),
+        r"fisher must have the shape of theta \(got \[10\] vs \[2, 10\]\)",
+    ),
+    (
         lambda a: a.update(fisher=torch.rand(2, 10).double()),
         r"fisher must be float32 like theta \(got float64\)",
     ),
     (lambda a: a.update(fisher=torch.rand(10, 2).T), "fisher must have stride 1 along P"),
-    (lambda a: a.update(offsets=torch.tensor([[0, 2, 5, 10]])), "log|offsets"),
+    (
+        lambda a: a.update(offsets=torch.tensor([[0, 2, 5, 10]])),
+        r"offsets must be \[S \+ 1\], contiguous \(got \[1, 4\]\)",
+    ),
+    (
+        lambda a: a.update(offsets=torch.tensor([0, -1, 2, -1, 5, -1, 10])[::2]),
+        r"offsets must be \[S \+ 1\], contiguous \(got \[4\]\)",
+    ),
     (lambda a: a.update(offsets=torch.tensor([0, 2, 5, 10]).int()), r"offsets must be int64 \(got dtype"),
     (
         lambda a: a.update(offsets=torch.tensor([0, 2, 5, 9])),
@@ -89,6 +109,10 @@ OPERATOR: list[tuple[Callable[[Arguments], object], str]] = [
         r"strictly increasing \(got 5 then 5 at segment 1\)",
     ),
     (
+        lambda a: a.update(offsets=torch.tensor([0, -2, 5, 10])),
+        r"strictly increasing \(got 0 then -2 at segment 0\)",
+    ),
+    (
         lambda a: a.update(offsets=torch.tensor([0, 12, 5, 10])),
         r"strictly increasing \(got 12 then 5 at segment 1\)",
     ),
@@ -96,9 +120,21 @@ OPERATOR: list[tuple[Callable[[Arguments], object], str]] = [
         lambda a: a.update(offsets=torch.tensor([0]), logits=torch.zeros(0, 2)),
         r"one segment or more just when P > 0 \(got 0 segments for P = 10\)",
     ),
+    (
+        lambda a: a.update(
+            theta=torch.zeros(2, 0), fisher=None, logits=torch.zeros(1, 2), offsets=torch.tensor([0, 0])
+        ),
+        r"one segment or more just when P > 0 \(got 1 segments for P = 0\)",
+    ),
     (lambda a: a.update(out=torch.empty(9)), r"out must be \[P\] = \[10\], contiguous \(got \[9\]"),
+    (lambda a: a.update(out=torch.empty(1, 10)), r"out must be.*got \[1, 10\]"),
     (lambda a: a.update(out=torch.empty(20)[::2]), r"out must be.*with strides \[2\]"),
+    (lambda a: a.update(out=torch.empty(1).expand(10)), r"out must be.*with strides \[0\]"),
     (lambda a: a.update(out=torch.empty(10).double()), r"out must be float32 like theta \(got float64\)"),
+    (
+        lambda a: a.update(out=torch.empty(10, dtype=torch.bfloat16)),
+        r"out must be float32 like theta \(got bfloat16\)",
+    ),
     (lambda a: a.update(out=a["theta"][1]), "out must not share memory with the inputs"),
     (lambda a: a.update(out=a["fisher"][0]), "out must not share memory with the inputs"),
 ]
@@ -118,6 +154,27 @@ def test_operator_refuses(spoil: Callable[[Arguments], object], message: str) ->
     spoil(arguments)
     with pytest.raises((RuntimeError, InputError), match=message):
         call(arguments)
+
+
+@pytest.mark.parametrize("plane", ["theta", "fisher"])
+@pytest.mark.parametrize("first", [5, 20, 34], ids=["head", "both rows", "tail"])
+def test_out_that_overlaps_a_plane_in_part_is_refused(plane: str, first: int) -> None:
+    arguments = good()
+    storage = torch.rand(50)
+    arguments[plane] = storage.as_strided((2, 10), (15, 1), 10)  # elements 10 to 20 and 25 to 35
+    before = storage.clone()
+    with pytest.raises(RuntimeError, match="out must not share memory with the inputs"):
+        call({**arguments, "out": storage[first : first + 10]})
+    assert torch.equal(storage, before)
+
+
+@pytest.mark.parametrize("first", [0, 35], ids=["before", "behind"])
+def test_out_beside_a_plane_in_one_storage_is_filled(first: int) -> None:
+    arguments = good()
+    storage = torch.rand(50)
+    arguments["theta"] = storage.as_strided((2, 10), (15, 1), 10)
+    expected = call(arguments)
+    assert torch.equal(call({**arguments, "out": storage[first : first + 10]}), expected)
 
 
 def operator(name: str, **changes: object) -> object:
