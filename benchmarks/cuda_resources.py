@@ -2,7 +2,11 @@
 
     python benchmarks/cuda_resources.py benchmarks/results/cuda_resources.json [--architectures 80 90]
 
-Exits 1, after the file is written, when a kernel spills registers.
+For the kernels that hold all models in registers it also works out how many warps fit on a multiprocessor and
+how many bytes they have on their way from memory when each has issued the loads of one row. By Little's law
+an H200 needs 4.8 TB/s · 0.7 µs / 132 = 25 kB per multiprocessor.
+
+Exits 1, after the file is written, when a kernel spills registers or has fewer than 32 KiB on their way.
 """
 
 import argparse
@@ -28,6 +32,11 @@ ENTRY = re.compile(
 )
 
 
+THREADS = 128  # per block: kThreads of csrc/cuda/merge_tile.h
+SHARED_MEMORY = {"sm_80": 164 << 10, "sm_90": 228 << 10}  # of a multiprocessor; a block takes 1 KiB more
+LEAST_IN_FLIGHT = 32 << 10
+
+
 def kernel_name(mangled: str) -> str:
     """Readable name: the kernel, its element type, its number of models, whether it has a Fisher."""
     kernel = re.search(r"\d([a-z][a-z_]*_kernel)I(.*)", mangled)
@@ -47,6 +56,20 @@ def kernel_name(mangled: str) -> str:
     return f"{kernel.group(1)}: {', '.join(part for part in parts if part)}"
 
 
+def occupancy(kernel: str, architecture: str, registers: int, shared: int) -> dict[str, int]:
+    """Warps on a multiprocessor and bytes of their loads of one row; empty for other kernels."""
+    packed = re.match(r"(forward|backward|planes)_kernel: (\w+), T=(\d+)(, no Fisher)?", kernel)
+    if packed is None or architecture not in SHARED_MEMORY:
+        return {}
+    name, element, models = packed[1], packed[2], int(packed[3])
+    warps = THREADS // 32
+    registers_of_block = -(-registers // 8) * 8 * THREADS
+    blocks = min(65536 // registers_of_block, SHARED_MEMORY[architecture] // (shared + 1024), 64 // warps)
+    narrow = models > 8 or (models > 5 and element != "float32")  # as vector_bytes of merge_planes.h
+    bytes_of_thread = (models * (1 if packed[4] else 2) + (name != "forward")) * (8 if narrow else 16)
+    return {"warps_per_sm": blocks * warps, "bytes_in_flight_per_sm": blocks * THREADS * bytes_of_thread}
+
+
 def compile_source(nvcc: str, source: Path, architectures: list[str], target: Path) -> str:
     """Return what ptxas says about the kernels of one file."""
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
@@ -62,18 +85,30 @@ def rows_of(report: str, source: str) -> list[dict[str, Any]]:
     rows = []
     for entry in ENTRY.finditer(report):
         shared = re.search(r"(\d+) bytes smem", entry["rest"])
-        rows.append(
-            {
-                "source": source,
-                "kernel": kernel_name(entry["name"]),
-                "architecture": entry["architecture"],
-                "registers": int(entry["registers"]),
-                "stack_bytes": int(entry["stack"]),
-                "spill_bytes": int(entry["stores"]) + int(entry["loads"]),
-                "shared_bytes": int(shared.group(1)) if shared else 0,
-            }
-        )
+        row: dict[str, Any] = {
+            "source": source,
+            "kernel": kernel_name(entry["name"]),
+            "architecture": entry["architecture"],
+            "registers": int(entry["registers"]),
+            "stack_bytes": int(entry["stack"]),
+            "spill_bytes": int(entry["stores"]) + int(entry["loads"]),
+            "shared_bytes": int(shared.group(1)) if shared else 0,
+        }
+        row |= occupancy(row["kernel"], row["architecture"], row["registers"], row["shared_bytes"])
+        rows.append(row)
     return rows
+
+
+def faults(kernels: list[dict[str, Any]]) -> list[str]:
+    """What is wrong with these kernels, one line each."""
+    found = []
+    for row in kernels:
+        name = f"{row['kernel']} ({row['architecture']})"
+        if row["spill_bytes"] or row["stack_bytes"]:
+            found.append(f"{name}: {row['spill_bytes']} bytes spilled, {row['stack_bytes']} bytes of stack")
+        if row.get("bytes_in_flight_per_sm", LEAST_IN_FLIGHT) < LEAST_IN_FLIGHT:
+            found.append(f"{name}: only {row['bytes_in_flight_per_sm']} bytes on their way")
+    return found
 
 
 def main(arguments: list[str]) -> None:
@@ -98,7 +133,6 @@ def main(arguments: list[str]) -> None:
             seconds[source.name] = round(used, 1)
             kernels += rows_of(report, source.name)
     kernels.sort(key=lambda row: (row["architecture"], row["source"], row["kernel"]))
-    spilling = [f"{row['kernel']} ({row['architecture']})" for row in kernels if row["spill_bytes"]]
     release = re.search(r"release [\d.]+, V([\d.]+)", version)
     facts = {
         "nvcc": release.group(1) if release else version,
@@ -107,8 +141,8 @@ def main(arguments: list[str]) -> None:
     }
     write_json(options.output, facts)
     print(f"{len(kernels)} kernels, at most {max(row['registers'] for row in kernels)} registers")
-    if spilling:
-        raise SystemExit("spilling: " + ", ".join(spilling))
+    if found := faults(kernels):
+        raise SystemExit("\n".join(found))
 
 
 if __name__ == "__main__":
