@@ -2,58 +2,23 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "checks.h"
-#include "math/exp.h"
+#include "cpu/kernels.h"
 #include "operators.h"
 
 namespace timm_ext {
 namespace {
 
+using cpu::Mixing;
+using torch::stable::parallel_for;
+
 constexpr const char* kOp = "log_weights";
 constexpr int64_t kRowsPerThread = 1024;
-
-enum class Mixing { kSigmoid, kSoftmax, kRatios };
 
 Mixing parse(const std::string& mixing) {
   if (mixing == "sigmoid") return Mixing::kSigmoid;
   if (mixing == "softmax") return Mixing::kSoftmax;
   check(mixing == "ratios", kOp, ": mixing must be 'sigmoid', 'softmax' or 'ratios' (got '", mixing, "')");
   return Mixing::kRatios;
-}
-
-double log_weight(Mixing mixing, double x) {
-  if (mixing == Mixing::kSoftmax) return x;
-  return mixing == Mixing::kSigmoid ? math::log_sigmoid(x) : math::log_positive(x);
-}
-
-double slope(Mixing mixing, double x) {
-  if (mixing == Mixing::kSoftmax) return 1.0;
-  if (mixing == Mixing::kSigmoid) return math::sigmoid(-x);
-  return x == 0.0 ? 0.0 : 1.0 / x;
-}
-
-template <class C>
-void forward_row(Mixing mixing, const C* x, int64_t models, C* out) {
-  double largest = -math::kInfinity;
-  for (int64_t t = 0; t < models; ++t) {
-    const double value = log_weight(mixing, x[t]);
-    largest = value > largest || value != value ? value : largest;
-  }
-  for (int64_t t = 0; t < models; ++t) out[t] = static_cast<C>(log_weight(mixing, x[t]) - largest);
-}
-
-/// The largest entry's own gradient takes what the subtraction passes on to it, -Σ grad.
-template <class C>
-void backward_row(Mixing mixing, const C* grad, const C* x, int64_t models, C* out) {
-  int64_t largest = 0;
-  double sum = 0.0;
-  for (int64_t t = 0; t < models; ++t) {
-    sum += grad[t];
-    if (x[t] > x[largest]) largest = t;  // every mixing is increasing
-  }
-  for (int64_t t = 0; t < models; ++t) {
-    const double inner = static_cast<double>(grad[t]) - (t == largest ? sum : 0.0);
-    out[t] = static_cast<C>(inner * slope(mixing, x[t]));
-  }
 }
 
 void check_logits(const Tensor& logits) {
@@ -64,18 +29,8 @@ void check_logits(const Tensor& logits) {
         dtype_name(type), ")");
 }
 
-/// Calls f(row, zero of the dtype) for all rows, in parallel.
-template <class F>
-void for_each_row(const Tensor& like, const F& f) {
-  torch::stable::parallel_for(0, like.size(0), kRowsPerThread, [&](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row) {
-      if (like.scalar_type() == ScalarType::Double) {
-        f(row, double{});
-      } else {
-        f(row, float{});
-      }
-    }
-  });
+cuda::Element element(const Tensor& logits) {
+  return logits.scalar_type() == ScalarType::Double ? cuda::Element::kFloat64 : cuda::Element::kFloat32;
 }
 
 }  // namespace
@@ -85,12 +40,10 @@ Tensor log_weights(const Tensor& logits, const std::string& mixing) {
   check_logits(logits);
   const Tensor x = torch::stable::contiguous(logits);
   const Tensor result = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
-  const int64_t models = logits.size(1);
   const void* const from = x.const_data_ptr();
   void* const to = result.mutable_data_ptr();
-  for_each_row(logits, [&](int64_t row, auto zero) {
-    using C = decltype(zero);
-    forward_row(kind, static_cast<const C*>(from) + row * models, models, static_cast<C*>(to) + row * models);
+  parallel_for(0, logits.size(0), kRowsPerThread, [&](int64_t first, int64_t last) {
+    cpu::kernels().log_weights(kind, element(logits), from, to, logits.size(1), first, last);
   });
   return result;
 }
@@ -104,15 +57,11 @@ Tensor log_weights_backward(const Tensor& grad, const Tensor& logits, const std:
   const Tensor g = torch::stable::contiguous(grad);
   const Tensor x = torch::stable::contiguous(logits);
   const Tensor result = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
-  const int64_t models = logits.size(1);
   const void* const grads = g.const_data_ptr();
   const void* const from = x.const_data_ptr();
   void* const to = result.mutable_data_ptr();
-  for_each_row(logits, [&](int64_t row, auto zero) {
-    using C = decltype(zero);
-    const int64_t begin = row * models;
-    backward_row(kind, static_cast<const C*>(grads) + begin, static_cast<const C*>(from) + begin, models,
-                 static_cast<C*>(to) + begin);
+  parallel_for(0, logits.size(0), kRowsPerThread, [&](int64_t first, int64_t last) {
+    cpu::kernels().log_weights_backward(kind, element(logits), grads, from, to, logits.size(1), first, last);
   });
   return result;
 }

@@ -21,6 +21,9 @@ using torch::stable::parallel_for;
 
 constexpr const char* kOp = "fused_merge";
 
+/// Results of this size leave the caches anyway before they are read.
+constexpr int64_t kStreamedBytes = int64_t{1} << 22;
+
 /// The rows of a [T, P] plane: unit stride along P, and rows that do not overlap.
 int64_t row_stride(const char* name, const Tensor& plane) {
   const int64_t models = plane.size(0);
@@ -99,9 +102,9 @@ void forward(const MergeInputs& in, const Tensor& theta, const Tensor& merged) {
     launch_on_device_of(kOp, theta, [&](void* stream) { return cuda::merge_forward(in, to, stream); });
     return;
   }
-  const auto& kernels = cpu::kernels().merge;
+  const bool streamed = merged.numel() * merged.element_size() >= kStreamedBytes;
   parallel_for(0, cpu::block_count(in.elements), 1,
-               [&](int64_t first, int64_t last) { kernels.forward(in, to, first, last); });
+               [&](int64_t first, int64_t last) { cpu::kernels().merge_forward(in, to, streamed, first, last); });
 }
 
 /// The gradient with a stride the kernels know: 1, or 0 when one value stands for all.
@@ -119,11 +122,10 @@ MergeGradient gradient_of(const Tensor& grad) {
 }
 
 void backward_log_weight_cpu(const MergeInputs& in, const MergeGradient& gradient, void* result) {
-  const auto& kernels = cpu::kernels().merge;
   const int64_t blocks = cpu::block_count(in.elements);
   std::vector<double> edges(static_cast<size_t>(blocks * 2 * in.models));
   parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
-    kernels.backward_log_weight(in, gradient, result, edges.data(), first, last);
+    cpu::kernels().merge_backward_log_weight(in, gradient, result, edges.data(), first, last);
   });
   cpu::stitch_edges(in, edges.data(), result);
 }
@@ -190,9 +192,9 @@ std::tuple<Tensor, Tensor> fused_merge_backward_planes(const Tensor& grad, const
                         [&](void* stream) { return cuda::merge_backward_planes(in, gradient, out, stream); });
     return {grad_theta, grad_fisher};
   }
-  const auto& kernels = cpu::kernels().merge;
-  parallel_for(0, cpu::block_count(in.elements), 1,
-               [&](int64_t first, int64_t last) { kernels.backward_planes(in, gradient, out, first, last); });
+  parallel_for(0, cpu::block_count(in.elements), 1, [&](int64_t first, int64_t last) {
+    cpu::kernels().merge_backward_planes(in, gradient, out, first, last);
+  });
   return {grad_theta, grad_fisher};
 }
 

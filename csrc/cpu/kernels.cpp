@@ -9,15 +9,19 @@
 namespace timm_ext::cpu {
 namespace {
 
+#define TIMM_EXT_TABLE(isa)                                                                                \
+  {isa::merge_forward, isa::merge_backward_log_weight, isa::merge_backward_planes, isa::square_accumulate, \
+   isa::log_weights,   isa::log_weights_backward}
+
 Kernels choose() {
 #if defined(TIMM_EXT_X86)
   const std::string isa = chosen_isa();
-  if (isa == "avx512") return {avx512::merge_kernels, avx512::square_accumulate};
-  if (isa == "avx2") return {avx2::merge_kernels, avx2::square_accumulate};
+  if (isa == "avx512") return TIMM_EXT_TABLE(avx512);
+  if (isa == "avx2") return TIMM_EXT_TABLE(avx2);
 #else
   chosen_isa();
 #endif
-  return {baseline::merge_kernels, baseline::square_accumulate};
+  return TIMM_EXT_TABLE(baseline);
 }
 
 template <class L>

@@ -23,35 +23,46 @@ constexpr int64_t kBlock = 16384;
 
 inline int64_t block_count(int64_t elements) { return (elements + kBlock - 1) / kBlock; }
 
-struct MergeKernels {
-  void (*forward)(const MergeInputs&, void* merged, int64_t first_block, int64_t last_block);
-  /// Writes the rows of segments inside one block; the sums of cut segments go to `edges` [blocks, 2, T].
-  void (*backward_log_weight)(const MergeInputs&, const MergeGradient&, void* grad_log_weight, double* edges,
-                              int64_t first_block, int64_t last_block);
-  void (*backward_planes)(const MergeInputs&, const MergeGradient&, const MergePlaneGradients&, int64_t first_block,
-                          int64_t last_block);
-};
+/// How logits become weights: σ(δ), exp(δ) or δ itself.
+enum class Mixing { kSigmoid, kSoftmax, kRatios };
 
-struct Kernels {
-  MergeKernels merge;
-  /// acc[i] += scale * g[i]² for i in [begin, end).
-  void (*square_accumulate)(const SquareAccumulateItem&, Element, double scale, int64_t begin, int64_t end);
-};
+// `streamed`: the result is too large for the caches and goes past them.
+// backward_log_weight writes the rows of segments inside one block; the sums of cut segments go to `edges`
+// [blocks, 2, T], first the segment that enters the block, then the one that leaves it.
+// square_accumulate: acc[i] += scale * g[i]² for i in [begin, end).
+// log_weights and its backward: rows of `models` logits, of Element kFloat32 or kFloat64.
+#define TIMM_EXT_KERNELS                                                                                         \
+  void merge_forward(const MergeInputs&, void* merged, bool streamed, int64_t first_block, int64_t last_block);  \
+  void merge_backward_log_weight(const MergeInputs&, const MergeGradient&, void* grad_log_weight, double* edges, \
+                                 int64_t first_block, int64_t last_block);                                       \
+  void merge_backward_planes(const MergeInputs&, const MergeGradient&, const MergePlaneGradients&,               \
+                             int64_t first_block, int64_t last_block);                                           \
+  void square_accumulate(const SquareAccumulateItem&, Element, double scale, int64_t begin, int64_t end);        \
+  void log_weights(Mixing, Element, const void* logits, void* out, int64_t models, int64_t first_row,            \
+                   int64_t last_row);                                                                            \
+  void log_weights_backward(Mixing, Element, const void* grad, const void* logits, void* out, int64_t models,    \
+                            int64_t first_row, int64_t last_row);
 
 namespace baseline {
-extern const MergeKernels merge_kernels;
-void square_accumulate(const SquareAccumulateItem&, Element, double scale, int64_t begin, int64_t end);
-}  // namespace baseline
+TIMM_EXT_KERNELS
+}
 #if defined(TIMM_EXT_X86)
 namespace avx2 {
-extern const MergeKernels merge_kernels;
-void square_accumulate(const SquareAccumulateItem&, Element, double scale, int64_t begin, int64_t end);
-}  // namespace avx2
+TIMM_EXT_KERNELS
+}
 namespace avx512 {
-extern const MergeKernels merge_kernels;
-void square_accumulate(const SquareAccumulateItem&, Element, double scale, int64_t begin, int64_t end);
-}  // namespace avx512
+TIMM_EXT_KERNELS
+}
 #endif
+
+struct Kernels {
+  decltype(&baseline::merge_forward) merge_forward;
+  decltype(&baseline::merge_backward_log_weight) merge_backward_log_weight;
+  decltype(&baseline::merge_backward_planes) merge_backward_planes;
+  decltype(&baseline::square_accumulate) square_accumulate;
+  decltype(&baseline::log_weights) log_weights;
+  decltype(&baseline::log_weights_backward) log_weights_backward;
+};
 
 /// Adds up the edges of cut segments, block by block, and writes their rows.
 void stitch_edges(const MergeInputs& inputs, const double* edges, void* grad_log_weight);

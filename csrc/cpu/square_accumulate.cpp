@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "../math/square.h"
+#include "dispatch.h"
 #include "kernels.h"
-#include "storage.h"
 
 namespace timm_ext::cpu::TIMM_EXT_ISA {
 namespace {
@@ -24,16 +24,7 @@ void accumulate(const SquareAccumulateItem& item, double scale, int64_t begin, i
 }  // namespace
 
 void square_accumulate(const SquareAccumulateItem& item, Element element, double scale, int64_t begin, int64_t end) {
-  switch (element) {
-    case Element::kFloat32:
-      return accumulate<float>(item, scale, begin, end);
-    case Element::kBFloat16:
-      return accumulate<BFloat16>(item, scale, begin, end);
-    case Element::kFloat16:
-      return accumulate<Float16>(item, scale, begin, end);
-    case Element::kFloat64:
-      return accumulate<double>(item, scale, begin, end);
-  }
+  with_storage(element, [&](auto* s) { accumulate<Pointee<decltype(s)>>(item, scale, begin, end); });
 }
 
 }  // namespace timm_ext::cpu::TIMM_EXT_ISA

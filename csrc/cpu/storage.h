@@ -65,20 +65,15 @@ TIMM_EXT_FN const C* widen(const S* from, int64_t count, C* scratch) {
   }
 }
 
-/// Where a chunk's result is computed; narrow() then brings it to the storage.
-template <class C, class S>
-TIMM_EXT_FN C* result_row(S* to, C* scratch) {
-  if constexpr (std::is_same_v<S, C>) {
-    return to;
-  } else {
-    return scratch;
-  }
-}
-
-template <class C, class S>
-TIMM_EXT_FN void narrow(S* to, int64_t count, const C* scratch) {
-  if constexpr (!std::is_same_v<S, C>) {
-    for (int64_t i = 0; i < count; ++i) from_float(to[i], scratch[i]);
+/// Values brought to storage.
+template <class S, class C>
+TIMM_EXT_FN void narrow(S* to, const C* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    if constexpr (std::is_same_v<S, C>) {
+      to[i] = from[i];
+    } else {
+      from_float(to[i], from[i]);
+    }
   }
 }
 

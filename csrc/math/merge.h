@@ -24,8 +24,10 @@
 
 namespace timm_ext::math {
 
+enum class Scaling { kFull, kNone };
+
 /// What forward and backward need of one element.
-template <class V>
+template <class V, Scaling How = Scaling::kFull>
 struct Merge {
   V scale;     // w_t = α_t (F_t scale + rest)
   V rest;      // 1 where every F is 0, else 0
@@ -37,34 +39,35 @@ struct Merge {
 };
 
 /// w_t, scaled.
-template <class Element, class V>
-TIMM_EXT_FN V merge_weight(const Element& e, const Merge<V>& m, int t) {
-  if constexpr (Element::kWeighted) {
+template <class Element, class V, Scaling How>
+TIMM_EXT_FN V merge_weight(const Element& e, const Merge<V, How>& m, int t) {
+  if constexpr (Element::kWeighted && How == Scaling::kFull) {
     return (e.fisher(t) * m.scale + m.rest) * e.alpha(t);
+  } else if constexpr (Element::kWeighted) {
+    return e.fisher(t) * e.alpha(t);
   } else {
     return V{} + e.alpha(t);
   }
 }
 
 /// ∂θ*/∂θ_t = w_t / Σ w.
-template <class V, class Element>
-TIMM_EXT_FN V merge_share(const Element& e, const Merge<V>& m, int t) {
+template <class V, Scaling How, class Element>
+TIMM_EXT_FN V merge_share(const Element& e, const Merge<V, How>& m, int t) {
   return merge_weight(e, m, t) * m.inverse;
 }
 
 /// The value brought into [lowest, highest]; NaN stays.
-template <class V>
-TIMM_EXT_FN V clamp_to_hull(const Merge<V>& m, V value) {
-  const V raised = select(value < m.lowest, m.lowest, value);
-  return select(raised > m.highest, m.highest, raised);
+template <class V, Scaling How>
+TIMM_EXT_FN V clamp_to_hull(const Merge<V, How>& m, V value) {
+  return smaller(m.highest, larger(m.lowest, value));
 }
 
-template <class V, class Element>
-TIMM_EXT_FN Merge<V> merge(const Element& e, int models) {
-  Merge<V> m;
-  if constexpr (Element::kWeighted) {
+template <class V, Scaling How = Scaling::kFull, class Element>
+TIMM_EXT_FN Merge<V, How> merge(const Element& e, int models) {
+  Merge<V, How> m;
+  if constexpr (Element::kWeighted && How == Scaling::kFull) {
     V largest = e.fisher(0);
-    for (int t = 1; t < models; ++t) largest = select(e.fisher(t) > largest, e.fisher(t), largest);
+    for (int t = 1; t < models; ++t) largest = larger(e.fisher(t), largest);
     m.scale = reciprocal_power_of_two(largest);
     m.rest = select(largest > V{}, V{}, V{} + 1);
   }
@@ -73,8 +76,8 @@ TIMM_EXT_FN Merge<V> merge(const Element& e, int models) {
   for (int t = 1; t < models; ++t) {
     const V theta = e.theta(t);
     total += merge_weight(e, m, t);
-    m.lowest = select(theta < m.lowest, theta, m.lowest);
-    m.highest = select(theta > m.highest, theta, m.highest);
+    m.lowest = smaller(theta, m.lowest);
+    m.highest = larger(theta, m.highest);
   }
   m.inverse = (V{} + 1) / total;
   V sum = merge_share(e, m, 0) * e.theta(0);
@@ -86,21 +89,23 @@ TIMM_EXT_FN Merge<V> merge(const Element& e, int models) {
 }
 
 /// θ*.
-template <class V>
-TIMM_EXT_FN V merged_value(const Merge<V>& m) {
+template <class V, Scaling How>
+TIMM_EXT_FN V merged_value(const Merge<V, How>& m) {
   return clamp_to_hull(m, m.estimate + m.shift);
 }
 
 /// θ_t - θ*.
-template <class V, class Element>
-TIMM_EXT_FN V merge_offset(const Element& e, const Merge<V>& m, int t) {
+template <class V, Scaling How, class Element>
+TIMM_EXT_FN V merge_offset(const Element& e, const Merge<V, How>& m, int t) {
   return (e.theta(t) - m.estimate) - m.shift;
 }
 
 /// ∂θ*/∂F_t = α_t (θ_t - θ*) / Σ α F; 0 where every F is 0, where the merge jumps.
-template <class V, class Element>
-TIMM_EXT_FN V merge_fisher_slope(const Element& e, const Merge<V>& m, int t) {
-  return select(m.rest > V{}, V{}, merge_offset(e, m, t) * m.inverse * e.alpha(t) * m.scale);
+template <class V, Scaling How, class Element>
+TIMM_EXT_FN V merge_fisher_slope(const Element& e, const Merge<V, How>& m, int t) {
+  const V slope = merge_offset(e, m, t) * m.inverse * e.alpha(t);
+  if constexpr (How == Scaling::kNone) return slope;
+  return select(m.rest > V{}, V{}, slope * m.scale);
 }
 
 }  // namespace timm_ext::math

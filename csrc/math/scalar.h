@@ -22,6 +22,14 @@ TIMM_EXT_FN To bit_cast(From from) {
 TIMM_EXT_FN float select(bool mask, float yes, float no) { return mask ? yes : no; }
 TIMM_EXT_FN double select(bool mask, double yes, double no) { return mask ? yes : no; }
 
+TIMM_EXT_FN float larger(float a, float b) { return a > b ? a : b; }
+TIMM_EXT_FN double larger(double a, double b) { return a > b ? a : b; }
+TIMM_EXT_FN float smaller(float a, float b) { return a < b ? a : b; }
+TIMM_EXT_FN double smaller(double a, double b) { return a < b ? a : b; }
+
+TIMM_EXT_FN uint64_t bits_of(double x) { return bit_cast<uint64_t>(x); }
+TIMM_EXT_FN double from_bits(uint64_t bits) { return bit_cast<double>(bits); }
+
 /// The exact power of two 2^-(e+1) that brings x = m·2^e (x >= 0, 1 <= m < 2) into [0.5, 1). At the ends of the range,
 /// where that power is no normal number, the nearest one that is: denormals come to [2^-23, 1), the largest to < 4.
 TIMM_EXT_FN float reciprocal_power_of_two(float x) {

@@ -7,6 +7,11 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 #include "portable.h"
 
@@ -25,6 +30,7 @@ typedef float FloatV __attribute__((vector_size(kVectorBytes)));
 typedef double DoubleV __attribute__((vector_size(kVectorBytes)));
 typedef int32_t Int32V __attribute__((vector_size(kVectorBytes)));
 typedef int64_t Int64V __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t UInt64V __attribute__((vector_size(kVectorBytes)));
 
 template <class C>
 struct VectorOf;
@@ -49,8 +55,78 @@ TIMM_EXT_FN void store(C* to, V v) {
   std::memcpy(to, &v, sizeof(V));
 }
 
+typedef float HalfFloatV __attribute__((vector_size(kVectorBytes / 2)));  // as many lanes as DoubleV
+typedef double HalfDoubleV __attribute__((vector_size(kVectorBytes / 2)));
+
+TIMM_EXT_FN void store_as(double* to, DoubleV v) { store(to, v); }
+TIMM_EXT_FN void store_as(float* to, DoubleV v) { store(to, __builtin_convertvector(v, HalfFloatV)); }
+
 TIMM_EXT_FN FloatV select(Int32V mask, FloatV yes, FloatV no) { return mask ? yes : no; }
 TIMM_EXT_FN DoubleV select(Int64V mask, DoubleV yes, DoubleV no) { return mask ? yes : no; }
+
+// x86 has a > b ? a : b in one instruction, which the compiler does not find for vectors of 64 bytes. (Masked there:
+// GCC 12 warns about its own plain form.)
+#if defined(__AVX512F__)
+#define TIMM_EXT_X86_VECTOR(name) _mm512_##name
+#define TIMM_EXT_X86_PAIR(name, a, b) _mm512_maskz_##name(-1, a, b)
+#elif defined(__AVX2__)
+#define TIMM_EXT_X86_VECTOR(name) _mm256_##name
+#define TIMM_EXT_X86_PAIR(name, a, b) _mm256_##name(a, b)
+#elif defined(__SSE2__)
+#define TIMM_EXT_X86_VECTOR(name) _mm_##name
+#define TIMM_EXT_X86_PAIR(name, a, b) _mm_##name(a, b)
+#endif
+
+#if defined(TIMM_EXT_X86_VECTOR)
+TIMM_EXT_FN FloatV larger(FloatV a, FloatV b) { return TIMM_EXT_X86_PAIR(max_ps, a, b); }
+TIMM_EXT_FN DoubleV larger(DoubleV a, DoubleV b) { return TIMM_EXT_X86_PAIR(max_pd, a, b); }
+TIMM_EXT_FN FloatV smaller(FloatV a, FloatV b) { return TIMM_EXT_X86_PAIR(min_ps, a, b); }
+TIMM_EXT_FN DoubleV smaller(DoubleV a, DoubleV b) { return TIMM_EXT_X86_PAIR(min_pd, a, b); }
+/// Store past the caches; `to` is aligned to the vector.
+TIMM_EXT_FN void stream(float* to, FloatV v) { TIMM_EXT_X86_VECTOR(stream_ps)(to, v); }
+TIMM_EXT_FN void stream(double* to, DoubleV v) { TIMM_EXT_X86_VECTOR(stream_pd)(to, v); }
+/// Makes streamed values visible to other threads.
+TIMM_EXT_FN void end_stream() { _mm_sfence(); }
+#else
+TIMM_EXT_FN FloatV larger(FloatV a, FloatV b) { return select(a > b, a, b); }
+TIMM_EXT_FN DoubleV larger(DoubleV a, DoubleV b) { return select(a > b, a, b); }
+TIMM_EXT_FN FloatV smaller(FloatV a, FloatV b) { return select(a < b, a, b); }
+TIMM_EXT_FN DoubleV smaller(DoubleV a, DoubleV b) { return select(a < b, a, b); }
+TIMM_EXT_FN void stream(float* to, FloatV v) { store(to, v); }
+TIMM_EXT_FN void stream(double* to, DoubleV v) { store(to, v); }
+TIMM_EXT_FN void end_stream() {}
+#endif
+
+TIMM_EXT_FN UInt64V bits_of(DoubleV x) { return (UInt64V)x; }
+TIMM_EXT_FN DoubleV from_bits(UInt64V bits) { return (DoubleV)bits; }
+
+/// Whether every lane lies in [smallest, largest]; not so for NaN.
+#if defined(__AVX512F__)
+TIMM_EXT_FN bool all_within(FloatV x, float smallest, float largest) {
+  const __mmask16 above = _mm512_cmp_ps_mask(x, FloatV{} + smallest, _CMP_GE_OQ);
+  return _mm512_mask_cmp_ps_mask(above, x, FloatV{} + largest, _CMP_LE_OQ) == 0xFFFF;
+}
+TIMM_EXT_FN bool all_within(DoubleV x, double smallest, double largest) {
+  const __mmask8 above = _mm512_cmp_pd_mask(x, DoubleV{} + smallest, _CMP_GE_OQ);
+  return _mm512_mask_cmp_pd_mask(above, x, DoubleV{} + largest, _CMP_LE_OQ) == 0xFF;
+}
+#elif defined(TIMM_EXT_X86_VECTOR)
+TIMM_EXT_FN bool all_within(FloatV x, float smallest, float largest) {
+  const Int32V within = (x >= smallest) & (x <= largest);
+  return TIMM_EXT_X86_VECTOR(movemask_ps)((FloatV)within) == (1 << (kVectorBytes / 4)) - 1;
+}
+TIMM_EXT_FN bool all_within(DoubleV x, double smallest, double largest) {
+  const Int64V within = (x >= smallest) & (x <= largest);
+  return TIMM_EXT_X86_VECTOR(movemask_pd)((DoubleV)within) == (1 << (kVectorBytes / 8)) - 1;
+}
+#else
+template <class V, class C>
+TIMM_EXT_FN bool all_within(V x, C smallest, C largest) {
+  bool within = true;
+  for (unsigned lane = 0; lane < sizeof(V) / sizeof(C); ++lane) within &= x[lane] >= smallest && x[lane] <= largest;
+  return within;
+}
+#endif
 
 TIMM_EXT_FN FloatV reciprocal_power_of_two(FloatV x) {
   const Int32V bits = 0x7E800000 - ((Int32V)x & 0x7F800000);
@@ -62,6 +138,53 @@ TIMM_EXT_FN DoubleV reciprocal_power_of_two(DoubleV x) {
   const Int64V bits = (int64_t{2045} << 52) - ((Int64V)x & (int64_t{2047} << 52));
   const Int64V smallest = Int64V{} + (int64_t{1} << 52);
   return (DoubleV)(bits < smallest ? smallest : bits);
+}
+
+/// The first `count` lanes, the others 0.
+TIMM_EXT_FN FloatV first_lanes(FloatV x, int64_t count) {
+  Int32V lane;
+  for (int i = 0; i < kVectorBytes / 4; ++i) lane[i] = i;
+  return select(lane < static_cast<int32_t>(count), x, FloatV{});
+}
+TIMM_EXT_FN DoubleV first_lanes(DoubleV x, int64_t count) {
+  Int64V lane;
+  for (int i = 0; i < kVectorBytes / 8; ++i) lane[i] = i;
+  return select(lane < count, x, DoubleV{});
+}
+
+/// Σ of 16 lanes that fill one or more vectors, in float64: lane i and i + 8, then i and i + 4, 2, 1.
+template <class V>
+TIMM_EXT_FN double pairwise_sum(const V* lanes) {
+#if defined(__AVX2__)
+  if constexpr (std::is_same_v<V, FloatV>) {
+    typedef double Double4 __attribute__((vector_size(32)));
+    typedef double Double2 __attribute__((vector_size(16)));
+#if defined(__AVX512F__)
+    const HalfFloatV low = __builtin_shufflevector(lanes[0], lanes[0], 0, 1, 2, 3, 4, 5, 6, 7);
+    const HalfFloatV high = __builtin_shufflevector(lanes[0], lanes[0], 8, 9, 10, 11, 12, 13, 14, 15);
+    const DoubleV eight = __builtin_convertvector(low, DoubleV) + __builtin_convertvector(high, DoubleV);
+    const Double4 four =
+        __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+#else
+    const auto quarter = [&](int vector, auto half) {
+      const FloatV x = lanes[vector];
+      const HalfFloatV part =
+          half ? __builtin_shufflevector(x, x, 4, 5, 6, 7) : __builtin_shufflevector(x, x, 0, 1, 2, 3);
+      return __builtin_convertvector(part, Double4);
+    };
+    const Double4 four = (quarter(0, false) + quarter(1, false)) + (quarter(0, true) + quarter(1, true));
+#endif
+    const Double2 two = __builtin_shufflevector(four, four, 0, 1) + __builtin_shufflevector(four, four, 2, 3);
+    return two[0] + two[1];
+  }
+#endif
+  double sums[16];
+  const auto* const values = reinterpret_cast<const decltype(+lanes[0][0])*>(lanes);
+  for (int i = 0; i < 16; ++i) sums[i] = values[i];
+  for (int half = 8; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+  }
+  return sums[0];
 }
 
 }  // namespace timm_ext::math

@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Log-weights of mixing logits, each row shifted so that its largest is 0, and their gradient.
+#include "../math/exp.h"
+#include "buffer.h"
+#include "dispatch.h"
+#include "kernels.h"
+
+namespace timm_ext::cpu::TIMM_EXT_ISA {
+namespace {
+
+using V = math::DoubleV;
+constexpr int64_t kLanes = sizeof(V) / sizeof(double);
+constexpr int64_t kChunk = 512;
+
+template <class C>
+TIMM_EXT_FN V log_weight(Mixing mixing, V x) {
+  if (mixing == Mixing::kSoftmax) return x;
+  return mixing == Mixing::kSigmoid ? math::log_sigmoid<math::kExpTerms<C>, math::kLogTerms<C>>(x)
+                                    : math::log_positive<math::kLogTerms<C>>(x);
+}
+
+template <class C>
+TIMM_EXT_FN V slope(Mixing mixing, V x) {
+  if (mixing == Mixing::kSoftmax) return V{} + 1.0;
+  if (mixing == Mixing::kSigmoid) return math::sigmoid<math::kExpTerms<C>>(-x);
+  return math::select(x == 0.0, V{}, 1.0 / x);
+}
+
+/// Calls f(first, count, values) for chunks of rows, with room for their values and a vector more.
+template <class F>
+void for_each_chunk(int64_t models, int64_t first_row, int64_t last_row, const F& f) {
+  const int64_t rows = models < kChunk ? kChunk / models : 1;
+  const Buffer<double> values(rows * models + kLanes);
+  for (int64_t row = first_row; row < last_row; row += rows) {
+    f(row, last_row - row < rows ? last_row - row : rows, values.get());
+  }
+}
+
+/// values[i] = f(x[i]), a vector at a time.
+template <class C, class F>
+TIMM_EXT_FN void map(const C* x, int64_t count, double* values, const F& f) {
+  for (int64_t i = 0; i < count; ++i) values[i] = x[i];
+  for (int64_t i = count; i < count + kLanes; ++i) values[i] = 1.0;
+  for (int64_t i = 0; i < count; i += kLanes) math::store(values + i, f(math::load<V>(values + i)));
+}
+
+template <int N, class C>
+TIMM_EXT_FN void shift_rows(const double* values, int64_t rows, int64_t count, C* out) {
+  const int64_t models = N > 0 ? N : count;
+  for (int64_t row = 0; row < rows; ++row) {
+    const double* const from = values + row * models;
+    double largest = from[0];
+    for (int64_t t = 1; t < models; ++t) largest = from[t] > largest || from[t] != from[t] ? from[t] : largest;
+    for (int64_t t = 0; t < models; ++t) out[row * models + t] = static_cast<C>(from[t] - largest);
+  }
+}
+
+/// The largest entry's own gradient takes what the shift passes on to it, -Σ grad.
+template <int N, class C>
+TIMM_EXT_FN void backward_rows(const C* grad, const C* x, const double* slopes, int64_t rows, int64_t count, C* out) {
+  const int64_t models = N > 0 ? N : count;
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t begin = row * models;
+    int64_t largest = 0;
+    double sum = 0.0;
+    for (int64_t t = 0; t < models; ++t) {
+      sum += grad[begin + t];
+      largest = x[begin + t] > x[begin + largest] ? t : largest;  // every mixing is increasing
+    }
+    for (int64_t t = 0; t < models; ++t) {
+      const double inner = static_cast<double>(grad[begin + t]) - (t == largest ? sum : 0.0);
+      out[begin + t] = static_cast<C>(inner * slopes[begin + t]);
+    }
+  }
+}
+
+}  // namespace
+
+void log_weights(Mixing mixing, Element element, const void* logits, void* out, int64_t models, int64_t first_row,
+                 int64_t last_row) {
+  with_storage(element, [&](auto* s) {
+    using C = Arithmetic<decltype(s)>;
+    for_each_chunk(models, first_row, last_row, [&](int64_t row, int64_t rows, double* values) {
+      const C* const x = static_cast<const C*>(logits) + row * models;
+      C* const to = static_cast<C*>(out) + row * models;
+      map(x, rows * models, values, [&](V value) { return log_weight<C>(mixing, value); });
+      models == 2 ? shift_rows<2>(values, rows, models, to) : shift_rows<0>(values, rows, models, to);
+    });
+  });
+}
+
+void log_weights_backward(Mixing mixing, Element element, const void* grad, const void* logits, void* out,
+                          int64_t models, int64_t first_row, int64_t last_row) {
+  with_storage(element, [&](auto* s) {
+    using C = Arithmetic<decltype(s)>;
+    for_each_chunk(models, first_row, last_row, [&](int64_t row, int64_t rows, double* values) {
+      const C* const g = static_cast<const C*>(grad) + row * models;
+      const C* const x = static_cast<const C*>(logits) + row * models;
+      C* const to = static_cast<C*>(out) + row * models;
+      map(x, rows * models, values, [&](V value) { return slope<C>(mixing, value); });
+      models == 2 ? backward_rows<2>(g, x, values, rows, models, to) : backward_rows<0>(g, x, values, rows, models, to);
+    });
+  });
+}
+
+}  // namespace timm_ext::cpu::TIMM_EXT_ISA

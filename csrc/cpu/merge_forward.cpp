@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "dispatch.h"
+#include "merge_units.h"
+
+namespace timm_ext::cpu::TIMM_EXT_ISA {
+namespace {
+
+/// Merges the units of a view into `to`.
+template <class C>
+struct MergeUnits {
+  C* to;
+  bool streamed;  // `to` is aligned to vectors and not read soon
+
+  template <class R>
+  void run(const View<C>& view) const {
+    const R rows(view);
+    for (int64_t unit = 0; unit < view.count; unit += kUnit) {
+      if (__builtin_expect(needs_no_scaling(rows, unit), 1)) {
+        merge_unit<Scaling::kNone>(rows, unit);
+      } else {
+        merge_scaled(rows, unit);
+      }
+    }
+  }
+
+ private:
+  /// Out of line: the registers of the loop around it stay its own.
+  template <class R>
+  __attribute__((noinline)) void merge_scaled(const R& rows, int64_t unit) const {
+    merge_unit<Scaling::kFull>(rows, unit);
+  }
+
+  template <Scaling How, class R>
+  TIMM_EXT_FN void merge_unit(const R& rows, int64_t unit) const {
+    using V = typename math::VectorOf<C>::type;
+    V merged[kVectors<C>];
+    for (int v = 0; v < kVectors<C>; ++v) {
+      const VectorElement<R> element{rows, unit + v * kLanes<C>};
+      merged[v] = math::merged_value(math::merge<V, How>(element, element.models()));
+    }
+    for (int v = 0; v < kVectors<C>; ++v) {
+      C* const at = to + unit + v * kLanes<C>;
+      streamed ? math::stream(at, merged[v]) : math::store(at, merged[v]);
+    }
+  }
+};
+
+template <class S, class C>
+struct ForwardVisitor {
+  S* merged;
+  bool streamed;
+  Buffer<C> scratch{kChunk};
+
+  void block_begins(int64_t) {}
+
+  void view(const View<C>& view) {
+    S* const to = merged + view.begin;
+    if constexpr (std::is_same_v<S, C>) {
+      if (view.count % kUnit == 0) {
+        const bool aligned = reinterpret_cast<uintptr_t>(to) % math::kVectorBytes == 0;
+        return with_rows(view, MergeUnits<C>{to, streamed && aligned});
+      }
+    }
+    with_rows(view, MergeUnits<C>{scratch.get(), false});
+    narrow(to, scratch.get(), view.count);
+  }
+
+  void piece(const View<C>&, int64_t, int64_t, int64_t) {}
+  void segment_ends(int64_t, bool) {}
+};
+
+}  // namespace
+
+void merge_forward(const MergeInputs& in, void* merged, bool streamed, int64_t first_block, int64_t last_block) {
+  with_storage(in.element, [&](auto* s) {
+    using S = Pointee<decltype(s)>;
+    using C = Arithmetic<decltype(s)>;
+    ForwardVisitor<S, C> visitor{static_cast<S*>(merged), streamed};
+    for_each_view<S, C>(in, first_block, last_block, visitor);
+  });
+  if (streamed) math::end_stream();
+}
+
+}  // namespace timm_ext::cpu::TIMM_EXT_ISA

@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The merge of the units of a view. Almost always Σ w lies far from both ends of the range, and then scaling the
+// Fishers changes no bit: such units take the short form, the others the full one.
+#pragma once
+
+#include "../math/merge.h"
+#include "merge_view.h"
+
+namespace timm_ext::cpu::TIMM_EXT_ISA {
+
+using math::Scaling;
+
+/// What a body may hold in registers of a View: constants instead of pointers where the number of models N is known
+/// (N = 0: it is not).
+template <class T, int N>
+struct PerModel {
+  T values[N];
+  explicit PerModel(const T* from) {
+    for (int t = 0; t < N; ++t) values[t] = from[t];
+  }
+  TIMM_EXT_FN const T& operator[](int t) const { return values[t]; }
+};
+template <class T>
+struct PerModel<T, 0> {
+  const T* values;
+  explicit PerModel(const T* from) : values(from) {}
+  TIMM_EXT_FN const T& operator[](int t) const { return values[t]; }
+};
+
+template <class C_, bool Weighted_, bool Spread_, int N_>
+struct Rows {
+  using C = C_;
+  static constexpr bool kWeighted = Weighted_;
+  static constexpr bool kSpreadAlpha = Spread_;
+  static constexpr int kModels = N_;
+
+  explicit Rows(const View<C>& view)
+      : count(view.models), theta(view.theta), fisher(Weighted_ ? view.fisher : view.theta), alpha(view.alpha) {}
+
+  TIMM_EXT_FN int models() const { return N_ > 0 ? N_ : count; }
+
+  int count;
+  PerModel<const C*, N_> theta;
+  PerModel<const C*, N_> fisher;
+  PerModel<C, Spread_ ? 0 : N_> alpha;
+};
+
+/// The inputs of the vector of elements from i on.
+template <class R>
+struct VectorElement {
+  using V = typename math::VectorOf<typename R::C>::type;
+  static constexpr bool kWeighted = R::kWeighted;
+
+  const R& rows;
+  int64_t i;
+
+  TIMM_EXT_FN V theta(int t) const { return math::load<V>(rows.theta[t] + i); }
+  TIMM_EXT_FN V fisher(int t) const { return math::load<V>(rows.fisher[t] + i); }
+  TIMM_EXT_FN auto alpha(int t) const {
+    if constexpr (R::kSpreadAlpha) {
+      return math::load<V>(&rows.alpha[t * kSpread + i]);
+    } else {
+      return rows.alpha[t];
+    }
+  }
+  TIMM_EXT_FN int models() const { return rows.models(); }
+};
+
+template <class C>
+constexpr int kLanes = sizeof(typename math::VectorOf<C>::type) / sizeof(C);
+template <class C>
+constexpr int kVectors = kUnit / kLanes<C>;
+
+/// Whether Σ w of each element lies in a range where neither w nor 1 / Σ w needs the scaling.
+template <class R>
+TIMM_EXT_FN bool needs_no_scaling(const R& rows, int64_t unit) {
+  using C = typename R::C;
+  if constexpr (!R::kWeighted) return true;
+  constexpr C bound = sizeof(C) == sizeof(float) ? C(0x1p60) : C(0x1p400);
+  bool within = true;
+  for (int v = 0; v < kVectors<C>; ++v) {
+    const VectorElement<R> element{rows, unit + v * kLanes<C>};
+    auto total = element.fisher(0) * element.alpha(0);
+    for (int t = 1; t < element.models(); ++t) total += element.fisher(t) * element.alpha(t);
+    within &= math::all_within(total, 1 / bound, bound);
+  }
+  return within;
+}
+
+template <class Body, class C, bool Weighted, bool Spread>
+void with_models(const View<C>& view, const Body& body) {
+  if constexpr (sizeof(C) == sizeof(float)) {
+    switch (view.models) {
+      case 2:
+        return body.template run<Rows<C, Weighted, Spread, 2>>(view);
+      case 3:
+        return body.template run<Rows<C, Weighted, Spread, 3>>(view);
+      case 4:
+        return body.template run<Rows<C, Weighted, Spread, 4>>(view);
+      case 5:
+        return body.template run<Rows<C, Weighted, Spread, 5>>(view);
+      case 8:
+        return body.template run<Rows<C, Weighted, Spread, 8>>(view);
+    }
+  }
+  return body.template run<Rows<C, Weighted, Spread, 0>>(view);
+}
+
+/// Calls body.template run<R>(view), R being the Rows that suit the view.
+template <class Body, class C>
+void with_rows(const View<C>& view, const Body& body) {
+  if (view.fisher != nullptr) {
+    view.spread ? with_models<Body, C, true, true>(view, body) : with_models<Body, C, true, false>(view, body);
+  } else {
+    view.spread ? with_models<Body, C, false, true>(view, body) : with_models<Body, C, false, false>(view, body);
+  }
+}
+
+/// The same, less code and slower.
+template <class Body, class C>
+void with_any_models(const View<C>& view, const Body& body) {
+  if (view.fisher != nullptr) {
+    view.spread ? body.template run<Rows<C, true, true, 0>>(view) : body.template run<Rows<C, true, false, 0>>(view);
+  } else {
+    view.spread ? body.template run<Rows<C, false, true, 0>>(view) : body.template run<Rows<C, false, false, 0>>(view);
+  }
+}
+
+}  // namespace timm_ext::cpu::TIMM_EXT_ISA
