@@ -1,5 +1,7 @@
 """Devices and processes of a run, through Lightning Fabric."""
 
+import atexit
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,13 +40,27 @@ def launch(settings: TrainSettings) -> Fabric:
             precision=settings.precision,
             strategy="ddp" if world > 1 else "auto",
         )
+        started = torch.distributed.is_initialized()
         fabric.launch()
     except (MisconfigurationException, RuntimeError, ValueError) as error:
         raise InputError(
             f"training: cannot use accelerator {settings.accelerator!r} with {devices} devices and precision "
             f"{settings.precision!r} ({' '.join(str(error).split())})"
         ) from error
+    if torch.distributed.is_initialized() and not started:
+        atexit.register(_leave_processes)
     return fabric
+
+
+def _leave_processes() -> None:
+    """End the process group while Python still runs.
+
+    gloo's threads hold finished work whose tensors they free at the end; one that needs the interpreter after
+    its end aborts the process.
+    """
+    gc.collect()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @contextmanager
