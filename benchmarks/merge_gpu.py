@@ -1,10 +1,11 @@
-"""Times `fused_merge` on the current GPU against per-layer eager PyTorch and against copying the same bytes.
+"""Times `fused_merge` on the current GPU against other ways to write it and against copying the same bytes.
 
-    python benchmarks/merge_gpu.py results.json [--elements 8260000 64000000] [--models 2 3 5] [--rounds 20]
+    python benchmarks/merge_gpu.py results.json [--elements 8260000 64000000] [--models 2 5] [--rounds 20]
 
-Each result is checked before it is timed: the forward against float64, the gradient against eager float64.
-The rivals take turns in one process; a round is one CUDA-event timing of a few calls each, and the medians
-over the rounds count.
+Rivals: per layer in eager PyTorch, the same compiled, `torch._foreach` over the layers, and one formula over
+the flat planes. Each result is checked before it is timed: ours against float64 within the bounds of the
+operator, the rivals loosely, so that they do the same work. They take turns in one process; a round is one
+CUDA-event timing of a few calls each, and the medians over the rounds count.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +57,12 @@ def layer_lengths(elements: int, layers: int = 30) -> list[int]:
     return lengths
 
 
-def make_problem(elements: int, models: int, lengths: list[int], dtype: torch.dtype) -> Problem:
-    """Draw a problem; rows of the planes are 64 elements apart from a multiple of 4 KiB, as in the bank."""
+def make_problem(
+    elements: int, models: int, lengths: list[int], dtype: torch.dtype, *, padded: bool = True
+) -> Problem:
+    """Draw a problem; padded rows lie 64 elements apart from a multiple of 4 KiB, as in the bank."""
     generator = torch.Generator("cuda").manual_seed(0)
-    stride = -(-elements // 1024) * 1024 + 64
+    stride = -(-elements // 1024) * 1024 + 64 if padded else elements
 
     def plane(draw: Callable[..., Tensor]) -> Tensor:
         storage = torch.empty(models, stride, dtype=dtype, device="cuda")
@@ -89,6 +93,28 @@ def eager_forward(p: Problem, logits: Tensor) -> Tensor:
     return torch.cat(merged)
 
 
+def foreach_forward(p: Problem, logits: Tensor) -> Tensor:
+    """All layers in a few launches per model."""
+    ratios = torch.sigmoid(logits).to(p.theta.dtype)
+    numerator: Any = None
+    denominator: Any = None
+    for t in range(p.theta.shape[0]):
+        alphas = list(ratios[:, t].unbind(0))
+        weights = torch._foreach_mul([fisher[t] for _, fisher in p.layers], alphas)
+        terms = torch._foreach_mul(weights, [theta[t] for theta, _ in p.layers])
+        numerator = torch._foreach_add(numerator, terms) if numerator else terms
+        denominator = torch._foreach_add(denominator, weights) if denominator else weights
+    return torch.cat(torch._foreach_div(numerator, denominator))
+
+
+def flat_forward(p: Problem, logits: Tensor) -> Tensor:
+    """One formula over the flat planes; the ratios are spread out to all elements."""
+    ratios = torch.sigmoid(logits).to(p.theta.dtype)
+    alpha = ratios.repeat_interleave(p.offsets.diff(), 0, output_size=p.theta.shape[1]).T
+    weight = alpha * p.fisher
+    return (weight * p.theta).sum(0) / weight.sum(0)
+
+
 def with_backward(forward: Callable[[Problem, Tensor], Tensor], p: Problem) -> Tensor:
     """The gradient of the logits for the problem's gradient of merged."""
     logits = p.logits.detach().requires_grad_()
@@ -101,6 +127,12 @@ def copy_loop(p: Problem) -> Callable[[], Any]:
     source = torch.zeros(p.traffic // 8, dtype=torch.float32, device="cuda")
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
+
+
+def triad(p: Problem) -> Callable[[], Any]:
+    """Return the loop a = b + s·c over as many bytes as a forward moves."""
+    a, b, c = torch.zeros(3, p.traffic // 12, dtype=torch.float32, device="cuda")
+    return lambda: torch.add(b, c, alpha=3.0, out=a)
 
 
 def first_elements(p: Problem, elements: int) -> Problem:
@@ -145,7 +177,7 @@ def event_milliseconds(call: Callable[[], Any]) -> float:
         call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / CALLS
+    return float(start.elapsed_time(end)) / CALLS
 
 
 def time_rivals(rivals: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float | None]:
@@ -163,35 +195,83 @@ def time_rivals(rivals: dict[str, Callable[[], Any]], rounds: int) -> dict[str, 
     return {name: statistics.median(times[name]) if name in times else None for name in rivals}
 
 
+def rival_forwards(p: Problem) -> dict[str, Callable[[Problem, Tensor], Tensor]]:
+    """The ways to write the merge that the problem's segments allow."""
+    if not p.layers:
+        return {"flat": flat_forward}
+    return {
+        "eager": eager_forward,
+        "compiled": torch.compile(eager_forward, dynamic=False),
+        "foreach": foreach_forward,
+        "flat": flat_forward,
+    }
+
+
 def make_rivals(p: Problem) -> dict[str, Callable[[], Any]]:
-    """Every way to do the work, and the copy that bounds it."""
+    """Every way to do the work, and the loops that bound it."""
     out = torch.empty(p.theta.shape[1], dtype=p.theta.dtype, device="cuda")
     rows = torch.log(torch.sigmoid(p.logits))
     forward = torch.ops.timm_ext.fused_merge.out
     backward = torch.ops.timm_ext.fused_merge_backward_log_weight
     rivals: dict[str, Callable[[], Any]] = {
         "copy": copy_loop(p),
+        "triad": triad(p),
         "forward": lambda: timm_ext.fused_merge(p.theta, p.fisher, p.logits, p.offsets, out=out),
         "forward_kernel": lambda: forward(p.theta, p.fisher, rows, p.offsets, out=out),
         "backward_kernel": lambda: backward(p.gradient, p.theta, p.fisher, rows, p.offsets),
         "forward_backward": lambda: with_backward(fused_forward, p),
     }
-    if p.layers:
-        rivals["eager_forward"] = lambda: eager_forward(p, p.logits)
-        rivals["eager_forward_backward"] = lambda: with_backward(eager_forward, p)
+    for name, call in rival_forwards(p).items():
+        rivals[f"{name}_forward"] = partial(call, p, p.logits)
+        rivals[f"{name}_forward_backward"] = partial(with_backward, call, p)
     return rivals
 
 
+def check_rivals(p: Problem) -> None:
+    """Stop when a rival's forward is not the merge; in half precision theirs is coarse."""
+    bound = 1e-3 if p.theta.dtype == torch.float32 else 0.25
+    expected = fused_forward(p, p.logits).float()
+    for name, call in rival_forwards(p).items():
+        try:
+            error = (call(p, p.logits).float() - expected).abs().max()
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            continue
+        if not error <= bound:
+            raise SystemExit(f"merge_gpu: {name} is off by {float(error)}")
+
+
+def extra_memory(p: Problem, call: Callable[[Problem, Tensor], Tensor]) -> float | None:
+    """Peak memory of a forward and backward beyond what was there, in units of the output."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    try:
+        with_backward(call, p)
+        torch.cuda.synchronize()
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return None
+    peak = torch.cuda.max_memory_allocated() - before
+    return round(peak / (p.theta.shape[1] * p.theta.element_size()), 3)
+
+
 def measure(elements: int, models: int, segments: str, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
-    """One row of the result: errors, times, and fractions of the copy bandwidth."""
+    """One row of the result: errors, times, fractions of the copy bandwidth, and memory."""
+    torch.compiler.reset()  # else torch.compile gives up after a few shapes
+    if segments == "unaligned":
+        elements |= 1  # rows of contiguous planes then start off a vector
     lengths = layer_lengths(elements)
     if segments == "kernels":
         lengths = [KERNEL] * (elements // KERNEL)
         elements = sum(lengths)
-    p = make_problem(elements, models, lengths, dtype)
+    p = make_problem(elements, models, lengths, dtype, padded=segments != "unaligned")
     errors = verify(p)
     if max(errors.values()) > 1:
         raise SystemExit(f"merge_gpu: P={elements} T={models} {segments} {dtype}: beyond the bound: {errors}")
+    check_rivals(p)
+    memory = {"fused": extra_memory(p, fused_forward)}
+    memory |= {name: extra_memory(p, call) for name, call in rival_forwards(p).items()}
     times = time_rivals(make_rivals(p), rounds)
     return {
         "elements": elements,
@@ -203,8 +283,18 @@ def measure(elements: int, models: int, segments: str, dtype: torch.dtype, round
         "copy_gigabytes_per_second": p.traffic / times["copy"] / 1e6 if times["copy"] else None,
         "forward_of_copy": _ratio(times["copy"], times["forward_kernel"]),
         "backward_of_copy": _ratio(times["copy"], times["backward_kernel"]),
-        "forward_speedup": _ratio(times.get("eager_forward"), times["forward"]),
-        "forward_backward_speedup": _ratio(times.get("eager_forward_backward"), times["forward_backward"]),
+        "extra_memory_of_output": memory,
+        **speedups(times),
+    }
+
+
+def speedups(times: dict[str, float | None]) -> dict[str, float | None]:
+    """How many times longer each rival takes than `fused_merge`."""
+    return {
+        f"{name}_speedup": _ratio(times[name], times[ours])
+        for ours in ("forward", "forward_backward")
+        for name in times
+        if name != ours and name.endswith(f"_{ours}")
     }
 
 
@@ -231,8 +321,8 @@ def main(arguments: list[str]) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("output", type=Path)
-    parser.add_argument("--elements", type=int, nargs="+", default=[8_260_000, 64_000_000])
-    parser.add_argument("--models", type=int, nargs="+", default=[2, 3, 5])
+    parser.add_argument("--elements", type=int, nargs="+", default=[1_000_000, 8_260_000, 64_000_000])
+    parser.add_argument("--models", type=int, nargs="+", default=[2, 3, 5, 8])
     parser.add_argument(
         "--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16"]
     )
@@ -244,7 +334,7 @@ def main(arguments: list[str]) -> None:
     for dtype in options.dtypes:
         for elements in options.elements:
             for models in options.models:
-                for segments in ("layers", "kernels"):
+                for segments in ("layers", "kernels", "unaligned"):
                     row = measure(elements, models, segments, getattr(torch, dtype), options.rounds)
                     rows.append(row)
                     print(json.dumps(row), flush=True)

@@ -3,8 +3,9 @@
 #
 #     tools/gpu_check.sh OUT [STEP...]
 #
-# Steps, all of them by default: environment, build (the package, into OUT/work), pytest (operators, no skip allowed),
-# cases (the kernels without torch), sanitizers (compute-sanitizer on those), benchmark.
+# Steps, all of them by default: environment, build (the package, into OUT/work), pytest (operators, no skip for want of
+# a GPU), resources (registers and spills), cases (the kernels without torch), sanitizers (compute-sanitizer's memcheck,
+# racecheck, initcheck and synccheck on those), benchmark.
 # Needs python3 with torch >= 2.10, setuptools, pybind11, pytest and hypothesis; nvcc, cmake, ninja, compute-sanitizer.
 # PYTHON and CUDA_ARCHITECTURES (default: that of the GPU) may be set. Every step writes OUT/STEP.log; the verdicts,
 # with the environment and the results, go to OUT/gpu_check.json. Exits 1 when a step failed.
@@ -13,12 +14,12 @@
 # shellcheck disable=SC2329
 set -uo pipefail
 
-usage="usage: tools/gpu_check.sh OUT [environment|build|pytest|cases|sanitizers|benchmark ...]"
+usage="usage: tools/gpu_check.sh OUT [environment|build|pytest|resources|cases|sanitizers|benchmark ...]"
 [ $# -ge 1 ] || { echo "$usage" >&2; exit 2; }
 mkdir -p "$1" || exit 1
 out="$(cd "$1" && pwd)"
 shift
-[ $# -gt 0 ] || set -- environment build pytest cases sanitizers benchmark
+[ $# -gt 0 ] || set -- environment build pytest resources cases sanitizers benchmark
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 root="$PWD"
 python="${PYTHON:-python3}"
@@ -73,7 +74,11 @@ pytest() {
   # The tests are copied: beside the sources, "import timm_ext" would find the source folder.
   rm -rf "$work/python_tests" && cp -r "$root/python_tests" "$root/pyproject.toml" "$work" || return 1
   FAIL_WITHOUT_CUDA=1 in_package "$python" -m pytest -q -p no:cacheprovider --junitxml="$out/pytest.xml" \
-    python_tests/test_ops.py
+    python_tests/test_ops*.py
+}
+
+resources() {
+  in_package "$python" "$root/benchmarks/cuda_resources.py" "$out/cuda_resources.json"
 }
 
 build_cases() {
@@ -131,6 +136,7 @@ result = {
     "environment": read("environment.json"),
     "steps": steps,
     "pytest": dict(re.findall(r'(tests|failures|errors|skipped)="(\d+)"', suite.group())) if suite else None,
+    "resources": read("cuda_resources.json"),
     "cases": counts[-1] if counts else None,
     "sanitizers": verdicts,
     "merge_float32": read("merge_gpu.json"),
@@ -144,7 +150,7 @@ PY
 failed=0
 for step in "$@"; do
   case "$step" in
-    environment | build | pytest | cases | sanitizers | benchmark) ;;
+    environment | build | pytest | resources | cases | sanitizers | benchmark) ;;
     *)
       echo "gpu_check: unknown step '$step'; $usage" >&2
       exit 2
