@@ -37,16 +37,19 @@ struct LaneSums {
 
   /// The element just added was the last of `segment`. A second segment that ends in a lane lies wholly in it.
   __device__ __forceinline__ void end_segment(int segment, int64_t first, const TileSums<Compute>& sums) {
-    TIMM_EXT_UNROLL
-    for (int t = 0; t < kModels; ++t) {
-      if (ended < 0) {
-        head[t] = open[t];
-      } else if (t < sums.models) {
-        sums.close(first + segment, t, open[t]);
+    if (ended < 0) {
+      ended = segment;
+      TIMM_EXT_UNROLL
+      for (int t = 0; t < kModels; ++t) head[t] = open[t];
+    } else {
+      Compute* const row = sums.row(first + segment);
+      TIMM_EXT_UNROLL
+      for (int t = 0; t < kModels; ++t) {
+        if (t < sums.models) row[t] = open[t];
       }
-      open[t] = 0;
     }
-    if (ended < 0) ended = segment;
+    TIMM_EXT_UNROLL
+    for (int t = 0; t < kModels; ++t) open[t] = 0;
   }
 
   /// Adds up the segments that cross lanes: a segmented scan whose segments start after each lane where one ended.

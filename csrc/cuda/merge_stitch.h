@@ -45,9 +45,11 @@ struct TileSums {
     if (segment == open) {
       edges.head[t * tiling.tiles + tile] = sum;
     } else {
-      rows[segment * models + t] = sum;
+      row(segment)[t] = sum;
     }
   }
+
+  __device__ __forceinline__ Compute* row(int64_t segment) const { return rows + segment * models; }
 
   /// The sum of a segment that goes on after the tile.
   __device__ __forceinline__ void leave(int64_t segment, int t, Compute sum) const {
