@@ -61,9 +61,13 @@ class Item:
         return self.theta[0].nbytes
 
     @property
-    def nbytes_read(self) -> int:
-        """Bytes that are read for it."""
-        return self.nbytes if self.copied else sum(place.nbytes for place in self.theta + self.fisher)
+    def read(self) -> tuple[Place, ...]:
+        """The places that are read for it."""
+        return self.theta[:1] if self.copied else self.theta + self.fisher
+
+    def offset_in(self, place: Place, offset: int) -> int:
+        """Return the offset in the bytes of one place, whose elements may be wider, for one in the output."""
+        return offset * place.nbytes // self.nbytes
 
 
 @dataclass(frozen=True)
@@ -204,33 +208,39 @@ class _Merger:
         """Merge and write a block, and return the number of bytes that were read for it."""
         header = block.output.header[block.begin : block.end]
         self._out_bytes[: len(header)] = header
-        count = 0
-        for start, item in block.items:
-            end = min(start + item.nbytes, block.end)
-            for first in range(max(start, block.begin), end, CHUNK):
-                out = self._out[first - block.begin : min(first + CHUNK, end) - block.begin]
-                count += self._merge(item, first - start, out)
+        parts = [
+            (item, max(block.begin - start, 0), min(block.end - start, item.nbytes))
+            for start, item in block.items
+        ]
+        for item, begin, end in parts:
+            for place in item.read:
+                self._files.announce(place, item.offset_in(place, begin), item.offset_in(place, end))
+        at = len(header)
+        for item, begin, end in parts:
+            for first in range(begin, end, CHUNK):
+                last = min(first + CHUNK, end)
+                self._merge(item, first, self._out[at : at + last - first])
+                at += last - first
         length = -(-(block.end - block.begin) // _SECTOR) * _SECTOR
         self._files.write(block.output.path, self._out_bytes[:length], block.begin)
-        return count
+        return sum(
+            item.offset_in(place, end) - item.offset_in(place, begin)
+            for item, begin, end in parts
+            for place in item.read
+        )
 
-    def _merge(self, item: Item, offset: int, out: Tensor) -> int:
+    def _merge(self, item: Item, offset: int, out: Tensor) -> None:
         """Merge the bytes of an item from `offset` on into `out`."""
-        nbytes = out.numel()
         if item.copied:
             self._files.read(item.theta[0], offset, out.numpy().data)
-            return nbytes
-        theta = self._read("theta", item.theta, offset, nbytes)
+            return
+        out = out.view(DTYPES[item.theta[0].dtype])
+        theta = self._read("theta", item.theta, offset, out.numel())
         fisher = None
-        read = len(item.theta) * nbytes
         if item.fisher:
-            elements = theta.shape[1]
-            width = DTYPES[item.fisher[0].dtype].itemsize
-            fisher = self._read("fisher", item.fisher, offset // theta.itemsize * width, elements * width)
-            read += len(item.fisher) * elements * width
+            fisher = self._read("fisher", item.fisher, item.offset_in(item.fisher[0], offset), out.numel())
             _check_fisher(fisher, item)
-        self._merge_rows(theta, fisher, out.view(theta.dtype), item)
-        return read
+        self._merge_rows(theta, fisher, out, item)
 
     def _merge_rows(self, theta: Tensor, fisher: Tensor | None, out: Tensor, item: Item) -> None:
         kept = None if isfinite(theta.sum()) else _non_finite(theta, item)
@@ -255,10 +265,9 @@ class _Merger:
     def _as(self, use: str, rows: Tensor, dtype: torch.dtype) -> Tensor:
         return rows if rows.dtype == dtype else self._plane(use, dtype, rows.shape[1]).copy_(rows)
 
-    def _read(self, use: str, places: Sequence[Place], offset: int, nbytes: int) -> Tensor:
-        """Read bytes of a tensor of every model as `[T, n]` elements."""
-        dtype = DTYPES[places[0].dtype]
-        rows = self._plane(use, dtype, nbytes // dtype.itemsize)
+    def _read(self, use: str, places: Sequence[Place], offset: int, elements: int) -> Tensor:
+        """Read a tensor of every model from the byte `offset` on, as `[T, elements]`."""
+        rows = self._plane(use, DTYPES[places[0].dtype], elements)
         for row, place in zip(rows.view(torch.uint8), places, strict=True):
             self._files.read(place, offset, row.numpy().data)
         return rows
@@ -313,6 +322,18 @@ class Files:
         for descriptor in self._open.values():
             os.close(descriptor)
         self._open.clear()
+
+    def announce(self, place: Place, begin: int, end: int) -> None:
+        """Have bytes of a tensor brought into the page cache, from several files at once.
+
+        Raises:
+            InputError: the file cannot be read.
+        """
+        try:
+            descriptor = self._descriptor(place.file, os.O_RDONLY)
+            os.posix_fadvise(descriptor, place.begin + begin, end - begin, os.POSIX_FADV_WILLNEED)
+        except OSError as error:
+            raise InputError(f"{place.file}: cannot be read ({error.strerror})") from error
 
     def read(self, place: Place, offset: int, target: memoryview) -> None:
         """Fill `target` with the bytes of a tensor from `offset` on.

@@ -242,9 +242,8 @@ def _fill_shards(like: Shards, shard_size: int) -> list[list[str]]:
 def _plan_shard(file_name: str, tensors: Mapping[str, Place], metadata: Mapping[str, str]) -> ShardPlan:
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
-    for name in sorted(
-        tensors, key=lambda name: -_ELEMENT.get(tensors[name].dtype, 1)
-    ):  # so that all are aligned
+    widest_first = sorted(tensors, key=lambda name: -_ELEMENT.get(tensors[name].dtype, 1))
+    for name in widest_first:  # so that all are aligned
         place = tensors[name]
         entries[name] = {
             "dtype": place.dtype,
@@ -255,9 +254,7 @@ def _plan_shard(file_name: str, tensors: Mapping[str, Place], metadata: Mapping[
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     header = len(text).to_bytes(8, "little") + text
-    begins = {
-        name: len(header) + entries[name]["data_offsets"][0] for name in entries if name != "__metadata__"
-    }
+    begins = {name: len(header) + entries[name]["data_offsets"][0] for name in widest_first}
     return ShardPlan(file_name, header, begins, len(header) + end)
 
 

@@ -92,17 +92,17 @@ def merge_checkpoints(
     _check_ratios(ratios, models)
     _check_tensors(models)
     _check_fishers(planes, models)
-    about = _provenance(models, planes, ratios, hashes)
     folder = out.suffix != ".safetensors"
     if shard_size is not None and not (folder and shard_size > 0):
         raise InputError(
             f"shards of {shard_size} bytes: expected more than 0, and a folder for them (got {out})"
         )
+    _check_room(out, folder=folder, nbytes=models[0].nbytes)
+    about = _provenance(models, planes, ratios, hashes)
     plans = plan_shards(models[0], None if folder else out.name, shard_size, models[0].metadata | about)
-    _check_room(out, folder=folder, nbytes=sum(plan.nbytes for plan in plans))
     items = _items(models, planes)
     _check_copied([item for item in items.values() if item.copied])
-    total = sum(item.nbytes_read for item in items.values())
+    total = sum(place.nbytes for item in items.values() for place in item.read)
     count = _Counter(total, progress)
     threads = workers or min(2 * len(os.sched_getaffinity(0)), _MOST_WORKERS)
     with (_whole_folder if folder else atomic_write)(out) as place:
