@@ -106,9 +106,11 @@ sanitizers() {
 }
 
 benchmark() {
-  in_package "$python" "$root/benchmarks/merge_gpu.py" "$out/merge_gpu.json" &&
-    in_package "$python" "$root/benchmarks/merge_gpu.py" "$out/merge_gpu_bfloat16.json" \
-      --dtypes bfloat16 --elements 64000000 --rounds 10
+  # Run from the work folder: the package of the checkout, which is not built, must not be found.
+  ln -sfn "$root/benchmarks" "$work/benchmarks"
+  in_package "$python" -m benchmarks.merge "$out/merge_cuda.json" --device cuda --segments layers kernels unaligned &&
+    in_package "$python" -m benchmarks.merge "$out/merge_cuda_bfloat16.json" --device cuda --dtype bfloat16 \
+      --elements 64000000 --rounds 10
 }
 
 summary() {
@@ -139,8 +141,8 @@ result = {
     "resources": read("cuda_resources.json"),
     "cases": counts[-1] if counts else None,
     "sanitizers": verdicts,
-    "merge_float32": read("merge_gpu.json"),
-    "merge_bfloat16": read("merge_gpu_bfloat16.json"),
+    "merge_float32": read("merge_cuda.json"),
+    "merge_bfloat16": read("merge_cuda_bfloat16.json"),
 }
 (out / "gpu_check.json").write_text(json.dumps(result, indent=2) + "\n")
 PY

@@ -57,22 +57,35 @@ TIMM_EXT_FN void shift_rows(const double* values, int64_t rows, int64_t count, C
 }
 
 /// The largest entry's own gradient takes what the shift passes on to it, -Σ grad.
-template <int N, class C>
-TIMM_EXT_FN void backward_rows(const C* grad, const C* x, const double* slopes, int64_t rows, int64_t count, C* out) {
-  const int64_t models = N > 0 ? N : count;
+template <class C>
+TIMM_EXT_FN void backward_rows(const C* grad, const C* x, const double* slopes, int64_t rows, int64_t models, C* out) {
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t begin = row * models;
     int64_t largest = 0;
     double sum = 0.0;
     for (int64_t t = 0; t < models; ++t) {
       sum += grad[begin + t];
-      largest = x[begin + t] > x[begin + largest] ? t : largest;  // every mixing is increasing
+      if (x[begin + t] > x[begin + largest]) largest = t;  // every mixing is increasing
     }
     for (int64_t t = 0; t < models; ++t) {
-      const double inner = static_cast<double>(grad[begin + t]) - (t == largest ? sum : 0.0);
-      out[begin + t] = static_cast<C>(inner * slopes[begin + t]);
+      out[begin + t] = static_cast<C>((grad[begin + t] - (t == largest ? sum : 0.0)) * slopes[begin + t]);
     }
   }
+}
+
+/// The same for rows of two, a vector of them at a time.
+template <class C>
+TIMM_EXT_FN void backward_pairs(const C* grad, const C* x, const double* slopes, int64_t rows, C* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= 2 * rows; i += kLanes) {
+    const V logits = math::load_doubles(x + i), other = math::swap_pairs(logits);
+    const V g = math::load_doubles(grad + i);
+    V first;
+    for (int64_t lane = 0; lane < kLanes; ++lane) first[lane] = 1.0 - lane % 2;
+    const V largest = math::select(logits > other, V{} + 1.0, math::select(other > logits, V{}, first));
+    math::store_as(out + i, (g - largest * (g + math::swap_pairs(g))) * math::load<V>(slopes + i));
+  }
+  backward_rows(grad + i, x + i, slopes + i, rows - i / 2, 2, out + i);
 }
 
 }  // namespace
@@ -99,7 +112,7 @@ void log_weights_backward(Mixing mixing, Element element, const void* grad, cons
       const C* const x = static_cast<const C*>(logits) + row * models;
       C* const to = static_cast<C*>(out) + row * models;
       map(x, rows * models, values, [&](V value) { return slope<C>(mixing, value); });
-      models == 2 ? backward_rows<2>(g, x, values, rows, models, to) : backward_rows<0>(g, x, values, rows, models, to);
+      models == 2 ? backward_pairs(g, x, values, rows, to) : backward_rows(g, x, values, rows, models, to);
     });
   });
 }

@@ -54,8 +54,14 @@ TIMM_EXT_FN void for_unit_terms(const R& rows, const C* gradient, int64_t unit, 
   using V = typename math::VectorOf<C>::type;
   for (int v = 0; v < kVectors<C>; ++v) {
     const VectorElement<R> element{rows, unit + v * kLanes<C>};
-    const auto m = math::merge<V, How>(element, element.models());
     const V g = math::load<V>(gradient + element.i);
+    if (element.models() == 2) {
+      const V term = g * math::merge_exchange<V, How>(element);
+      sink.take(0, v, unit, term);
+      sink.take(1, v, unit, -term);
+      continue;
+    }
+    const auto m = math::merge<V, How>(element, element.models());
     for (int t = 0; t < element.models(); ++t) {
       sink.take(t, v, unit, g * math::merge_offset(element, m, t) * math::merge_share(element, m, t));
     }
@@ -174,6 +180,20 @@ class BackwardVisitor {
     for (int t = 0; t < view.models; ++t) sums_.get()[t] += term_sum(terms_.get() + t * kChunk + from, to - from);
   }
 
+  void whole_segments(const View<C>& view, int64_t first, int64_t last) {
+    const C* const terms = terms_.get() - view.begin;
+    for (int64_t segment = first; segment < last; ++segment) {
+      const int64_t begin = in_.offsets[segment], count = in_.offsets[segment + 1] - begin;
+      C* const row = result_ + segment * view.models;
+      row[0] = static_cast<C>(term_sum(terms + begin, count));
+      if (view.models == 2) {
+        row[1] = -row[0];
+        continue;
+      }
+      for (int t = 1; t < view.models; ++t) row[t] = static_cast<C>(term_sum(terms + t * kChunk + begin, count));
+    }
+  }
+
   void segment_ends(int64_t segment, bool cut) {
     const bool enters = in_.offsets[segment] > block_;
     double* const edge = edges_ + (block_ / kBlock * 2 + enters) * in_.models;
@@ -213,7 +233,7 @@ void merge_backward_log_weight(const MergeInputs& in, const MergeGradient& gradi
     using S = Pointee<decltype(s)>;
     using C = Arithmetic<decltype(s)>;
     BackwardVisitor<S, C> visitor(in, gradient, static_cast<C*>(grad_log_weight), edges);
-    for_each_view<S, C>(in, first_block, last_block, visitor);
+    Walk<S, C, decltype(visitor)>(in, visitor).blocks(first_block, last_block);
   });
 }
 

@@ -66,6 +66,7 @@ struct ForwardVisitor {
   }
 
   void piece(const View<C>&, int64_t, int64_t, int64_t) {}
+  void whole_segments(const View<C>&, int64_t, int64_t) {}
   void segment_ends(int64_t, bool) {}
 };
 
@@ -76,7 +77,7 @@ void merge_forward(const MergeInputs& in, void* merged, bool streamed, int64_t f
     using S = Pointee<decltype(s)>;
     using C = Arithmetic<decltype(s)>;
     ForwardVisitor<S, C> visitor{static_cast<S*>(merged), streamed};
-    for_each_view<S, C>(in, first_block, last_block, visitor);
+    Walk<S, C, decltype(visitor)>(in, visitor).blocks(first_block, last_block);
   });
   if (streamed) math::end_stream();
 }

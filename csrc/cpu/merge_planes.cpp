@@ -66,6 +66,7 @@ class PlanesVisitor {
   }
 
   void piece(const View<C>&, int64_t, int64_t, int64_t) {}
+  void whole_segments(const View<C>&, int64_t, int64_t) {}
   void segment_ends(int64_t, bool) {}
 
  private:
@@ -99,7 +100,7 @@ void merge_backward_planes(const MergeInputs& in, const MergeGradient& gradient,
     using S = Pointee<decltype(s)>;
     using C = Arithmetic<decltype(s)>;
     PlanesVisitor<S, C> visitor(in, gradient, out);
-    for_each_view<S, C>(in, first_block, last_block, visitor);
+    Walk<S, C, decltype(visitor)>(in, visitor).blocks(first_block, last_block);
   });
 }
 

@@ -71,7 +71,7 @@ class ViewReader {
     return {begin, count, false, active_, index_.get(), rows_.get(), fisher_rows(), alpha_.get()};
   }
 
-  /// Sets a view of a chunk with pieces of the segments [first, last]; false where a model has no weight somewhere.
+  /// Sets a view of a chunk with pieces of the segments [first, last]; false where a weight is 0 or NaN.
   bool of_segments(int64_t first, int64_t last, int64_t begin, int64_t count, View<C>& view) {
     if (!spread_weights(first, last, begin, count)) return false;
     set_rows(nullptr, in_.models, begin, count);
@@ -110,11 +110,10 @@ class ViewReader {
     return padded_row(static_cast<const S*>(plane) + offset, count, scratch_.get() + slot * kChunk, padding);
   }
 
-  /// α of the segments, each over its elements; false where one is 0.
+  /// Weights of the segments, each over its elements; false where one is 0 or NaN.
   bool spread_weights(int64_t first, int64_t last, int64_t begin, int64_t count) {
     const int64_t models = in_.models;
-    set_differences(first, last - first + 1);
-    if (!set_relative_weights((last - first + 1) * models)) return false;
+    if (!set_relative_weights(first, last)) return false;
     const C* alpha = relative_.get();
     for (int64_t s = first; s <= last; ++s) {
       const int64_t from = in_.offsets[s] > begin ? in_.offsets[s] - begin : 0;
@@ -133,47 +132,42 @@ class ViewReader {
     }
   }
 
-  /// Differences of log-weights to their row's maximum. NaN, +inf or a row of -inf give NaN.
-  void set_differences(int64_t first, int64_t rows) {
-    switch (in_.models) {
-      case 2:
-        return set_differences_of<2>(first, rows);
-      case 3:
-        return set_differences_of<3>(first, rows);
-      default:
-        return set_differences_of<0>(first, rows);
-    }
+  /// Weights of the segments [first, last], up to a factor of their row; false where one is 0.
+  bool set_relative_weights(int64_t first, int64_t last) {
+    const int64_t count = (last - first + 1) * in_.models;
+    const C* const log_weight = static_cast<const C*>(in_.log_weight) + first * in_.models;
+    // Rows as log_weights() gives them, and without small weights, need no look at their maximum.
+    return exponentials(log_weight, count) || exponentials(differences(log_weight, last - first + 1), count);
   }
 
-  template <int N>
-  void set_differences_of(int64_t first, int64_t rows) {
-    const int64_t models = N > 0 ? N : in_.models;
-    const C* const log_weight = static_cast<const C*>(in_.log_weight) + first * models;
-    double* const values = differences_.get();
-    for (int64_t row = 0; row < rows; ++row) {
-      C largest = log_weight[row * models];
-      for (int64_t t = 1; t < models; ++t) largest = math::larger(log_weight[row * models + t], largest);
-      for (int64_t t = 0; t < models; ++t) {
-        values[row * models + t] = double(log_weight[row * models + t]) - double(largest);
-      }
-    }
-  }
-
-  /// Relative weights of the first differences; false where one is 0.
-  bool set_relative_weights(int64_t count) {
+  /// relative_ = exp(x); false where an x is not in [-69, 0], in which the weights are above 0.
+  bool exponentials(const C* x, int64_t count) {
     using V = math::DoubleV;
     constexpr int64_t width = sizeof(V) / sizeof(double);
-    double* const differences = differences_.get();
-    for (int64_t i = count; i < count + width; ++i) differences[i] = 0;
-    V smallest = V{} + 1;
-    for (int64_t i = 0; i < count; i += width) {
-      const V weight = math::weight_below_maximum<C>(math::load<V>(differences + i));
-      smallest = math::smaller(weight, smallest);
-      math::store_as(relative_.get() + i, weight);
+    bool within = true;
+    int64_t i = 0;
+    for (; i + width <= count; i += width) within &= exponential(math::load_doubles(x + i), i);
+    if (i == count) return within;
+    C rest[width] = {};
+    std::memcpy(rest, x + i, (count - i) * sizeof(C));
+    return within & exponential(math::load_doubles(rest), i);
+  }
+
+  TIMM_EXT_FN bool exponential(math::DoubleV x, int64_t i) {
+    math::store_as(relative_.get() + i, math::exp_nonpositive<math::kExpTerms<C>>(x));
+    return math::all_within(x, -69.0, 0.0);
+  }
+
+  /// Log-weights minus their row's largest. NaN, +inf or a row of -inf give NaN.
+  const C* differences(const C* log_weight, int64_t rows) {
+    for (int64_t row = 0; row < rows; ++row) {
+      const C* const from = log_weight + row * in_.models;
+      const double largest = math::row_maximum(from, in_.models);
+      for (int64_t t = 0; t < in_.models; ++t) {
+        differences_.get()[row * in_.models + t] = static_cast<C>(from[t] - largest);
+      }
     }
-    bool all = true;
-    for (int64_t lane = 0; lane < width; ++lane) all &= smallest[lane] != 0;
-    return all;
+    return differences_.get();
   }
 
   const MergeInputs& in_;
@@ -182,7 +176,7 @@ class ViewReader {
   Buffer<int64_t> index_;
   Buffer<C> alpha_;
   Buffer<C> spread_;
-  Buffer<double> differences_;
+  Buffer<C> differences_;
   Buffer<C> relative_;
   int64_t segment_ = -1;
   int active_ = 0;
@@ -200,40 +194,73 @@ const C* gradient_row(const MergeGradient& gradient, const View<C>& view, C* scr
 
 /// Walks the blocks and calls, in order:
 ///   visitor.block_begins(begin)
-///   visitor.view(view)                     elements of one segment, or of several where view.spread
-///   visitor.piece(view, segment, from, to) after a spread view, for each segment's part [from, to) of it
-///   visitor.segment_ends(segment, cut)     after its last part in this block; cut: others lie in other blocks
+///   visitor.view(view)                          elements of one segment, or of several where view.spread
+///   visitor.piece(view, segment, from, to)      of a spread view, elements [from, to) of a segment that is cut
+///   visitor.whole_segments(view, first, last)   of a spread view, the segments [first, last) that it holds whole
+///   visitor.segment_ends(segment, cut)          after its last view or piece in this block; cut: others lie in other
+///                                               blocks
 template <class S, class C, class Visitor>
-void for_each_view(const MergeInputs& in, int64_t first_block, int64_t last_block, Visitor& visitor) {
-  ViewReader<S, C> reader(in);
-  View<C> view;
-  for (int64_t block = first_block; block < last_block; ++block) {
-    const int64_t begin = block * kBlock;
-    const int64_t end = begin + kBlock < in.elements ? begin + kBlock : in.elements;
-    visitor.block_begins(begin);
-    int64_t segment = math::find_segment(in.offsets, in.segments, begin);
-    for (int64_t chunk = begin; chunk < end; chunk += kChunk) {
-      const int64_t chunk_end = chunk + kChunk < end ? chunk + kChunk : end;
-      int64_t last = segment;
-      while (in.offsets[last + 1] < chunk_end) ++last;
-      const bool spread = last > segment && reader.of_segments(segment, last, chunk, chunk_end - chunk, view);
-      if (spread) visitor.view(view);
-      for (int64_t s = segment; s <= last; ++s) {
-        const int64_t from = in.offsets[s] > chunk ? in.offsets[s] : chunk;
-        const int64_t to = in.offsets[s + 1] < chunk_end ? in.offsets[s + 1] : chunk_end;
-        if (spread) {
-          visitor.piece(view, s, from - chunk, to - chunk);
-        } else {
-          visitor.view(reader.of_segment(s, from, to - from));
-        }
-        const bool goes_on = in.offsets[s + 1] > end;
-        if (in.offsets[s + 1] <= chunk_end || (goes_on && chunk_end == end)) {
-          visitor.segment_ends(s, goes_on || in.offsets[s] < begin);
-        }
+class Walk {
+ public:
+  Walk(const MergeInputs& in, Visitor& visitor) : in_(in), visitor_(visitor), reader_(in) {}
+
+  void blocks(int64_t first_block, int64_t last_block) {
+    for (int64_t block = first_block; block < last_block; ++block) {
+      begin_ = block * kBlock;
+      end_ = begin_ + kBlock < in_.elements ? begin_ + kBlock : in_.elements;
+      visitor_.block_begins(begin_);
+      int64_t segment = math::find_segment(in_.offsets, in_.segments, begin_);
+      for (int64_t begin = begin_; begin < end_; begin += kChunk) {
+        segment = chunk(segment, begin, begin + kChunk < end_ ? begin + kChunk : end_);
       }
-      segment = in.offsets[last + 1] <= chunk_end ? last + 1 : last;
     }
   }
-}
+
+ private:
+  /// Visits [begin, end), which starts in `segment`, and returns the segment of what follows.
+  int64_t chunk(int64_t segment, int64_t begin, int64_t end) {
+    int64_t last = segment;
+    while (in_.offsets[last + 1] < end) ++last;
+    if (last > segment && reader_.of_segments(segment, last, begin, end - begin, view_)) {
+      spread(segment, last, begin, end);
+    } else {
+      for (int64_t s = segment; s <= last; ++s) {
+        const int64_t from = in_.offsets[s] > begin ? in_.offsets[s] : begin;
+        const int64_t to = in_.offsets[s + 1] < end ? in_.offsets[s + 1] : end;
+        visitor_.view(reader_.of_segment(s, from, to - from));
+        end_segment(s, end);
+      }
+    }
+    return in_.offsets[last + 1] <= end ? last + 1 : last;
+  }
+
+  void spread(int64_t segment, int64_t last, int64_t begin, int64_t end) {
+    const int64_t first_whole = in_.offsets[segment] < begin ? segment + 1 : segment;
+    const int64_t last_whole = in_.offsets[last + 1] > end ? last : last + 1;
+    visitor_.view(view_);
+    if (first_whole > segment) {
+      visitor_.piece(view_, segment, 0, in_.offsets[segment + 1] - begin);
+      end_segment(segment, end);
+    }
+    visitor_.whole_segments(view_, first_whole, last_whole);
+    if (last_whole == last) {
+      visitor_.piece(view_, last, in_.offsets[last] - begin, end - begin);
+      end_segment(last, end);
+    }
+  }
+
+  /// Tells when nothing of the segment lies behind `end` in this block.
+  void end_segment(int64_t segment, int64_t end) {
+    if (in_.offsets[segment + 1] > end && end < end_) return;
+    visitor_.segment_ends(segment, in_.offsets[segment] < begin_ || in_.offsets[segment + 1] > end_);
+  }
+
+  const MergeInputs& in_;
+  Visitor& visitor_;
+  ViewReader<S, C> reader_;
+  View<C> view_;
+  int64_t begin_ = 0;
+  int64_t end_ = 0;
+};
 
 }  // namespace timm_ext::cpu::TIMM_EXT_ISA

@@ -62,9 +62,9 @@ TIMM_EXT_FN V clamp_to_hull(const Merge<V, How>& m, V value) {
   return smaller(m.highest, larger(m.lowest, value));
 }
 
-template <class V, Scaling How = Scaling::kFull, class Element>
-TIMM_EXT_FN Merge<V, How> merge(const Element& e, int models) {
-  Merge<V, How> m;
+/// Scale and weights' sum.
+template <class V, Scaling How, class Element>
+TIMM_EXT_FN V set_scale(const Element& e, int models, Merge<V, How>& m) {
   if constexpr (Element::kWeighted && How == Scaling::kFull) {
     V largest = e.fisher(0);
     for (int t = 1; t < models; ++t) largest = larger(e.fisher(t), largest);
@@ -72,20 +72,34 @@ TIMM_EXT_FN Merge<V, How> merge(const Element& e, int models) {
     m.rest = select(largest > V{}, V{}, V{} + 1);
   }
   V total = merge_weight(e, m, 0);
+  for (int t = 1; t < models; ++t) total += merge_weight(e, m, t);
+  return total;
+}
+
+template <class V, Scaling How = Scaling::kFull, class Element>
+TIMM_EXT_FN Merge<V, How> merge(const Element& e, int models) {
+  Merge<V, How> m;
+  m.inverse = reciprocal(set_scale(e, models, m));
   m.lowest = m.highest = e.theta(0);
   for (int t = 1; t < models; ++t) {
     const V theta = e.theta(t);
-    total += merge_weight(e, m, t);
     m.lowest = smaller(theta, m.lowest);
     m.highest = larger(theta, m.highest);
   }
-  m.inverse = (V{} + 1) / total;
   V sum = merge_share(e, m, 0) * e.theta(0);
   for (int t = 1; t < models; ++t) sum += merge_share(e, m, t) * e.theta(t);
   m.estimate = clamp_to_hull(m, sum);
   m.shift = merge_share(e, m, 0) * (e.theta(0) - m.estimate);
   for (int t = 1; t < models; ++t) m.shift += merge_share(e, m, t) * (e.theta(t) - m.estimate);
   return m;
+}
+
+/// (θ_0 - θ*) w_0 / Σ w of two models, without θ*: (θ_0 - θ_1) w_0 w_1 / (Σ w)². That of the other is its negative.
+template <class V, Scaling How, class Element>
+TIMM_EXT_FN V merge_exchange(const Element& e) {
+  Merge<V, How> m;
+  m.inverse = reciprocal(set_scale(e, 2, m));
+  return (e.theta(0) - e.theta(1)) * merge_share(e, m, 0) * merge_share(e, m, 1);
 }
 
 /// θ*.

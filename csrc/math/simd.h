@@ -56,7 +56,9 @@ TIMM_EXT_FN void store(C* to, V v) {
 }
 
 typedef float HalfFloatV __attribute__((vector_size(kVectorBytes / 2)));  // as many lanes as DoubleV
-typedef double HalfDoubleV __attribute__((vector_size(kVectorBytes / 2)));
+
+TIMM_EXT_FN DoubleV load_doubles(const double* from) { return load<DoubleV>(from); }
+TIMM_EXT_FN DoubleV load_doubles(const float* from) { return __builtin_convertvector(load<HalfFloatV>(from), DoubleV); }
 
 TIMM_EXT_FN void store_as(double* to, DoubleV v) { store(to, v); }
 TIMM_EXT_FN void store_as(float* to, DoubleV v) { store(to, __builtin_convertvector(v, HalfFloatV)); }
@@ -138,6 +140,17 @@ TIMM_EXT_FN DoubleV reciprocal_power_of_two(DoubleV x) {
   const Int64V bits = (int64_t{2045} << 52) - ((Int64V)x & (int64_t{2047} << 52));
   const Int64V smallest = Int64V{} + (int64_t{1} << 52);
   return (DoubleV)(bits < smallest ? smallest : bits);
+}
+
+/// Lanes 0 and 1, 2 and 3, … exchanged.
+TIMM_EXT_FN DoubleV swap_pairs(DoubleV x) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(x, x, 1, 0, 3, 2);
+#else
+  return __builtin_shufflevector(x, x, 1, 0);
+#endif
 }
 
 /// The first `count` lanes, the others 0.
