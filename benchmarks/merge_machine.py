@@ -67,15 +67,16 @@ class Bandwidth:
         rows = ctypes.c_void_p(p.theta.data_ptr())  # θ and F are one block
         shape = [ctypes.c_int64(n) for n in (stride * itemsize // 4, 2 * models, words)]
         threads_ = ctypes.c_int(threads)
-        a, b, c = (torch.zeros(p.traffic // 12, dtype=torch.float32) for _ in range(3))
-        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (a, b, c)]
+        # Not torch.zeros, whose memory may be aligned to 16 bytes only.
+        streams = [torch.empty(p.traffic // 12, dtype=torch.float32).fill_(1.0) for _ in range(3)]
 
         def sum_rows(streamed: int) -> None:
             to = ctypes.c_void_p(out.data_ptr())
             self.library.sum_rows(rows, *shape, to, ctypes.c_int(streamed), threads_)
 
         def triad() -> None:
-            self.library.triad(*pointers, ctypes.c_int64(a.numel()), threads_)
+            pointers = [ctypes.c_void_p(stream.data_ptr()) for stream in streams]
+            self.library.triad(*pointers, ctypes.c_int64(streams[0].numel()), threads_)
 
         return {"loop_stored": lambda: sum_rows(0), "loop_streamed": lambda: sum_rows(1), "triad": triad}
 

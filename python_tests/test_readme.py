@@ -1,6 +1,8 @@
 """The README's first screen: short enough, and its code does what it says."""
 
+import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -42,3 +44,10 @@ def test_the_example_is_equivalent_to_plain_pytorch(text):
 def test_files_that_the_readme_links_to_exist(text):
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         assert (README.parent / target).exists(), target
+
+
+def test_the_table_of_the_merge_is_that_of_its_result(text):
+    benchmarks = README.parent / "benchmarks"
+    table = runpy.run_path(str(benchmarks / "merge_table.py"))["table"]
+    result = json.loads((benchmarks / "results" / "merge_cpu.json").read_text(encoding="utf-8"))
+    assert table(result, result["rows"][0]["elements"]) in text

@@ -45,8 +45,9 @@ TIMM_EXT_FN void map(const C* x, int64_t count, double* values, const F& f) {
   for (int64_t i = 0; i < count; i += kLanes) math::store(values + i, f(math::load<V>(values + i)));
 }
 
+/// Subtracts each row's largest; N models, or `count` where N is 0.
 template <int N, class C>
-TIMM_EXT_FN void shift_rows(const double* values, int64_t rows, int64_t count, C* out) {
+void shift_rows_of(const double* values, int64_t rows, int64_t count, C* out) {
   const int64_t models = N > 0 ? N : count;
   for (int64_t row = 0; row < rows; ++row) {
     const double* const from = values + row * models;
@@ -56,20 +57,52 @@ TIMM_EXT_FN void shift_rows(const double* values, int64_t rows, int64_t count, C
   }
 }
 
-/// The largest entry's own gradient takes what the shift passes on to it, -Σ grad.
 template <class C>
-TIMM_EXT_FN void backward_rows(const C* grad, const C* x, const double* slopes, int64_t rows, int64_t models, C* out) {
-  for (int64_t row = 0; row < rows; ++row) {
-    const int64_t begin = row * models;
-    int64_t largest = 0;
+void shift_rows(const double* values, int64_t rows, int64_t models, C* out) {
+  switch (models) {
+    case 2:
+      return shift_rows_of<2>(values, rows, models, out);
+    case 3:
+      return shift_rows_of<3>(values, rows, models, out);
+    case 4:
+      return shift_rows_of<4>(values, rows, models, out);
+    case 5:
+      return shift_rows_of<5>(values, rows, models, out);
+    default:
+      return shift_rows_of<0>(values, rows, models, out);
+  }
+}
+
+/// The largest entry's own gradient takes what the shift passes on to it, -Σ grad.
+template <int N, class C>
+void backward_rows_of(const C* grad, const C* x, const double* slopes, int64_t rows, int64_t count, C* out) {
+  const int64_t models = N > 0 ? N : count;
+  for (int64_t begin = 0; begin < rows * models; begin += models) {
     double sum = 0.0;
+    C largest = x[begin];
     for (int64_t t = 0; t < models; ++t) {
       sum += grad[begin + t];
-      if (x[begin + t] > x[begin + largest]) largest = t;  // every mixing is increasing
+      largest = x[begin + t] > largest ? x[begin + t] : largest;  // every mixing is increasing
     }
     for (int64_t t = 0; t < models; ++t) {
-      out[begin + t] = static_cast<C>((grad[begin + t] - (t == largest ? sum : 0.0)) * slopes[begin + t]);
+      const double passed_on = x[begin + t] == largest ? sum : 0.0;  // to the first of equals
+      sum -= passed_on;
+      out[begin + t] = static_cast<C>((grad[begin + t] - passed_on) * slopes[begin + t]);
     }
+  }
+}
+
+template <class C>
+void backward_rows(const C* grad, const C* x, const double* slopes, int64_t rows, int64_t models, C* out) {
+  switch (models) {
+    case 3:
+      return backward_rows_of<3>(grad, x, slopes, rows, models, out);
+    case 4:
+      return backward_rows_of<4>(grad, x, slopes, rows, models, out);
+    case 5:
+      return backward_rows_of<5>(grad, x, slopes, rows, models, out);
+    default:
+      return backward_rows_of<0>(grad, x, slopes, rows, models, out);
   }
 }
 
@@ -98,7 +131,7 @@ void log_weights(Mixing mixing, Element element, const void* logits, void* out, 
       const C* const x = static_cast<const C*>(logits) + row * models;
       C* const to = static_cast<C*>(out) + row * models;
       map(x, rows * models, values, [&](V value) { return log_weight<C>(mixing, value); });
-      models == 2 ? shift_rows<2>(values, rows, models, to) : shift_rows<0>(values, rows, models, to);
+      shift_rows(values, rows, models, to);
     });
   });
 }
