@@ -7,11 +7,13 @@ task-specific layers. The plain network holds the merged weights as leaves that 
 the merged one makes them from its logits by one group per layer, and trains the logits. What it takes
 longer is the merge, the split into the network and the gradient's way back.
 
-The gradient of the logits is checked against `timm_ext.reference` in float64 before anything is timed. The
-two take turns in blocks of a few steps, whose first is not counted: it pays for memory that the other freed.
+The gradient of the logits is checked against `timm_ext.reference` in float64 before anything is timed; then
+the two take turns. Meanwhile malloc keeps what is freed: it would give memory back to the kernel at times
+that hang on what came before, and a step of either kind takes up to a quarter longer to get it again.
 """
 
 import argparse
+import ctypes
 import itertools
 import json
 import math
@@ -144,7 +146,7 @@ def make_contest(case: Case) -> Contest:
 def verify(contest: Contest) -> float:
     """Return the relative error of the logits' gradient against the definition in float64.
 
-    Takes the first step of both, before which their weights are the same.
+    Takes the first step of both, which also warms them up and before which their weights are the same.
     """
     merged, plain = contest.merged, contest.plain
     logits = merged.logits.detach().double().cpu().requires_grad_()
@@ -170,35 +172,37 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def block_milliseconds(step: Callable[[], float], steps: int, device: str) -> float:
-    """Mean time of some steps after one that is not counted."""
-    step()
+def keep_memory() -> bool:
+    """Let malloc keep all freed memory; tells whether it can be told so (glibc)."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    trim_threshold, mmap_max = -1, -4  # of malloc.h; never trim, never map single blocks
+    return mallopt is not None and bool(mallopt(trim_threshold, -1)) and bool(mallopt(mmap_max, 0))
+
+
+def milliseconds(step: Callable[[], float], device: str) -> float:
     wait(device)
     start = time.perf_counter()
-    for _ in range(steps):
-        step()
+    step()
     wait(device)
-    return (time.perf_counter() - start) * 1e3 / steps
+    return (time.perf_counter() - start) * 1e3
 
 
-def time_contest(contest: Contest, blocks: int, steps: int, device: str) -> dict[str, Any]:
-    """Medians over the blocks, and that of the ratios of neighbouring blocks with its 95 % interval."""
-    merged: list[float] = []
-    plain: list[float] = []
-    for block in range(blocks):
-        sides = [(contest.step_merged, merged), (contest.step_plain, plain)]
-        for step, times in sides if block % 2 else reversed(sides):
-            times.append(block_milliseconds(step, steps, device))
-    ratios = np.array(merged) / np.array(plain)
-    draws = np.random.default_rng(0).integers(blocks, size=(4000, blocks))
+def time_contest(contest: Contest, pairs: int, device: str) -> dict[str, Any]:
+    """Medians of the steps, and that of the ratios of neighbouring ones with its bootstrap 95 % interval."""
+    times: dict[str, list[float]] = {"merged": [], "plain": []}
+    steps = [("merged", contest.step_merged), ("plain", contest.step_plain)]
+    for pair in range(pairs):
+        for name, step in steps if pair % 2 else reversed(steps):
+            times[name].append(milliseconds(step, device))
+    ratios = np.array(times["merged"]) / np.array(times["plain"])
+    draws = np.random.default_rng(0).integers(pairs, size=(4000, pairs))
     low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])
     return {
-        "merged_milliseconds": round(statistics.median(merged), 2),
-        "plain_milliseconds": round(statistics.median(plain), 2),
+        "merged_milliseconds": round(statistics.median(times["merged"]), 2),
+        "plain_milliseconds": round(statistics.median(times["plain"]), 2),
         "ratio": round(float(np.median(ratios)), 4),
         "ratio_interval": [round(float(low), 4), round(float(high), 4)],
-        "blocks": blocks,
-        "steps_per_block": steps,
+        "pairs": pairs,
     }
 
 
@@ -252,11 +256,11 @@ def _of_part(name: str, events: Sequence[Any]) -> dict[str, float]:
     return {"host": round(host / PROFILED_STEPS / 1e3, 3), "device": round(device / PROFILED_STEPS / 1e3, 3)}
 
 
-def measure(case: Case, blocks: int, steps: int) -> dict[str, Any]:
+def measure(case: Case, pairs: int) -> dict[str, Any]:
     """One row of the result."""
     contest = make_contest(case)
     error = verify(contest)
-    times = time_contest(contest, blocks, steps, case.device)
+    times = time_contest(contest, pairs, case.device)
     costs = break_down(contest, case.device)
     backward = sum(costs["parts"][part]["host"] for part in BACKWARD)
     share = (costs["forward_beside_network"] + backward) / times["plain_milliseconds"]
@@ -298,18 +302,18 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--precision", choices=["32-true", "bf16-mixed"], default="32-true")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--blocks", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=2, help="that count in a block")
+    parser.add_argument("--pairs", type=int, default=60)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    facts = {**machine(options.device, options.threads), "memory_kept": keep_memory()}
     edge = options.edge or (64 if options.device == "cpu" else 128)
     rows = []
     with reproducible(torch.device(options.device)):
         for models, batch in itertools.product(options.models, options.batch):
             case = Case(options.device, options.precision, batch, edge, models)
-            rows.append(measure(case, options.blocks, options.steps))
+            rows.append(measure(case, options.pairs))
             print(json.dumps(rows[-1], indent=2), flush=True)
-    write(options.output, machine(options.device, options.threads), rows)
+    write(options.output, facts, rows)
 
 
 if __name__ == "__main__":
