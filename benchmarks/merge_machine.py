@@ -89,6 +89,7 @@ def peak_memory(p: rivals.Problem, forward: rivals.Forward) -> float:
         before = torch.cuda.memory_allocated()
         rivals.with_backward(forward, p)
         return round((torch.cuda.max_memory_allocated() - before) / size, 3)
+    ctypes.CDLL(None).malloc_trim(0)  # what is free and still resident would not be counted
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = _memory("VmRSS")
     rivals.with_backward(forward, p)

@@ -45,4 +45,4 @@ def test_merges_of_up_to_sixteen_models_stay_in_registers(
 def test_enough_bytes_are_on_their_way(kernels: list[dict[str, Any]]) -> None:
     bytes_in_flight = [row["bytes_in_flight_per_sm"] for row in kernels if "bytes_in_flight_per_sm" in row]
     assert bytes_in_flight
-    assert min(bytes_in_flight) >= 32 << 10
+    assert min(bytes_in_flight) >= 25_500  # Little's law for an H200, see cuda_resources.py
