@@ -103,7 +103,8 @@ def _memory(name: str) -> int:
 
 def environment(device: str) -> dict[str, Any]:
     """Versions and machine."""
-    found: dict[str, Any] = {**base_environment(), "cores": os.cpu_count(), "build": timm_ext.build_info()}
+    build = {name: fact for name, fact in timm_ext.build_info().items() if name != "library"}  # a path
+    found: dict[str, Any] = {**base_environment(), "cores": os.cpu_count(), "build": build}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         found |= {
