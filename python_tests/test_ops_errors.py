@@ -49,8 +49,18 @@ WRAPPER: list[tuple[Callable[[Arguments], object], str]] = [
     (lambda a: a.update(groups=torch.tensor([0, -1, 2])), r"got -1 to 2"),
     (
         lambda a: a.update(out=torch.empty(10), logits=torch.zeros(3, 2, requires_grad=True)),
-        "out: expected no input that requires a gradient",
+        "out: expected no tensor that requires a gradient",
     ),
+    (
+        lambda a: a.update(out=torch.empty(10, requires_grad=True)),
+        "out: expected no tensor that requires a gradient",
+    ),
+    (lambda a: a.update(logits=torch.zeros(3, 2).cfloat()), r"logits: expected floating-point.*complex64"),
+    (
+        lambda a: a.update(offsets=torch.zeros(0, dtype=torch.int64)),
+        r"offsets: expected \[S \+ 1\] \(got \[0\]\)",
+    ),
+    (lambda a: a.update(offsets=torch.tensor(3)), r"offsets: expected \[S \+ 1\] \(got \[\]\)"),
 ]
 
 OPERATOR: list[tuple[Callable[[Arguments], object], str]] = [
@@ -87,10 +97,6 @@ OPERATOR: list[tuple[Callable[[Arguments], object], str]] = [
         r"fisher must be float32 like theta \(got float64\)",
     ),
     (lambda a: a.update(fisher=torch.rand(10, 2).T), "fisher must have stride 1 along P"),
-    (
-        lambda a: a.update(offsets=torch.tensor([[0, 2, 5, 10]])),
-        r"offsets must be \[S \+ 1\], contiguous \(got \[1, 4\]\)",
-    ),
     (
         lambda a: a.update(offsets=torch.tensor([0, -1, 2, -1, 5, -1, 10])[::2]),
         r"offsets must be \[S \+ 1\], contiguous \(got \[4\]\)",
@@ -257,10 +263,34 @@ def test_ratios_refuses() -> None:
         timm_ext.ratios(torch.zeros(2))
 
 
+@pytest.mark.parametrize("name", ["fisher", "logits", "offsets", "groups", "out"])
+def test_a_tensor_of_another_device_is_named(name: str) -> None:
+    arguments = {**good(), "groups": torch.tensor([0, 1, 2]), "out": torch.empty(10)}
+    arguments[name] = arguments[name].to("meta")  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match=f"{name}: expected a tensor on the device of theta, cpu .got meta"):
+        call(arguments)
+
+
+def test_out_over_the_memory_of_the_offsets_is_refused() -> None:
+    memory = torch.zeros(12, dtype=torch.int64)
+    memory[:4] = torch.tensor([0, 2, 5, 10])
+    with pytest.raises(RuntimeError, match="out must not share memory with the inputs"):
+        call({**good(), "offsets": memory[:4], "out": memory.view(torch.float32)[:10]})
+
+
+@pytest.mark.parametrize("wanted", ["theta", "fisher", "logits"])
+def test_a_second_derivative_is_refused(wanted: str) -> None:
+    arguments = good()
+    tensor = arguments[wanted].requires_grad_()  # type: ignore[attr-defined]
+    (first,) = torch.autograd.grad(call(arguments).square().sum(), tensor, create_graph=True)
+    with pytest.raises(NotImplementedError, match="fused_merge: expected one differentiation"):
+        torch.autograd.grad(first.sum(), tensor)
+
+
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
 @pytest.mark.parametrize("name", ["theta", "fisher", "offsets", "out"])
 def test_tensors_of_another_device_are_named(name: str, device: torch.device) -> None:
     arguments = {**good(), "out": torch.empty(10)}
     moved = {other: tensor.to(device) for other, tensor in arguments.items() if other != name}
-    with pytest.raises(RuntimeError, match="must be on the device of theta"):
+    with pytest.raises(InputError, match="expected a tensor on the device of theta"):
         call({**arguments, **moved})

@@ -55,9 +55,10 @@ def fused_merge(
         The merged parameters `[P]`.
 
     Raises:
-        InputError: mixing is unknown, logits and groups do not fit, or `out` is given where a gradient is
-            wanted.
+        InputError: mixing is unknown, logits, offsets and groups do not fit, tensors lie on different
+            devices, or `out` is given where a gradient is wanted.
     """
+    _check_devices(theta, fisher=fisher, logits=logits, offsets=offsets, groups=groups, out=out)
     _check_rows(theta, logits, offsets, mixing, groups)
     dtype = torch.float64 if theta.dtype == torch.float64 else torch.float32
     rows = _ops.log_weights.default(logits.to(dtype), mixing)
@@ -66,10 +67,18 @@ def fused_merge(
     if out is None:
         merged: Tensor = _ops.fused_merge.default(theta, fisher, rows, offsets)
         return merged
-    _refuse_gradient(theta, fisher, logits)
+    _refuse_gradient(theta, fisher, logits, out)
     _ops.fused_merge.out(theta, fisher, rows, offsets, out=out)
     _mark_changed([out])
     return out
+
+
+def _check_devices(theta: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != theta.device:
+            raise InputError(
+                f"{name}: expected a tensor on the device of theta, {theta.device} (got {tensor.device})"
+            )
 
 
 def _check_rows(theta: Tensor, logits: Tensor, offsets: Tensor, mixing: str, groups: Tensor | None) -> None:
@@ -79,6 +88,10 @@ def _check_rows(theta: Tensor, logits: Tensor, offsets: Tensor, mixing: str, gro
         raise InputError(
             f"logits: expected [G, T] for theta [T, P] (got {list(logits.shape)} for {list(theta.shape)})"
         )
+    if not logits.is_floating_point():
+        raise InputError(f"logits: expected floating-point numbers (got {logits.dtype})")
+    if offsets.ndim != 1 or offsets.numel() == 0:
+        raise InputError(f"offsets: expected [S + 1] (got {list(offsets.shape)})")
     segments = offsets.numel() - 1
     if groups is None:
         if logits.shape[0] != segments:
@@ -101,7 +114,7 @@ def _check_rows(theta: Tensor, logits: Tensor, offsets: Tensor, mixing: str, gro
 
 def _refuse_gradient(*inputs: Tensor | None) -> None:
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
-        raise InputError("out: expected no input that requires a gradient (got one; use torch.no_grad())")
+        raise InputError("out: expected no tensor that requires a gradient (got one; use torch.no_grad())")
 
 
 def _mark_changed(tensors: Sequence[Tensor]) -> None:
@@ -168,6 +181,18 @@ def _merge_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 register_autograd("timm_ext::fused_merge", _merge_backward, setup_context=_save_merge)
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    return None
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    raise NotImplementedError("fused_merge: expected one differentiation (got a second, of its gradient)")
+
+
+for _name in ("fused_merge_backward_log_weight", "fused_merge_backward_planes", "log_weights_backward"):
+    register_autograd(f"timm_ext::{_name}", _no_second_derivative, setup_context=_save_nothing)
 
 
 def ratios(logits: Tensor, mixing: Mixing = "sigmoid") -> Tensor:
