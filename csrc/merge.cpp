@@ -147,9 +147,8 @@ void fused_merge_out(const Tensor& theta, const std::optional<Tensor>& fisher, c
         "], contiguous (got ", list(out.sizes()), " with strides ", list(out.strides()), ")");
   check_dtype(kOp, "out", out, theta.scalar_type(), " like theta");
   check_same_device(kOp, "out", out, "theta", theta);
-  const bool apart =
-      !overlap(out, theta) && !overlap(out, log_weight) && !overlap(out, offsets) &&
-      !(fisher.has_value() && overlap(out, *fisher));
+  const bool apart = !overlap(out, theta) && !overlap(out, log_weight) && !overlap(out, offsets) &&
+                     !(fisher.has_value() && overlap(out, *fisher));
   check(apart, kOp, ": out must not share memory with the inputs (got overlapping tensors)");
   forward(in, theta, out);
 }
