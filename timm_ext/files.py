@@ -32,10 +32,10 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
         (path.parent / name).touch(exist_ok=False)
         temporary = path.parent / name
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
         temporary = None
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(f"{path}: cannot be written ({reason})") from error
@@ -80,7 +80,8 @@ def sha256(path: Path | str) -> str:
     return digest.hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

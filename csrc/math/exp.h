@@ -92,15 +92,10 @@ TIMM_EXT_FN V sigmoid(V x) {
 /// The weight of a log-weight in a row whose largest is `row_max`: exp(log_weight - row_max), in [2^-100, 1] or 0.
 /// Below 2^-100 it counts as 0: with the Fisher scaled to at least 2^-23, no product of an element's heaviest Fisher
 /// underflows, so Σw = 0 only where every Fisher with a weight is 0. NaN where the row has NaN or no finite entry.
-template <class C, class V>
-TIMM_EXT_FN V weight_below_maximum(V difference) {
-  const V weight = exp_nonpositive<kExpTerms<C>>(difference);
-  return select(weight < 7.888609052210118e-31, V{}, weight);
-}
-
 template <class C>
 TIMM_EXT_FN C relative_weight(double log_weight, double row_max) {
-  return static_cast<C>(weight_below_maximum<C>(log_weight - row_max));
+  const double weight = exp_nonpositive<kExpTerms<C>>(log_weight - row_max);
+  return static_cast<C>(weight < 7.888609052210118e-31 ? 0.0 : weight);
 }
 
 /// The largest entry of a row of log-weights; NaN when one of them is NaN, +inf or all are -inf.

@@ -12,7 +12,7 @@
 // `Element` gives the inputs of the element:
 //   static constexpr bool kWeighted;   // false: F = 1, fisher() is never called
 //   V theta(int t) const;  V fisher(int t) const;
-//   alpha(int t) const;    // V or its scalar: relative_weight of exp.h, in [0, 1], one of them 1
+//   alpha(int t) const;    // V or its scalar: relative_weight of exp.h, 0 or in [2^-100, 1], not all 0
 // fisher(t) must give 0 where alpha(t) is 0, so that a model without weight does not set the scale. NaN passes through.
 #pragma once
 

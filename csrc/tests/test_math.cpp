@@ -3,6 +3,7 @@
 // The one-element formulas and the storage conversions against the C library.
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -45,6 +46,19 @@ void test_log() {
   check(math::log_positive(0.0) == -kInf && math::log_positive(1.0) == 0 && math::log_positive(kInf) == kInf,
         "log ends");
   check(std::isnan(math::log_positive(-1.0)) && std::isnan(math::log_positive(std::nan(""))), "log of no number");
+}
+
+/// The shorter series, for results that are rounded to float.
+void test_short_series() {
+  for (double x = -69; x < 69; x += 0.0173) {
+    const double tail = std::exp(-std::abs(x)), log = std::min(x, 0.0) - std::log1p(tail);
+    const double exp_value = math::exp_nonpositive<math::kExpTerms<float>>(-std::abs(x));
+    const double log_value = math::log_sigmoid<math::kExpTerms<float>, math::kLogTerms<float>>(x);
+    check(std::abs(exp_value - tail) <= 1e-9 * tail, "short exp(%g)", -std::abs(x));
+    check(std::abs(log_value - log) <= 2e-9 * std::abs(log), "short log sigmoid of %g", x);
+    const double power = std::exp(x);
+    check(std::abs(math::log_positive<math::kLogTerms<float>>(power) - x) <= 2e-9 * std::abs(x) + 1e-15, "short log");
+  }
 }
 
 void test_weights() {
@@ -96,6 +110,7 @@ int main() {
   test_exp();
   test_sigmoid();
   test_log();
+  test_short_series();
   test_weights();
   test_scale<float>(1e-45, 3e38, 0x1p-23);
   test_scale<double>(1e-300, 1e300, 0.5);

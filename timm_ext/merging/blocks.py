@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from timm_ext.errors import InputError
+from timm_ext.files import sync
 from timm_ext.merging.shards import Place
 from timm_ext.ops import fused_merge
 
@@ -166,15 +167,6 @@ def _one_thread_each() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def sync(path: Path) -> None:
-    """Bring a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _work(blocks: Iterable[Block], ratios: Sequence[float], progress: Callable[[int], object] | None) -> None:

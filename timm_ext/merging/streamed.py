@@ -15,8 +15,8 @@ from typing import Any
 
 from timm_ext.checkpoint import versions
 from timm_ext.errors import InputError
-from timm_ext.files import atomic_write, sha256, write_json
-from timm_ext.merging.blocks import CHUNK, DTYPES, Files, Item, Output, merge_blocks, sync
+from timm_ext.files import atomic_write, sha256, sync, write_json
+from timm_ext.merging.blocks import CHUNK, DTYPES, Files, Item, Output, merge_blocks
 from timm_ext.merging.shards import (
     INDEX,
     KEY,
