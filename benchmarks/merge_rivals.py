@@ -9,6 +9,7 @@ from torch import Tensor
 
 import timm_ext
 from timm_ext import reference
+from timm_ext.merging.bank import empty_planes
 
 FORWARD_BOUND = 8 * 2.0**-24  # of Σw|θ|/Σw
 BACKWARD_BOUND = 5e-6  # of Σ|g w_t (θ_t - θ*)| / Σw
@@ -57,8 +58,8 @@ def make_problem(
     Args:
         elements: P; "kernels" takes the next multiple of 27 below, "unaligned" the next odd number.
         models: T.
-        segments: "layers" or "unaligned": 30 of them; "kernels": one ratio per 27 elements. Rows of planes
-            lie 64 elements apart from a multiple of 4 KiB, as in the bank; "unaligned" ones lie P apart.
+        segments: "layers" or "unaligned": 30 of them; "kernels": one ratio per 27 elements. The planes are
+            those of a bank; the rows of "unaligned" ones lie P apart.
         dtype: of the planes.
         device: of all tensors.
     """
@@ -69,11 +70,12 @@ def make_problem(
         elements |= segments == "unaligned"
         lengths = layer_lengths(elements)
     generator = torch.Generator(device).manual_seed(0)
-    stride = elements if segments == "unaligned" else -(-elements // 1024) * 1024 + 64
-    planes = torch.empty(2, models, stride, dtype=dtype, device=device)
+    planes = empty_planes(2, models, elements, dtype).to(device)
+    if segments == "unaligned":
+        planes = planes[:, :, :elements].contiguous()
     for draw, plane in zip((torch.randn, torch.rand), planes, strict=True):
         for row in plane:
-            row.copy_(draw(stride, generator=generator, device=device))
+            row.copy_(draw(planes.shape[2], generator=generator, device=device))
     theta, fisher = planes[0, :, :elements], planes[1, :, :elements]
     logits = torch.randn(len(lengths), models, generator=generator, device=device)
     offsets = torch.tensor([0, *lengths], device=device).cumsum(0)

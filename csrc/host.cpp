@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The Python module `timm_ext._host`: what was built, and the tile planner. No torch type crosses it.
+// The Python module `timm_ext._host`: what was built, the tile planner, and the kind of memory pages. No torch type
+// crosses it.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,6 +11,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
+#include "cpu/pages.h"
 #include "math/tiles.h"
 
 namespace {
@@ -28,6 +30,10 @@ py::dict build_info() {
   info["isa_chosen"] = timm_ext::cpu::chosen_isa();
   info["block"] = timm_ext::cpu::kBlock;
   return info;
+}
+
+void prefer_huge_pages(uintptr_t address, size_t bytes) {
+  timm_ext::cpu::prefer_huge_pages(reinterpret_cast<void*>(address), bytes);
 }
 
 /// (block, segment, begin, end, cut) for every piece of work, in order.
@@ -56,8 +62,10 @@ std::vector<py::tuple> plan_tiles(const std::vector<int64_t>& offsets, int64_t b
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "Facts about the compiled library, and its tile planner.";
+  m.doc() = "Facts about the compiled library, its tile planner, and huge pages.";
   m.def("build_info", &build_info, "What the library was built from and which instruction set it uses.");
   m.def("plan_tiles", &plan_tiles, py::arg("offsets"), py::arg("block"),
         "Cut segments into pieces of blocks of a fixed size: (block, segment, begin, end, cut) in order.");
+  m.def("prefer_huge_pages", &prefer_huge_pages, py::arg("address"), py::arg("bytes"),
+        "Ask for huge pages under new memory, as a hint; it must be mapped, and its content stays.");
 }

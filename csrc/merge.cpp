@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <torch/csrc/stable/ops.h>
 
-#include <initializer_list>
 #include <vector>
 
 #include "checks.h"
 #include "cpu/kernels.h"
-#include "cpu/pages.h"
 #include "cuda_launch.h"
 #include "operators.h"
+#include "results.h"
 
 namespace timm_ext {
 namespace {
@@ -88,13 +87,6 @@ MergeInputs check_inputs(const Tensor& theta, const std::optional<Tensor>& fishe
   return in;
 }
 
-/// An uninitialised result of theta's dtype.
-Tensor new_result(const Tensor& theta, std::initializer_list<int64_t> sizes) {
-  const Tensor result = new_empty(theta, sizes);
-  if (result.is_cpu()) cpu::prefer_huge_pages(result.mutable_data_ptr(), result.numel() * result.element_size());
-  return result;
-}
-
 void forward(const MergeInputs& in, const Tensor& theta, const Tensor& merged) {
   if (in.elements == 0) return;
   void* const to = merged.mutable_data_ptr();
@@ -157,7 +149,7 @@ Tensor fused_merge_backward_log_weight(const Tensor& grad, const Tensor& theta, 
                                        const Tensor& log_weight, const Tensor& offsets) {
   const MergeInputs in = check_inputs(theta, fisher, log_weight, offsets);
   const Tensor usable = usable_gradient(grad, theta);
-  const Tensor result = new_empty(log_weight, {in.segments, in.models});
+  const Tensor result = new_result(log_weight, {in.segments, in.models});
   if (in.elements == 0) return result;
   if (!theta.is_cuda()) {
     backward_log_weight_cpu(in, gradient_of(usable), result.mutable_data_ptr());

@@ -93,6 +93,11 @@ def build_info() -> dict[str, Any]:
     return info
 
 
+def prefer_huge_pages(tensor: torch.Tensor) -> None:
+    """Ask for huge pages under a new CPU tensor; only a hint, its values stay."""
+    importlib.import_module("timm_ext._host").prefer_huge_pages(tensor.data_ptr(), tensor.nbytes)
+
+
 def _gpu(info: dict[str, Any]) -> str:
     if torch.version.cuda is None:
         return f"none: torch {torch.__version__} is a CPU build"

@@ -52,7 +52,12 @@ void shift_rows_of(const double* values, int64_t rows, int64_t count, C* out) {
   for (int64_t row = 0; row < rows; ++row) {
     const double* const from = values + row * models;
     double largest = from[0];
-    for (int64_t t = 1; t < models; ++t) largest = from[t] > largest || from[t] != from[t] ? from[t] : largest;
+    bool ordered = from[0] == from[0];
+    for (int64_t t = 1; t < models; ++t) {
+      largest = from[t] > largest ? from[t] : largest;
+      ordered &= from[t] == from[t];
+    }
+    if (!ordered) largest = math::kInfinity - math::kInfinity;
     for (int64_t t = 0; t < models; ++t) out[row * models + t] = static_cast<C>(from[t] - largest);
   }
 }
@@ -73,22 +78,22 @@ void shift_rows(const double* values, int64_t rows, int64_t models, C* out) {
   }
 }
 
-/// The largest entry's own gradient takes what the shift passes on to it, -Σ grad.
+/// The largest entry's own gradient takes what the shift passes on to it, -Σ grad; the first of equals.
 template <int N, class C>
 void backward_rows_of(const C* grad, const C* x, const double* slopes, int64_t rows, int64_t count, C* out) {
   const int64_t models = N > 0 ? N : count;
+  for (int64_t i = 0; i < rows * models; ++i) out[i] = static_cast<C>(grad[i] * slopes[i]);
   for (int64_t begin = 0; begin < rows * models; begin += models) {
     double sum = 0.0;
     C largest = x[begin];
-    for (int64_t t = 0; t < models; ++t) {
-      sum += grad[begin + t];
-      largest = x[begin + t] > largest ? x[begin + t] : largest;  // every mixing is increasing
+    int64_t at = begin;
+    for (int64_t i = begin; i < begin + models; ++i) {
+      sum += grad[i];
+      const bool more = x[i] > largest;  // every mixing is increasing
+      at += (i - at) & -int64_t{more};   // not a jump, which would be mispredicted
+      largest = more ? x[i] : largest;
     }
-    for (int64_t t = 0; t < models; ++t) {
-      const double passed_on = x[begin + t] == largest ? sum : 0.0;  // to the first of equals
-      sum -= passed_on;
-      out[begin + t] = static_cast<C>((grad[begin + t] - passed_on) * slopes[begin + t]);
-    }
+    out[at] = static_cast<C>((grad[at] - sum) * slopes[at]);
   }
 }
 

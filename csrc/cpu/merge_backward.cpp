@@ -8,146 +8,94 @@
 namespace timm_ext::cpu::TIMM_EXT_ISA {
 namespace {
 
-/// Adds terms up in lanes, [models, kUnit]: in registers, or in memory where the number of models is not known.
-template <class C, int N>
-struct Lanes {
-  using V = typename math::VectorOf<C>::type;
-  V values[N][kVectors<C>] = {};
-
-  Lanes(C*, int) {}
-  TIMM_EXT_FN void take(int t, int v, int64_t, V term) { values[t][v] += term; }
-  TIMM_EXT_FN void write(C* lanes) const {
-    for (int t = 0; t < N; ++t) {
-      for (int v = 0; v < kVectors<C>; ++v) math::store(lanes + t * kUnit + v * kLanes<C>, values[t][v]);
-    }
-  }
-};
-template <class C>
-struct Lanes<C, 0> {
-  using V = typename math::VectorOf<C>::type;
-  C* lanes;
-
-  Lanes(C* memory, int models) : lanes(memory) {
-    for (int i = 0; i < models * kUnit; ++i) lanes[i] = 0;
-  }
-  TIMM_EXT_FN void take(int t, int v, int64_t, V term) {
-    C* const lane = lanes + t * kUnit + v * kLanes<C>;
-    math::store(lane, math::load<V>(lane) + term);
-  }
-  TIMM_EXT_FN void write(C*) const {}
-};
-
-/// Keeps all terms, [models, kChunk].
-template <class C>
-struct TermRows {
-  C* rows;
-
-  template <class V>
-  TIMM_EXT_FN void take(int t, int v, int64_t unit, V term) {
-    math::store(rows + t * kChunk + unit + v * kLanes<C>, term);
-  }
-};
-
-/// Hands g (θ_t - θ*) w_t / Σw of a unit to `sink`.
-template <Scaling How, class C, class R, class Sink>
-TIMM_EXT_FN void for_unit_terms(const R& rows, const C* gradient, int64_t unit, Sink& sink) {
+/// Sets `terms` to g (θ_t - θ*) w_t / Σw of a unit; of two models only the first one's, since the other's is its
+/// negative.
+template <Scaling How, class C, class R, int N>
+TIMM_EXT_FN void set_terms(const R& rows, const C* gradient, int64_t unit, UnitRows<C, N>& terms) {
   using V = typename math::VectorOf<C>::type;
   for (int v = 0; v < kVectors<C>; ++v) {
-    const VectorElement<R> element{rows, unit + v * kLanes<C>};
+    const auto element = element_of(rows, unit, v);
     const V g = math::load<V>(gradient + element.i);
     if (element.models() == 2) {
-      const V term = g * math::merge_exchange<V, How>(element);
-      sink.take(0, v, unit, term);
-      sink.take(1, v, unit, -term);
+      terms.set(0, v, g * math::merge_exchange<V, How>(element));
       continue;
     }
     const auto m = math::merge<V, How>(element, element.models());
     for (int t = 0; t < element.models(); ++t) {
-      sink.take(t, v, unit, g * math::merge_offset(element, m, t) * math::merge_share(element, m, t));
+      terms.set(t, v, g * math::merge_offset(element, m, t) * math::merge_share(element, m, t));
     }
   }
 }
 
-/// Writes the terms of a unit to [models, kUnit]. Out of line: the registers of the loop around it stay its own.
+/// Out of line: the registers of the loop around it stay its own.
 template <class C, class R>
-__attribute__((noinline)) void scaled_terms(const R& rows, const C* gradient, int64_t unit, C* terms) {
-  struct {
-    C* terms;
-    TIMM_EXT_FN void take(int t, int v, int64_t, typename math::VectorOf<C>::type term) {
-      math::store(terms + t * kUnit + v * kLanes<C>, term);
-    }
-  } sink{terms};
-  for_unit_terms<Scaling::kFull>(rows, gradient, unit, sink);
+__attribute__((noinline)) void set_scaled_terms(const R& rows, const C* gradient, int64_t unit, UnitRows<C, 0>& terms) {
+  set_terms<Scaling::kFull>(rows, gradient, unit, terms);
 }
 
-/// Hands g (θ_t - θ*) w_t / Σw of all units of a view to `sink`.
-template <class C, class R, class Sink>
-TIMM_EXT_FN void for_each_term(const View<C>& view, const C* gradient, C* spare, const R& rows, Sink& sink) {
-  for (int64_t unit = 0; unit < view.count; unit += kUnit) {
-    if (__builtin_expect(needs_no_scaling(rows, unit), 1)) {
-      for_unit_terms<Scaling::kNone>(rows, gradient, unit, sink);
-    } else {
-      scaled_terms(rows, gradient, unit, spare);
-      for (int t = 0; t < rows.models(); ++t) {
-        for (int v = 0; v < kVectors<C>; ++v) {
-          using V = typename math::VectorOf<C>::type;
-          sink.take(t, v, unit, math::load<V>(spare + t * kUnit + v * kLanes<C>));
-        }
+/// Sums g (θ_t - θ*) w_t / Σw over each segment's part of a view in kUnit lanes; of two models only the first one's.
+template <class C>
+struct SumUnits {
+  using V = typename math::VectorOf<C>::type;
+
+  const C* gradient;
+  C* terms_memory;  // [models, kUnit]
+  C* lanes_memory;  // [models, kUnit]
+  C* sums;          // [segments, models, kUnit]
+
+  template <class R>
+  void run(const View<C>& view) const {
+    constexpr int n = R::kModels == 2 ? 1 : R::kModels;
+    const int models = view.models == 2 ? 1 : view.models;
+    UnitRows<C, n> terms(terms_memory, models), lanes(lanes_memory, models);
+    C* to = sums;
+    set_rows(lanes, [](int, int) { return V{}; });
+    SegmentEnds ends(view);
+    for_each_unit<R>(view, [&](const R& rows, int64_t unit) {
+      set_unit_terms(rows, unit, terms);
+      if constexpr (R::kBlended) {
+        ends.in_unit(view.begin + unit, [&](int64_t cut) {
+          set_rows(lanes, [&](int t, int v) {
+            return lanes.get(t, v) + math::join_lanes(terms.get(t, v), V{}, cut - v * kLanes<C>);
+          });
+          to = write(lanes, to);
+          set_rows(lanes, [](int, int) { return V{}; });
+          set_rows(terms, [&](int t, int v) { return math::join_lanes(V{}, terms.get(t, v), cut - v * kLanes<C>); });
+        });
       }
+      set_rows(lanes, [&](int t, int v) { return lanes.get(t, v) + terms.get(t, v); });
+    });
+    write(lanes, to);
+  }
+
+ private:
+  template <class R, int N>
+  TIMM_EXT_FN void set_unit_terms(const R& rows, int64_t unit, UnitRows<C, N>& terms) const {
+    if (__builtin_expect(needs_no_scaling(rows, unit), 1)) {
+      set_terms<Scaling::kNone>(rows, gradient, unit, terms);
+      return;
     }
+    UnitRows<C, 0> scaled(terms_memory, terms.models());
+    set_scaled_terms(rows, gradient, unit, scaled);
+    set_rows(terms, [&](int t, int v) { return scaled.get(t, v); });
   }
-}
 
-template <class C>
-struct AddUnits {
-  const C* gradient;
-  C* spare;  // [models, kUnit]
-  C* lanes;  // [models, kUnit]
-
-  template <class R>
-  void run(const View<C>& view) const {
-    const R rows(view);
-    Lanes<C, R::kModels> sink(lanes, view.models);
-    for_each_term(view, gradient, spare, rows, sink);
-    sink.write(lanes);
+  template <int N>
+  static TIMM_EXT_FN C* write(const UnitRows<C, N>& lanes, C* to) {
+    for (int t = 0; t < lanes.models(); ++t) {
+      for (int v = 0; v < kVectors<C>; ++v, to += kLanes<C>) math::store(to, lanes.get(t, v));
+    }
+    return to;
   }
 };
 
+/// Σ of the lanes of rows; a multiple of kSummedRows is read and written.
 template <class C>
-struct KeepTerms {
-  const C* gradient;
-  C* spare;  // [models, kUnit]
-  C* terms;  // [models, kChunk]
-
-  template <class R>
-  void run(const View<C>& view) const {
-    TermRows<C> sink{terms};
-    for_each_term(view, gradient, spare, R(view), sink);
+TIMM_EXT_FN void sum_lanes(const C* lanes, int64_t rows, double* sums) {
+  for (int64_t row = 0; row < rows; row += math::kSummedRows) {
+    const auto values = math::row_sums(lanes + row * kUnit);
+    std::memcpy(sums + row, &values, sizeof(values));
   }
-};
-
-/// Σ of kUnit lanes.
-template <class C>
-TIMM_EXT_FN double lane_sum(const C* lanes) {
-  using V = typename math::VectorOf<C>::type;
-  V vectors[kVectors<C>];
-  for (int v = 0; v < kVectors<C>; ++v) vectors[v] = math::load<V>(lanes + v * kLanes<C>);
-  return math::pairwise_sum(vectors);
-}
-
-/// Σ of terms, term i in lane i % kUnit.
-template <class C>
-TIMM_EXT_FN double term_sum(const C* terms, int64_t count) {
-  using V = typename math::VectorOf<C>::type;
-  V lanes[kVectors<C>] = {};
-  int64_t i = 0;
-  for (; i + kUnit <= count; i += kUnit) {
-    for (int v = 0; v < kVectors<C>; ++v) lanes[v] += math::load<V>(terms + i + v * kLanes<C>);
-  }
-  for (int v = 0; v < kVectors<C>; ++v, i += kLanes<C>) {
-    lanes[v] += math::first_lanes(math::load<V>(terms + i), count - i);
-  }
-  return math::pairwise_sum(lanes);
 }
 
 template <class S, class C>
@@ -159,9 +107,10 @@ class BackwardVisitor {
         result_(result),
         edges_(edges),
         row_(kChunk),
-        spare_(in.models * kUnit),
+        terms_(in.models * kUnit),
         lanes_(in.models * kUnit),
-        terms_(in.models * kChunk + kUnit),
+        view_lanes_((in.models * kChunk + math::kSummedRows) * kUnit),
+        view_sums_(in.models * kChunk + math::kSummedRows),
         sums_(in.models) {}
 
   void block_begins(int64_t begin) {
@@ -171,27 +120,29 @@ class BackwardVisitor {
 
   void view(const View<C>& view) {
     const C* const gradient = gradient_row<S>(gradient_, view, row_.get());
-    if (view.spread) return with_rows(view, KeepTerms<C>{gradient, spare_.get(), terms_.get()});
-    with_rows(view, AddUnits<C>{gradient, spare_.get(), lanes_.get()});
-    for (int k = 0; k < view.models; ++k) sums_.get()[view.model(k)] += lane_sum(lanes_.get() + k * kUnit);
+    with_rows(view, SumUnits<C>{gradient, terms_.get(), lanes_.get(), view_lanes_.get()});
+    sum_lanes(view_lanes_.get(), view.segments * summed(view), view_sums_.get());
   }
 
-  void piece(const View<C>& view, int64_t, int64_t from, int64_t to) {
-    for (int t = 0; t < view.models; ++t) sums_.get()[t] += term_sum(terms_.get() + t * kChunk + from, to - from);
+  void piece(const View<C>& view, int64_t segment) {
+    const double* const sums = view_sums_.get() + (segment - view.segment) * summed(view);
+    if (view.models == 2) {
+      sums_.get()[view.model(0)] += sums[0];
+      sums_.get()[view.model(1)] -= sums[0];
+      return;
+    }
+    for (int k = 0; k < view.models; ++k) sums_.get()[view.model(k)] += sums[k];
   }
 
   void whole_segments(const View<C>& view, int64_t first, int64_t last) {
-    const C* const terms = terms_.get() - view.begin;
-    for (int64_t segment = first; segment < last; ++segment) {
-      const int64_t begin = in_.offsets[segment], count = in_.offsets[segment + 1] - begin;
-      C* const row = result_ + segment * view.models;
-      row[0] = static_cast<C>(term_sum(terms + begin, count));
-      if (view.models == 2) {
-        row[1] = -row[0];
-        continue;
-      }
-      for (int t = 1; t < view.models; ++t) row[t] = static_cast<C>(term_sum(terms + t * kChunk + begin, count));
+    const double* const sums = view_sums_.get() + (first - view.segment) * summed(view);
+    C* const rows = result_ + first * view.models;
+    const int64_t count = (last - first) * summed(view);
+    if (view.models == 2) {
+      for (int64_t i = 0; i < count; ++i) rows[2 * i + 1] = -(rows[2 * i] = static_cast<C>(sums[i]));
+      return;
     }
+    for (int64_t i = 0; i < count; ++i) rows[i] = static_cast<C>(sums[i]);
   }
 
   void segment_ends(int64_t segment, bool cut) {
@@ -209,6 +160,9 @@ class BackwardVisitor {
   }
 
  private:
+  /// Models with sums of their own; of two the second one's are the first one's negatives.
+  static int summed(const View<C>& view) { return view.models == 2 ? 1 : view.models; }
+
   void clear() {
     for (int64_t t = 0; t < in_.models; ++t) sums_.get()[t] = 0;
   }
@@ -219,9 +173,10 @@ class BackwardVisitor {
   double* const edges_;
   int64_t block_ = 0;
   Buffer<C> row_;
-  Buffer<C> spare_;
-  Buffer<C> lanes_;
   Buffer<C> terms_;
+  Buffer<C> lanes_;
+  Buffer<C> view_lanes_;
+  Buffer<double> view_sums_;
   Buffer<double> sums_;
 };
 

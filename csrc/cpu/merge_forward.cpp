@@ -13,14 +13,13 @@ struct MergeUnits {
 
   template <class R>
   void run(const View<C>& view) const {
-    const R rows(view);
-    for (int64_t unit = 0; unit < view.count; unit += kUnit) {
+    for_each_unit<R>(view, [this](const R& rows, int64_t unit) {
       if (__builtin_expect(needs_no_scaling(rows, unit), 1)) {
         merge_unit<Scaling::kNone>(rows, unit);
       } else {
         merge_scaled(rows, unit);
       }
-    }
+    });
   }
 
  private:
@@ -35,7 +34,7 @@ struct MergeUnits {
     using V = typename math::VectorOf<C>::type;
     V merged[kVectors<C>];
     for (int v = 0; v < kVectors<C>; ++v) {
-      const VectorElement<R> element{rows, unit + v * kLanes<C>};
+      const auto element = element_of(rows, unit, v);
       merged[v] = math::merged_value(math::merge<V, How>(element, element.models()));
     }
     for (int v = 0; v < kVectors<C>; ++v) {
@@ -65,7 +64,7 @@ struct ForwardVisitor {
     narrow(to, scratch.get(), view.count);
   }
 
-  void piece(const View<C>&, int64_t, int64_t, int64_t) {}
+  void piece(const View<C>&, int64_t) {}
   void whole_segments(const View<C>&, int64_t, int64_t) {}
   void segment_ends(int64_t, bool) {}
 };

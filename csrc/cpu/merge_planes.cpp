@@ -16,28 +16,28 @@ struct PlaneUnits {
 
   template <class R>
   void run(const View<C>& view) const {
-    const R rows(view);
-    for (int64_t unit = 0; unit < view.count; unit += kUnit) {
+    for_each_unit<R>(view, [this](const R& rows, int64_t unit) {
       if (needs_no_scaling(rows, unit)) {
         write_unit<Scaling::kNone>(rows, unit);
       } else {
         write_unit<Scaling::kFull>(rows, unit);
       }
-    }
+    });
   }
 
  private:
   template <Scaling How, class R>
   TIMM_EXT_FN void write_unit(const R& rows, int64_t unit) const {
     using V = typename math::VectorOf<C>::type;
-    for (int64_t i = unit; i < unit + kUnit; i += kLanes<C>) {
-      const VectorElement<R> element{rows, i};
+    for (int v = 0; v < kVectors<C>; ++v) {
+      const auto element = element_of(rows, unit, v);
       const auto m = math::merge<V, How>(element, element.models());
-      const V g = math::load<V>(gradient + i);
+      const V g = math::load<V>(gradient + element.i);
       for (int t = 0; t < element.models(); ++t) {
-        if (theta != nullptr) math::store(theta + t * kChunk + i, g * math::merge_share(element, m, t));
+        if (theta != nullptr) math::store(theta + t * kChunk + element.i, g * math::merge_share(element, m, t));
         if constexpr (R::kWeighted) {
-          if (fisher != nullptr) math::store(fisher + t * kChunk + i, g * math::merge_fisher_slope(element, m, t));
+          if (fisher != nullptr)
+            math::store(fisher + t * kChunk + element.i, g * math::merge_fisher_slope(element, m, t));
         }
       }
     }
@@ -65,7 +65,7 @@ class PlanesVisitor {
     write_plane(out_.fisher, out_.fisher_stride, view, fisher);
   }
 
-  void piece(const View<C>&, int64_t, int64_t, int64_t) {}
+  void piece(const View<C>&, int64_t) {}
   void whole_segments(const View<C>&, int64_t, int64_t) {}
   void segment_ends(int64_t, bool) {}
 

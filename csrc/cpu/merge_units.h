@@ -28,23 +28,130 @@ struct PerModel<T, 0> {
   TIMM_EXT_FN const T& operator[](int t) const { return values[t]; }
 };
 
-template <class C_, bool Weighted_, bool Spread_, int N_>
+template <class C>
+constexpr int kLanes = sizeof(typename math::VectorOf<C>::type) / sizeof(C);
+template <class C>
+constexpr int kVectors = kUnit / kLanes<C>;
+
+/// A value per model and element of a unit: in registers, or in memory [models, kUnit] where the number of models is
+/// not known.
+template <class C, int N>
+class UnitRows {
+ public:
+  using V = typename math::VectorOf<C>::type;
+
+  UnitRows(C*, int) {}
+  TIMM_EXT_FN int models() const { return N; }
+  TIMM_EXT_FN V get(int t, int v) const { return values_[t][v]; }
+  TIMM_EXT_FN void set(int t, int v, V value) { values_[t][v] = value; }
+
+ private:
+  V values_[N][kVectors<C>];
+};
+template <class C>
+class UnitRows<C, 0> {
+ public:
+  using V = typename math::VectorOf<C>::type;
+
+  UnitRows(C* memory, int models) : memory_(memory), models_(models) {}
+  TIMM_EXT_FN int models() const { return models_; }
+  TIMM_EXT_FN V get(int t, int v) const { return math::load<V>(memory_ + t * kUnit + v * kLanes<C>); }
+  TIMM_EXT_FN void set(int t, int v, V value) { math::store(memory_ + t * kUnit + v * kLanes<C>, value); }
+
+ private:
+  C* memory_;
+  int models_;
+};
+
+/// Sets all of them to f(t, v).
+template <class C, int N, class F>
+TIMM_EXT_FN void set_rows(UnitRows<C, N>& rows, const F& f) {
+  for (int t = 0; t < rows.models(); ++t) {
+    for (int v = 0; v < kVectors<C>; ++v) rows.set(t, v, f(t, v));
+  }
+}
+
+/// Finds the segments that end in the units of a view; units come in order.
+class SegmentEnds {
+ public:
+  template <class C>
+  explicit SegmentEnds(const View<C>& view) : end_(view.ends), last_(view.begin + view.count - 1) {}
+
+  /// Calls f(i) for each segment that ends with element i - 1 of the unit that begins at `begin` of the buffer, but not
+  /// for the view's last segment.
+  template <class F>
+  TIMM_EXT_FN void in_unit(int64_t begin, const F& f) {
+    const int64_t last = begin + kUnit < last_ ? begin + kUnit : last_;
+    for (; *end_ <= last; ++end_) f(*end_ - begin);
+  }
+
+ private:
+  const int64_t* end_;
+  int64_t last_;
+};
+
+/// Weights of the elements of a unit, blended from those of its segments.
+template <class C, int N>
+class BlendedAlpha {
+ public:
+  explicit BlendedAlpha(const View<C>& view) : row_(view.alpha), ends_(view), unit_(view.unit_alpha, view.models) {}
+
+  TIMM_EXT_FN auto get(int t, int v) const { return unit_.get(t, v); }
+
+  /// Goes on to the unit that begins at element `begin` of the buffer.
+  TIMM_EXT_FN void set_unit(int64_t begin) {
+    using V = typename math::VectorOf<C>::type;
+    set_rows(unit_, [&](int t, int) { return V{} + row_[t]; });
+    ends_.in_unit(begin, [&](int64_t cut) {
+      row_ += unit_.models();
+      set_rows(unit_,
+               [&](int t, int v) { return math::join_lanes(unit_.get(t, v), V{} + row_[t], cut - v * kLanes<C>); });
+    });
+  }
+
+ private:
+  const C* row_;  // of the segment in which the next unit begins
+  SegmentEnds ends_;
+  UnitRows<C, N> unit_;
+};
+
+template <class C_, bool Weighted_, bool Blended_, int N_>
 struct Rows {
   using C = C_;
+  using Alpha = std::conditional_t<Blended_, BlendedAlpha<C, N_>, PerModel<C, N_>>;
   static constexpr bool kWeighted = Weighted_;
-  static constexpr bool kSpreadAlpha = Spread_;
+  static constexpr bool kBlended = Blended_;
   static constexpr int kModels = N_;
 
   explicit Rows(const View<C>& view)
-      : count(view.models), theta(view.theta), fisher(Weighted_ ? view.fisher : view.theta), alpha(view.alpha) {}
+      : count(view.models), theta(view.theta), fisher(Weighted_ ? view.fisher : view.theta), alpha(alpha_of(view)) {}
 
   TIMM_EXT_FN int models() const { return N_ > 0 ? N_ : count; }
 
   int count;
   PerModel<const C*, N_> theta;
   PerModel<const C*, N_> fisher;
-  PerModel<C, Spread_ ? 0 : N_> alpha;
+  Alpha alpha;
+
+ private:
+  static TIMM_EXT_FN Alpha alpha_of(const View<C>& view) {
+    if constexpr (Blended_) {
+      return Alpha(view);
+    } else {
+      return Alpha(view.alpha);
+    }
+  }
 };
+
+/// Calls f(rows, unit) for the units of a view.
+template <class R, class F>
+TIMM_EXT_FN void for_each_unit(const View<typename R::C>& view, const F& f) {
+  R rows(view);
+  for (int64_t unit = 0; unit < view.count; unit += kUnit) {
+    if constexpr (R::kBlended) rows.alpha.set_unit(view.begin + unit);
+    f(rows, unit);
+  }
+}
 
 /// The inputs of the vector of elements from i on.
 template <class R>
@@ -54,12 +161,13 @@ struct VectorElement {
 
   const R& rows;
   int64_t i;
+  int v;
 
   TIMM_EXT_FN V theta(int t) const { return math::load<V>(rows.theta[t] + i); }
   TIMM_EXT_FN V fisher(int t) const { return math::load<V>(rows.fisher[t] + i); }
   TIMM_EXT_FN auto alpha(int t) const {
-    if constexpr (R::kSpreadAlpha) {
-      return math::load<V>(&rows.alpha[t * kSpread + i]);
+    if constexpr (R::kBlended) {
+      return rows.alpha.get(t, v);
     } else {
       return rows.alpha[t];
     }
@@ -67,10 +175,11 @@ struct VectorElement {
   TIMM_EXT_FN int models() const { return rows.models(); }
 };
 
-template <class C>
-constexpr int kLanes = sizeof(typename math::VectorOf<C>::type) / sizeof(C);
-template <class C>
-constexpr int kVectors = kUnit / kLanes<C>;
+/// Vector v of a unit.
+template <class R>
+TIMM_EXT_FN VectorElement<R> element_of(const R& rows, int64_t unit, int v) {
+  return {rows, unit + v * kLanes<typename R::C>, v};
+}
 
 /// Whether Σ w of each element lies in a range where neither w nor 1 / Σ w needs the scaling.
 template <class R>
@@ -80,7 +189,7 @@ TIMM_EXT_FN bool needs_no_scaling(const R& rows, int64_t unit) {
   constexpr C bound = sizeof(C) == sizeof(float) ? C(0x1p60) : C(0x1p400);
   bool within = true;
   for (int v = 0; v < kVectors<C>; ++v) {
-    const VectorElement<R> element{rows, unit + v * kLanes<C>};
+    const auto element = element_of(rows, unit, v);
     auto total = element.fisher(0) * element.alpha(0);
     for (int t = 1; t < element.models(); ++t) total += element.fisher(t) * element.alpha(t);
     within &= math::all_within(total, 1 / bound, bound);
@@ -88,32 +197,33 @@ TIMM_EXT_FN bool needs_no_scaling(const R& rows, int64_t unit) {
   return within;
 }
 
-template <class Body, class C, bool Weighted, bool Spread>
+template <class Body, class C, bool Weighted, bool Blended>
 void with_models(const View<C>& view, const Body& body) {
   if constexpr (sizeof(C) == sizeof(float)) {
     switch (view.models) {
       case 2:
-        return body.template run<Rows<C, Weighted, Spread, 2>>(view);
+        return body.template run<Rows<C, Weighted, Blended, 2>>(view);
       case 3:
-        return body.template run<Rows<C, Weighted, Spread, 3>>(view);
+        return body.template run<Rows<C, Weighted, Blended, 3>>(view);
       case 4:
-        return body.template run<Rows<C, Weighted, Spread, 4>>(view);
+        return body.template run<Rows<C, Weighted, Blended, 4>>(view);
       case 5:
-        return body.template run<Rows<C, Weighted, Spread, 5>>(view);
+        return body.template run<Rows<C, Weighted, Blended, 5>>(view);
       case 8:
-        return body.template run<Rows<C, Weighted, Spread, 8>>(view);
+        return body.template run<Rows<C, Weighted, Blended, 8>>(view);
     }
   }
-  return body.template run<Rows<C, Weighted, Spread, 0>>(view);
+  return body.template run<Rows<C, Weighted, Blended, 0>>(view);
 }
 
 /// Calls body.template run<R>(view), R being the Rows that suit the view.
 template <class Body, class C>
 void with_rows(const View<C>& view, const Body& body) {
   if (view.fisher != nullptr) {
-    view.spread ? with_models<Body, C, true, true>(view, body) : with_models<Body, C, true, false>(view, body);
+    view.ends != nullptr ? with_models<Body, C, true, true>(view, body) : with_models<Body, C, true, false>(view, body);
   } else {
-    view.spread ? with_models<Body, C, false, true>(view, body) : with_models<Body, C, false, false>(view, body);
+    view.ends != nullptr ? with_models<Body, C, false, true>(view, body)
+                         : with_models<Body, C, false, false>(view, body);
   }
 }
 
@@ -121,9 +231,11 @@ void with_rows(const View<C>& view, const Body& body) {
 template <class Body, class C>
 void with_any_models(const View<C>& view, const Body& body) {
   if (view.fisher != nullptr) {
-    view.spread ? body.template run<Rows<C, true, true, 0>>(view) : body.template run<Rows<C, true, false, 0>>(view);
+    view.ends != nullptr ? body.template run<Rows<C, true, true, 0>>(view)
+                         : body.template run<Rows<C, true, false, 0>>(view);
   } else {
-    view.spread ? body.template run<Rows<C, false, true, 0>>(view) : body.template run<Rows<C, false, false, 0>>(view);
+    view.ends != nullptr ? body.template run<Rows<C, false, true, 0>>(view)
+                         : body.template run<Rows<C, false, false, 0>>(view);
   }
 }
 

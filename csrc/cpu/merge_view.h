@@ -3,7 +3,7 @@
 // How the kernels of the merge walk the flat buffer. A block is cut into chunks of kChunk elements that stay in the
 // first-level cache, at fixed places of the buffer; a chunk is worked in units of kUnit elements, whatever the vectors'
 // width, so that every instruction set makes the same decisions. A chunk inside one segment has one weight α_t per
-// model; in a chunk of several segments the weights are spread over rows, one weight per element.
+// model; in a chunk of several segments each has a row of them, from which a unit blends its own.
 #pragma once
 
 #include <cstring>
@@ -18,7 +18,6 @@ namespace timm_ext::cpu::TIMM_EXT_ISA {
 
 constexpr int64_t kChunk = 512;
 constexpr int64_t kUnit = 16;
-constexpr int64_t kSpread = kChunk + kUnit;  // between rows of spread weights
 
 constexpr int64_t whole_units(int64_t count) { return (count + kUnit - 1) / kUnit * kUnit; }
 
@@ -26,13 +25,16 @@ constexpr int64_t whole_units(int64_t count) { return (count + kUnit - 1) / kUni
 template <class C>
 struct View {
   int64_t begin;  // in the buffer
-  int64_t count;  // elements without the padding
-  bool spread;    // alpha is [models, kSpread], else [models]
+  int64_t count;
+  int64_t segment;  // the first one
+  int64_t segments;
+  const int64_t* ends;  // of the segments in the buffer, the last one beyond the view; null for one segment
   int models;
   const int64_t* index;    // [models], of the models in the planes; null where they are all there
   const C* const* theta;   // [models] rows
   const C* const* fisher;  // [models] rows, or null
-  const C* alpha;
+  const C* alpha;          // [segments, models]
+  C* unit_alpha;           // [models, kUnit], room for those of a unit
 
   int64_t model(int k) const { return index == nullptr ? k : index[k]; }
 };
@@ -60,7 +62,7 @@ class ViewReader {
         rows_(2 * in.models),
         index_(in.models),
         alpha_(in.models),
-        spread_(in.models * kSpread),
+        unit_alpha_(in.models * kUnit),
         differences_(in.models * kChunk + kUnit),
         relative_(in.models * kChunk + kUnit) {}
 
@@ -68,14 +70,17 @@ class ViewReader {
   View<C> of_segment(int64_t segment, int64_t begin, int64_t count) {
     set_weights(segment);
     set_rows(index_.get(), active_, begin, count);
-    return {begin, count, false, active_, index_.get(), rows_.get(), fisher_rows(), alpha_.get()};
+    return {begin,       count,         segment,      1,      nullptr, active_, index_.get(),
+            rows_.get(), fisher_rows(), alpha_.get(), nullptr};
   }
 
   /// Sets a view of a chunk with pieces of the segments [first, last]; false where a weight is 0 or NaN.
   bool of_segments(int64_t first, int64_t last, int64_t begin, int64_t count, View<C>& view) {
-    if (!spread_weights(first, last, begin, count)) return false;
+    if (!set_relative_weights(first, last)) return false;
+    const int64_t* const ends = in_.offsets + first + 1;
     set_rows(nullptr, in_.models, begin, count);
-    view = {begin, count, true, int(in_.models), nullptr, rows_.get(), fisher_rows(), spread_.get()};
+    view = {begin,       count,         first,           last - first + 1, ends, int(in_.models), nullptr,
+            rows_.get(), fisher_rows(), relative_.get(), unit_alpha_.get()};
     return true;
   }
 
@@ -108,28 +113,6 @@ class ViewReader {
 
   const C* row(const void* plane, int64_t offset, int64_t count, int64_t slot, C padding) const {
     return padded_row(static_cast<const S*>(plane) + offset, count, scratch_.get() + slot * kChunk, padding);
-  }
-
-  /// Weights of the segments, each over its elements; false where one is 0 or NaN.
-  bool spread_weights(int64_t first, int64_t last, int64_t begin, int64_t count) {
-    const int64_t models = in_.models;
-    if (!set_relative_weights(first, last)) return false;
-    const C* alpha = relative_.get();
-    for (int64_t s = first; s <= last; ++s) {
-      const int64_t from = in_.offsets[s] > begin ? in_.offsets[s] - begin : 0;
-      const int64_t to = s < last ? in_.offsets[s + 1] - begin : whole_units(count);
-      for (int64_t t = 0; t < models; ++t) {
-        fill_units(spread_.get() + t * kSpread, from, to, *alpha++);
-      }
-    }
-    return true;
-  }
-
-  /// Sets all units that begin in [from, to); what is beyond is overwritten by the next segment.
-  static void fill_units(C* row, int64_t from, int64_t to, C value) {
-    for (int64_t i = from; i < to; i += kUnit) {
-      for (int64_t lane = 0; lane < kUnit; ++lane) row[i + lane] = value;
-    }
   }
 
   /// Weights of the segments [first, last], up to a factor of their row; false where one is 0.
@@ -175,7 +158,7 @@ class ViewReader {
   Buffer<const C*> rows_;
   Buffer<int64_t> index_;
   Buffer<C> alpha_;
-  Buffer<C> spread_;
+  Buffer<C> unit_alpha_;
   Buffer<C> differences_;
   Buffer<C> relative_;
   int64_t segment_ = -1;
@@ -194,11 +177,10 @@ const C* gradient_row(const MergeGradient& gradient, const View<C>& view, C* scr
 
 /// Walks the blocks and calls, in order:
 ///   visitor.block_begins(begin)
-///   visitor.view(view)                          elements of one segment, or of several where view.spread
-///   visitor.piece(view, segment, from, to)      of a spread view, elements [from, to) of a segment that is cut
-///   visitor.whole_segments(view, first, last)   of a spread view, the segments [first, last) that it holds whole
-///   visitor.segment_ends(segment, cut)          after its last view or piece in this block; cut: others lie in other
-///                                               blocks
+///   visitor.view(view)                          elements of one segment, or of several
+///   visitor.piece(view, segment)                for a segment that the view holds in part
+///   visitor.whole_segments(view, first, last)   for the segments [first, last) that it holds whole
+///   visitor.segment_ends(segment, cut)          after its last piece in this block; cut: others lie in other blocks
 template <class S, class C, class Visitor>
 class Walk {
  public:
@@ -222,29 +204,31 @@ class Walk {
     int64_t last = segment;
     while (in_.offsets[last + 1] < end) ++last;
     if (last > segment && reader_.of_segments(segment, last, begin, end - begin, view_)) {
-      spread(segment, last, begin, end);
+      segments(segment, last, begin, end);
     } else {
       for (int64_t s = segment; s <= last; ++s) {
         const int64_t from = in_.offsets[s] > begin ? in_.offsets[s] : begin;
         const int64_t to = in_.offsets[s + 1] < end ? in_.offsets[s + 1] : end;
-        visitor_.view(reader_.of_segment(s, from, to - from));
+        view_ = reader_.of_segment(s, from, to - from);
+        visitor_.view(view_);
+        visitor_.piece(view_, s);
         end_segment(s, end);
       }
     }
     return in_.offsets[last + 1] <= end ? last + 1 : last;
   }
 
-  void spread(int64_t segment, int64_t last, int64_t begin, int64_t end) {
+  void segments(int64_t segment, int64_t last, int64_t begin, int64_t end) {
     const int64_t first_whole = in_.offsets[segment] < begin ? segment + 1 : segment;
     const int64_t last_whole = in_.offsets[last + 1] > end ? last : last + 1;
     visitor_.view(view_);
     if (first_whole > segment) {
-      visitor_.piece(view_, segment, 0, in_.offsets[segment + 1] - begin);
+      visitor_.piece(view_, segment);
       end_segment(segment, end);
     }
     visitor_.whole_segments(view_, first_whole, last_whole);
     if (last_whole == last) {
-      visitor_.piece(view_, last, in_.offsets[last] - begin, end - begin);
+      visitor_.piece(view_, last);
       end_segment(last, end);
     }
   }

@@ -58,7 +58,12 @@ TIMM_EXT_FN void store(C* to, V v) {
 typedef float HalfFloatV __attribute__((vector_size(kVectorBytes / 2)));  // as many lanes as DoubleV
 
 TIMM_EXT_FN DoubleV load_doubles(const double* from) { return load<DoubleV>(from); }
+#if defined(__AVX512F__)
+// GCC 12 converts vectors of eight in halves, and warns about its own unmasked form.
+TIMM_EXT_FN DoubleV load_doubles(const float* from) { return _mm512_maskz_cvtps_pd(-1, _mm256_loadu_ps(from)); }
+#else
 TIMM_EXT_FN DoubleV load_doubles(const float* from) { return __builtin_convertvector(load<HalfFloatV>(from), DoubleV); }
+#endif
 
 TIMM_EXT_FN void store_as(double* to, DoubleV v) { store(to, v); }
 TIMM_EXT_FN void store_as(float* to, DoubleV v) { store(to, __builtin_convertvector(v, HalfFloatV)); }
@@ -153,51 +158,74 @@ TIMM_EXT_FN DoubleV swap_pairs(DoubleV x) {
 #endif
 }
 
-/// The first `count` lanes, the others 0.
-TIMM_EXT_FN FloatV first_lanes(FloatV x, int64_t count) {
+/// The first `count` lanes of one vector, the others of another.
+TIMM_EXT_FN FloatV join_lanes(FloatV first, FloatV others, int64_t count) {
   Int32V lane;
   for (int i = 0; i < kVectorBytes / 4; ++i) lane[i] = i;
-  return select(lane < static_cast<int32_t>(count), x, FloatV{});
+  return select(lane < static_cast<int32_t>(count), first, others);
 }
-TIMM_EXT_FN DoubleV first_lanes(DoubleV x, int64_t count) {
+TIMM_EXT_FN DoubleV join_lanes(DoubleV first, DoubleV others, int64_t count) {
   Int64V lane;
   for (int i = 0; i < kVectorBytes / 8; ++i) lane[i] = i;
-  return select(lane < count, x, DoubleV{});
+  return select(lane < count, first, others);
 }
 
-/// Σ of 16 lanes that fill one or more vectors, in float64: lane i and i + 8, then i and i + 4, 2, 1.
-template <class V>
-TIMM_EXT_FN double pairwise_sum(const V* lanes) {
-#if defined(__AVX2__)
-  if constexpr (std::is_same_v<V, FloatV>) {
-    typedef double Double4 __attribute__((vector_size(32)));
-    typedef double Double2 __attribute__((vector_size(16)));
 #if defined(__AVX512F__)
-    const HalfFloatV low = __builtin_shufflevector(lanes[0], lanes[0], 0, 1, 2, 3, 4, 5, 6, 7);
-    const HalfFloatV high = __builtin_shufflevector(lanes[0], lanes[0], 8, 9, 10, 11, 12, 13, 14, 15);
-    const DoubleV eight = __builtin_convertvector(low, DoubleV) + __builtin_convertvector(high, DoubleV);
-    const Double4 four =
-        __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
-#else
-    const auto quarter = [&](int vector, auto half) {
-      const FloatV x = lanes[vector];
-      const HalfFloatV part =
-          half ? __builtin_shufflevector(x, x, 4, 5, 6, 7) : __builtin_shufflevector(x, x, 0, 1, 2, 3);
-      return __builtin_convertvector(part, Double4);
-    };
-    const Double4 four = (quarter(0, false) + quarter(1, false)) + (quarter(0, true) + quarter(1, true));
-#endif
-    const Double2 two = __builtin_shufflevector(four, four, 0, 1) + __builtin_shufflevector(four, four, 2, 3);
-    return two[0] + two[1];
+constexpr int kSummedRows = 8;
+
+/// Elements i and i + 8 of 16, added in float64.
+template <class C>
+TIMM_EXT_FN DoubleV halves_sum(const C* row) {
+  return load_doubles(row) + load_doubles(row + 8);
+}
+
+/// Σ of eight rows of 16, by halves: element i and i + 8, then i and i + 4, 2, 1.
+template <class C>
+TIMM_EXT_FN DoubleV row_sums(const C* rows) {
+  DoubleV fours[4], twos[2];
+  for (int r = 0; r < 4; ++r) {
+    const DoubleV a = halves_sum(rows + 16 * r), b = halves_sum(rows + 16 * (r + 4));
+    fours[r] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11) +
+               __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
   }
-#endif
+  for (int r = 0; r < 2; ++r) {
+    twos[r] = __builtin_shufflevector(fours[r], fours[r + 2], 0, 1, 8, 9, 4, 5, 12, 13) +
+              __builtin_shufflevector(fours[r], fours[r + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+  }
+  return __builtin_shufflevector(twos[0], twos[1], 0, 8, 2, 10, 4, 12, 6, 14) +
+         __builtin_shufflevector(twos[0], twos[1], 1, 9, 3, 11, 5, 13, 7, 15);
+}
+#elif defined(__AVX2__)
+constexpr int kSummedRows = 4;
+
+template <class C>
+TIMM_EXT_FN DoubleV quarters_sum(const C* row) {
+  return (load_doubles(row) + load_doubles(row + 8)) + (load_doubles(row + 4) + load_doubles(row + 12));
+}
+
+/// Σ of four rows of 16, by halves: element i and i + 8, then i and i + 4, 2, 1.
+template <class C>
+TIMM_EXT_FN DoubleV row_sums(const C* rows) {
+  DoubleV twos[2];
+  for (int r = 0; r < 2; ++r) {
+    const DoubleV a = quarters_sum(rows + 16 * r), b = quarters_sum(rows + 16 * (r + 2));
+    twos[r] = __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
+  }
+  return __builtin_shufflevector(twos[0], twos[1], 0, 4, 2, 6) + __builtin_shufflevector(twos[0], twos[1], 1, 5, 3, 7);
+}
+#else
+constexpr int kSummedRows = 1;
+
+/// Σ of a row of 16, by halves: element i and i + 8, then i and i + 4, 2, 1.
+template <class C>
+TIMM_EXT_FN double row_sums(const C* row) {
   double sums[16];
-  const auto* const values = reinterpret_cast<const decltype(+lanes[0][0])*>(lanes);
-  for (int i = 0; i < 16; ++i) sums[i] = values[i];
+  for (int i = 0; i < 16; ++i) sums[i] = row[i];
   for (int half = 8; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
   }
   return sums[0];
 }
+#endif
 
 }  // namespace timm_ext::math

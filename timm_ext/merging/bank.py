@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from timm_ext._library import prefer_huge_pages
 from timm_ext.checkpoint import load_checkpoint, non_finite, save_checkpoint
 from timm_ext.errors import InputError
 from timm_ext.parameters import Layout, compatibility_report
@@ -84,7 +85,7 @@ class Bank:
         _check_arguments(models, fishers, normalize)
         fisher_storage = _choose_storage(fisher_storage, dtype)
         _check_tensors(models, fishers or (), layout)
-        planes = _padded(1 if fishers is None else 2, len(models), layout.numel, dtype)
+        planes = empty_planes(1 if fishers is None else 2, len(models), layout.numel, dtype)
         bank = cls(planes, layout, tuple(models), normalize, None if fishers is None else fisher_storage)
         for row, tensors in zip(bank.theta, models.values(), strict=True):
             layout.flatten(tensors, out=row)
@@ -152,7 +153,7 @@ class Bank:
             sources = tuple(about["sources"])
             kinds = ("theta", "fisher") if "fisher.0" in checkpoint.tensors else ("theta",)
             dtype = checkpoint.tensors["theta.0"].dtype
-            planes = _padded(len(kinds), len(sources), layout.numel, dtype)
+            planes = empty_planes(len(kinds), len(sources), layout.numel, dtype)
             for plane, kind in zip(planes, kinds, strict=True):
                 for index, row in enumerate(plane):
                     row[: layout.numel] = checkpoint.tensors.pop(f"{kind}.{index}")
@@ -161,11 +162,23 @@ class Bank:
             raise InputError(f"{path}: expected a bank written by timm_ext (got {error!r})") from error
 
 
-def _padded(planes: int, models: int, elements: int, dtype: torch.dtype) -> Tensor:
+def empty_planes(planes: int, models: int, elements: int, dtype: torch.dtype) -> Tensor:
+    """Return uninitialised planes `[planes, T, stride]` as the merge reads them best.
+
+    The stride is at least P, the padding 0; on the CPU huge pages are asked for, of which the merge touches
+    fewer at a time.
+
+    Args:
+        planes: one, or two with Fishers.
+        models: T.
+        elements: P.
+        dtype: of the elements.
+    """
     stride = -(-elements // _ALIGNMENT) * _ALIGNMENT
     if stride * dtype.itemsize % _PAGE == 0:
         stride += _ALIGNMENT
     result = torch.empty(planes, models, stride, dtype=dtype)
+    prefer_huge_pages(result)
     result[:, :, elements:] = 0
     return result
 
