@@ -143,11 +143,26 @@ struct Rows {
   }
 };
 
+/// Elements ahead of the work that are fetched where the CPU's own prefetching falls behind: with many rows, or with
+/// much work between the loads, as narrow vectors have.
+constexpr int64_t kAhead = 64;
+constexpr int kManyRows = math::kVectorBytes == 64 ? 8 : 4;
+
+template <class R>
+TIMM_EXT_FN void fetch_ahead(const R& rows, int64_t unit) {
+  for (int t = 0; t < rows.models(); ++t) {
+    __builtin_prefetch(rows.theta[t] + unit + kAhead);
+    if constexpr (R::kWeighted) __builtin_prefetch(rows.fisher[t] + unit + kAhead);
+  }
+}
+
 /// Calls f(rows, unit) for the units of a view.
 template <class R, class F>
 TIMM_EXT_FN void for_each_unit(const View<typename R::C>& view, const F& f) {
   R rows(view);
+  const bool fetches = R::kBlended || rows.models() * (R::kWeighted ? 2 : 1) >= kManyRows;
   for (int64_t unit = 0; unit < view.count; unit += kUnit) {
+    if (fetches) fetch_ahead(rows, unit);
     if constexpr (R::kBlended) rows.alpha.set_unit(view.begin + unit);
     f(rows, unit);
   }
