@@ -3,10 +3,11 @@
     python -m benchmarks.merge benchmarks/results/merge_cpu.json
     python -m benchmarks.merge merge_cuda.json --device cuda
 
-Rivals: per layer in eager PyTorch, the same compiled, `torch._foreach` over the layers, one formula over the
-flat planes; for one ratio per 27 elements, the planes as `[T, G, 27]` instead of layers. All are checked
-before they are timed. They take turns in one process, so that ratios come from neighbouring measurements;
-medians count. Peak memory is taken in fresh processes.
+Rivals: per layer in eager PyTorch on stacked models, the same compiled, per layer and model by model,
+`torch._foreach` over the layers, one formula over the flat planes; for one ratio per 27 elements, the planes
+as `[T, G, 27]` instead of layers. All are checked before they are timed. They take turns in one process, so
+that ratios come from neighbouring measurements; medians count. Peak memory and other instruction sets are
+measured in processes of their own.
 """
 
 import argparse
@@ -24,7 +25,9 @@ import torch
 
 import timm_ext
 from benchmarks import merge_rivals as rivals
-from benchmarks.merge_machine import Bandwidth, copy_loops, environment, milliseconds
+from benchmarks.machine import environment, median_ratio, milliseconds
+from benchmarks.merge_isa import isa_row
+from benchmarks.merge_machine import Bandwidth, copy_loops
 from timm_ext.files import write_json
 
 OURS = ("forward", "forward_backward")
@@ -83,15 +86,11 @@ def time_in_turns(
 
 def ratios(times: dict[str, list[float]]) -> dict[str, float]:
     """Medians over the rounds of a rival's time over ours, and of the fastest loop's over ours."""
-
-    def median_ratio(one: list[float], other: list[float]) -> float:
-        return round(statistics.median(a / b for a, b in zip(one, other, strict=False)), 3)
-
     found = {
         f"{name}_over_fused": median_ratio(values, times[f"fused_{ours}"])
         for ours in OURS
         for name, values in times.items()
-        if name.removesuffix(f"_{ours}") in ("eager", "compiled", "foreach", "flat", "kernelwise")
+        if name.removesuffix(f"_{ours}") in rivals.NAMES
     }
     loops = [values for name, values in times.items() if name.startswith("loop_")]
     fastest = min(loops, key=statistics.median)
@@ -126,6 +125,16 @@ def measure(
         "gigabytes_per_second": round(p.traffic / min(loops) / 1e6, 2),
         **ratios(times),
     }
+
+
+def isa_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The kernels of every instruction set, on one thread."""
+    rows = []
+    for models in options.models:
+        for segments in options.segments:
+            rows.append(isa_row(options.elements[0], models, segments, 1, options.rounds))
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
 
 
 def memory_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -176,6 +185,9 @@ def main(arguments: list[str]) -> None:
                     result["rows"].append(measure(options, elements, models, segments, count))
                     print(json.dumps(result["rows"][-1]), flush=True)
                     write_json(options.output, result)
+    if options.device == "cpu":
+        result["instruction_sets"] = isa_rows(options)
+        write_json(options.output, result)
     result["memory"] = memory_rows(options)
     write_json(options.output, result)
 

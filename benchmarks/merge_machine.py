@@ -1,39 +1,19 @@
-"""Clocks, memory and bandwidth of the machine that the merge is timed on."""
+"""Bandwidth of the machine that the merge is timed on, and the merge's memory."""
 
 import ctypes
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import timm_ext
 from benchmarks import merge_rivals as rivals
-from timm_ext.study.collect import environment as base_environment
-
-CALLS_ON_GPU = 5  # timed together
-
-
-def milliseconds(call: Callable[[], Any], device: str) -> float:
-    """Time of one call; on a GPU the mean over a few, by CUDA events."""
-    if device == "cpu":
-        begin = time.perf_counter()
-        call()
-        return (time.perf_counter() - begin) * 1e3
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(CALLS_ON_GPU):
-        call()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / CALLS_ON_GPU
+from benchmarks.machine import peak_bytes
 
 
 def copy_loops(p: rivals.Problem) -> dict[str, Callable[[], Any]]:
@@ -84,40 +64,7 @@ class Bandwidth:
 def peak_memory(p: rivals.Problem, forward: rivals.Forward) -> float:
     """Peak memory of a forward and backward beyond what is there, in units of the output."""
     size = p.theta.shape[1] * p.theta.element_size()
-    if p.theta.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        rivals.with_backward(forward, p)
-        return round((torch.cuda.max_memory_allocated() - before) / size, 3)
-    ctypes.CDLL(None).malloc_trim(0)  # what is free and still resident would not be counted
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = _memory("VmRSS")
-    rivals.with_backward(forward, p)
-    return round((_memory("VmHWM") - before) / size, 3)
-
-
-def _memory(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Versions and machine."""
-    build = {name: fact for name, fact in timm_ext.build_info().items() if name != "library"}  # a path
-    found: dict[str, Any] = {**base_environment(), "cores": os.cpu_count(), "build": build}
-    if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        found |= {
-            "gpu": properties.name,
-            "multiprocessors": properties.multi_processor_count,
-            "memory_bytes": properties.total_memory,
-            "compute_capability": f"{properties.major}.{properties.minor}",
-            "cuda": torch.version.cuda,
-        }
-    elif platform.system() == "Linux":
-        pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-        found["transparent_huge_pages"] = pages.read_text().strip() if pages.exists() else None
-    return found
+    return round(peak_bytes(lambda: rivals.with_backward(forward, p), p.theta.device.type) / size, 3)
 
 
 def main(arguments: list[str]) -> None:

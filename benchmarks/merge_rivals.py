@@ -100,6 +100,17 @@ def eager(p: Problem, logits: Tensor) -> Tensor:
     return torch.cat(merged)
 
 
+def modelwise(p: Problem, logits: Tensor) -> Tensor:
+    """Merge each layer by adding up the models one by one, as from their own state dicts."""
+    ratios = torch.sigmoid(logits).to(p.theta.dtype)
+    merged = []
+    for alpha, (theta, fisher) in zip(ratios.unbind(0), p.layers, strict=True):
+        weights = [a * f for a, f in zip(alpha.unbind(0), fisher.unbind(0), strict=True)]
+        terms = [weight * t for weight, t in zip(weights, theta.unbind(0), strict=True)]
+        merged.append(sum(terms[1:], terms[0]) / sum(weights[1:], weights[0]))
+    return torch.cat(merged)
+
+
 def foreach(p: Problem, logits: Tensor) -> Tensor:
     """Merge all layers in a few calls per model."""
     ratios = torch.sigmoid(logits).to(p.theta.dtype)
@@ -130,12 +141,16 @@ def kernelwise(p: Problem, logits: Tensor) -> Tensor:
     return ((weight * theta).sum(0) / weight.sum(0)).flatten()
 
 
+NAMES = ("eager", "modelwise", "compiled", "foreach", "flat", "kernelwise")
+
+
 def rival_forwards(p: Problem) -> dict[str, Forward]:
     """The ways to write the merge that the problem's segments allow."""
     if not p.layers:
         return {"kernelwise": kernelwise, "flat": flat}
     return {
         "eager": eager,
+        "modelwise": modelwise,
         "compiled": torch.compile(eager, dynamic=False),
         "foreach": foreach,
         "flat": flat,

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 RIVALS = {
-    "eager": "per-layer eager",
+    "eager": "per-layer eager, stacked",
+    "modelwise": "per-layer eager, model by model",
     "compiled": "`torch.compile`",
     "foreach": "`torch._foreach`",
     "kernelwise": "`[T, G, 27]` eager",

@@ -4,10 +4,12 @@ find_package(pybind11 CONFIG REQUIRED)
 
 # One library for every torch >= 2.10: the stable ABI at version 2.10, and libtorch by name, without a path.
 add_library(timm_ext MODULE
+  csrc/conv_weight_grad_square.cpp
   csrc/library.cpp
   csrc/log_weights.cpp
   csrc/merge.cpp
   csrc/square_accumulate.cpp
+  csrc/cpu/conv_pack.cpp
   csrc/cpu/kernels.cpp)
 set(torch_library_dir ${TIMM_EXT_TORCH_DIR}/lib)
 target_include_directories(timm_ext SYSTEM PRIVATE ${TIMM_EXT_TORCH_DIR}/include)

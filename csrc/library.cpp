@@ -2,10 +2,10 @@
 //
 // Every operator of the namespace `timm_ext` on one page. T models, P elements, S segments.
 //
-// Common to all: the result depends on the arguments only, bit for bit, not on the number of threads or the CPU's
-// instruction set; inputs are never changed unless marked (a!); sizes and offsets are 64-bit; a call with nothing to do
-// returns at once. Autograd and fake kernels are in timm_ext/ops.py, definitions in plain PyTorch in
-// timm_ext/reference.py.
+// Common to all, unless said otherwise: the result depends on the arguments only, bit for bit, not on the number of
+// threads or the CPU's instruction set; inputs are never changed unless marked (a!); sizes and offsets are 64-bit; a
+// call with nothing to do returns at once. Autograd and fake kernels are in timm_ext/ops.py, definitions in plain
+// PyTorch in timm_ext/reference.py.
 #include <torch/csrc/stable/library.h>
 
 #include "operators.h"
@@ -49,6 +49,13 @@ STABLE_TORCH_LIBRARY(timm_ext, m) {
   // acc[i] += scale * grads[i]² for all i. acc[i] contiguous float32, or float64 for float64 gradients, no two
   // overlapping; grads[i] of the same shape, float32, bfloat16, float16 or float64, all alike, all on one device.
   m.def("square_accumulate_(Tensor(a!)[] acc, Tensor[] grads, float scale) -> ()");
+
+  // acc += scale Σ_b (gradient of example b's part of the sum with respect to the weight)² for a convolution of input
+  // [B, I, ...] to an output whose gradient is grad [B, O, ...]; acc [O, I / groups, ...] contiguous. All float32. CPU
+  // only. Its bits depend on the instruction set (fused multiply-add), not on the number of threads.
+  m.def(
+      "conv_weight_grad_square_(Tensor(a!) acc, Tensor grad, Tensor input, int[] stride, int[] padding, int[] dilation,"
+      " int groups, float scale) -> ()");
 }
 
 #define TIMM_EXT_REGISTER_BOTH_DEVICES(m)                                                           \
@@ -62,6 +69,7 @@ STABLE_TORCH_LIBRARY_IMPL(timm_ext, CPU, m) {
   TIMM_EXT_REGISTER_BOTH_DEVICES(m);
   m.impl("log_weights", TORCH_BOX(&timm_ext::log_weights));
   m.impl("log_weights_backward", TORCH_BOX(&timm_ext::log_weights_backward));
+  m.impl("conv_weight_grad_square_", TORCH_BOX(&timm_ext::conv_weight_grad_square));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(timm_ext, CUDA, m) { TIMM_EXT_REGISTER_BOTH_DEVICES(m); }

@@ -27,6 +27,8 @@ std::tuple<Tensor, Tensor> fused_merge_backward_planes(const Tensor& grad, const
 Tensor log_weights(const Tensor& logits, const std::string& mixing);
 Tensor log_weights_backward(const Tensor& grad, const Tensor& logits, const std::string& mixing);
 
+void conv_weight_grad_square(const Tensor& acc, const Tensor& grad, const Tensor& input, std::vector<int64_t> stride,
+                             std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, double scale);
 void square_accumulate(const std::vector<Tensor>& acc, const std::vector<Tensor>& grads, double scale);
 
 }  // namespace timm_ext

@@ -28,7 +28,7 @@ ALLOWED = {
     "checkpoint": BASE | {"parameters"},
     "networks": BASE | {"parameters", "checkpoint"},
     "fisher": BASE | {"ops", "parameters", "checkpoint"},
-    "merging": BASE | {"ops", "parameters", "groups", "checkpoint", "fisher", "networks"},
+    "merging": BASE | {"_library", "ops", "parameters", "groups", "checkpoint", "fisher", "networks"},
     "data": BASE,
     "metrics": BASE | {"data"},
     "inference": BASE | {"data", "networks"},

@@ -13,7 +13,12 @@ from timm_ext.errors import InputError
 __version__ = "0.1.0"
 load_library(__path__, __version__)
 
-from timm_ext.ops import fused_merge, ratios, square_accumulate_  # noqa: E402
+from timm_ext.ops import (  # noqa: E402
+    conv_weight_grad_square_,
+    fused_merge,
+    ratios,
+    square_accumulate_,
+)
 
 if TYPE_CHECKING:
     from timm_ext.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -51,6 +56,7 @@ __all__ = [
     "__version__",
     "build_info",
     "build_network",
+    "conv_weight_grad_square_",
     "estimate_fisher",
     "fused_merge",
     "load_checkpoint",

@@ -284,3 +284,55 @@ def _fake_square_accumulate(acc: list[Tensor], grads: list[Tensor], scale: float
 
 
 register_fake("timm_ext::square_accumulate_", _fake_square_accumulate)
+
+
+def conv_weight_grad_square_(
+    acc: Tensor,
+    grad: Tensor,
+    input: Tensor,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    scale: float = 1.0,
+) -> None:
+    """Add the squares of a convolution's weight gradients, example by example, without storing any.
+
+        acc += scale · Σ_b (∂ Σ(grad_b · output_b) / ∂ weight)²
+
+    The gradient at tap k is Σ_p grad[b, o, p] · input[b, i, p · stride + k · dilation − padding], with zeros
+    outside of the input. For a transposed convolution exchange `grad` and `input`. The same bits
+    for any number of threads.
+
+    Args:
+        acc: `[O, I / groups, k...]` float32 on the CPU, contiguous; one to three axes.
+        grad: gradient of the output, `[B, O, ...]` float32.
+        input: of the convolution, `[B, I, ...]` float32.
+        stride: one number for each axis, like the following.
+        padding: zeros on both sides.
+        dilation: distance of the taps.
+        groups: of the convolution.
+        scale: factor of the squares.
+    """
+    with torch.no_grad():
+        _ops.conv_weight_grad_square_.default(
+            acc, grad, input, list(stride), list(padding), list(dilation), groups, float(scale)
+        )
+    _mark_changed([acc])
+
+
+def _fake_conv_weight_grad_square(
+    acc: Tensor,
+    grad: Tensor,
+    input: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    scale: float,
+) -> None:
+    return None
+
+
+register_fake("timm_ext::conv_weight_grad_square_", _fake_conv_weight_grad_square)

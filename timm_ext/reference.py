@@ -54,3 +54,33 @@ def square_accumulate_(acc: Sequence[Tensor], grads: Sequence[Tensor], scale: fl
     for total, grad in zip(acc, grads, strict=True):
         wide = grad.to(total.dtype)
         total += wide * scale * wide
+
+
+def conv_weight_grad_square_(
+    acc: Tensor,
+    grad: Tensor,
+    input: Tensor,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    scale: float = 1.0,
+) -> None:
+    """Add squared weight gradients of single examples; see `timm_ext.conv_weight_grad_square_`."""
+    axes = acc.ndim - 2
+    for one_grad, one_input in zip(grad.split(1), input.split(1), strict=True):
+        _, weight_grad, _ = torch.ops.aten.convolution_backward(
+            one_grad,
+            one_input,
+            acc,
+            None,
+            stride,
+            padding,
+            dilation,
+            False,
+            [0] * axes,
+            groups,
+            (False, True, False),
+        )
+        acc += scale * weight_grad.square()

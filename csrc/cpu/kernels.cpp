@@ -9,9 +9,11 @@
 namespace timm_ext::cpu {
 namespace {
 
-#define TIMM_EXT_TABLE(isa)                                                                                \
-  {isa::merge_forward, isa::merge_backward_log_weight, isa::merge_backward_planes, isa::square_accumulate, \
-   isa::log_weights,   isa::log_weights_backward}
+#define TIMM_EXT_TABLE(isa)                                    \
+  {isa::merge_forward,         isa::merge_backward_log_weight, \
+   isa::merge_backward_planes, isa::square_accumulate,         \
+   isa::conv_square,           isa::log_weights,               \
+   isa::log_weights_backward}
 
 Kernels choose() {
 #if defined(TIMM_EXT_X86)

@@ -2,13 +2,15 @@
 //
 // The CPU kernels as seen by the operators. Each file beside this one is compiled once per instruction set, into a
 // namespace of that name; kernels() gives the table of the set chosen when the library is loaded. Every set gives the
-// same bits. A kernel works on a range of blocks, so that the caller may hand blocks to threads in any way.
+// same bits, except in conv_square. A kernel works on a range of blocks, so that the caller may hand blocks to threads
+// in any way.
 #pragma once
 
 #include <cstdint>
 
 #include "../cuda/merge.h"
 #include "../cuda/square_accumulate.h"
+#include "conv_square.h"
 
 namespace timm_ext::cpu {
 
@@ -38,6 +40,7 @@ enum class Mixing { kSigmoid, kSoftmax, kRatios };
   void merge_backward_planes(const MergeInputs&, const MergeGradient&, const MergePlaneGradients&,               \
                              int64_t first_block, int64_t last_block);                                           \
   void square_accumulate(const SquareAccumulateItem&, Element, double scale, int64_t begin, int64_t end);        \
+  void conv_square(const ConvSquareProblem&, int64_t first_unit, int64_t last_unit);                             \
   void log_weights(Mixing, Element, const void* logits, void* out, int64_t models, int64_t first_row,            \
                    int64_t last_row);                                                                            \
   void log_weights_backward(Mixing, Element, const void* grad, const void* logits, void* out, int64_t models,    \
@@ -60,6 +63,7 @@ struct Kernels {
   decltype(&baseline::merge_backward_log_weight) merge_backward_log_weight;
   decltype(&baseline::merge_backward_planes) merge_backward_planes;
   decltype(&baseline::square_accumulate) square_accumulate;
+  decltype(&baseline::conv_square) conv_square;
   decltype(&baseline::log_weights) log_weights;
   decltype(&baseline::log_weights_backward) log_weights_backward;
 };

@@ -147,6 +147,41 @@ TIMM_EXT_FN DoubleV reciprocal_power_of_two(DoubleV x) {
   return (DoubleV)(bits < smallest ? smallest : bits);
 }
 
+/// One value in every lane.
+TIMM_EXT_FN FloatV broadcast(const float* value) {
+#if defined(TIMM_EXT_X86_VECTOR)
+  return TIMM_EXT_X86_VECTOR(set1_ps)(*value);
+#else
+  FloatV v;
+  for (int i = 0; i < kVectorBytes / 4; ++i) v[i] = *value;
+  return v;
+#endif
+}
+
+/// Two values in turn.
+TIMM_EXT_FN FloatV broadcast_pair(const float* values) {
+#if defined(TIMM_EXT_X86_VECTOR)
+  double pair;
+  std::memcpy(&pair, values, sizeof(pair));
+  return (FloatV)TIMM_EXT_X86_VECTOR(set1_pd)(pair);
+#else
+  FloatV v;
+  for (int i = 0; i < kVectorBytes / 4; ++i) v[i] = values[i % 2];
+  return v;
+#endif
+}
+
+/// Lanes 0 and 1, 2 and 3, … added, the sum in both.
+TIMM_EXT_FN FloatV pair_sums(FloatV x) {
+#if defined(__AVX512F__)
+  return x + __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+#elif defined(__AVX2__)
+  return x + __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6);
+#else
+  return x + __builtin_shufflevector(x, x, 1, 0, 3, 2);
+#endif
+}
+
 /// Lanes 0 and 1, 2 and 3, … exchanged.
 TIMM_EXT_FN DoubleV swap_pairs(DoubleV x) {
 #if defined(__AVX512F__)

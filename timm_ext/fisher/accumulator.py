@@ -214,8 +214,8 @@ class FisherAccumulator:
         if beside_others in self._probed or True in self._probed:
             return None
         tape = Tape(1, self._tracked.names, x.device, self._refused)
-        with torch.no_grad(), no_randomness(x.device), Rules(tape):
-            logits = self._forward(x[:1])
+        with no_randomness(x.device), Rules(tape):
+            logits = self._forward(x[:1]).detach()
         self._probed.add(beside_others)
         return logits
 

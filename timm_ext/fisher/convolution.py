@@ -24,6 +24,16 @@ class Geometry:
     output_padding: tuple[int, ...]
     groups: int
 
+    def pointwise(self, weight: Tensor) -> bool:
+        """Tell whether every output point depends on the input at that point alone."""
+        return (
+            weight[0, 0].numel() == 1
+            and set(self.stride) == {1}
+            and set(self.padding) == {0}
+            and not self.transposed
+            and self.groups == 1
+        )
+
     def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Convolve `[B, C, ...]`."""
         if self._would_be_slow(input, weight):
@@ -52,6 +62,8 @@ class Geometry:
 
     def weight_gradient(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
         """Return the gradient with respect to the weight, summed over the batch."""
+        if len(grad) == 1 and self.pointwise(weight):
+            return (grad[0].flatten(1) @ input[0].flatten(1).T).view(weight.shape)
         if self._would_be_slow(input, weight) and grad.shape[2] > 1:
             return self._weight_gradient_in_slabs(grad, input, weight)
         return self._backward(grad, input, weight, (False, True, False))[1]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from timm_ext.fisher.convolution import Geometry
-from timm_ext.ops import square_accumulate_
+from timm_ext.ops import conv_weight_grad_square_, square_accumulate_
 
 
 class ExampleGradients:
@@ -66,7 +66,27 @@ class ConvolutionWeightGradients(ExampleGradients):
             part = slice(index, index + 1)
             return geometry.weight_gradient(grad[part], input[part], weight)
 
+        self._input, self._grad, self._geometry = input, grad, geometry
         super().__init__(len(input), example)
+
+    def square_into(self, accumulator: Tensor, scale: float) -> None:
+        """Use the fused kernel where there is one; a pointwise convolution is a product of matrices."""
+        geometry, tensors = self._geometry, (self._input, self._grad, accumulator)
+        fused = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
+        if not fused or geometry.pointwise(accumulator):
+            super().square_into(accumulator, scale)
+            return
+        grad, input = (self._input, self._grad) if geometry.transposed else (self._grad, self._input)
+        conv_weight_grad_square_(
+            accumulator,
+            grad,
+            input,
+            stride=geometry.stride,
+            padding=geometry.padding,
+            dilation=geometry.dilation,
+            groups=geometry.groups,
+            scale=scale,
+        )
 
 
 class SquareSums:

@@ -44,8 +44,7 @@ class PlanSettings:
         test_cases: test cases of the target task.
         batch_size: examples per step.
         source_steps: optimiser steps of a source network, with a cosine schedule.
-        source_lr: its learning rate. A high one lets the weights in front of norms grow, and such weights
-            learn slowly in the new task.
+        source_lr: its learning rate.
         steps: optimiser steps of every run, adaptation included.
         lr: learning rate of the runs, constant; also of the task-specific layers in an adaptation. A run ends
             with its weights of the lowest validation loss.
@@ -77,8 +76,8 @@ class PlanSettings:
     val_cases: int = 4
     test_cases: int = 12
     batch_size: int = 2
-    source_steps: int = 400
-    source_lr: float = 1.5e-3
+    source_steps: int = 200
+    source_lr: float = 4e-3
     steps: int = 100
     lr: float = 3e-3
     adapt_steps: int = 20

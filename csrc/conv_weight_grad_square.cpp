@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/conv_square.h"
+#include "cpu/kernels.h"
+#include "operators.h"
+
+namespace timm_ext {
+namespace {
+
+using cpu::ConvLayout;
+using cpu::ConvShape;
+using cpu::ConvSquareProblem;
+using torch::stable::parallel_for;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+
+constexpr const char* kOp = "conv_weight_grad_square_";
+constexpr int64_t kPackedElements = int64_t{1} << 23;  // of the examples that are packed at a time
+constexpr int64_t kRowsPerThread = 16;
+
+/// Three numbers, of which missing leading ones are `missing`.
+void set_axes(int64_t (&to)[3], const int64_t* from, int64_t axes, int64_t missing) {
+  std::fill(to, to + 3, missing);
+  std::copy(from, from + axes, to + 3 - axes);
+}
+
+void check_axes(const char* name, const std::vector<int64_t>& values, int64_t axes, int64_t least) {
+  const bool fit = static_cast<int64_t>(values.size()) == axes &&
+                   std::all_of(values.begin(), values.end(), [&](int64_t value) { return value >= least; });
+  check(fit, kOp, ": ", name, " must hold ", axes, " numbers >= ", least, " (got ", list(values), ")");
+}
+
+void check_tensor(const char* name, const Tensor& tensor, const Tensor& acc) {
+  check_dtype(kOp, name, tensor, ScalarType::Float, "");
+  check(tensor.is_cpu(), kOp, ": ", name, " must be on the CPU (got ", device_name(tensor), ")");
+  check(tensor.dim() == acc.dim(), kOp, ": ", name, " must have as many axes as acc, ", acc.dim(), " (got ",
+        list(tensor.sizes()), ")");
+  check(!overlap(acc, tensor), kOp, ": acc must not share memory with ", name);
+}
+
+/// The shape of one group, after checking that everything fits together.
+ConvShape shape_of(const Tensor& acc, const Tensor& grad, const Tensor& input, const std::vector<int64_t>& stride,
+                   const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups) {
+  const int64_t axes = acc.dim() - 2;
+  check(groups >= 1 && acc.size(0) % groups == 0, kOp, ": groups must divide the channels of grad, ", acc.size(0),
+        " (got ", groups, ")");
+  check(grad.size(0) == input.size(0) && grad.size(1) == acc.size(0) && input.size(1) == acc.size(1) * groups, kOp,
+        ": acc, grad and input must be [O, I / groups, ...], [B, O, ...] and [B, I, ...] (got ", list(acc.sizes()),
+        ", ", list(grad.sizes()), " and ", list(input.sizes()), " in ", groups, " groups)");
+  ConvShape s{acc.size(0) / groups, acc.size(1), {}, {}, {}, {}, {}, {}};
+  set_axes(s.out, grad.sizes().data() + 2, axes, 1);
+  set_axes(s.in, input.sizes().data() + 2, axes, 1);
+  set_axes(s.kernel, acc.sizes().data() + 2, axes, 1);
+  set_axes(s.stride, stride.data(), axes, 1);
+  set_axes(s.padding, padding.data(), axes, 0);
+  set_axes(s.dilation, dilation.data(), axes, 1);
+  for (int a = 0; a < 3; ++a) {
+    const int64_t reach = (s.out[a] - 1) * s.stride[a] + (s.kernel[a] - 1) * s.dilation[a] + 1;
+    check(reach <= s.in[a] + 2 * s.padding[a], kOp, ": grad must have the sizes of the output (got ",
+          list(grad.sizes()), " for input ", list(input.sizes()), ")");
+  }
+  return s;
+}
+
+/// One group of the examples [first, last), packed into `packed` and squared.
+struct Work {
+  const ConvShape& shape;
+  const ConvLayout& layout;
+  const float* grad;  // of the group
+  const float* input;
+  int64_t grad_example;  // elements from one example to the next
+  int64_t input_example;
+  float* accumulator;
+  float scale;
+
+  void run(int64_t first, int64_t last, float* packed) const {
+    const int64_t examples = last - first;
+    const int64_t grad_rows = layout.grad_rows(shape), grad_elements = layout.grad_elements(shape);
+    const int64_t input_rows = layout.input_rows(), input_elements = layout.input_elements();
+    float* const packed_input = packed + examples * grad_elements;
+    for (int64_t b = 0; b < examples; ++b) {
+      parallel_for(0, grad_rows, kRowsPerThread, [&](int64_t begin, int64_t end) {
+        pack_grad(shape, layout, grad + (first + b) * grad_example, packed + b * grad_elements, begin, end);
+      });
+      parallel_for(0, input_rows, kRowsPerThread, [&](int64_t begin, int64_t end) {
+        pack_input(shape, layout, input + (first + b) * input_example, packed_input + b * input_elements, begin, end);
+      });
+    }
+    const ConvSquareProblem problem{&shape, &layout, packed, packed_input, examples, accumulator, scale};
+    parallel_for(0, conv_square_units(problem), 1,
+                 [&](int64_t begin, int64_t end) { cpu::kernels().conv_square(problem, begin, end); });
+  }
+};
+
+}  // namespace
+
+void conv_weight_grad_square(const Tensor& acc, const Tensor& grad, const Tensor& input, std::vector<int64_t> stride,
+                             std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+                             double scale) {
+  check_dtype(kOp, "acc", acc, ScalarType::Float, "");
+  check(acc.dim() >= 3 && acc.dim() <= 5 && acc.is_contiguous(), kOp,
+        ": acc must be [O, I / groups, ...] with one to three axes, contiguous (got ", list(acc.sizes()), ")");
+  check_tensor("grad", grad, acc);
+  check_tensor("input", input, acc);
+  check_axes("stride", stride, acc.dim() - 2, 1);
+  check_axes("padding", padding, acc.dim() - 2, 0);
+  check_axes("dilation", dilation, acc.dim() - 2, 1);
+  const ConvShape shape = shape_of(acc, grad, input, stride, padding, dilation, groups);
+  if (acc.numel() == 0 || grad.numel() == 0) return;
+
+  const ConvLayout layout(shape);
+  const Tensor g = torch::stable::contiguous(grad), x = torch::stable::contiguous(input);
+  const int64_t examples = grad.size(0);
+  const int64_t each = layout.grad_elements(shape) + layout.input_elements();
+  const int64_t at_a_time = std::clamp<int64_t>(kPackedElements / each, 1, examples);
+  const Tensor packed = torch::stable::new_empty(acc, {at_a_time * each});
+  const int64_t grad_group = g.numel() / examples / groups, input_group = x.numel() / examples / groups;
+  for (int64_t group = 0; group < groups; ++group) {
+    const Work work{shape,
+                    layout,
+                    static_cast<const float*>(g.const_data_ptr()) + group * grad_group,
+                    static_cast<const float*>(x.const_data_ptr()) + group * input_group,
+                    grad_group * groups,
+                    input_group * groups,
+                    static_cast<float*>(acc.mutable_data_ptr()) + group * (acc.numel() / groups),
+                    static_cast<float>(scale)};
+    for (int64_t first = 0; first < examples; first += at_a_time) {
+      work.run(first, std::min(examples, first + at_a_time), static_cast<float*>(packed.mutable_data_ptr()));
+    }
+  }
+}
+
+}  // namespace timm_ext

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Weight gradients of single examples of a convolution, squared: sizes, and the form in which the kernels read grad and
+// input. One and two axes are three with sizes of 1; a transposed convolution is a plain one with the roles of grad and
+// input exchanged.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace timm_ext::cpu {
+
+/// One group of a convolution.
+struct ConvShape {
+  int64_t outputs;  // channels
+  int64_t inputs;
+  int64_t out[3];  // sizes of grad
+  int64_t in[3];   // sizes of the input
+  int64_t kernel[3];
+  int64_t stride[3];
+  int64_t padding[3];
+  int64_t dilation[3];
+};
+
+constexpr int64_t round_up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
+
+constexpr int64_t kPointLanes = 16;  // values of grad at a point are padded to a multiple
+constexpr int64_t kPointInputs = 4;  // channels of the input likewise
+
+/// Where things lie in the packed form: channels last, the input zero-padded. With few outputs, the planes of grad are
+/// taken in two halves, whose values alternate, so that a vector holds both.
+struct ConvLayout {
+  explicit ConvLayout(const ConvShape& shape);
+
+  int64_t halves;             // 1 or 2
+  int64_t planes;             // of a half of grad
+  int64_t values;             // of grad at a point
+  int64_t inputs;             // channels, padded
+  int64_t size[3];            // of the zero-padded input that belongs to a half
+  std::vector<int64_t> taps;  // offsets into the input
+
+  int64_t grad_rows(const ConvShape& s) const { return planes * s.out[1]; }
+  int64_t grad_elements(const ConvShape& s) const { return grad_rows(s) * s.out[2] * values; }
+  int64_t input_rows() const { return size[0] * size[1]; }
+  int64_t input_elements() const { return input_rows() * size[2] * inputs * halves; }
+};
+
+/// Packs rows of one example.
+void pack_grad(const ConvShape&, const ConvLayout&, const float* grad, float* packed, int64_t first_row,
+               int64_t last_row);
+void pack_input(const ConvShape&, const ConvLayout&, const float* input, float* packed, int64_t first_row,
+                int64_t last_row);
+
+/// accumulator[o, i, tap] += scale Σ_b (Σ_points grad · input)².
+struct ConvSquareProblem {
+  const ConvShape* shape;
+  const ConvLayout* layout;
+  const float* grad;   // [examples, layout.grad_elements]
+  const float* input;  // [examples, layout.input_elements]
+  int64_t examples;
+  float* accumulator;  // [outputs, inputs, taps]
+  float scale;
+};
+
+/// Units of work: blocks of outputs × blocks of inputs × planes of the kernel. Each adds to elements of its own.
+int64_t conv_square_units(const ConvSquareProblem&);
+
+constexpr int64_t kUnitValues = 32;  // values of grad at a point in a unit
+constexpr int64_t kUnitInputs = 8;
+
+}  // namespace timm_ext::cpu
