@@ -99,11 +99,13 @@ def fisher(
 ) -> None:
     """Estimate the diagonal Fisher of a network on cases of its task.
 
+    Interrupted and started again, it goes on where it was.
+
     Example: `timm-ext fisher M1.safetensors cases/ --out F1.safetensors --set fisher.samples=4`
     """
     from timm_ext.data.layouts import read_cases
     from timm_ext.data.tasks import task_to_dict
-    from timm_ext.fisher import estimate_fisher
+    from timm_ext.fisher import estimate_fisher, remove_partial
     from timm_ext.networks.io import load_network
     from timm_ext.training.settings import TrainSettings
     from timm_ext.training.stages import make_sets
@@ -115,7 +117,9 @@ def fisher(
     every = read_cases(cases, chosen, require_labels=True)[:limit]
     prepared = prepare_labelled(every, chosen, settings, cache, workers)
     data, _ = make_sets(prepared, (), chosen, TrainSettings())
-    estimate = estimate_fisher(model, data, **settings.fisher.model_dump(), progress=True)
+    partial = out.with_name(f"{out.name}.partial")
+    options = settings.fisher.model_dump()
+    estimate = estimate_fisher(model, data, **options, progress=True, partial=partial)
     estimate.save(
         out,
         network_sha256=checkpoint.sha256,
@@ -123,4 +127,5 @@ def fisher(
         settings=settings_dict(settings, "prepare", "fisher"),
     )
     note_settings(out, settings, folder=False)
+    remove_partial(partial)
     print(f"{out}: {estimate.kind.value}, {estimate.count} cases")

@@ -3,6 +3,7 @@
 from timm_ext.fisher.accumulator import FisherAccumulator
 from timm_ext.fisher.estimate import estimate_fisher
 from timm_ext.fisher.likelihoods import Bernoulli, Categorical, Dice, Likelihood
+from timm_ext.fisher.partial import remove_partial
 from timm_ext.fisher.result import Fisher, FisherKind
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "FisherKind",
     "Likelihood",
     "estimate_fisher",
+    "remove_partial",
 ]

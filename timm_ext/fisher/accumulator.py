@@ -23,6 +23,7 @@ from timm_ext.fisher.likelihoods import (
 )
 from timm_ext.fisher.model import evaluation_mode, examine_model, no_randomness
 from timm_ext.fisher.nodes import Tape
+from timm_ext.fisher.partial import Partial
 from timm_ext.fisher.precision import autocast, check_precision, precise, tolerance
 from timm_ext.fisher.reduction import Share, add_over_ranks, gather
 from timm_ext.fisher.result import Fisher, FisherKind
@@ -138,6 +139,39 @@ class FisherAccumulator:
         self._ids.update(dict.fromkeys(names))
         self._count += len(names)
 
+    @property
+    def broken(self) -> bool:
+        """Whether an update failed half-way, so that the sums are of no use."""
+        return self._broken
+
+    def partial(self) -> Partial:
+        """Return the sums so far, not copied, and the examples seen."""
+        return Partial(dict(self._sums), tuple(self._ids), dict(self._coverage), self._zero, self._settings())
+
+    def restore(self, partial: Partial) -> None:
+        """Go on from what an accumulator of the same model and settings held.
+
+        Raises:
+            InputError: this one has seen examples, or the settings or the parameters differ.
+        """
+        if self._count:
+            raise InputError(f"restore: expected an accumulator without examples (got {self._count})")
+        if partial.settings != self._settings():
+            raise InputError(f"restore: expected {self._settings()} (got {partial.settings})")
+        shapes = {name: list(tensor.shape) for name, tensor in self._sums.items()}
+        if shapes != {name: list(tensor.shape) for name, tensor in partial.sums.items()}:
+            raise InputError("restore: expected the parameters of this model (got others)")
+        for name, total in self._sums.items():
+            total.copy_(partial.sums[name])
+        self._ids, self._count = dict.fromkeys(partial.ids), len(partial.ids)
+        self._note(partial.coverage, partial.zero)
+
+    def _settings(self) -> str:
+        return (
+            f"likelihood={self._likelihood.name} labels={self._labels} samples={self._samples} "
+            f"seed={self._seed} precision={self._precision}"
+        )
+
     def all_reduce(self) -> None:
         """Add sums and counts of all processes of `torch.distributed`, in float64; nothing without them.
 
@@ -150,8 +184,7 @@ class FisherAccumulator:
             raise InputError("all_reduce: expected one call (got another)")
         shares = gather(
             Share(
-                settings=f"likelihood={self._likelihood.name} labels={self._labels} samples={self._samples} "
-                f"seed={self._seed} precision={self._precision}",
+                settings=self._settings(),
                 shapes={name: tuple(tensor.shape) for name, tensor in self._sums.items()},
                 ids=tuple(self._ids),
                 coverage=dict(self._coverage),

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from timm_ext.errors import InputError
 from timm_ext.fisher.accumulator import FisherAccumulator
 from timm_ext.fisher.likelihoods import Likelihood, LogLikelihood
+from timm_ext.fisher.partial import PartialFile
 from timm_ext.fisher.result import Fisher
 
 
@@ -26,6 +28,8 @@ def estimate_fisher(
     precision: str = "ieee",
     batch_size: int = 1,
     progress: bool = False,
+    partial: Path | str | None = None,
+    save_every: float = 60.0,
 ) -> Fisher:
     """Return the diagonal Fisher of a model over all examples of a data set or loader.
 
@@ -45,9 +49,13 @@ def estimate_fisher(
         batch_size: examples at a time, for a data set; it changes speed and memory, not the result.
             Volumes on the CPU are fastest one by one.
         progress: show a bar on the terminal.
+        partial: file of the sums so far, one for each process; where an interrupted run of the same model
+            and settings left it, the estimate goes on, to the same bits. It stays: see `remove_partial`.
+        save_every: seconds between two writes of it.
 
     Raises:
-        InputError: as `FisherAccumulator`, or the data do not have the form above.
+        InputError: as `FisherAccumulator`, or the data do not have the form above, or `partial` is of another
+            model, other settings or other batches.
     """
     accumulator = FisherAccumulator(
         model,
@@ -61,13 +69,48 @@ def estimate_fisher(
     device = next(model.parameters()).device
     batches = _batches(data, batch_size)
     total = len(batches) if isinstance(batches, Sized) else None
-    with accumulator, _bar(total, show=progress) as advance:
+    file = None if partial is None else PartialFile(partial, model, save_every)
+    seen = _restore(accumulator, file)
+    with accumulator, _bar(total, show=progress) as advance, _saved_when_interrupted(accumulator, file):
         for batch in batches:
             x, y, ids = _unpack(batch, needs_target=labels == "true")
-            accumulator.update(x.to(device), y, ids)
+            if not _done(ids, seen):
+                accumulator.update(x.to(device), y, ids)
+                if file is not None and file.due():
+                    file.write(accumulator.partial())
             advance()
     accumulator.all_reduce()
     return accumulator.result()
+
+
+def _restore(accumulator: FisherAccumulator, file: PartialFile | None) -> frozenset[str]:
+    """Go on from a file, and return the examples that it holds."""
+    earlier = None if file is None else file.read(accumulator.partial())
+    if earlier is None:
+        return frozenset()
+    accumulator.restore(earlier)
+    return frozenset(earlier.ids)
+
+
+def _done(ids: Sequence[str], seen: frozenset[str]) -> bool:
+    """Tell whether an interrupted run has seen a batch."""
+    found = [id in seen for id in ([ids] if isinstance(ids, str) else ids)]
+    if any(found) and not all(found):
+        raise InputError(
+            f"batch {', '.join(ids)}: expected the batches of the interrupted run (got one of which it has "
+            "seen a part)"
+        )
+    return bool(found) and all(found)
+
+
+@contextmanager
+def _saved_when_interrupted(accumulator: FisherAccumulator, file: PartialFile | None) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        if file is not None and not accumulator.broken:
+            file.write(accumulator.partial())
+        raise
 
 
 def _batches(data: Dataset[Any] | Iterable[Any], batch_size: int) -> Iterable[Any]:
