@@ -8,12 +8,10 @@ the merged one makes them from its logits by one group per layer, and trains the
 longer is the merge, the split into the network and the gradient's way back.
 
 The gradient of the logits is checked against `timm_ext.reference` in float64 before anything is timed; then
-the two take turns. Meanwhile malloc keeps what is freed: it would give memory back to the kernel at times
-that hang on what came before, and a step of either kind takes up to a quarter longer to get it again.
+the two take turns. As in training, malloc keeps what is freed.
 """
 
 import argparse
-import ctypes
 import itertools
 import json
 import math
@@ -39,7 +37,7 @@ from timm_ext.networks import build_network
 from timm_ext.networks.registry import heads_of
 from timm_ext.parameters import Layout, named_parameters, split_parameters
 from timm_ext.study.collect import environment
-from timm_ext.training.device import reproducible
+from timm_ext.training.device import keep_freed_memory, reproducible
 from timm_ext.training.losses import soft_dice_loss
 
 OUTPUT = Path(__file__).parent / "results" / "adaptation_step.json"
@@ -172,13 +170,6 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def keep_memory() -> bool:
-    """Let malloc keep all freed memory; tells whether it can be told so (glibc)."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    trim_threshold, mmap_max = -1, -4  # of malloc.h; never trim, never map single blocks
-    return mallopt is not None and bool(mallopt(trim_threshold, -1)) and bool(mallopt(mmap_max, 0))
-
-
 def milliseconds(step: Callable[[], float], device: str) -> float:
     wait(device)
     start = time.perf_counter()
@@ -305,7 +296,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--pairs", type=int, default=60)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    facts = {**machine(options.device, options.threads), "memory_kept": keep_memory()}
+    facts = {**machine(options.device, options.threads), "memory_kept": keep_freed_memory()}
     edge = options.edge or (64 if options.device == "cpu" else 128)
     rows = []
     with reproducible(torch.device(options.device)):

@@ -2,6 +2,7 @@
 //
 // Gradient of the log-weights: Σ over a segment of g (θ_t - θ*) w_t / Σw. Lanes of arithmetic type within a chunk
 // (element i of a view goes to lane i % kUnit), float64 beyond.
+#include "../math/row_sums.h"
 #include "dispatch.h"
 #include "merge_units.h"
 

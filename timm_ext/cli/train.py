@@ -107,10 +107,12 @@ def fisher(
     from timm_ext.data.tasks import task_to_dict
     from timm_ext.fisher import estimate_fisher, remove_partial
     from timm_ext.networks.io import load_network
+    from timm_ext.training.device import keep_freed_memory
     from timm_ext.training.settings import TrainSettings
     from timm_ext.training.stages import make_sets
 
     check_output(out)
+    keep_freed_memory()
     model, checkpoint = load_network(network)
     chosen = task_of(task, checkpoint)
     settings = fit_volumes(settings_from(config, overrides, checkpoint), model)

@@ -1,6 +1,7 @@
 """Devices and processes of a run, through Lightning Fabric."""
 
 import atexit
+import ctypes
 import gc
 import os
 from collections.abc import Iterator
@@ -49,7 +50,20 @@ def launch(settings: TrainSettings) -> Fabric:
         ) from error
     if torch.distributed.is_initialized() and not started:
         atexit.register(_leave_processes)
+    if fabric.device.type == "cpu":
+        keep_freed_memory()
     return fabric
+
+
+def keep_freed_memory() -> bool:
+    """Let malloc keep freed memory for the rest of the process; tell whether it can be told so (glibc).
+
+    A training step frees what the next one takes again. Left alone, malloc gives blocks above 32 MiB back to
+    the kernel, which clears every page of them anew.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    trim_threshold, mmap_max = -1, -4  # of malloc.h: never trim, never map single blocks
+    return mallopt is not None and bool(mallopt(trim_threshold, -1)) and bool(mallopt(mmap_max, 0))
 
 
 def _leave_processes() -> None:

@@ -1,0 +1,34 @@
+"""Memory of a training process."""
+
+import subprocess
+import sys
+
+import pytest
+
+PROBE = """
+import sys
+from pathlib import Path
+import torch
+from timm_ext.training.device import keep_freed_memory
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 // 2**20
+
+if sys.argv[1] == "keep" and not keep_freed_memory():
+    print("unknown")
+    raise SystemExit
+before = resident()
+for _ in range(3):
+    block = torch.ones(2**26 // 4)
+    del block
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("mode", "kept"), [("keep", True), ("leave", False)])
+def test_freed_memory_stays_with_the_process(mode: str, kept: bool) -> None:
+    done = subprocess.run([sys.executable, "-c", PROBE, mode], capture_output=True, text=True, check=True)
+    if done.stdout.strip() == "unknown":
+        pytest.skip("malloc has no mallopt")
+    assert (int(done.stdout) >= 60) == kept
