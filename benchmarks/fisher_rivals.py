@@ -28,6 +28,9 @@ class Problem:
         """The same numbers in a network of its own, which a rival may change."""
         model = build_network("isensee2017", in_channels=4, out_channels=3, base_filters=_width(self.model))
         model.load_state_dict(self.model.state_dict())
+        for module in model.modules():  # hooks on modules do not bear changes in place
+            if hasattr(module, "inplace"):
+                module.inplace = False
         return Problem(model.eval().to(self.images.device), self.images, self.labels)
 
 
@@ -129,7 +132,11 @@ def opacus(p: Problem) -> Callable[[], Squares]:
     """Opacus' `GradSampleModule`, which holds B gradients of every parameter."""
     from opacus import GradSampleModule
 
-    module = GradSampleModule(p.copy().model, loss_reduction="sum")
+    model = p.copy().model
+    for part in model.modules():
+        if isinstance(part, nn.Dropout3d):
+            part.p = 0.0
+    module = GradSampleModule(model.train(), loss_reduction="sum")  # its hooks see nothing in eval mode
 
     def step() -> Squares:
         log_likelihood(module(p.images), p.labels).backward()  # type: ignore[no-untyped-call]
