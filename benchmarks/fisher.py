@@ -6,8 +6,8 @@
 The unit is one plain batched forward and backward of `isensee2017`, whose gradients are of no use for a
 Fisher. Rivals: a loop over single examples, `torch.func.vmap(grad)`, Opacus, BackPACK (on the layers that it
 knows); the last two where they are installed. All are checked against the loop before they are timed. They
-take turns in one process, so that ratios come from neighbouring measurements; medians count. Peak memory is
-taken in fresh processes.
+take turns in one process, in which malloc keeps what is freed as in training, so that ratios come from
+neighbouring measurements; medians count. Peak memory is taken in fresh processes.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import torch
 from benchmarks import fisher_rivals as rivals
 from benchmarks.machine import environment, median_ratio, milliseconds, peak_bytes
 from timm_ext.files import write_json
+from timm_ext.training.device import keep_freed_memory
 
 LEAST_ROUNDS = 3
 Key = tuple[int, int, int]  # base filters, edge, batch
@@ -134,7 +135,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--memory-batch", type=int, default=8)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    result: dict[str, Any] = {"environment": environment(options.device), "rows": [], "memory": []}
+    facts = {**environment(options.device), "memory_kept": keep_freed_memory()}
+    result: dict[str, Any] = {"environment": facts, "rows": [], "memory": []}
     for base in options.base:
         for edge in options.edge:
             for batch in options.batch:
