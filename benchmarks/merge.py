@@ -28,7 +28,7 @@ from benchmarks import merge_rivals as rivals
 from benchmarks.machine import environment, median_ratio, milliseconds
 from benchmarks.merge_isa import isa_row
 from benchmarks.merge_machine import Bandwidth, copy_loops
-from timm_ext.files import write_json
+from timm_ext.files import read_json, write_json
 
 OURS = ("forward", "forward_backward")
 LEAST_ROUNDS = 5
@@ -174,9 +174,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=25, help="at most; at least 5")
     parser.add_argument("--seconds", type=float, default=4.0, help="after which no round of a row begins")
+    parser.add_argument("--add", action="store_true", help="rows to an existing result, without the rest")
     options = parser.parse_args(arguments)
     threads = options.threads if options.device == "cpu" else [torch.get_num_threads()]
     result: dict[str, Any] = {"environment": environment(options.device), "rows": [], "memory": []}
+    if options.add:
+        result = read_json(options.output)
     for elements in options.elements:
         for models in options.models:
             for segments in options.segments:
@@ -185,6 +188,8 @@ def main(arguments: list[str]) -> None:
                     result["rows"].append(measure(options, elements, models, segments, count))
                     print(json.dumps(result["rows"][-1]), flush=True)
                     write_json(options.output, result)
+    if options.add:
+        return
     if options.device == "cpu":
         result["instruction_sets"] = isa_rows(options)
         write_json(options.output, result)
