@@ -51,3 +51,10 @@ def test_the_table_of_the_merge_is_that_of_its_result(text):
     table = runpy.run_path(str(benchmarks / "merge_table.py"))["table"]
     result = json.loads((benchmarks / "results" / "merge_cpu.json").read_text(encoding="utf-8"))
     assert table(result, result["rows"][0]["elements"]) in text
+
+
+def test_the_table_of_the_fisher_is_that_of_its_result(text):
+    benchmarks = README.parent / "benchmarks"
+    table = runpy.run_path(str(benchmarks / "fisher_table.py"))["table"]
+    result = json.loads((benchmarks / "results" / "fisher_cpu.json").read_text(encoding="utf-8"))
+    assert table(result) in text
