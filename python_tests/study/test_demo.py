@@ -14,7 +14,13 @@ from timm_ext.errors import InputError
 from timm_ext.networks.io import load_network
 from timm_ext.study.demo import demo_settings, run_demo
 
-CODE = "import sys; from timm_ext.cli import main; main()"
+# A shell starts what it runs in the background deaf to SIGINT, and so are the processes that this one starts.
+CODE = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from timm_ext.cli import main
+main()
+"""
 
 
 def start(out):
