@@ -141,9 +141,6 @@ def kernelwise(p: Problem, logits: Tensor) -> Tensor:
     return ((weight * theta).sum(0) / weight.sum(0)).flatten()
 
 
-NAMES = ("eager", "modelwise", "compiled", "foreach", "flat", "kernelwise")
-
-
 def rival_forwards(p: Problem) -> dict[str, Forward]:
     """The ways to write the merge that the problem's segments allow."""
     if not p.layers:

@@ -2,7 +2,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <string>
 #include <vector>
 
 #include "checks.h"
@@ -17,7 +16,6 @@ using cpu::ConvLayout;
 using cpu::ConvShape;
 using cpu::ConvSquareProblem;
 using torch::stable::parallel_for;
-using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 constexpr const char* kOp = "conv_weight_grad_square_";
 constexpr int64_t kPackedElements = int64_t{1} << 23;  // of the examples that are packed at a time
@@ -61,7 +59,7 @@ ConvShape shape_of(const Tensor& acc, const Tensor& grad, const Tensor& input, c
   set_axes(s.dilation, dilation.data(), axes, 1);
   for (int a = 0; a < 3; ++a) {
     const int64_t reach = (s.out[a] - 1) * s.stride[a] + (s.kernel[a] - 1) * s.dilation[a] + 1;
-    check(reach <= s.in[a] + 2 * s.padding[a], kOp, ": grad must have the sizes of the output (got ",
+    check(reach <= s.in[a] + 2 * s.padding[a], kOp, ": grad must have no larger sizes than the output (got ",
           list(grad.sizes()), " for input ", list(input.sizes()), ")");
   }
   return s;
@@ -91,7 +89,9 @@ struct Work {
         pack_input(shape, layout, input + (first + b) * input_example, packed_input + b * input_elements, begin, end);
       });
     }
-    const ConvSquareProblem problem{&shape, &layout, packed, packed_input, examples, accumulator, scale};
+    const int64_t taps = static_cast<int64_t>(layout.taps.size());
+    const ConvSquareProblem problem{&shape,       &layout,  layout.taps.data(), taps, packed,
+                                    packed_input, examples, accumulator,        scale};
     parallel_for(0, conv_square_units(problem), 1,
                  [&](int64_t begin, int64_t end) { cpu::kernels().conv_square(problem, begin, end); });
   }

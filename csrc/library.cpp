@@ -50,9 +50,9 @@ STABLE_TORCH_LIBRARY(timm_ext, m) {
   // overlapping; grads[i] of the same shape, float32, bfloat16, float16 or float64, all alike, all on one device.
   m.def("square_accumulate_(Tensor(a!)[] acc, Tensor[] grads, float scale) -> ()");
 
-  // acc += scale Σ_b (gradient of example b's part of the sum with respect to the weight)² for a convolution of input
-  // [B, I, ...] to an output whose gradient is grad [B, O, ...]; acc [O, I / groups, ...] contiguous. All float32. CPU
-  // only. Its bits depend on the instruction set (fused multiply-add), not on the number of threads.
+  // acc += scale Σ_b G_b², G_b being the gradient of example b alone with respect to the weight of a convolution of
+  // input [B, I, ...] to an output whose gradient is grad [B, O, ...]; acc [O, I / groups, ...] contiguous. All
+  // float32. CPU only. Its bits depend on the instruction set (fused multiply-add), not on the number of threads.
   m.def(
       "conv_weight_grad_square_(Tensor(a!) acc, Tensor grad, Tensor input, int[] stride, int[] padding, int[] dilation,"
       " int groups, float scale) -> ()");

@@ -132,6 +132,20 @@ def test_opcheck() -> None:
     opcheck(torch.ops.timm_ext.conv_weight_grad_square_.default, arguments)
 
 
+def test_compiles_to_one_graph() -> None:
+    acc, grad, input, geometry = case(4, 2, [5, 5], [3, 3])
+
+    def step(acc: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        timm_ext.conv_weight_grad_square_(acc, grad * 2, input, **geometry)
+        return acc + 1
+
+    expected = acc.clone()
+    step(expected, grad)
+    result = torch.compile(step, fullgraph=True, backend="aot_eager")(acc, grad)
+    assert torch.equal(acc, expected)
+    assert torch.equal(result, acc + 1)
+
+
 def test_an_empty_batch_adds_nothing() -> None:
     acc, grad, input, geometry = case(4, 2, [5, 5], [3, 3], batch=0)
     before = acc.clone()
@@ -147,7 +161,7 @@ def test_an_empty_batch_adds_nothing() -> None:
         ({"padding": [-1, 0]}, r"padding must hold 2 numbers >= 0 \(got \[-1, 0\]\)"),
         ({"groups": 3}, r"groups must divide the channels of grad, 4 \(got 3\)"),
         ({"groups": 2}, r"acc, grad and input must be .* in 2 groups"),
-        ({"stride": [2, 2]}, r"grad must have the sizes of the output"),
+        ({"stride": [2, 2]}, r"grad must have no larger sizes than the output"),
         ({"acc": torch.zeros(4, 2, 3, 3, dtype=torch.float64)}, r"acc must be float32 \(got float64\)"),
         ({"acc": torch.zeros(4, 2, 3, 6)[..., ::2]}, r"acc must be .* contiguous"),
         ({"grad": torch.zeros(2, 4, 3, 3, dtype=torch.bfloat16)}, r"grad must be float32 \(got bfloat16\)"),

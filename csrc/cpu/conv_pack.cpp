@@ -6,7 +6,7 @@
 namespace timm_ext::cpu {
 namespace {
 
-/// The elements [first, last) of a row of `count` whose positions, element · step + start, lie in [0, length).
+/// The elements [first, last) of a row of `count` whose positions, element + start, lie in [0, length).
 void inside(int64_t length, int64_t start, int64_t count, int64_t& first, int64_t& last) {
   first = std::clamp<int64_t>(-start, 0, count);
   last = std::clamp<int64_t>(length - start, first, count);

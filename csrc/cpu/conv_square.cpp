@@ -44,7 +44,7 @@ class Block {
     const int64_t step = s.stride[2] * point, row_step = s.stride[1] * layout.size[2] * point;
     const int64_t plane_step = s.stride[0] * layout.size[1] * layout.size[2] * point;
     const float* g = grad_ + example * layout.grad_elements(s) + rows.first * s.out[2] * layout.values;
-    const float* const from = input_ + example * layout.input_elements() + layout.taps[tap];
+    const float* const from = input_ + example * layout.input_elements() + p_.taps[tap];
     V total[Inputs][Vectors] = {};
     for (int64_t row = rows.first; row < rows.last; ++row) {
       const float* x = from + row / s.out[1] * plane_step + row % s.out[1] * row_step;
@@ -82,13 +82,13 @@ template <int Vectors, int Inputs>
 void write_squares(const ConvSquareProblem& p, const V* squares, int64_t first_value, int64_t first_input,
                    int64_t first_tap, int64_t taps) {
   const ConvShape& s = *p.shape;
-  const int64_t halves = p.layout->halves, all_taps = p.layout->taps.size();
+  const int64_t halves = p.layout->halves;
   const float* const values = reinterpret_cast<const float*>(squares);
   for (int64_t lane = 0; lane < Vectors * kLanes; lane += halves) {
     const int64_t output = (first_value + lane) / halves;
     if (output >= s.outputs) break;
     for (int64_t i = 0; i < Inputs && first_input + i < s.inputs; ++i) {
-      float* const to = p.accumulator + (output * s.inputs + first_input + i) * all_taps + first_tap;
+      float* const to = p.accumulator + (output * s.inputs + first_input + i) * p.tap_count + first_tap;
       for (int64_t tap = 0; tap < taps; ++tap) {
         to[tap] += p.scale * values[(tap * Inputs + i) * Vectors * kLanes + lane];
       }
@@ -110,8 +110,9 @@ void square_block(const ConvSquareProblem& p, int64_t first_value, int64_t first
         block.add_products(b, first_tap + tap, part, memory + tap * Inputs * Vectors);
       }
     }
-    for (int64_t tap = 0; tap < taps; ++tap)
+    for (int64_t tap = 0; tap < taps; ++tap) {
       block.square(memory + tap * Inputs * Vectors, squares + tap * Inputs * Vectors);
+    }
   }
   write_squares<Vectors, Inputs>(p, squares, first_value, first_input, first_tap, taps);
 }

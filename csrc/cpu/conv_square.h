@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "../math/portable.h"
+
 namespace timm_ext::cpu {
 
 /// One group of a convolution.
@@ -22,7 +24,9 @@ struct ConvShape {
   int64_t dilation[3];
 };
 
-constexpr int64_t round_up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
+TIMM_EXT_FN constexpr int64_t round_up(int64_t count, int64_t multiple) {
+  return (count + multiple - 1) / multiple * multiple;
+}
 
 constexpr int64_t kPointLanes = 16;  // values of grad at a point are padded to a multiple
 constexpr int64_t kPointInputs = 4;  // channels of the input likewise
@@ -39,10 +43,10 @@ struct ConvLayout {
   int64_t size[3];            // of the zero-padded input that belongs to a half
   std::vector<int64_t> taps;  // offsets into the input
 
-  int64_t grad_rows(const ConvShape& s) const { return planes * s.out[1]; }
-  int64_t grad_elements(const ConvShape& s) const { return grad_rows(s) * s.out[2] * values; }
-  int64_t input_rows() const { return size[0] * size[1]; }
-  int64_t input_elements() const { return input_rows() * size[2] * inputs * halves; }
+  TIMM_EXT_FN int64_t grad_rows(const ConvShape& s) const { return planes * s.out[1]; }
+  TIMM_EXT_FN int64_t grad_elements(const ConvShape& s) const { return grad_rows(s) * s.out[2] * values; }
+  TIMM_EXT_FN int64_t input_rows() const { return size[0] * size[1]; }
+  TIMM_EXT_FN int64_t input_elements() const { return input_rows() * size[2] * inputs * halves; }
 };
 
 /// Packs rows of one example.
@@ -54,7 +58,9 @@ void pack_input(const ConvShape&, const ConvLayout&, const float* input, float* 
 /// accumulator[o, i, tap] += scale Σ_b (Σ_points grad · input)².
 struct ConvSquareProblem {
   const ConvShape* shape;
-  const ConvLayout* layout;
+  const ConvLayout* layout;  // the kernels leave its vector alone: see buffer.h
+  const int64_t* taps;       // [tap_count]
+  int64_t tap_count;
   const float* grad;   // [examples, layout.grad_elements]
   const float* input;  // [examples, layout.input_elements]
   int64_t examples;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The CPU kernels as seen by the operators. Each file beside this one is compiled once per instruction set, into a
-// namespace of that name; kernels() gives the table of the set chosen when the library is loaded. Every set gives the
-// same bits, except in conv_square. A kernel works on a range of blocks, so that the caller may hand blocks to threads
-// in any way.
+// The CPU kernels as seen by the operators. Their files (kernel_sources of CMakeLists.txt) are compiled once per
+// instruction set, into a namespace of that name; kernels() gives the table of the set chosen when the library is
+// loaded. Every set gives the same bits, except in conv_square. A kernel works on a range of blocks, so that the caller
+// may hand blocks to threads in any way.
 #pragma once
 
 #include <cstdint>

@@ -90,14 +90,47 @@ def test_another_model_is_refused(model, tmp_path):
         estimate_fisher(model, batches(), partial=path)
 
 
-def test_other_batches_are_refused(model, tmp_path):
+@pytest.fixture
+def interrupted_after_one(model, tmp_path):
     path = tmp_path / "F.partial"
     with pytest.raises(KeyboardInterrupt):
         estimate_fisher(model, interrupted(batches(), 1, KeyboardInterrupt()), partial=path)
+    return path
+
+
+def test_other_batches_are_refused(model, interrupted_after_one):
     x = torch.cat([batch[0] for batch in batches()])
     other = [(x[:3], None, ["case0", "case1", "case2"])]
-    with pytest.raises(InputError, match=r"batch case0, case1, case2: expected the batches of the"):
-        estimate_fisher(model, other, partial=path)
+    with pytest.raises(
+        InputError, match=r"F\.partial: expected the batches .* \(got others in example case2;"
+    ):
+        estimate_fisher(model, other, partial=interrupted_after_one)
+
+
+def test_other_images_of_the_same_names_are_refused(model, interrupted_after_one):
+    (x, y, ids), *rest = batches()
+    with pytest.raises(
+        InputError, match=r"and the data of the interrupted run \(got others in example case1;"
+    ):
+        estimate_fisher(
+            model,
+            [(x + torch.tensor([0.0, 1.0]).view(2, 1, 1, 1), y, ids), *rest],
+            partial=interrupted_after_one,
+        )
+
+
+def test_other_labels_are_refused(model, tmp_path):
+    path = tmp_path / "F.partial"
+    labelled = [(x, torch.zeros(2, 1, 6, 6), ids) for x, _, ids in batches()]
+    estimate_fisher(model, labelled, labels="true", partial=path, save_every=0)
+    labelled[2][1][0] = 1
+    with pytest.raises(InputError, match=r"got others in example case4;"):
+        estimate_fisher(model, labelled, labels="true", partial=path)
+
+
+def test_examples_that_are_gone_are_named(model, interrupted_after_one):
+    with pytest.raises(InputError, match=r"got none of the examples case0, case1;"):
+        estimate_fisher(model, batches()[1:], partial=interrupted_after_one)
 
 
 def test_a_damaged_file_is_refused(model, tmp_path):

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 _SLOW_EXTENT = 20480
 
@@ -64,24 +63,7 @@ class Geometry:
         """Return the gradient with respect to the weight, summed over the batch."""
         if len(grad) == 1 and self.pointwise(weight):
             return (grad[0].flatten(1) @ input[0].flatten(1).T).view(weight.shape)
-        if self._would_be_slow(input, weight) and grad.shape[2] > 1:
-            return self._weight_gradient_in_slabs(grad, input, weight)
         return self._backward(grad, input, weight, (False, True, False))[1]
-
-    def _weight_gradient_in_slabs(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
-        """Return the gradient from two halves of the depth as a batch of two, which ATen gives to oneDNN."""
-        depth = grad.shape[2]
-        half = (depth + 1) // 2
-        pad, step = self.padding[0], self.stride[0]
-        padded = functional.pad(input[0], (0, 0, 0, 0, pad, pad)) if pad else input[0]
-        extent = (half - 1) * step + self.dilation[0] * (weight.shape[2] - 1) + 1
-        second = (depth - half) * step
-        inputs = torch.stack([padded[:, :extent], padded[:, second : second + extent]])
-        grads = torch.stack([grad[0, :, :half], grad[0, :, depth - half :]])
-        if depth % 2:
-            grads[1, :, 0] = 0  # the middle plane belongs to both halves
-        flat = Geometry(self.stride, (0, *self.padding[1:]), self.dilation, False, self.output_padding, 1)
-        return flat._backward(grads, inputs, weight, (False, True, False))[1]
 
     def _would_be_slow(self, input: Tensor, weight: Tensor) -> bool:
         return (

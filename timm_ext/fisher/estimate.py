@@ -55,7 +55,7 @@ def estimate_fisher(
 
     Raises:
         InputError: as `FisherAccumulator`, or the data do not have the form above, or `partial` is of another
-            model, other settings or other batches.
+            model, other settings, other batches or other data.
     """
     accumulator = FisherAccumulator(
         model,
@@ -70,37 +70,20 @@ def estimate_fisher(
     batches = _batches(data, batch_size)
     total = len(batches) if isinstance(batches, Sized) else None
     file = None if partial is None else PartialFile(partial, model, save_every)
-    seen = _restore(accumulator, file)
+    if file is not None:
+        file.restore(accumulator)
     with accumulator, _bar(total, show=progress) as advance, _saved_when_interrupted(accumulator, file):
         for batch in batches:
             x, y, ids = _unpack(batch, needs_target=labels == "true")
-            if not _done(ids, seen):
+            if file is None or not file.holds(x, y if labels == "true" else None, ids):
                 accumulator.update(x.to(device), y, ids)
                 if file is not None and file.due():
                     file.write(accumulator.partial())
             advance()
+    if file is not None:
+        file.require_all_met()
     accumulator.all_reduce()
     return accumulator.result()
-
-
-def _restore(accumulator: FisherAccumulator, file: PartialFile | None) -> frozenset[str]:
-    """Go on from a file, and return the examples that it holds."""
-    earlier = None if file is None else file.read(accumulator.partial())
-    if earlier is None:
-        return frozenset()
-    accumulator.restore(earlier)
-    return frozenset(earlier.ids)
-
-
-def _done(ids: Sequence[str], seen: frozenset[str]) -> bool:
-    """Tell whether an interrupted run has seen a batch."""
-    found = [id in seen for id in ([ids] if isinstance(ids, str) else ids)]
-    if any(found) and not all(found):
-        raise InputError(
-            f"batch {', '.join(ids)}: expected the batches of the interrupted run (got one of which it has "
-            "seen a part)"
-        )
-    return bool(found) and all(found)
 
 
 @contextmanager
