@@ -92,7 +92,7 @@ def sampling_row(
     options: argparse.Namespace, classes: int = 4, edge: int = 64, batch: int = 2
 ) -> dict[str, Any]:
     """Sampling one class for each voxel against `torch.multinomial`."""
-    from timm_ext.fisher.likelihoods import Categorical, draw_uniform
+    from timm_ext.fisher.likelihoods import Categorical, example_keys
 
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(batch, classes, edge, edge, edge, generator=generator).to(options.device)
@@ -100,9 +100,8 @@ def sampling_row(
     ids = [str(i) for i in range(batch)]
 
     def ours() -> torch.Tensor:
-        draws = [draw_uniform(logits.shape[2:], seed=0, example=id, sample=0) for id in ids]
-        target = likelihood.sample(logits, torch.stack(draws).to(logits.device))
-        return likelihood.score(logits, target, ids)
+        keys = example_keys(ids, seed=0, sample=0).to(logits.device)
+        return likelihood.sampled_score(logits, keys, ids)
 
     def multinomial() -> torch.Tensor:
         share = logits.softmax(1).movedim(1, -1)

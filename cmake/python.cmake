@@ -8,6 +8,7 @@ add_library(timm_ext MODULE
   csrc/library.cpp
   csrc/log_weights.cpp
   csrc/merge.cpp
+  csrc/sample_labels.cpp
   csrc/square_accumulate.cpp
   csrc/cpu/conv_pack.cpp
   csrc/cpu/kernels.cpp)
@@ -26,6 +27,7 @@ if(timm_ext_cuda)
     csrc/cuda/merge_forward.cu
     csrc/cuda/merge_general.cu
     csrc/cuda/merge_stitch.cu
+    csrc/cuda/sample_labels.cu
     csrc/cuda/square_accumulate.cu)
   target_compile_definitions(timm_ext PRIVATE TIMM_EXT_CUDA)
 endif()

@@ -56,6 +56,15 @@ STABLE_TORCH_LIBRARY(timm_ext, m) {
   m.def(
       "conv_weight_grad_square_(Tensor(a!) acc, Tensor grad, Tensor input, int[] stride, int[] padding, int[] dilation,"
       " int groups, float scale) -> ()");
+
+  // (labels, scores): labels drawn from logits [B, K, ...], float32 or float64, and the gradient of their
+  // log-likelihood with respect to the logits, of the logits' shape:
+  //     bernoulli: label[b, r, v] = [u < σ(z)], score = label - σ(z); labels have the logits' shape
+  //     categorical: label[b, v] = k with probability softmax(z)[k], score = onehot(label) - softmax(z); [B, ...]
+  // labels are int64, [0] where not wanted. keys [B] int64, on the logits' device: the number u of each variable, in
+  // the order of the logits' memory, depends on its example's key and its place alone (math/philox.h), also across
+  // devices. CPU and CUDA may differ in the last bits of σ and softmax.
+  m.def("sample_labels(Tensor logits, Tensor keys, str likelihood, bool labels_wanted) -> (Tensor, Tensor)");
 }
 
 #define TIMM_EXT_REGISTER_BOTH_DEVICES(m)                                                           \
@@ -63,6 +72,7 @@ STABLE_TORCH_LIBRARY(timm_ext, m) {
   m.impl("fused_merge.out", TORCH_BOX(&timm_ext::fused_merge_out));                                 \
   m.impl("fused_merge_backward_log_weight", TORCH_BOX(&timm_ext::fused_merge_backward_log_weight)); \
   m.impl("fused_merge_backward_planes", TORCH_BOX(&timm_ext::fused_merge_backward_planes));         \
+  m.impl("sample_labels", TORCH_BOX(&timm_ext::sample_labels));                                     \
   m.impl("square_accumulate_", TORCH_BOX(&timm_ext::square_accumulate))
 
 STABLE_TORCH_LIBRARY_IMPL(timm_ext, CPU, m) {

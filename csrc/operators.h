@@ -29,6 +29,8 @@ Tensor log_weights_backward(const Tensor& grad, const Tensor& logits, const std:
 
 void conv_weight_grad_square(const Tensor& acc, const Tensor& grad, const Tensor& input, std::vector<int64_t> stride,
                              std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, double scale);
+std::tuple<Tensor, Tensor> sample_labels(const Tensor& logits, const Tensor& keys, const std::string& likelihood,
+                                         bool labels_wanted);
 void square_accumulate(const std::vector<Tensor>& acc, const std::vector<Tensor>& grads, double scale);
 
 }  // namespace timm_ext

@@ -16,7 +16,7 @@ DIGEST = "import sys; sys.path.insert(0, sys.argv[1]); from test_ops_bitwise imp
 
 
 def digest(threads: int = 1) -> str:
-    """Hash every value and gradient of the samples, of a large merge, of the mixings and of the squares."""
+    """Hash values and gradients of the samples, a large merge, the mixings, squares and sampled labels."""
     torch.set_num_threads(1)  # torch's own functions that make the inputs depend on it
     large = Sample("large", models=3, lengths=(33, 70_001, 5, 16_384, 27, 30_000))
     merges = [*(make_inputs(sample) for sample in [*SAMPLES, large]), extreme_inputs(5, 50_000)]
@@ -43,6 +43,10 @@ def digest(threads: int = 1) -> str:
         acc = [torch.ones(g.shape, dtype=wide) for g in grads]
         timm_ext.square_accumulate_(acc, grads, 0.3)
         results += acc
+    for dtype in (torch.float32, torch.float64):
+        for likelihood in ("bernoulli", "categorical"):
+            z = 9 * gradient[: 2 * 3 * 33_331].view(2, 3, -1).to(dtype)
+            results += timm_ext.sample_labels(z, torch.tensor([3, -4]), likelihood)
     hasher = hashlib.sha256()
     for tensor in results:
         hasher.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())

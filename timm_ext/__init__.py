@@ -17,6 +17,7 @@ from timm_ext.ops import (  # noqa: E402
     conv_weight_grad_square_,
     fused_merge,
     ratios,
+    sample_labels,
     square_accumulate_,
 )
 
@@ -62,6 +63,7 @@ __all__ = [
     "load_checkpoint",
     "make_groups",
     "ratios",
+    "sample_labels",
     "save_checkpoint",
     "split_parameters",
     "square_accumulate_",

@@ -14,6 +14,7 @@ from timm_ext import reference
 from timm_ext.errors import InputError
 
 Mixing = Literal["sigmoid", "softmax", "ratios"]
+Sampled = Literal["bernoulli", "categorical"]
 MIXINGS: tuple[Mixing, ...] = ("sigmoid", "softmax", "ratios")
 
 _ops = torch.ops.timm_ext
@@ -336,3 +337,42 @@ def _fake_conv_weight_grad_square(
 
 
 register_fake("timm_ext::conv_weight_grad_square_", _fake_conv_weight_grad_square)
+
+
+def sample_labels(
+    logits: Tensor, keys: Tensor, likelihood: Sampled, *, labels: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Draw labels from a network's own prediction, with the gradient of their log-likelihood, in one pass.
+
+        bernoulli:    y[b, k, v] = 1 with probability σ(z),             score = y − σ(z)
+        categorical:  y[b, v] = k with probability softmax(z)[k],       score = onehot(y) − softmax(z)
+
+    The random number of a variable comes from its example's key and its own place alone (Philox 4x32-10 by
+    counter; Salmon et al., SC 2011), whatever the batch, the number of threads, the instruction set or the
+    device. Not differentiable.
+
+    Args:
+        logits: z `[B, K, ...]`, float32 or float64.
+        keys: int64 `[B]`, on the device of the logits; one for each example, such as a hash of seed and name.
+        likelihood: `"bernoulli"` or `"categorical"`.
+        labels: whether the labels are wanted; otherwise they come back empty.
+
+    Returns:
+        Labels y, int64, of the logits' shape (bernoulli) or `[B, ...]` (categorical), and the score, of the
+        logits' shape and dtype.
+    """
+    with torch.no_grad():
+        drawn, score = _ops.sample_labels.default(logits.detach(), keys, likelihood, labels)
+    return drawn, score
+
+
+def _fake_sample_labels(
+    logits: Tensor, keys: Tensor, likelihood: str, labels_wanted: bool
+) -> tuple[Tensor, Tensor]:
+    shape = list(logits.shape)
+    if likelihood == "categorical":
+        del shape[1]
+    return keys.new_empty(shape if labels_wanted else (0,)), logits.new_empty(logits.shape)
+
+
+register_fake("timm_ext::sample_labels", _fake_sample_labels)

@@ -84,3 +84,36 @@ def conv_weight_grad_square_(
             (False, True, False),
         )
         acc += scale * weight_grad.square()
+
+
+def uniform(keys: Tensor, count: int) -> Tensor:
+    """Return the random numbers of `timm_ext.sample_labels` for keys `[B]`, float32 `[B, count]` in [0, 1).
+
+    Philox 4x32-10. Of the generator's blocks of four numbers, 16 neighbouring ones give 64 numbers: first the
+    first one of each block, then the second, …
+    """
+    low32 = 0xFFFFFFFF
+    blocks = torch.arange(-(-count // 64) * 16, device=keys.device)
+    first, second = (blocks & low32).expand(len(keys), -1), (blocks >> 32).expand(len(keys), -1)
+    third = fourth = torch.zeros_like(first)
+    key0, key1 = (keys & low32)[:, None], (keys >> 32 & low32)[:, None]
+    for _ in range(10):
+        product0, product1 = first * 0xD2511F53, third * 0xCD9E8D57  # modulo 2^64, whatever the sign
+        first, third = (product1 >> 32 & low32) ^ second ^ key0, (product0 >> 32 & low32) ^ fourth ^ key1
+        second, fourth = product1 & low32, product0 & low32
+        key0, key1 = (key0 + 0x9E3779B9) & low32, (key1 + 0xBB67AE85) & low32
+    numbers = torch.stack([first, second, third, fourth], 1).view(len(keys), 4, -1, 16).movedim(2, 1)
+    return (numbers.reshape(len(keys), -1)[:, :count] >> 8).float() * 2.0**-24
+
+
+def sample_labels(logits: Tensor, keys: Tensor, likelihood: str) -> tuple[Tensor, Tensor]:
+    """Return labels and the gradient of their log-likelihood; see `timm_ext.sample_labels`."""
+    draws = logits[:, 0] if likelihood == "categorical" else logits
+    numbers = uniform(keys, draws[0].numel()).view(draws.shape)
+    if likelihood == "bernoulli":
+        share = logits.sigmoid()
+        labels = (numbers < share).long()
+        return labels, labels - share
+    share = logits.softmax(1)
+    labels = (share.cumsum(1)[:, :-1] <= numbers.unsqueeze(1)).sum(1)
+    return labels, (-share).scatter_add(1, labels.unsqueeze(1), torch.ones_like(share[:, :1]))

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "../cuda/merge.h"
+#include "../cuda/sample_labels.h"
 #include "../cuda/square_accumulate.h"
 #include "conv_square.h"
 
@@ -18,6 +19,7 @@ using cuda::Element;
 using cuda::MergeGradient;
 using cuda::MergeInputs;
 using cuda::MergePlaneGradients;
+using cuda::SampleProblem;
 using cuda::SquareAccumulateItem;
 
 /// Elements of a block: θ and F of five models in float32 fit in a megabyte.
@@ -32,6 +34,7 @@ enum class Mixing { kSigmoid, kSoftmax, kRatios };
 // backward_log_weight writes the rows of segments inside one block; the sums of cut segments go to `edges`
 // [blocks, 2, T], first the segment that enters the block, then the one that leaves it.
 // square_accumulate: acc[i] += scale * g[i]² for i in [begin, end).
+// sample_labels: a unit is a block of one example's voxels, example after example.
 // log_weights and its backward: rows of `models` logits, of Element kFloat32 or kFloat64.
 #define TIMM_EXT_KERNELS                                                                                         \
   void merge_forward(const MergeInputs&, void* merged, bool streamed, int64_t first_block, int64_t last_block);  \
@@ -41,6 +44,7 @@ enum class Mixing { kSigmoid, kSoftmax, kRatios };
                              int64_t first_block, int64_t last_block);                                           \
   void square_accumulate(const SquareAccumulateItem&, Element, double scale, int64_t begin, int64_t end);        \
   void conv_square(const ConvSquareProblem&, int64_t first_unit, int64_t last_unit);                             \
+  void sample_labels(const SampleProblem&, int64_t first_unit, int64_t last_unit);                               \
   void log_weights(Mixing, Element, const void* logits, void* out, int64_t models, int64_t first_row,            \
                    int64_t last_row);                                                                            \
   void log_weights_backward(Mixing, Element, const void* grad, const void* logits, void* out, int64_t models,    \
@@ -64,6 +68,7 @@ struct Kernels {
   decltype(&baseline::merge_backward_planes) merge_backward_planes;
   decltype(&baseline::square_accumulate) square_accumulate;
   decltype(&baseline::conv_square) conv_square;
+  decltype(&baseline::sample_labels) sample_labels;
   decltype(&baseline::log_weights) log_weights;
   decltype(&baseline::log_weights_backward) log_weights_backward;
 };

@@ -49,6 +49,21 @@ TIMM_EXT_FN V exp_nonpositive(V x) {
   return select(x >= -708.0, result, select(x < -708.0, V{}, x));
 }
 
+/// exp(x) for x <= 0 in the arithmetic of float, of a float or a vector of them, good to 1.5e-7 relative; 0 below -87.
+template <class V>
+TIMM_EXT_FN V exp_nonpositive_float(V x) {
+  constexpr float kInverseFactorial[] = {1.0f,         1.0f,          0.5f,          1.0f / 6.0f,
+                                         1.0f / 24.0f, 1.0f / 120.0f, 1.0f / 720.0f, 1.0f / 5040.0f};
+  const float shifter = 12582912.0f;  // 1.5·2^23
+  const V shifted = x * 1.44269502f + shifter;
+  const V n = shifted - shifter;
+  const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  V sum = r * kInverseFactorial[7] + kInverseFactorial[6];
+  for (int k = 5; k >= 0; --k) sum = sum * r + kInverseFactorial[k];
+  const V result = sum * from_bits((bits_of(shifted) + 127) << 23);
+  return select(x >= -87.0f, result, select(x < -87.0f, V{}, x));
+}
+
 /// 2·atanh(z) for |z| <= 1/3, log((1 + z) / (1 - z)), by the odd powers of z up to `Last`: 37 give 1e-18 relative, 15
 /// give 1e-9.
 template <int Last = 37, class V>

@@ -57,6 +57,18 @@ TIMM_EXT_FN float reciprocal(float x) {
 
 TIMM_EXT_FN uint64_t bits_of(double x) { return bit_cast<uint64_t>(x); }
 TIMM_EXT_FN double from_bits(uint64_t bits) { return bit_cast<double>(bits); }
+TIMM_EXT_FN uint32_t bits_of(float x) { return bit_cast<uint32_t>(x); }
+TIMM_EXT_FN float from_bits(uint32_t bits) { return bit_cast<float>(bits); }
+
+TIMM_EXT_FN void wide_product(uint32_t a, uint32_t factor, uint32_t& high, uint32_t& low) {
+  const uint64_t product = uint64_t{a} * factor;
+  high = static_cast<uint32_t>(product >> 32);
+  low = static_cast<uint32_t>(product);
+}
+
+TIMM_EXT_FN float unit_interval(uint32_t bits) {
+  return static_cast<float>(bits >> 8) * 5.9604644775390625e-08f;  // 2^-24
+}
 
 /// The exact power of two 2^-(e+1) that brings x = m·2^e (x >= 0, 1 <= m < 2) into [0.5, 1). At the ends of the range,
 /// where that power is no normal number, the nearest one that is: denormals come to [2^-23, 1), the largest to < 4.

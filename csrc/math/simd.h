@@ -28,6 +28,7 @@ constexpr int kVectorBytes = 16;
 // Loads and stores need no alignment and may alias any type.
 typedef float FloatV __attribute__((vector_size(kVectorBytes)));
 typedef double DoubleV __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t UInt32V __attribute__((vector_size(kVectorBytes)));
 typedef int32_t Int32V __attribute__((vector_size(kVectorBytes)));
 typedef int64_t Int64V __attribute__((vector_size(kVectorBytes)));
 typedef uint64_t UInt64V __attribute__((vector_size(kVectorBytes)));
@@ -106,6 +107,31 @@ TIMM_EXT_FN void end_stream() {}
 
 TIMM_EXT_FN UInt64V bits_of(DoubleV x) { return (UInt64V)x; }
 TIMM_EXT_FN DoubleV from_bits(UInt64V bits) { return (DoubleV)bits; }
+TIMM_EXT_FN UInt32V bits_of(FloatV x) { return (UInt32V)x; }
+TIMM_EXT_FN FloatV from_bits(UInt32V bits) { return (FloatV)bits; }
+
+/// The 64-bit product of every lane with a number, in two halves.
+TIMM_EXT_FN void wide_product(UInt32V a, uint32_t factor, UInt32V& high, UInt32V& low) {
+#if defined(TIMM_EXT_X86_VECTOR)
+  typedef long long Integers __attribute__((vector_size(kVectorBytes)));
+  const Integers factors = Integers{} + static_cast<long long>(factor);
+  const UInt64V even = (UInt64V)TIMM_EXT_X86_PAIR(mul_epu32, (Integers)a, factors);
+  const UInt64V odd = (UInt64V)TIMM_EXT_X86_PAIR(mul_epu32, (Integers)((UInt64V)a >> 32), factors);
+  high = (UInt32V)(even >> 32 | (odd & ~uint64_t{0xFFFFFFFF}));
+  low = (UInt32V)((even & 0xFFFFFFFF) | odd << 32);
+#else
+  for (unsigned lane = 0; lane < sizeof(a) / 4; ++lane) {
+    const uint64_t product = uint64_t{a[lane]} * factor;
+    high[lane] = static_cast<uint32_t>(product >> 32);
+    low[lane] = static_cast<uint32_t>(product);
+  }
+#endif
+}
+
+/// The upper 24 bits of every lane as numbers in [0, 1).
+TIMM_EXT_FN FloatV unit_interval(UInt32V bits) {
+  return __builtin_convertvector((Int32V)(bits >> 8), FloatV) * 5.9604644775390625e-08f;  // 2^-24
+}
 
 /// Whether every lane lies in [smallest, largest]; not so for NaN.
 #if defined(__AVX512F__)

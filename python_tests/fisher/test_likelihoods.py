@@ -1,10 +1,9 @@
 import pytest
 import torch
-from torch.nn import functional
 
 from timm_ext.errors import InputError
 from timm_ext.fisher import Bernoulli, Categorical, Dice, Likelihood
-from timm_ext.fisher.likelihoods import draw_uniform, get_likelihood, summed_logits
+from timm_ext.fisher.likelihoods import example_keys, get_likelihood, summed_logits
 
 Z = torch.randn(3, 4, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 REGIONS = (torch.rand(3, 4, 5, 6, generator=torch.Generator().manual_seed(1)) < 0.4).double()
@@ -40,31 +39,22 @@ def test_score_is_the_gradient(likelihood, target):
     torch.testing.assert_close(likelihood.score(Z, target, list("abc")), expected)
 
 
-def test_sampled_frequencies():
-    logits = torch.tensor([[0.3], [-1.2]], dtype=torch.float64).expand(2, 20000)[None]
-    uniform = draw_uniform((2, 20000), seed=0, example="a", sample=0)[None]
-    drawn = Bernoulli().sample(logits, uniform).mean(2)[0]
-    torch.testing.assert_close(drawn, logits[0, :, 0].sigmoid(), rtol=0, atol=0.012)
-    logits = torch.tensor([0.5, -1.0, 0.1], dtype=torch.float64)[None, :, None].expand(1, 3, 20000)
-    drawn = functional.one_hot(Categorical().sample(logits, uniform[:, 0]), 3).double().mean(1)[0]
-    torch.testing.assert_close(drawn, logits[0, :, 0].softmax(0), rtol=0, atol=0.012)
+@pytest.mark.parametrize("likelihood", [Bernoulli(), Categorical(), Dice()])
+def test_the_score_of_a_drawn_label(likelihood):
+    keys = example_keys("abc", seed=0, sample=0)
+    score = likelihood.sampled_score(Z, keys, list("abc"))
+    expected = likelihood.score(Z, likelihood.sample(Z, keys), list("abc"))
+    torch.testing.assert_close(score, expected, rtol=1e-12, atol=1e-14)
 
 
-def test_categorical_sample_at_the_ends():
-    logits = torch.tensor([[-1e4, 0.0, -1e4]])[:, :, None].expand(1, 3, 2)
-    drawn = Categorical().sample(logits, torch.tensor([[0.0, 0.99999994]]))
-    assert drawn.tolist() == [[1, 1]]
+def test_examples_are_keyed():
+    def key(**change):
+        return example_keys(**({"ids": ["a"], "seed": 1, "sample": 0} | change)).item()
 
-
-def test_draws_are_keyed():
-    def draw(**change):
-        return draw_uniform((50,), **({"seed": 1, "example": "a", "sample": 0} | change))
-
-    assert torch.equal(draw(), draw())
-    others = [draw(seed=2), draw(example="b"), draw(sample=1), draw(seed=10), draw(seed=-1)]
-    assert all(not torch.equal(draw(), other) for other in others)
-    assert draw().min() >= 0
-    assert draw().max() < 1
+    assert key() == key()
+    keys = [key(), key(seed=2), key(ids=["b"]), key(sample=1), key(seed=10), key(seed=-1)]
+    assert len(set(keys)) == len(keys)
+    assert example_keys(["b", "a"], seed=1, sample=0)[1].item() == key()
 
 
 @pytest.mark.parametrize(
@@ -115,7 +105,7 @@ def test_own_likelihood_without_sample():
     likelihood = get_likelihood(Gauss())
     torch.testing.assert_close(likelihood.score(Z, REGIONS, list("abc")), REGIONS - Z)
     with pytest.raises(InputError, match=r"expected one with a sample method .* .got Gauss"):
-        likelihood.sample(Z, Z)
+        likelihood.sample(Z, torch.zeros(3, dtype=torch.int64))
 
 
 def test_logits_of_several_maps():

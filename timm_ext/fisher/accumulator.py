@@ -16,7 +16,7 @@ from timm_ext.fisher.likelihoods import (
     Likelihood,
     LogLikelihood,
     can_sample,
-    draw_uniform,
+    example_keys,
     get_likelihood,
     require_finite,
     summed_logits,
@@ -293,13 +293,11 @@ class FisherAccumulator:
         self._note_graph(graph)
 
     def _score(self, logits: Tensor, y: Any, ids: Sequence[str], sample: int) -> Tensor:
-        if self._labels == "true":
-            target = _plain(y).to(logits.device) if isinstance(y, Tensor) else y
-            self._likelihood.check(logits, target, ids)
-        else:
-            shape = self._likelihood.draws_shape(logits)
-            draws = [draw_uniform(shape, seed=self._seed, example=id, sample=sample) for id in ids]
-            target = self._likelihood.sample(logits, torch.stack(draws).to(logits.device))
+        if self._labels == "sampled":
+            keys = example_keys(ids, seed=self._seed, sample=sample).to(logits.device)
+            return self._likelihood.sampled_score(logits, keys, ids)
+        target = _plain(y).to(logits.device) if isinstance(y, Tensor) else y
+        self._likelihood.check(logits, target, ids)
         return self._likelihood.score(logits, target, ids)
 
     def _note_graph(self, graph: Graph) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from timm_ext.errors import InputError
+from timm_ext.ops import sample_labels
 
 LogLikelihood = Callable[[Tensor, Any], Tensor]
 
@@ -34,12 +35,13 @@ class Likelihood(ABC):
             target: what `sample` returns, or the true labels of the batch.
         """
 
-    def sample(self, logits: Tensor, uniform: Tensor) -> Any:
+    def sample(self, logits: Tensor, keys: Tensor) -> Any:
         """Draw a target of each example from the network's own prediction.
 
         Args:
             logits: `[B, ...]`.
-            uniform: `[B, *draws_shape]` in [0, 1), independent numbers keyed on seed, example and sample.
+            keys: int64 `[B]`, on the device of the logits, of seed, example and sample; nothing else may
+                decide the draw. `timm_ext.reference.uniform` makes random numbers of them.
 
         Raises:
             InputError: this likelihood cannot be sampled.
@@ -49,9 +51,9 @@ class Likelihood(ABC):
             "use labels='true' or subclass timm_ext.fisher.Likelihood)"
         )
 
-    def draws_shape(self, logits: Tensor) -> tuple[int, ...]:
-        """Return the shape of the random numbers that one example needs."""
-        return tuple(logits.shape[1:])
+    def sampled_score(self, logits: Tensor, keys: Tensor, ids: Sequence[str]) -> Tensor:
+        """Return `score` at a drawn target."""
+        return self.score(logits, self.sample(logits, keys), ids)
 
     def check(self, logits: Tensor, target: Any, ids: Sequence[str]) -> None:
         """Refuse true labels that do not fit the logits.
@@ -96,10 +98,14 @@ class Bernoulli(Likelihood):
         loss = functional.binary_cross_entropy_with_logits(logits, target.to(logits), reduction="none")
         return -loss.flatten(1).sum(1)
 
-    def sample(self, logits: Tensor, uniform: Tensor) -> Tensor:
+    def sample(self, logits: Tensor, keys: Tensor) -> Tensor:
         """Set each voxel of each region with its predicted probability."""
-        drawn: Tensor = (uniform < logits.sigmoid()).to(logits.dtype)
-        return drawn
+        return sample_labels(logits, keys, "bernoulli")[0]
+
+    def sampled_score(self, logits: Tensor, keys: Tensor, ids: Sequence[str]) -> Tensor:
+        """Return y − σ(z) for a drawn y."""
+        del ids
+        return sample_labels(logits, keys, "bernoulli", labels=False)[1]
 
     def check(self, logits: Tensor, target: Any, ids: Sequence[str]) -> None:
         """Refuse targets of another shape or with values other than 0 and 1."""
@@ -126,14 +132,14 @@ class Categorical(Likelihood):
         """Return the sum over voxels, `[B]`."""
         return -functional.cross_entropy(logits, target, reduction="none").reshape(len(logits), -1).sum(1)
 
-    def sample(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """Draw the class of each voxel by inverting the cumulative distribution."""
-        cumulative = logits.softmax(1).cumsum(1)[:, :-1]
-        return (cumulative <= uniform.unsqueeze(1)).sum(1)
+    def sample(self, logits: Tensor, keys: Tensor) -> Tensor:
+        """Draw the class of each voxel."""
+        return sample_labels(logits, keys, "categorical")[0]
 
-    def draws_shape(self, logits: Tensor) -> tuple[int, ...]:
-        """Return one number for each voxel."""
-        return tuple(logits.shape[2:])
+    def sampled_score(self, logits: Tensor, keys: Tensor, ids: Sequence[str]) -> Tensor:
+        """Return onehot(y) − softmax(z) for a drawn y."""
+        del ids
+        return sample_labels(logits, keys, "categorical", labels=False)[1]
 
     def check(self, logits: Tensor, target: Any, ids: Sequence[str]) -> None:
         """Refuse targets of another shape or type, and classes outside 0 … K−1."""
@@ -179,6 +185,10 @@ class Dice(Bernoulli):
         """Return the gradient by automatic differentiation."""
         return Likelihood.score(self, logits, target, ids)
 
+    def sampled_score(self, logits: Tensor, keys: Tensor, ids: Sequence[str]) -> Tensor:
+        """Return `score` at a drawn target."""
+        return Likelihood.sampled_score(self, logits, keys, ids)
+
 
 class Custom(Likelihood):
     """A caller's own function of logits `[B, ...]` and target, returning log-likelihoods `[B]`."""
@@ -214,11 +224,10 @@ def can_sample(likelihood: Likelihood) -> bool:
     return type(likelihood).sample is not Likelihood.sample
 
 
-def draw_uniform(shape: Sequence[int], *, seed: int, example: str, sample: int) -> Tensor:
-    """Return float32 numbers in [0, 1) that depend on seed, example id and sample index alone, on the CPU."""
-    key = hashlib.sha256(f"{seed}\0{sample}\0{example}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
-    return torch.rand(tuple(shape), generator=generator, dtype=torch.float32)
+def example_keys(ids: Sequence[str], *, seed: int, sample: int) -> Tensor:
+    """Return a 64-bit key of seed, example and sample index for each example, int64 `[B]` on the CPU."""
+    digests = [hashlib.sha256(f"{seed}\0{sample}\0{id}".encode()).digest() for id in ids]
+    return torch.tensor([int.from_bytes(digest[:8], "little", signed=True) for digest in digests])
 
 
 def summed_logits(output: Any) -> Tensor:
