@@ -30,6 +30,16 @@ void test_exp() {
   check(std::isnan(math::exp_nonpositive(std::nan(""))), "exp of NaN");
 }
 
+void test_float_exp() {
+  for (float x = 0; x > -87; x -= 0.00371f) {
+    const double truth = std::exp(static_cast<double>(x));
+    check(std::abs(math::exp_nonpositive_float(x) - truth) <= 1.5e-7 * truth, "exp(%g)", static_cast<double>(x));
+  }
+  check(math::exp_nonpositive_float(0.0f) == 1 && math::exp_nonpositive_float(-87.5f) == 0, "exp at its ends");
+  check(math::exp_nonpositive_float(-static_cast<float>(kInf)) == 0, "exp of -inf");
+  check(std::isnan(math::exp_nonpositive_float(std::nanf(""))), "exp of NaN");
+}
+
 void test_sigmoid() {
   for (double x = -60; x < 60; x += 0.0173) {
     const double truth = x < 0 ? x - std::log1p(std::exp(x)) : -std::log1p(std::exp(-x));
@@ -108,6 +118,7 @@ void test_storage(double limit) {
 
 int main() {
   test_exp();
+  test_float_exp();
   test_sigmoid();
   test_log();
   test_short_series();

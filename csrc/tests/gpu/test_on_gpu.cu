@@ -10,10 +10,12 @@
 #include <vector>
 
 #include "../../cuda/merge.h"
+#include "../../cuda/sample_labels.h"
 #include "../../cuda/square_accumulate.h"
 #include "../check.h"
 #include "../merge_case.h"
 #include "../merge_check.h"
+#include "../sample_case.h"
 
 namespace {
 
@@ -149,6 +151,24 @@ void check_square_accumulate(cudaStream_t stream) {
   }
 }
 
+void check_sample_labels(const SampleSpec& spec, uint64_t seed, cudaStream_t stream) {
+  SampleCase c(spec, seed);
+  const size_t label_bytes = c.labels.size() * sizeof(int64_t);
+  const DeviceBuffer logits(c.logits.data(), c.logits.size()), keys(c.keys.data(), c.keys.size() * sizeof(int64_t));
+  const DeviceBuffer labels(c.labels.data(), label_bytes), scores(c.scores.size());
+  cuda::SampleProblem problem = c.problem();
+  problem.logits = logits.data();
+  problem.keys = static_cast<const int64_t*>(keys.data());
+  problem.labels = spec.labels_wanted ? static_cast<int64_t*>(labels.data()) : nullptr;
+  problem.scores = scores.data();
+  must(cuda::sample_labels(problem, stream), "sample_labels");
+  must(cudaDeviceSynchronize(), "sample_labels");
+  c.scores = scores.to_host();
+  const auto drawn = labels.to_host();
+  std::memcpy(c.labels.data(), drawn.data(), label_bytes);
+  c.check_results();
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -160,6 +180,8 @@ int main(int argc, char** argv) {
   check_case({Element::kFloat32, 2, 512 * 280 + 5, Segments::kOne, FisherKind::kPlain}, 2001, stream);
   if (!quick) check_case({Element::kFloat32, 3, (1 << 21) + 77, Segments::kKernels, FisherKind::kWide}, 2002, stream);
   check_square_accumulate(stream);
+  const std::vector<SampleSpec> samples = sample_table();
+  for (size_t i = 0; i < samples.size(); i += quick ? 7 : 1) check_sample_labels(samples[i], i, stream);
   must(cudaStreamDestroy(stream), "cudaStreamDestroy");
   return result();
 }
