@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -70,30 +70,29 @@ def plain(p: Problem) -> Callable[[], Any]:
 
 
 def ours(p: Problem) -> Callable[[], Squares]:
-    """`FisherAccumulator`, all examples in one update."""
-    return _Updates(p, len(p.images))
+    """`FisherAccumulator` with micro-batches as it chooses them."""
+    return _Updates(p, "auto")
 
 
 def ours_one_by_one(p: Problem) -> Callable[[], Squares]:
-    """`FisherAccumulator`, an example an update."""
+    """`FisherAccumulator` with one example at a time."""
     return _Updates(p, 1)
 
 
 class _Updates:
     """Updates of one accumulator with the same batch under new names, as over a data set."""
 
-    def __init__(self, p: Problem, size: int) -> None:
-        self._problem, self._size, self._calls = p, size, 0
-        self._accumulator = FisherAccumulator(p.model, likelihood="bernoulli", labels="true")
+    def __init__(self, p: Problem, micro_batch: int | Literal["auto"]) -> None:
+        self._problem, self._calls = p, 0
+        self._accumulator = FisherAccumulator(
+            p.model, likelihood="bernoulli", labels="true", micro_batch=micro_batch
+        )
 
     def __call__(self) -> Squares:
         p, accumulator = self._problem, self._accumulator
         self._calls += 1
         with accumulator:
-            for first in range(0, len(p.images), self._size):
-                part = slice(first, first + self._size)
-                ids = [f"{self._calls}.{first + i}" for i in range(len(p.images[part]))]
-                accumulator.update(p.images[part], p.labels[part], ids)
+            accumulator.update(p.images, p.labels, [f"{self._calls}.{i}" for i in range(len(p.images))])
         if self._calls > 1:
             return {}
         fisher = accumulator.result()

@@ -21,6 +21,7 @@ from timm_ext.fisher.likelihoods import (
     require_finite,
     summed_logits,
 )
+from timm_ext.fisher.micro_batch import MicroBatch, check_micro_batch, micro_batches
 from timm_ext.fisher.model import evaluation_mode, examine_model, no_randomness
 from timm_ext.fisher.nodes import Tape
 from timm_ext.fisher.partial import Partial
@@ -56,6 +57,9 @@ class FisherAccumulator:
             counted once, unused ones get F = 0.
         precision: `ieee` (the parameters' own type), `tf32`, `bf16-mixed` or `16-mixed`. Sums are float32, or
             float64 for float64 parameters.
+        micro_batch: examples of an update that go through the model at a time, None for all of them; `auto`
+            is all of them on a GPU, and on a CPU as many as pay (see `examples_at_a_time`). It changes speed
+            and memory, and the result by rounding alone.
 
     Raises:
         InputError: an option is not known, or the model's Fisher is not defined (the parameters are named).
@@ -71,11 +75,13 @@ class FisherAccumulator:
         seed: int = 0,
         strict: bool = True,
         precision: str = "ieee",
+        micro_batch: MicroBatch = "auto",
     ):
         self._likelihood = get_likelihood(likelihood)
         _check_labels(self._likelihood, labels, samples)
         check_precision(precision)
-        self._model = model
+        check_micro_batch(micro_batch)
+        self._model, self._micro_batch = model, micro_batch
         self._labels, self._samples, self._seed = labels, samples, seed
         self._strict, self._precision = strict, precision
         self._tracked = examine_model(model, strict=strict)
@@ -120,13 +126,19 @@ class FisherAccumulator:
 
         Raises:
             InputError: input, labels or log-likelihood cannot be used (the example is named), or a parameter
-            is
-                not covered. Nothing of the batch has then been added.
+                is not covered. Nothing of the micro-batch has then been added.
         """
         self._check_usable()
         names = _check_batch(x, ids, self._ids)
         x = _plain(x.detach())
         require_finite(x, names, "x")
+        labels = y if self._labels == "true" else None
+        parameters = sum(total.numel() for total in self._sums.values())
+        for part in micro_batches(self._micro_batch, x, labels, names, parameters):
+            self._add(*part)
+
+    def _add(self, x: Tensor, y: Any, names: list[str]) -> None:
+        """Add the squared gradients of a micro-batch."""
         with torch.enable_grad(), precise(self._precision, x.device):
             alone = self._probe(x)
             tape = Tape(len(x), self._tracked.names, x.device, self._refused)

@@ -47,7 +47,7 @@ def estimate_fisher(
         strict: refuse frozen, tied and unused parameters.
         precision: `ieee`, `tf32`, `bf16-mixed` or `16-mixed`.
         batch_size: examples at a time, for a data set; it changes speed and memory, not the result.
-            Volumes on the CPU are fastest one by one.
+            On the CPU larger ones pay for small volumes alone (`examples_at_a_time`).
         progress: show a bar on the terminal.
         partial: file of the sums so far, one for each process; where an interrupted run of the same model
             and settings left it, the estimate goes on, to the same bits. It stays: see `remove_partial`.

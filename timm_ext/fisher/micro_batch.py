@@ -1,0 +1,65 @@
+"""How many examples of a batch go through the model at a time."""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from torch import Tensor
+
+from timm_ext.errors import InputError
+
+# More examples at a time pay up to so many voxels for each parameter, and always up to so many; found on
+# networks of 2 and 8 million parameters and volumes of 32³ to 64³, where the best count gains up to 15 %.
+_VOXELS_PER_PARAMETER = 1 / 32
+_VOXELS = 32**3
+
+MicroBatch = int | Literal["auto"] | None
+
+
+def check_micro_batch(micro_batch: Any) -> None:
+    """Refuse what is neither a count nor `auto` nor None.
+
+    Raises:
+        InputError: with the value.
+    """
+    counts = isinstance(micro_batch, int) and not isinstance(micro_batch, bool) and micro_batch >= 1
+    if not (counts or micro_batch is None or micro_batch == "auto"):
+        raise InputError(f"micro_batch: expected a count of at least 1, 'auto' or None (got {micro_batch!r})")
+
+
+def micro_batches(
+    micro_batch: MicroBatch, x: Tensor, y: Any, ids: list[str], parameters: int
+) -> Iterator[tuple[Tensor, Any, list[str]]]:
+    """Divide a batch.
+
+    Args:
+        micro_batch: a count, `auto` or None.
+        x: `[B, ...]`.
+        y: labels or None; with labels that are no tensor `[B, ...]` the batch stays whole.
+        ids: of the examples.
+        parameters: number of the model's parameters.
+    """
+    count = examples_at_a_time(x, parameters) if micro_batch == "auto" else micro_batch
+    divisible = y is None or (isinstance(y, Tensor) and y.dim() > 0 and len(y) == len(x))
+    if count is None or count >= len(x) or not divisible:
+        yield x, y, ids
+        return
+    for first in range(0, len(x), count):
+        part = slice(first, first + count)
+        yield x[part], None if y is None else y[part], ids[part]
+
+
+def examples_at_a_time(x: Tensor, parameters: int) -> int:
+    """Return how many examples are fastest, as a function of sizes alone, so that a run can be repeated.
+
+    On a GPU all of them. On a CPU every pass costs the reading of the weights, the reading and writing of the
+    sums and the calls, which counts where examples are small; beyond that more examples only take memory. It
+    is max(parameters / 32, 32³) / (voxels of an example), at least 1.
+
+    Args:
+        x: `[B, C, ...]`.
+        parameters: number of the model's parameters.
+    """
+    if x.device.type != "cpu":
+        return len(x)
+    voxels = x[0, 0].numel() if x.dim() > 1 else 1
+    return max(1, round(max(_VOXELS_PER_PARAMETER * parameters, _VOXELS) / max(voxels, 1)))
