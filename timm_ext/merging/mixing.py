@@ -37,17 +37,18 @@ def merge_planes(
 class _WeightedSum(torch.autograd.Function):
     """θ*_p = Σ_t w[s, t] θ[t, p] for the elements p of segment s, and ∂/∂w[s, t] = Σ_p g_p θ[t, p].
 
-    Plain PyTorch, one model at a time: forward and backward read each plane once, and pass once more for
-    each model over a buffer of P weights (float32) or products (float64, so that long segments lose nothing).
+    Plain PyTorch, one model at a time: beside each plane, the forward writes and reads P weights (float32),
+    the backward P products (float64, so that long segments lose nothing), and either holds one such buffer.
     """
 
     @staticmethod
     def forward(ctx: Any, weights: Tensor, theta: Tensor, offsets: Tensor) -> Tensor:
         ctx.save_for_backward(theta, offsets)
         ctx.weight_dtype = weights.dtype
+        dtype = torch.float64 if theta.dtype == torch.float64 else torch.float32
         lengths, elements = offsets.diff(), theta.shape[1]
-        merged = torch.zeros(elements, dtype=weights.dtype, device=theta.device)
-        for row, weight in zip(theta, weights.T, strict=True):
+        merged = torch.zeros(elements, dtype=dtype, device=theta.device)
+        for row, weight in zip(theta, weights.to(dtype).T, strict=True):
             merged.addcmul_(row, weight.repeat_interleave(lengths, output_size=elements))
         return merged.to(theta.dtype)
 

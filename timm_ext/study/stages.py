@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from timm_ext.checkpoint import load_checkpoint, save_checkpoint
 from timm_ext.data.dataset import Sample
 from timm_ext.data.generate import GenerateSettings, generate_cases
 from timm_ext.data.layouts import Case, read_cases
@@ -22,7 +23,15 @@ from timm_ext.inference import labels_from_probabilities, predict_case, predict_
 from timm_ext.merging import MergedModel, get_method
 from timm_ext.metrics import Scores, dice_by_region, evaluate_pairs
 from timm_ext.networks.io import load_network, save_network
-from timm_ext.study.sources import Recipe, Sources, load_sources, network_of, new_network, start_from
+from timm_ext.study.sources import (
+    Recipe,
+    Sources,
+    in_order,
+    load_sources,
+    network_of,
+    new_network,
+    start_from,
+)
 from timm_ext.study.worker import Context
 from timm_ext.training.examples import Examples
 from timm_ext.training.settings import TrainSettings
@@ -34,6 +43,7 @@ Inputs = Mapping[str, Path]
 
 NETWORK = "network.safetensors"
 INITIAL = "initial.safetensors"
+LOGITS = "logits.safetensors"
 FISHER = "fisher.safetensors"
 CASES, CACHE, TRAINING, PREDICTIONS = "cases", "prepared", "training", "predictions"
 
@@ -131,8 +141,8 @@ def adapt_start(settings: Settings, inputs: Inputs, context: Context) -> dict[st
             "sources": list(adaptation.sources),
             "layers": list(adaptation.layers),
             "ratios": adaptation.ratios[-1].tolist(),
-            "logits": start.model.logits.tolist(),
         }
+        save_checkpoint(context.folder / LOGITS, {"logits": start.model.logits.detach()}, kind="logits")
         _save(context.folder / INITIAL, network, task, settings, sources.hashes, start.model.provenance())
     else:
         network = start.model
@@ -301,6 +311,9 @@ def _dice(scores: Scores) -> dict[str, float | None]:
 
 
 def _learned_logits(folder: Path) -> torch.Tensor:
+    if (path := folder / LOGITS).exists():
+        return load_checkpoint(path, kind="logits").tensors["logits"]
+    # Adaptations of earlier versions, whose logits were few, have them in the network's file alone.
     _, checkpoint = load_network(folder / INITIAL)
     return torch.tensor(checkpoint.metadata["merge"]["logits"])
 
@@ -309,6 +322,7 @@ def _in_source(
     method: str, sources: Sources, index: int, recipe: Recipe, logits: torch.Tensor | None
 ) -> nn.Module:
     """Return source network `index` with its shared weights replaced by the merge."""
+    sources = in_order(sources, get_method(method), recipe)
     model = start_from(
         method, sources.networks[index], sources.tasks[index], sources, recipe, initial_logits=logits
     ).model
