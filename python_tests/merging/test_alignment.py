@@ -4,6 +4,7 @@ import pytest
 import torch
 from networks_for_tests import NETWORKS, images, jittered, permuted_copy, random_permutations, tensors_of
 from torch import nn
+from torch.nn import functional
 
 from timm_ext.errors import InputError
 from timm_ext.fisher import Fisher, FisherAccumulator
@@ -58,6 +59,26 @@ def test_similarity_grows_and_the_distance_falls_by_twice_as_much(name: str) -> 
     fallen = distance(model, reference) - distance(found.model, reference)
     assert fallen == pytest.approx(2 * gained, rel=1e-3)
     assert fallen > 0
+
+
+def trained(seed: int) -> nn.Module:
+    """A network after a few steps from its own initialisation, on the same task."""
+    model = NETWORKS["isensee2017"](seed).train()
+    x = torch.randn(2, 2, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for _ in range(10):
+            optimiser.zero_grad()
+            functional.binary_cross_entropy_with_logits(model(x), (x[:, [0, 1, 1]] > 0).float()).backward()
+            optimiser.step()
+    return model.eval()
+
+
+def test_trained_networks_of_other_seeds_come_closer() -> None:
+    model, reference = trained(1), trained(2)
+    aligned = align(model, reference, ignore=heads_of(model)).model
+    assert distance(aligned, reference) < 0.98 * distance(model, reference)
 
 
 def test_one_group_along_both_axes_of_a_weight_still_gains() -> None:

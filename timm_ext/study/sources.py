@@ -220,8 +220,7 @@ def start_from(
         InputError: as for `assemble_bank` and `build_initialisation`.
     """
     method = get_method(method) if isinstance(method, str) else method
-    transfer_norms = recipe.transfer_norms or method.transfer_norms
-    split = split_parameters(target, heads=heads_of(target), transfer_norms=transfer_norms)
+    split = split_by(target, method, recipe)
     if method.needs_fisher and sources is not None and sources.fishers is None:
         raise InputError(f"{method.name}: expected a Fisher for each source network (got none)")
     bank = None
@@ -238,6 +237,12 @@ def start_from(
         initial_logits=initial_logits,
     )
     return Start(model, split, method)
+
+
+def split_by(network: nn.Module, method: Method, recipe: Recipe) -> Split:
+    """Return which parameters of a network the method shares."""
+    transfer_norms = recipe.transfer_norms or method.transfer_norms
+    return split_parameters(network, heads=heads_of(network), transfer_norms=transfer_norms)
 
 
 def in_order(sources: Sources, method: Method, recipe: Recipe) -> Sources:
