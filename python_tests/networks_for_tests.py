@@ -34,6 +34,10 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
         "monai.SegResNet", in_channels=2, out_channels=3, seed=seed, init_filters=16, blocks_down=[1, 1],
         blocks_up=[1],
     ),
+    "DynUNet": lambda seed: build_network(  # registers its layers under several names
+        "monai.DynUNet", in_channels=2, out_channels=3, seed=seed, kernel_size=[3, 3, 3], strides=[1, 2, 2],
+        upsample_kernel_size=[2, 2], filters=[4, 8, 8],
+    ),
     "AttentionUnet": lambda seed: build_network(
         "monai.AttentionUnet", in_channels=2, out_channels=3, seed=seed, channels=[4, 8], strides=[2]
     ),

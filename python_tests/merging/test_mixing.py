@@ -31,8 +31,8 @@ def test_free_weights_are_a_weighted_sum() -> None:
     torch.testing.assert_close(free(theta, weights[groups], offsets, None), expected)
 
 
-def test_gradient_of_free_weights() -> None:
-    theta, weights, offsets, groups = planes()
+def test_gradient_of_free_weights(device: torch.device) -> None:
+    theta, weights, offsets, groups = (tensor.to(device) for tensor in planes())
     weights.requires_grad_()
     assert torch.autograd.gradcheck(lambda w: free(theta, w, offsets, groups), (weights,))
 

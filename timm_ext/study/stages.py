@@ -182,7 +182,8 @@ def tune_and_test(settings: Settings, inputs: Inputs, context: Context) -> dict[
 def forgetting(settings: Settings, inputs: Inputs, context: Context) -> dict[str, Any]:
     """Score initialisations on the source tasks.
 
-    The merged weights are put into each source network, which keeps its own heads, norms and input channels.
+    The merged weights are put into each source network (aligned, if the method aligns), which keeps its own
+    heads and norms; input channels are matched by modality.
 
     Settings: `methods`, `tasks`, `prepare`, `recipe`, `adapted` (title of an input → method). Inputs:
     `model-1` …, `fisher-1` …, `test-1` …, and the adaptations.
