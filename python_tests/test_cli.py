@@ -97,6 +97,49 @@ def test_merge_is_the_fisher_weighted_mean_of_the_files(place, tmp_path):
     assert "granularity" in (tmp_path / "init.settings.yaml").read_text()
 
 
+def test_merge_aligns_the_networks_first(place, tmp_path):
+    out, plain = tmp_path / "aligned.safetensors", tmp_path / "plain.safetensors"
+    arguments = ["merge", *sources(place), "--method", "mean-imm", "--task", "brats", "--out"]
+    assert run([*arguments, str(plain)]) == 0
+    assert run([*arguments, str(out), "--align"]) == 0
+    (one, other), (merged, unaligned) = (
+        [load_file(path) for path in paths] for paths in (sources(place), (out, plain))
+    )
+    names = [n for n, t in merged.items() if n.endswith("conv.weight") and t.shape == one[n].shape]
+    before = after = 0.0
+    for name in names:
+        second = 2 * merged[name] - one[name]  # the second network's, in the order of the first one's
+        torch.testing.assert_close(second.flatten().sort().values, other[name].flatten().sort().values)
+        before += (other[name] - one[name]).square().sum().item()
+        after += (second - one[name]).square().sum().item()
+    assert after < before
+    assert not all(torch.equal(merged[name], unaligned[name]) for name in names)
+    assert load_checkpoint(out).metadata["settings"]["merge"]["align"] is True
+    assert "align: true" in (tmp_path / "aligned.settings.yaml").read_text()
+    named = tmp_path / "named.safetensors"
+    arguments = ["merge", *sources(place), "--method", "mean-aligned", "--task", "brats"]
+    assert run([*arguments, "--out", str(named)]) == 0
+    assert all(torch.equal(load_file(named)[name], merged[name]) for name in names)
+
+
+def test_adapt_by_medmerge(place, tmp_path):
+    arguments = [
+        "adapt",
+        *sources(place),
+        "--method",
+        "medmerge",
+        "--align",
+        "--data",
+        str(place / "tumours"),
+    ]
+    options = ["--set", "merge.mixing=free", "--set", "merge.anchor=2", "--set", "merge.granularity=filter"]
+    assert run([*arguments, "--out", str(tmp_path), "--val-share", "0.5", *options, *TRAIN]) == 0
+    facts = load_checkpoint(tmp_path / "network.safetensors").metadata["merge"]
+    assert (facts["granularity"], facts["mixing"], facts["fisher"]) == ("filter", "free", False)
+    assert facts["mean_ratios"][0] > 0.6
+    assert facts["groups"][0] == "encoder.0.entry.conv[0]"
+
+
 def test_adapt_then_train_then_predict_then_evaluate(place, tmp_path, capsys):
     cases = str(place / "tumours")
     adapted, tuned, predicted = (tmp_path / name for name in ("adapted", "tuned", "predicted"))
@@ -283,6 +326,9 @@ def test_merge_without_fishers_or_with_a_learning_method(place, tmp_path, capsys
     )
     assert "expected one of scratch" in failure(
         capsys, ["merge", *sources(place), "--method", "nope", "--out", out]
+    )
+    assert "(got --align)" in failure(
+        capsys, ["merge", *sources(place), "--align", "--ratios", "1,1", "--out", out]
     )
 
 

@@ -103,13 +103,13 @@ def split_parameters(model: nn.Module, *, heads: Sequence[str], transfer_norms: 
         InputError: a pattern matches nothing, or no parameter is left to share.
     """
     aliases = parameter_aliases(model)
-    unmatched = [pattern for pattern in heads if not any(_matches(name, [pattern]) for name in aliases)]
+    unmatched = [pattern for pattern in heads if not any(matches(name, [pattern]) for name in aliases)]
     if unmatched:
         raise InputError(
             f"heads: expected patterns that match parameters (got {', '.join(map(repr, unmatched))}, "
             f"which match none of {_few(list(aliases))})"
         )
-    specific = {first for name, first in aliases.items() if _matches(name, heads)}
+    specific = {first for name, first in aliases.items() if matches(name, heads)}
     if not transfer_norms:
         specific |= {aliases[name] for name in _norm_parameters(model)}
     names = [name for name, first in aliases.items() if name == first]
@@ -310,7 +310,7 @@ def _against_layout(
     model: str, tensors: Mapping[str, Tensor], layout: Layout, ignore: Sequence[str]
 ) -> Iterator[str]:
     for entry in layout.entries:
-        if _matches(entry.name, ignore):
+        if matches(entry.name, ignore):
             continue
         shape = list(entry.shape)
         if entry.name not in tensors:
@@ -330,7 +330,7 @@ def _against_model(
 ) -> Iterator[str]:
     for name, tensor in expected.items():
         got = tensors.get(name)
-        if _matches(name, ignore):
+        if matches(name, ignore):
             continue
         if got is None:
             yield f"{model}: {name}: expected {list(tensor.shape)} as in {first} (got none)"
@@ -339,11 +339,12 @@ def _against_model(
         elif got.dtype != tensor.dtype:
             yield f"{model}: {name}: expected {tensor.dtype} as in {first} (got {got.dtype})"
     for name, tensor in tensors.items():
-        if name not in expected and not _matches(name, ignore):
+        if name not in expected and not matches(name, ignore):
             yield f"{model}: {name}: expected none as in {first} (got {list(tensor.shape)})"
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Tell whether a shell pattern fits a name; one that ends in a dot stands for all names below."""
     return any(fnmatchcase(name, p + "*" if p.endswith(".") else p) for p in patterns)
 
 

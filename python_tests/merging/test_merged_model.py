@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from timm_ext.errors import InputError
 from timm_ext.groups import GRANULARITIES, make_groups
 from timm_ext.merging.bank import Bank
-from timm_ext.merging.merged_model import MergedModel, logits_of
+from timm_ext.merging.merged_model import MergedModel
+from timm_ext.merging.mixing import logits_of
 from timm_ext.parameters import Layout, named_parameters, split_parameters
 
 
@@ -61,8 +62,12 @@ def plain_merge(model: MergedModel, bank: Bank, logits: Tensor) -> Tensor:
     """The definition in float64, element by element."""
     groups = make_groups(bank.layout, model.granularity)
     rows = groups.rows.repeat_interleave(groups.offsets.diff())
-    alpha = torch.sigmoid(logits.double()) if model.mixing == "sigmoid" else logits.double().softmax(1)
+    alpha = {"sigmoid": torch.sigmoid, "softmax": torch.exp, "free": torch.clone}[model.mixing](
+        logits.double()
+    )
     weight = alpha[rows].T * (1 if bank.fisher is None else bank.fisher.double())
+    if model.mixing == "free":
+        return (weight * bank.theta.double()).sum(0)
     return (weight * bank.theta.double()).sum(0) / weight.sum(0)
 
 
@@ -97,8 +102,10 @@ def test_the_callers_network_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("mixing", ["sigmoid", "softmax"])
-@pytest.mark.parametrize("fisher", [True, False])
+@pytest.mark.parametrize(
+    ("mixing", "fisher"),
+    [("sigmoid", True), ("sigmoid", False), ("softmax", True), ("softmax", False), ("free", False)],
+)
 def test_merge_is_the_definition(granularity: str, mixing: str, fisher: bool) -> None:
     bank = bank_of(3, fisher=fisher)
     model = MergedModel(network(9), bank, granularity=granularity, mixing=mixing)
@@ -110,9 +117,10 @@ def test_merge_is_the_definition(granularity: str, mixing: str, fisher: bool) ->
 
 
 @pytest.mark.parametrize("granularity", ["layer", "kernel"])
-def test_gradient_of_the_logits_is_that_of_plain_pytorch(granularity: str) -> None:
-    bank = bank_of(3)
-    model = MergedModel(network(9).double(), bank, granularity=granularity)
+@pytest.mark.parametrize("mixing", ["sigmoid", "free"])
+def test_gradient_of_the_logits_is_that_of_plain_pytorch(granularity: str, mixing: str) -> None:
+    bank = bank_of(3, fisher=mixing != "free")
+    model = MergedModel(network(9).double(), bank, granularity=granularity, mixing=mixing)
     logits = torch.randn(model.logits.shape, generator=torch.Generator().manual_seed(2))
     model.logits.data.copy_(logits)
     model.eval()(image().double()).square().mean().backward()
@@ -380,7 +388,7 @@ def test_network_that_does_not_fit_is_refused() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"mixing": "mean"}, r"mixing: expected one of sigmoid, softmax, ratios \(got 'mean'\)"),
+        ({"mixing": "mean"}, r"mixing: expected one of sigmoid, softmax, ratios, free \(got 'mean'\)"),
         ({"granularity": "row"}, r"granularity: expected one of model, .* \(got 'row'\)"),
         ({"initial_logits": torch.zeros(3)}, r"initial logits: expected \[2, 2\] \(got \[3\]\)"),
         ({"initial_logits": torch.tensor([0.0, math.nan])}, "initial logits: expected finite numbers"),
@@ -394,28 +402,6 @@ def test_network_that_does_not_fit_is_refused() -> None:
 def test_wrong_arguments_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         MergedModel(network(9), bank_of(), **arguments)
-
-
-@given(
-    ratios=st.lists(st.floats(1e-4, 1), min_size=1, max_size=5),
-    mixing=st.sampled_from(["sigmoid", "softmax", "ratios"]),
-)
-def test_logits_of_ratios_give_those_ratios(ratios: list[float], mixing: str) -> None:
-    wanted = torch.tensor(ratios) / sum(ratios)
-    net = nn.Linear(2, 1)
-    models = {str(t): net.state_dict() for t in range(len(ratios))}
-    bank = Bank.build(models, None, Layout.from_model(net, ["weight"]))
-    model = MergedModel(net, bank, mixing=mixing, initial_logits=logits_of(wanted, mixing))
-    torch.testing.assert_close(model.ratios()[0], wanted, rtol=1e-5, atol=1e-7)
-
-
-def test_equal_ratios_have_logits_of_zero() -> None:
-    assert logits_of(torch.full((4,), 0.25)).tolist() == [0, 0, 0, 0]
-
-
-def test_ratio_of_zero_has_no_logit() -> None:
-    with pytest.raises(InputError, match=r"ratios: expected all above 0 \(got \[0.0, 1.0\]\)"):
-        logits_of(torch.tensor([0.0, 1.0]))
 
 
 @given(count=st.integers(1, 4), seed=st.integers(0, 100), granularity=st.sampled_from(GRANULARITIES))

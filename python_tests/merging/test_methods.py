@@ -5,8 +5,9 @@ from torch import Tensor, nn
 from timm_ext.errors import InputError
 from timm_ext.merging.bank import Bank
 from timm_ext.merging.initialise import assemble_bank, build_initialisation
-from timm_ext.merging.merged_model import MergedModel, logits_of
+from timm_ext.merging.merged_model import MergedModel
 from timm_ext.merging.methods import METHODS, Method, get_method, mean_imm, method_names
+from timm_ext.merging.mixing import logits_of
 from timm_ext.parameters import Layout, split_parameters
 
 
@@ -78,7 +79,10 @@ def test_t_imm_starts_as_mode_imm() -> None:
 def test_shared_of_a_learned_method_is_where_it_starts() -> None:
     for method in METHODS:
         if method.adapt == "logits":
-            assert method.shared(bank()).tolist() == [3, 20]
+            assert method.shared(bank()).tolist() == ([3, 20] if method.needs_fisher else [4, 20])
+            made = build_initialisation(method, network(), bank())
+            assert isinstance(made, MergedModel)
+            assert made.merge().tolist() == method.shared(bank()).tolist()
 
 
 def test_a_new_learned_method_is_one_line() -> None:
@@ -100,6 +104,13 @@ def test_names_for_two_models() -> None:
             "imm-warmup",
             "t-imm",
             "t-imm-extra",
+            "t-imm-norms",
+            "t-imm-filter",
+            "t-imm-kernel",
+            "medmerge",
+            "mean-aligned",
+            "mode-imm-aligned",
+            "medmerge-aligned",
         ),
     )
     assert all(get_method(name).name == name for name in method_names(4))
@@ -110,11 +121,85 @@ def test_every_method_says_what_it_is() -> None:
         method = get_method(name)
         assert method.title
         assert method.paper
-        assert method.needs_fisher == (name in {"mode-imm", "imm-warmup", "t-imm", "t-imm-extra"})
-        assert method.adapt == {"imm-warmup": "specific", "t-imm": "logits", "t-imm-extra": "logits"}.get(
-            name, "none"
-        )
+        assert method.needs_fisher == (method.shared is get_method("mode-imm").shared)
         assert method.extra_steps == (name == "t-imm-extra")
+        assert method.aligned == name.endswith("-aligned")
+        assert method.transfer_norms == (name == "t-imm-norms")
+    learned = {m.name: m.granularity for m in METHODS if m.adapt == "logits"}
+    assert learned == {
+        "t-imm": "layer",
+        "t-imm-extra": "layer",
+        "t-imm-norms": "layer",
+        "t-imm-filter": "filter",
+        "t-imm-kernel": "kernel",
+        "medmerge": "kernel",
+        "medmerge-aligned": "kernel",
+    }
+
+
+def convolutions() -> tuple[nn.Module, Bank]:
+    """Two 1-D convolutions of 2 × 2 kernels of 1 element, M1 all 1 and M2 all 3, with Fishers of 1 and 3."""
+    net = nn.Sequential(nn.Conv1d(2, 2, 1, bias=False))
+    models = {f"M{n}": {"0.weight": torch.full((2, 2, 1), 2.0 * n - 1)} for n in (1, 2)}
+    fishers = [FisherOf(tensors) for tensors in models.values()]
+    return net, Bank.build(models, fishers, Layout.from_model(net, ["0.weight"]))
+
+
+class FisherOf:
+    def __init__(self, tensors: dict[str, Tensor]):
+        self.tensors, self.zero, self.scaling = tensors, (), "sum"
+
+
+def test_medmerge_has_a_weight_for_each_kernel_and_no_fisher() -> None:
+    net, sources = convolutions()
+    logits = logits_of(torch.tensor([[0.5, 0.5], [0.25, 0.75], [0.75, 0.25], [0.1, 0.9]]))
+    made = build_initialisation("medmerge", net, sources, initial_logits=logits)
+    assert isinstance(made, MergedModel)
+    assert tuple(made.group_names) == ("0[0, 0]", "0[0, 1]", "0[1, 0]", "0[1, 1]")
+    assert made.merge().tolist() == pytest.approx([2, 2.5, 1.5, 2.8])  # α_1 + 3 α_2
+
+
+@pytest.mark.parametrize(("name", "groups"), [("t-imm", 1), ("t-imm-filter", 2), ("t-imm-kernel", 4)])
+def test_t_imm_of_finer_groups_weighs_by_fishers(name: str, groups: int) -> None:
+    made = build_initialisation(name, *convolutions())
+    assert isinstance(made, MergedModel)
+    assert len(made.group_names) == groups
+    assert made.merge().tolist() == pytest.approx([2.5] * 4)  # (1·1 + 3·3) / (1 + 3)
+
+
+@pytest.mark.parametrize("mixing", ["sigmoid", "softmax", "ratios", "free"])
+@pytest.mark.parametrize("anchor", [2.0, -2.0])
+def test_an_anchor_lets_one_source_dominate(mixing: str, anchor: float) -> None:
+    net, sources = convolutions()
+    made = build_initialisation("medmerge", net, sources, mixing=mixing, anchor=anchor)
+    assert isinstance(made, MergedModel)
+    share = torch.sigmoid(torch.tensor(anchor * (2 if mixing == "softmax" else 1))).item()
+    assert made.ratios()[:, 0].tolist() == pytest.approx([share] * 4)
+    assert made.merge().tolist() == pytest.approx([share + 3 * (1 - share)] * 4)
+    if mixing in ("sigmoid", "softmax"):
+        assert made.logits[0].tolist() == [anchor, -anchor]
+
+
+def test_given_logits_go_before_an_anchor() -> None:
+    net, sources = convolutions()
+    made = build_initialisation("medmerge", net, sources, anchor=9.0, initial_logits=torch.zeros(2))
+    assert isinstance(made, MergedModel)
+    assert made.ratios().eq(0.5).all()
+
+
+def test_granularity_and_constraint_are_options() -> None:
+    net, sources = convolutions()
+    weights = torch.tensor([[-1.0, 2.0], [0.5, 0.0]])
+    made = build_initialisation(
+        "medmerge", net, sources, granularity="filter", mixing="free", initial_logits=weights
+    )
+    assert isinstance(made, MergedModel)
+    assert made.merge().tolist() == [5, 5, 0.5, 0.5]  # −1 + 2·3 and 0.5, neither of them a mean
+
+
+def test_free_weights_refuse_fishers() -> None:
+    with pytest.raises(InputError, match="expected a bank without Fishers for 'free' weights"):
+        build_initialisation("t-imm-kernel", *convolutions(), mixing="free")
 
 
 @pytest.mark.parametrize("name", ["timm", "transfer-0", "transfer-x", "transfer", "transfer--1"])

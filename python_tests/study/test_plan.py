@@ -96,6 +96,37 @@ def test_adaptation_must_leave_steps():
         make_plan(PlanSettings(steps=20))
 
 
+def test_the_comparison_of_the_demo_stays_as_it_is():
+    settings = PlanSettings()
+    assert settings.methods == (
+        *(
+            "scratch",
+            "transfer-1",
+            "transfer-2",
+            "mean-imm",
+            "mode-imm",
+            "imm-warmup",
+            "t-imm",
+            "t-imm-extra",
+        ),
+    )
+    assert make_plan(settings).runs["t-imm", 1].settings["recipe"] == {
+        "granularity": None,
+        "mixing": "sigmoid",
+        "normalize": None,
+        "transfer_norms": False,
+        "unseen": None,
+        "seed": 1,
+    }
+
+
+@pytest.mark.parametrize("name", ["t-imm-norms", "t-imm-kernel", "medmerge", "medmerge-aligned"])
+def test_methods_that_adapt_otherwise_share_no_adaptation(name):
+    plan = make_plan(PlanSettings(methods=("t-imm", "medmerge", "t-imm-kernel", name), seeds=(0,)))
+    others = {method for method, _ in plan.adaptations if method != name}
+    assert all(plan.adaptations[name, 0].digest != plan.adaptations[other, 0].digest for other in others)
+
+
 def test_unknown_method():
     with pytest.raises(InputError, match="expected one of scratch"):
         make_plan(PlanSettings(methods=("scratch", "magic")))

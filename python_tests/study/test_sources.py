@@ -1,10 +1,14 @@
+from dataclasses import replace
+
 import pytest
 import torch
+from networks_for_tests import permuted_copy, random_permutations
 
 from timm_ext.data.tasks import get_task, task_to_dict
 from timm_ext.errors import InputError
 from timm_ext.fisher import Fisher, FisherKind
 from timm_ext.merging import MergedModel
+from timm_ext.networks.channel_trace import trace_channels
 from timm_ext.networks.io import save_network
 from timm_ext.study.sources import Recipe, load_sources, network_of, new_network, start_from
 
@@ -114,3 +118,74 @@ def test_a_method_with_fishers_needs_them(files):
     task = get_task("brats")
     with pytest.raises(InputError, match="mode-imm: expected a Fisher for each source network"):
         start_from("mode-imm", network_of(sources, task, 0), task, sources, Recipe())
+
+
+@pytest.fixture(scope="module")
+def moved(files, tmp_path_factory):
+    """M1, and M1 with its channels at other places under the head of another task; their Fishers."""
+    sources = load_sources(*files)
+    first, other = sources.networks
+    channels = trace_channels(first)
+    twin = permuted_copy(first, channels, random_permutations(channels))
+    for target, source in zip(other.parameters(), twin.parameters(), strict=True):
+        if target.shape == source.shape:
+            target.data.copy_(source)
+    for head, source in zip(other.heads, twin.heads, strict=True):
+        head.weight.data.copy_(source.weight[:1].expand_as(head.weight))
+    squares = tuple(
+        replace(fisher, tensors={n: p.detach() ** 2 for n, p in network.named_parameters()})
+        for fisher, network in zip(sources.fishers, sources.networks, strict=True)
+    )
+    return replace(sources, fishers=squares)
+
+
+def test_aligned_sources_are_in_the_order_of_the_first(moved):
+    aligned = moved.aligned()
+    assert aligned.networks[0] is moved.networks[0]
+    one, two = map(state, aligned.networks)
+    assert all(torch.equal(one[name], two[name]) for name in one if not name.startswith("heads."))
+    assert not torch.equal(two["heads.0.weight"], state(moved.networks[1])["heads.0.weight"])
+    for fisher, network in zip(aligned.fishers, aligned.networks, strict=True):
+        assert all(torch.equal(fisher.tensors[n], p**2) for n, p in network.named_parameters())
+    assert aligned.aligned() is aligned
+
+
+@pytest.mark.parametrize(
+    ("method", "recipe"),
+    [
+        ("mean-aligned", Recipe()),
+        ("mode-imm-aligned", Recipe()),
+        ("medmerge-aligned", Recipe()),
+        ("t-imm", Recipe(align=True)),
+    ],
+)
+def test_aligned_methods_merge_aligned_sources(moved, method, recipe):
+    task = get_task("brats")
+    target = network_of(moved, task, seed=7)
+    model = start_from(method, target, task, moved, recipe).model
+    model = model.fold() if isinstance(model, MergedModel) else model
+    torch.testing.assert_close(state(model)[WEIGHT], state(moved.networks[0])[WEIGHT])
+    plain = start_from("mean-imm", target, task, moved, Recipe()).model
+    assert not torch.allclose(state(plain)[WEIGHT], state(moved.networks[0])[WEIGHT])
+
+
+def test_norms_are_transferred_by_method(files):
+    sources = load_sources(*files)
+    task = get_task("brats")
+    target = network_of(sources, task, 0)
+    start, plain = (start_from(name, target, task, sources, Recipe()) for name in ("t-imm-norms", "t-imm"))
+    assert {name for name in start.split.shared if "norm" in name} == {
+        name for name in plain.split.specific if "norm" in name
+    }
+    assert isinstance(start.model, MergedModel)
+    assert "encoder.0.entry.norm" in start.model.group_names
+
+
+def test_an_anchor_is_part_of_the_recipe(files):
+    sources = load_sources(files[0])
+    task = get_task("brats")
+    target = network_of(sources, task, 0)
+    start = start_from("medmerge", target, task, sources, Recipe(anchor=-30.0, mixing="softmax"))
+    assert isinstance(start.model, MergedModel)
+    assert start.model.logits[0].tolist() == [-30, 30]
+    torch.testing.assert_close(state(start.model.fold())[WEIGHT], state(sources.networks[1])[WEIGHT])

@@ -83,6 +83,19 @@ Fishers = Annotated[
         "--fisher", metavar="FILE", help="Fisher of each source network, in their order; repeatable."
     ),
 ]
+Align = Annotated[
+    bool,
+    typer.Option(
+        "--align",
+        help="First bring the channels of all networks into the order of the first one's: for networks of "
+        "different initialisations. Short for `--set merge.align=true`.",
+    ),
+]
+
+
+def with_alignment(overrides: list[str] | None, align: bool) -> list[str]:
+    """Return the overrides of settings, with the alignment's if it is wanted."""
+    return [*(overrides or ()), *(["merge.align=true"] if align else ())]
 
 
 def settings_from(

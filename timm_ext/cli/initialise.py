@@ -7,6 +7,7 @@ import typer
 
 from timm_ext.cli.common import (
     NETWORK_NAME,
+    Align,
     Cache,
     Config,
     Fishers,
@@ -23,6 +24,7 @@ from timm_ext.cli.common import (
     settings_dict,
     settings_from,
     training_parts,
+    with_alignment,
 )
 from timm_ext.cli.streamed import merge_as_they_are, refuse_streams, refuse_together
 from timm_ext.errors import InputError
@@ -47,8 +49,9 @@ def merge(
     fishers: Fishers = None,
     method: Annotated[
         str | None,
-        typer.Option("--method", help="mean-imm, mode-imm (default), transfer-1, transfer-2, …"),
+        typer.Option("--method", help="mean-imm, mode-imm (default), mean-aligned, transfer-1, …"),
     ] = None,
+    align: Align = False,
     task: Annotated[
         str | None,
         typer.Option("--task", metavar="TASK", help="New task; default: that of the first network."),
@@ -78,12 +81,14 @@ def merge(
     Example: `timm-ext merge model-a/ model-b/ --ratios 0.7,0.3 --out merged/`
     """
     if ratios is not None:
-        methods = {"--method": method, "--task": task, "--config": config, "--set": overrides}
+        methods: dict[str, Any] = {"--method": method, "--align": align, "--task": task, "--config": config}
+        methods["--set"] = overrides
         refuse_together("--ratios", methods)
         merge_as_they_are(networks, out, ratios, fishers or (), shard_size, hashes)
         return
     refuse_streams([*networks, *(fishers or ())], {"--shard-size": shard_size, "--sha256": hashes})
-    _merge_by_method(networks, out, fishers, method or "mode-imm", task, config, overrides)
+    changes = with_alignment(overrides, align)
+    _merge_by_method(networks, out, fishers, method or "mode-imm", task, config, changes)
 
 
 def _merge_by_method(
@@ -127,7 +132,8 @@ def adapt(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the run.")],
     task: TaskOption = "brats",
     fishers: Fishers = None,
-    method: Annotated[str, typer.Option("--method", help="t-imm, imm-warmup")] = "t-imm",
+    method: Annotated[str, typer.Option("--method", help="t-imm, imm-warmup, medmerge, …")] = "t-imm",
+    align: Align = False,
     val: ValCases = None,
     val_share: ValShare = 0.2,
     resume: Resume = False,
@@ -153,7 +159,7 @@ def adapt(
     check_output(out / NETWORK_NAME)
     if get_method(method).adapt == "none":
         raise InputError(f"method: {method} learns nothing before fine-tuning; use timm-ext merge")
-    settings = settings_from(config, overrides, _first_of(networks))
+    settings = settings_from(config, with_alignment(overrides, align), _first_of(networks))
     sources = load_sources(networks, fishers or ())
     chosen = get_task(task)
     target = network_of(sources, chosen, settings.merge.seed)

@@ -1,23 +1,33 @@
 """Merging of source models: the bank, the merged model, and the registry of methods."""
 
+from timm_ext.merging.alignment import Alignment, align, align_to_first
 from timm_ext.merging.bank import Bank, FisherStorage, Normalization
+from timm_ext.merging.barrier import LossPath, loss_along_merge
 from timm_ext.merging.initialise import assemble_bank, build_initialisation
-from timm_ext.merging.merged_model import MergedModel, logits_of
+from timm_ext.merging.merged_model import MergedModel
 from timm_ext.merging.methods import METHODS, Method, get_method, method_names
+from timm_ext.merging.mixing import Mixing, anchored_logits, logits_of
 from timm_ext.merging.modalities import fit_to_target, match_input_channels
 
 __all__ = [
     "METHODS",
+    "Alignment",
     "Bank",
     "FisherStorage",
+    "LossPath",
     "MergedModel",
     "Method",
+    "Mixing",
     "Normalization",
+    "align",
+    "align_to_first",
+    "anchored_logits",
     "assemble_bank",
     "build_initialisation",
     "fit_to_target",
     "get_method",
     "logits_of",
+    "loss_along_merge",
     "match_input_channels",
     "method_names",
 ]

@@ -12,8 +12,8 @@ from timm_ext.groups import Granularity
 from timm_ext.merging.bank import Bank, FisherStorage, Normalization
 from timm_ext.merging.merged_model import MergedModel
 from timm_ext.merging.methods import Method, get_method
+from timm_ext.merging.mixing import Mixing, anchored_logits
 from timm_ext.merging.modalities import fit_to_target
-from timm_ext.ops import Mixing
 from timm_ext.parameters import Layout, Split, check_compatible, named_parameters
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ def build_initialisation(
     *,
     granularity: Granularity | None = None,
     mixing: Mixing = "sigmoid",
+    anchor: float = 0.0,
     initial_logits: Tensor | None = None,
 ) -> nn.Module:
     """Initialise a copy of the target network by a method.
@@ -103,9 +104,11 @@ def build_initialisation(
     Args:
         method: or its name, see `get_method`.
         network: the target network, whose task-specific parameters are initialised; it is not changed.
-        bank: the source models; None only for methods without any.
+        bank: the source models, aligned if the method wants it (`align_to_first`); None only for methods
+            without any.
         granularity: of the logits where they are trained; None as the method has it.
         mixing: of the logits where they are trained.
+        anchor: where they are trained and no others are given, they start at this, see `anchored_logits`.
         initial_logits: where they are trained, see `MergedModel`.
 
     Returns:
@@ -114,7 +117,7 @@ def build_initialisation(
 
     Raises:
         InputError: the method needs more models than the bank has, or Fishers, or the network does not fit
-            the bank.
+            the bank, or `mixing`, `anchor` or the logits are refused by `MergedModel`.
     """
     method = get_method(method) if isinstance(method, str) else method
     if method.models and (bank is None or len(bank) < method.models):
@@ -126,6 +129,8 @@ def build_initialisation(
     if bank is None or method.shared is None:
         return copy.deepcopy(network)
     if method.adapt == "logits":
+        if initial_logits is None and anchor != 0:
+            initial_logits = anchored_logits(anchor, len(bank), mixing)
         return MergedModel(
             network,
             bank if method.needs_fisher else bank.without_fisher(),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from timm_ext.errors import InputError
 from timm_ext.groups import Granularity, make_groups
 from timm_ext.merging.bank import Bank
-from timm_ext.ops import MIXINGS, Mixing, fused_merge, ratios
+from timm_ext.merging.mixing import Mixing, merge_planes, ratios_of, starting_logits
 from timm_ext.parameters import check_compatible, named_parameters, parameter_aliases
 
 _MOST_LISTED = 10_000  # logits of more groups than this stay out of a file's metadata
@@ -21,7 +21,8 @@ class MergedModel(nn.Module):
 
     θ*_p = Σ_t α[g,t] F[t,p] θ[t,p] / Σ_t α[g,t] F[t,p] for the elements p of group g, with α from the
     logits δ: σ(δ[g,t]) / Σ_j σ(δ[g,j]) (`"sigmoid"`, T-IMM of Geyer et al., MIDL 2019), softmax
-    (`"softmax"`), or the logits themselves divided by their sum (`"ratios"`).
+    (`"softmax"`), or the logits themselves divided by their sum (`"ratios"`). `"free"` is θ* = Σ_t δ[g,t] θ_t
+    without Fishers, whose weights need not sum to 1 and may be negative.
 
     Parameters are `logits` and the network's task-specific parameters, nothing else: the shared ones have
     empty slots in `network` and exist only during a forward. The bank is a buffer that moves with the
@@ -67,7 +68,8 @@ class MergedModel(nn.Module):
 
         Raises:
             InputError: the network lacks a tensor of the bank or has it in another shape, all of which are
-                listed, or the logits are not finite, of another shape, or negative ratios.
+                listed, the logits are not finite, of another shape, or negative ratios, or free weights meet
+                Fishers.
         """
         super().__init__()
         parameters = named_parameters(network)
@@ -91,7 +93,9 @@ class MergedModel(nn.Module):
         self.register_buffer("_like", parameters[bank.layout.names[0]].new_empty(0), persistent=False)
         # DistributedDataParallel would send the bank to all ranks in each forward.
         self._ddp_params_and_buffers_to_ignore = ["_planes", "_offsets", "_rows", "_like"]
-        self.logits = nn.Parameter(_initial(initial_logits, (len(groups.names), len(bank)), mixing))
+        if mixing == "free" and bank.fisher is not None:
+            raise InputError("mixing: expected a bank without Fishers for 'free' weights (got one with them)")
+        self.logits = nn.Parameter(starting_logits(initial_logits, (len(groups.names), len(bank)), mixing))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network on the merged weights; takes and returns what the network does."""
@@ -108,13 +112,13 @@ class MergedModel(nn.Module):
         narrow = theta.dtype == torch.float16 and self._like.dtype != torch.float16
         scale = _GradientScale() if narrow else None
         logits = self.logits if scale is None else scale.leave(self.logits)
-        merged = fused_merge(theta, fisher, logits, self._offsets, mixing=self.mixing, groups=self._rows)
+        merged = merge_planes(theta, fisher, logits, self._offsets, mixing=self.mixing, groups=self._rows)
         merged = merged.to(self._like.dtype)
         return merged if scale is None else scale.enter(merged)
 
     def ratios(self) -> Tensor:
-        """Return the mixing ratios α `[G, T]`, detached; each row sums to 1."""
-        return ratios(self.logits.detach(), self.mixing)
+        """Return the mixing ratios α `[G, T]`, detached; each row sums to 1 unless the weights are free."""
+        return ratios_of(self.logits.detach(), self.mixing)
 
     def specific_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of the network that are not merged: heads and, unless transferred, norms."""
@@ -211,43 +215,6 @@ class _GradientScale:
 
     def _unscale(self, grad: Tensor) -> Tensor:
         return grad / self._factor
-
-
-def logits_of(shares: Tensor, mixing: Mixing = "sigmoid") -> Tensor:
-    """Return logits with given ratios: those whose largest σ is 1/2, so that equal ratios have δ = 0.
-
-    Args:
-        shares: the ratios `[..., T]`, positive; each row is divided by its sum.
-        mixing: how the logits will be read.
-
-    Returns:
-        `[..., T]`.
-
-    Raises:
-        InputError: a ratio is not positive; zero would need a logit of minus infinity, which learns nothing.
-    """
-    if mixing == "ratios":
-        return shares / shares.sum(dim=-1, keepdim=True)
-    if not bool((shares > 0).all()):
-        raise InputError(f"ratios: expected all above 0 (got {shares.flatten()[:8].tolist()})")
-    relative = shares / shares.amax(dim=-1, keepdim=True)
-    return torch.logit(relative / 2) if mixing == "sigmoid" else relative.log()
-
-
-def _initial(logits: Tensor | None, shape: tuple[int, int], mixing: Mixing) -> Tensor:
-    if mixing not in MIXINGS:
-        raise InputError(f"mixing: expected one of {', '.join(MIXINGS)} (got {mixing!r})")
-    if logits is None:
-        return torch.full(shape, 1.0 if mixing == "ratios" else 0.0)
-    try:
-        expanded = logits.detach().to("cpu", torch.float32).expand(shape).clone()
-    except RuntimeError as error:
-        raise InputError(f"initial logits: expected {list(shape)} (got {list(logits.shape)})") from error
-    if not bool(expanded.isfinite().all()):
-        raise InputError("initial logits: expected finite numbers (got NaN or infinity)")
-    if mixing == "ratios" and (bool((expanded < 0).any()) or not bool(expanded.sum(dim=1).gt(0).all())):
-        raise InputError("initial ratios: expected numbers ≥ 0, not all 0 in a group (got others)")
-    return expanded
 
 
 def _views_of_aliases(

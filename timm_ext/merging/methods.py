@@ -14,6 +14,11 @@ from timm_ext.merging.bank import Bank
 from timm_ext.ops import fused_merge
 
 _GEYER = "Geyer et al., Transfer Learning by Adaptive Merging of Multiple Models, MIDL 2019"
+_ALMAKKY = (
+    "Almakky et al., MedMerge: Merging Models for Effective Transfer Learning to Medical Imaging Tasks, "
+    "arXiv 2403.11646, 2024"
+)
+_AINSWORTH = "Ainsworth et al., Git Re-Basin: Merging Models modulo Permutation Symmetries, ICLR 2023"
 _LEE = "Lee et al., Overcoming Catastrophic Forgetting by Incremental Moment Matching, NeurIPS 2017"
 
 
@@ -32,6 +37,8 @@ class Method:
         extra_steps: the steps of `adapt` come on top of fine-tuning's, as in the paper; otherwise they are
             taken from its number of steps.
         granularity: groups of the logits, where they are trained.
+        aligned: the channels of the sources are first brought into the order of the first one's, see `align`.
+        transfer_norms: the norms are shared, too.
         models: the least number of source models.
     """
 
@@ -43,6 +50,8 @@ class Method:
     needs_fisher: bool = False
     extra_steps: bool = False
     granularity: Granularity = "layer"
+    aligned: bool = False
+    transfer_norms: bool = False
     models: int = 1
 
 
@@ -97,6 +106,59 @@ METHODS: tuple[Method, ...] = (
         adapt="logits",
         needs_fisher=True,
         extra_steps=True,
+    ),
+    Method(
+        "t-imm-norms",
+        "T-IMM, norms transferred",
+        f"{_GEYER}: as t-imm, with the norms merged, too",
+        mode_imm,
+        adapt="logits",
+        needs_fisher=True,
+        transfer_norms=True,
+    ),
+    Method(
+        "t-imm-filter",
+        "T-IMM per filter",
+        f"{_GEYER}, with ratios α_t for each output channel",
+        mode_imm,
+        adapt="logits",
+        needs_fisher=True,
+        granularity="filter",
+    ),
+    Method(
+        "t-imm-kernel",
+        "T-IMM per kernel",
+        f"{_GEYER}, with ratios α_t for each convolution kernel, as in {_ALMAKKY}",
+        mode_imm,
+        adapt="logits",
+        needs_fisher=True,
+        granularity="kernel",
+    ),
+    Method(
+        "medmerge",
+        "MedMerge",
+        f"{_ALMAKKY}: θ* = Σ α_t θ_t with learned α_t for each convolution kernel",
+        mean_imm,
+        adapt="logits",
+        granularity="kernel",
+    ),
+    Method("mean-aligned", "Mean, aligned", f"{_AINSWORTH}: θ* = Σ π_t(θ_t) / T", mean_imm, aligned=True),
+    Method(
+        "mode-imm-aligned",
+        "Mode-IMM, aligned",
+        f"{_LEE}: θ* = Σ F_t θ_t / Σ F_t, aligned as in {_AINSWORTH}",
+        mode_imm,
+        needs_fisher=True,
+        aligned=True,
+    ),
+    Method(
+        "medmerge-aligned",
+        "MedMerge, aligned",
+        f"{_ALMAKKY}: as medmerge, aligned as in {_AINSWORTH}",
+        mean_imm,
+        adapt="logits",
+        granularity="kernel",
+        aligned=True,
     ),
 )
 

@@ -1,5 +1,7 @@
 """Segmentation networks by name, and their files."""
 
+from timm_ext.networks.channel_trace import trace_channels
+from timm_ext.networks.channels import ChannelMap
 from timm_ext.networks.io import load_network, save_network
 from timm_ext.networks.isensee2017 import Isensee2017
 from timm_ext.networks.registry import (
@@ -16,6 +18,7 @@ from timm_ext.networks.registry import (
 from timm_ext.networks.reset import reset_specific
 
 __all__ = [
+    "ChannelMap",
     "Isensee2017",
     "NetworkSpec",
     "build_network",
@@ -29,4 +32,5 @@ __all__ = [
     "reset_specific",
     "save_network",
     "size_divisor_of",
+    "trace_channels",
 ]

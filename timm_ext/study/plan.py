@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from timm_ext.data.label_maps import label_map_files
 from timm_ext.data.prepare import PrepareSettings
 from timm_ext.errors import InputError
 from timm_ext.files import sha256
-from timm_ext.merging.methods import METHODS, Method, get_method
+from timm_ext.merging.methods import Method, get_method
 from timm_ext.study.records import Step
 from timm_ext.study.sources import Recipe
 from timm_ext.training.settings import TrainSettings
@@ -63,7 +63,11 @@ class PlanSettings:
         "scratch",
         "transfer-1",
         "transfer-2",
-        *(method.name for method in METHODS if method.models),
+        "mean-imm",
+        "mode-imm",
+        "imm-warmup",
+        "t-imm",
+        "t-imm-extra",
     )
     seeds: tuple[int, ...] = (0, 1, 2)
     network: str = "isensee2017"
@@ -266,9 +270,11 @@ class _Planner:
 
     def _twin(self, method: Method) -> Method:
         """Return the first method whose adaptation is the same, so that it is made once."""
-        key = (method.shared, method.adapt, method.needs_fisher, method.granularity)
-        others = ((m, (m.shared, m.adapt, m.needs_fisher, m.granularity)) for m in self.methods)
-        return next(other for other, other_key in others if other_key == key)
+
+        def adaptation(method: Method) -> Method:
+            return replace(method, name="", title="", paper="", extra_steps=False)
+
+        return next(other for other in self.methods if adaptation(other) == adaptation(method))
 
     def _adaptation(
         self, method: Method, seed: int, cases: Mapping[str, Step], sources: Mapping[str, Step]
@@ -354,8 +360,11 @@ def fine_tuning_steps(settings: PlanSettings, method: Method) -> int:
 
 
 def _json(settings: Any) -> dict[str, Any]:
-    """Return all fields of a dataclass, the defaults included, as JSON values."""
+    """Return the fields of a dataclass as JSON values, with all defaults but those of unwritten ones."""
     values: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
+    for entry in fields(settings):
+        if entry.metadata.get("unwritten") and values[entry.name] == entry.default:
+            del values[entry.name]
     return values
 
 

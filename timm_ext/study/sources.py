@@ -1,7 +1,7 @@
 """Source networks with their Fishers, and the target networks that start from them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,18 @@ from timm_ext.data.tasks import Task, task_from_dict
 from timm_ext.errors import InputError
 from timm_ext.fisher import Fisher
 from timm_ext.groups import Granularity
-from timm_ext.merging import Bank, Method, Normalization, assemble_bank, build_initialisation, get_method
+from timm_ext.merging import (
+    Bank,
+    Method,
+    Mixing,
+    Normalization,
+    align_to_first,
+    assemble_bank,
+    build_initialisation,
+    get_method,
+)
 from timm_ext.networks.io import load_network
 from timm_ext.networks.registry import build_network, config_of, heads_of, input_layers_of
-from timm_ext.ops import Mixing
 from timm_ext.parameters import Split, split_parameters
 
 
@@ -28,6 +36,7 @@ class Sources:
         tasks: what each was trained for.
         hashes: SHA-256 of each file.
         fishers: of each network, None where the method needs none.
+        in_order: their channels are in the order of the first network's.
     """
 
     names: tuple[str, ...]
@@ -35,10 +44,37 @@ class Sources:
     tasks: tuple[Task, ...]
     hashes: tuple[str, ...]
     fishers: tuple[Fisher, ...] | None = None
+    in_order: bool = False
 
     def states(self) -> dict[str, Mapping[str, Tensor]]:
         """Return each network's tensors by its name."""
         return {name: model.state_dict() for name, model in zip(self.names, self.networks, strict=True)}
+
+    def aligned(self) -> "Sources":
+        """Return the networks and Fishers with their channels in the order of the first network's.
+
+        Compared are all parameters but the heads, the first convolution by the names of the modalities. The
+        result does not depend on the target.
+
+        Raises:
+            InputError: as for `align_to_first`.
+        """
+        if self.in_order:
+            return self
+        first = self.networks[0]
+        networks, fishers = align_to_first(
+            self.networks,
+            self.fishers,
+            ignore=heads_of(first),
+            modalities=[task.modalities for task in self.tasks],
+            input_layers=input_layers_of(first),
+        )
+        return replace(
+            self,
+            networks=tuple(networks),
+            fishers=None if fishers is None else tuple(fishers),
+            in_order=True,
+        )
 
     def bank(
         self,
@@ -74,6 +110,10 @@ class Sources:
         )
 
 
+# Fields that steps of a study note only where they are set, so that results without them stay valid.
+UNWRITTEN = {"unwritten": True}
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How source networks become an initialisation.
@@ -81,6 +121,8 @@ class Recipe:
     Attributes:
         granularity: of the mixing logits; None as the method has it.
         mixing: how logits become ratios.
+        anchor: the logits start at this for the first source and at its negative for the others.
+        align: the channels of the sources are first brought into one order, whatever the method says.
         normalize: how the Fishers are scaled before merging.
         transfer_norms: the norms are shared, too.
         unseen: for a target modality that no source knows, the one whose weights it starts from.
@@ -93,6 +135,8 @@ class Recipe:
     transfer_norms: bool = False
     unseen: Mapping[str, str] | None = None
     seed: int = 0
+    anchor: float = field(default=0.0, metadata=UNWRITTEN)
+    align: bool = field(default=False, metadata=UNWRITTEN)
 
 
 @dataclass(frozen=True)
@@ -176,11 +220,12 @@ def start_from(
         InputError: as for `assemble_bank` and `build_initialisation`.
     """
     method = get_method(method) if isinstance(method, str) else method
-    split = split_parameters(target, heads=heads_of(target), transfer_norms=recipe.transfer_norms)
+    split = split_by(target, method, recipe)
     if method.needs_fisher and sources is not None and sources.fishers is None:
         raise InputError(f"{method.name}: expected a Fisher for each source network (got none)")
     bank = None
     if sources is not None and method.models:
+        sources = in_order(sources, method, recipe)
         bank = sources.bank(target, task, split, normalize=recipe.normalize, unseen=recipe.unseen)
     model = build_initialisation(
         method,
@@ -188,9 +233,21 @@ def start_from(
         bank,
         granularity=recipe.granularity,
         mixing=recipe.mixing,
+        anchor=recipe.anchor,
         initial_logits=initial_logits,
     )
     return Start(model, split, method)
+
+
+def split_by(network: nn.Module, method: Method, recipe: Recipe) -> Split:
+    """Return which parameters of a network the method shares."""
+    transfer_norms = recipe.transfer_norms or method.transfer_norms
+    return split_parameters(network, heads=heads_of(network), transfer_norms=transfer_norms)
+
+
+def in_order(sources: Sources, method: Method, recipe: Recipe) -> Sources:
+    """Return the sources as the method merges them: aligned, or as they are."""
+    return sources.aligned() if method.aligned or recipe.align else sources
 
 
 def network_of(sources: Sources, task: Task, seed: int) -> nn.Module:

@@ -3,6 +3,7 @@
 They call what a user's own script would call; `timm_ext.study.worker` runs them.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -15,14 +16,25 @@ from timm_ext.data.generate import GenerateSettings, generate_cases
 from timm_ext.data.layouts import Case, read_cases
 from timm_ext.data.prepare import Prepared, PrepareSettings, prepare_case, prepare_cases
 from timm_ext.data.synthesis import SynthesisSettings
-from timm_ext.data.tasks import Task, get_task, task_to_dict
+from timm_ext.data.tasks import Task, get_task, task_from_dict, task_to_dict
 from timm_ext.data.tumour import TumourSettings
 from timm_ext.fisher import estimate_fisher
 from timm_ext.inference import labels_from_probabilities, predict_case, predict_probabilities
-from timm_ext.merging import MergedModel, get_method
+from timm_ext.merging import MergedModel, Method, fit_to_target, get_method
 from timm_ext.metrics import Scores, dice_by_region, evaluate_pairs
 from timm_ext.networks.io import load_network, save_network
-from timm_ext.study.sources import Recipe, Sources, load_sources, network_of, new_network, start_from
+from timm_ext.networks.registry import input_layers_of
+from timm_ext.parameters import named_parameters
+from timm_ext.study.sources import (
+    Recipe,
+    Sources,
+    in_order,
+    load_sources,
+    network_of,
+    new_network,
+    split_by,
+    start_from,
+)
 from timm_ext.study.worker import Context
 from timm_ext.training.examples import Examples
 from timm_ext.training.settings import TrainSettings
@@ -131,7 +143,6 @@ def adapt_start(settings: Settings, inputs: Inputs, context: Context) -> dict[st
             "sources": list(adaptation.sources),
             "layers": list(adaptation.layers),
             "ratios": adaptation.ratios[-1].tolist(),
-            "logits": start.model.logits.tolist(),
         }
         _save(context.folder / INITIAL, network, task, settings, sources.hashes, start.model.provenance())
     else:
@@ -171,21 +182,22 @@ def tune_and_test(settings: Settings, inputs: Inputs, context: Context) -> dict[
 def forgetting(settings: Settings, inputs: Inputs, context: Context) -> dict[str, Any]:
     """Score initialisations on the source tasks.
 
-    The merged weights are put into each source network, which keeps its own heads, norms and input channels.
+    The merged weights are put into each source network (aligned, if the method aligns), which keeps its own
+    heads and norms; input channels are matched by modality.
 
     Settings: `methods`, `tasks`, `prepare`, `recipe`, `adapted` (title of an input → method). Inputs:
     `model-1` …, `fisher-1` …, `test-1` …, and the adaptations.
     """
     sources = _sources(inputs)
     recipe = Recipe(**settings["recipe"])
-    wanted: list[tuple[str, str, torch.Tensor | None]] = [(name, name, None) for name in settings["methods"]]
+    wanted: list[tuple[str, str, Path | None]] = [(name, name, None) for name in settings["methods"]]
     for role, method in settings["adapted"].items():
-        wanted.append((role, method, _learned_logits(inputs[role])))
+        wanted.append((role, method, inputs[role]))
     table: dict[str, dict[str, float]] = {}
-    for number, (role, method, logits) in enumerate(wanted):
+    for number, (role, method, adapted) in enumerate(wanted):
         table[role] = {
             task.name: _mean_dice(
-                _in_source(method, sources, index, recipe, logits),
+                _in_source(get_method(method), sources, index, recipe, adapted),
                 _prepared(inputs[f"test-{index + 1}"], task, settings),
                 task,
             )
@@ -300,19 +312,36 @@ def _dice(scores: Scores) -> dict[str, float | None]:
     return {region: score["dice"] for region, score in scores.items()}
 
 
-def _learned_logits(folder: Path) -> torch.Tensor:
-    _, checkpoint = load_network(folder / INITIAL)
-    return torch.tensor(checkpoint.metadata["merge"]["logits"])
-
-
 def _in_source(
-    method: str, sources: Sources, index: int, recipe: Recipe, logits: torch.Tensor | None
+    method: Method, sources: Sources, index: int, recipe: Recipe, adapted: Path | None
 ) -> nn.Module:
-    """Return source network `index` with its shared weights replaced by the merge."""
-    model = start_from(
-        method, sources.networks[index], sources.tasks[index], sources, recipe, initial_logits=logits
-    ).model
-    return model.fold() if isinstance(model, MergedModel) else model
+    """Return source network `index` with its shared weights replaced by the merge.
+
+    Args:
+        method: of the merge.
+        sources: the source networks.
+        index: of the one.
+        recipe: of the merge.
+        adapted: folder of the adaptation; None for methods without one.
+    """
+    sources = in_order(sources, method, recipe)
+    network, task = sources.networks[index], sources.tasks[index]
+    if adapted is None:
+        return start_from(method, network, task, sources, recipe).model
+    merged, checkpoint = load_network(adapted / INITIAL)
+    tensors, _ = fit_to_target(
+        named_parameters(merged),
+        None,
+        source_modalities=task_from_dict(checkpoint.metadata["task"], where=adapted).modalities,
+        target_modalities=task.modalities,
+        input_layers=input_layers_of(network),
+    )
+    result = copy.deepcopy(network)
+    parameters = named_parameters(result)
+    with torch.no_grad():
+        for name in split_by(network, method, recipe).shared:
+            parameters[name].copy_(tensors[name])
+    return result
 
 
 def _mean_dice(network: nn.Module, cases: Sequence[Prepared], task: Task) -> float:

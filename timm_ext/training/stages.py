@@ -34,7 +34,8 @@ class Adaptation:
         layers: the layers L whose mixing ratios were noted; `all` alone for very many groups.
         sources: the source models T.
         steps: when they were noted: before the first step and after each validation.
-        ratios: `[len(steps), L, T]`, means over the groups of a layer; each row sums to 1.
+        ratios: `[len(steps), L, T]`, means over the groups of a layer; each row sums to 1 unless the
+            weights are free.
     """
 
     history: History

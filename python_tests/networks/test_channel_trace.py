@@ -1,0 +1,200 @@
+import pytest
+import torch
+from networks_for_tests import NETWORKS, images, jittered, permuted_copy, random_permutations, tensors_of
+from torch import Tensor, nn
+from torch.nn import functional
+
+from timm_ext.errors import InputError
+from timm_ext.networks.channel_trace import example_images, trace_channels
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_moved_channels_compute_the_same_function(name: str) -> None:
+    model = jittered(name).double()
+    channels = trace_channels(model)
+    twin = permuted_copy(model, channels, random_permutations(channels))
+    moved = [n for n, t in tensors_of(model).items() if not torch.equal(t, tensors_of(twin)[n])]
+    assert len(moved) > len(tensors_of(model)) / 2
+    with torch.no_grad():
+        one, two = model(images(model, torch.float64)), twin(images(model, torch.float64))
+    assert (one - two).abs().max() < 1e-10 * one.abs().max()
+
+
+def test_groups_of_isensee2017() -> None:
+    channels = trace_channels(NETWORKS["isensee2017"](0))
+    sizes = {name: group.size for name, group in channels.groups.items()}
+    # The residual sum ties the second context block to the entry of its level.
+    assert sizes == {
+        **{f"encoder.{n}.{block}.conv": 4 * 2**n for n in range(3) for block in ("entry", "context1")},
+        **{
+            f"decoder.{n}.{block}.conv": 8 // 2**n
+            for n in range(2)
+            for block in ("upsample", "localise3", "localise1")
+        },
+    }
+    skip = next(a for a in channels.axes if a.tensor.startswith("decoder.0") and len(a.positions) == 2)
+    assert skip.axis == 1
+    assert sorted(torch.cat([p.flatten() for p in skip.positions.values()]).tolist()) == list(range(16))
+
+
+def test_images_and_regions_stay() -> None:
+    channels = trace_channels(NETWORKS["isensee2017"](0))
+    axes = {(axis.tensor, axis.axis) for axis in channels.axes}
+    assert ("encoder.0.entry.conv.weight", 0) in axes
+    assert ("encoder.0.entry.conv.weight", 1) not in axes
+    assert ("heads.0.weight", 1) in axes
+    assert not {("heads.0.weight", 0), ("heads.0.bias", 0)} & axes
+
+
+def test_tracing_leaves_the_network_as_it_is() -> None:
+    model = NETWORKS["UNet, batch norm"](0).train()
+    model.model[0].eval()
+    before = {name: tensor.clone() for name, tensor in tensors_of(model).items()}
+    modes = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    trace_channels(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors_of(model).items())
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Body(nn.Module):
+    """Layers of any kind around a function of the forward."""
+
+    def __init__(self, forward, **layers) -> None:
+        super().__init__()
+        self._forward = forward
+        self.enter = nn.Conv2d(2, 8, 3, padding=1)
+        self.leave = nn.Conv2d(8, 2, 1)
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(self._forward(self, self.enter(x)))
+
+
+BODIES = {
+    "residual of the same channels": Body(lambda m, x: x + m.inner(x), inner=nn.Conv2d(8, 8, 3, padding=1)),
+    "depthwise": Body(lambda m, x: m.inner(x), inner=nn.Conv2d(8, 8, 3, padding=1, groups=8)),
+    "depthwise multiplier": Body(
+        lambda m, x: m.back(m.inner(x)),
+        inner=nn.Conv2d(8, 16, 3, padding=1, groups=8),
+        back=nn.Conv2d(16, 8, 1),
+    ),
+    "depthwise transposed": Body(
+        lambda m, x: m.back(m.inner(x)),
+        inner=nn.ConvTranspose2d(8, 16, 2, stride=2, groups=8),
+        back=nn.Conv2d(16, 8, 1),
+    ),
+    "twice the same layer": Body(lambda m, x: m.inner(m.inner(x)), inner=nn.Conv2d(8, 8, 1)),
+    "twice the same channels": Body(
+        lambda m, x: m.inner(torch.cat([x, torch.relu(x)], 1)), inner=nn.Conv2d(16, 8, 1)
+    ),
+    "sum with a concatenation": Body(
+        lambda m, x: x + torch.cat([m.one(x), m.two(x)], 1), one=nn.Conv2d(8, 3, 1), two=nn.Conv2d(8, 5, 1)
+    ),
+    "parts": Body(lambda m, x: torch.cat([torch.relu(x[:, :3]), x[:, 3:]], 1)),
+    "chunks": Body(lambda m, x: torch.cat([a.sigmoid() * b for a, b in [x.chunk(2, 1)]] * 2, 1)),
+    "batch pieces": Body(lambda m, x: torch.cat(x.split(1), 0)),
+    "squeeze and excite": Body(
+        lambda m, x: x * torch.sigmoid(m.inner(x.mean((2, 3)))).view(1, 8, 1, 1),
+        inner=nn.Linear(8, 8),
+    ),
+    "scale of each channel": Body(lambda m, x: x * m.scale, scale=nn.Parameter(torch.rand(8, 1, 1))),
+    "slopes of each channel": Body(
+        lambda m, x: functional.prelu(x, m.slope), slope=nn.Parameter(torch.rand(8))
+    ),
+    "group norm of one group": Body(lambda m, x: m.norm(x), norm=nn.GroupNorm(1, 8)),
+    "group norm over a skip": Body(
+        lambda m, x: m.norm(torch.cat([x, m.inner(x)], 1))[:, :8],
+        inner=nn.Conv2d(8, 8, 1),
+        norm=nn.GroupNorm(4, 16),
+    ),
+    "pooled and padded": Body(
+        lambda m, x: functional.pad(functional.avg_pool2d(functional.max_pool2d(x, 2), 2), (1, 0, 0, 1))
+    ),
+    "in place": Body(lambda m, x: m.inner(x).add_(x).mul_(2).relu_(), inner=nn.Conv2d(8, 8, 1)),
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_functions_that_can_be_followed(name: str) -> None:
+    model = BODIES[name].double()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    x = torch.randn(1, 2, 8, 8, generator=generator, dtype=torch.float64)
+    channels = trace_channels(model, x)
+    assert channels.groups
+    for seed in range(3):
+        twin = permuted_copy(model, channels, random_permutations(channels, seed))
+        torch.testing.assert_close(twin(x), model(x), rtol=1e-11, atol=1e-11)
+
+
+def sizes(name: str) -> list[list[int]]:
+    model = BODIES[name].double()
+    groups = trace_channels(model, torch.zeros(1, 2, 8, 8, dtype=torch.float64)).groups
+    return [list(group.blocks.shape) for group in groups.values()]
+
+
+def test_channels_that_are_treated_alike_are_one_group() -> None:
+    assert sizes("residual of the same channels") == [[1, 8]]
+    assert sizes("sum with a concatenation") == [[1, 3], [1, 5]]
+    assert sizes("parts") == [[1, 3], [1, 5]]
+    assert sizes("group norm of one group") == [[1, 8]]
+    assert sizes("group norm over a skip") == [[2, 4], [2, 4]]
+
+
+REFUSED = {
+    "a shuffle": (lambda m, x: x.flip(1), {}, r"whose channels can be followed \(got flip\)"),
+    "tokens": (lambda m, x: x.permute(0, 2, 3, 1).permute(0, 3, 1, 2), {}, r"\(got permute\)"),
+    "a reshape": (lambda m, x: x.view(1, 4, 2, 8, 8).view(1, 8, 8, 8), {}, r"view from \[1, 8, 8, 8\] to"),
+    "a mean over channels": (lambda m, x: x - x.mean(1, keepdim=True), {}, "mean over the channels"),
+    "a grouped convolution": (
+        lambda m, x: m.inner(x),
+        {"inner": nn.Conv2d(8, 8, 1, groups=2)},
+        r"of one group, or of one for each channel \(got 2 in inner.weight\)",
+    ),
+    "a computed weight": (
+        lambda m, x: functional.conv2d(x, m.inner.weight * 2),
+        {"inner": nn.Conv2d(8, 8, 1)},
+        r"parameters as they are, not computed from others \(got conv2d's weight\)",
+    ),
+    "a constant of each channel": (
+        lambda m, x: x + torch.arange(8.0).view(1, 8, 1, 1),
+        {},
+        r"parameters as they are, .* \(got an operand of add\)",
+    ),
+    "indices": (lambda m, x: x[:, [1, 0, 2, 3, 4, 5, 6, 7]], {}, "getitem other than slices"),
+    "a torn group norm": (
+        lambda m, x: m.norm(torch.cat([x, m.inner(x)], 1))[:, :8],
+        {"inner": nn.Conv2d(8, 4, 1), "norm": nn.GroupNorm(2, 12)},
+        "norm: expected a group norm whose groups hold channels of one origin",
+    ),
+    "group norms of other groups": (
+        lambda m, x: m.fine(m.norm(x)),
+        {"norm": nn.GroupNorm(2, 8), "fine": nn.GroupNorm(4, 8)},
+        "fine: expected a group norm",
+    ),
+    "a wrong size": (lambda m, x: m.leave(x) + x, {}, r"cannot run on images \[1, 2, 8, 8\]"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_functions_that_cannot_be_followed(name: str) -> None:
+    forward, layers, message = REFUSED[name]
+    with pytest.raises(InputError, match=message):
+        trace_channels(Body(forward, **layers), torch.zeros(1, 2, 8, 8))
+
+
+def test_a_tied_parameter_of_another_shape_is_refused() -> None:
+    model = Body(lambda m, x: x)
+    model.view = nn.Parameter(model.enter.weight.data.view(2, 8, 3, 3))
+    with pytest.raises(InputError, match=r"tied parameters of one shape \(got enter.weight and view\)"):
+        trace_channels(model, torch.zeros(1, 2, 8, 8))
+
+
+def test_examples_need_a_built_network() -> None:
+    assert example_images(NETWORKS["BasicUNet"](0)).shape == (1, 2, 32, 16, 16)
+    with pytest.raises(InputError, match="expected a model made by build_network"):
+        trace_channels(nn.Conv3d(1, 1, 1))
