@@ -68,7 +68,7 @@ def between(
     first, second = (named_parameters(model) for model in sources.values())
 
     def fitted(name: str, tensor: Tensor) -> Tensor:
-        return tensor[:, [1, 0, 1]] if name in input_layers else tensor
+        return torch.cat([tensor[:, [1, 0]], own[name][:, 2:]], 1) if name in input_layers else tensor
 
     for name, tensor in named_parameters(plain).items():
         if name not in shared:

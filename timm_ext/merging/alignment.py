@@ -121,9 +121,11 @@ def align_to_first(
     aligned, aligned_fishers = [first], list(fishers or ())
     for number, model in enumerate(others, 1):
         if modalities is not None:
+            mine = named_parameters(model)
             fitted, _ = fit_to_target(
                 reference,
                 None,
+                own={name: torch.zeros_like(mine[name]) for name in input_layers},  # counts for nothing
                 source_modalities=modalities[0],
                 target_modalities=modalities[number],
                 input_layers=input_layers,

@@ -37,7 +37,7 @@ def assemble_bank(
     """Fit source networks to the target's input images and collect their shared parameters.
 
     Args:
-        network: the target network.
+        network: the target network, whose own weights stay for modalities that a source never saw.
         models: parameters (or the state) of each source network by its name.
         fishers: of the same models in the same order, or None.
         split: which of the target's parameters are shared.
@@ -59,10 +59,12 @@ def assemble_bank(
             f"modalities: expected those of each of {len(models)} models (got {len(source_modalities)} lists)"
         )
     shared_inputs = [name for name in input_layers if name in split.shared]
+    own = named_parameters(network)
     fitted = [
         fit_to_target(
             tensors,
             fisher,
+            own=own,
             source_modalities=modalities,
             target_modalities=target_modalities,
             input_layers=shared_inputs,

@@ -22,55 +22,67 @@ _SPELLINGS = {
     "t2f": "flair",
     "t2flair": "flair",
 }
-_UNSEEN = {"T1c": "T1", "FLAIR": "T2"}
 
 
 def match_input_channels(
     tensor: Tensor,
     source: Sequence[str],
     target: Sequence[str],
+    own: Tensor,
     *,
     unseen: Mapping[str, str] | None = None,
 ) -> Tensor:
     """Rearrange the input channels of a weight or of its Fisher from the source's modalities to the target's.
 
-    A target modality that the source has takes that channel. One that the source never saw takes the
-    channel of the modality that `unseen` names for it: T1c that of T1, which is the same sequence before
-    contrast agent, and FLAIR that of T2, whose oedema it shows alike. If the source has not that one
-    either, it takes the mean of all source channels. Values are not rescaled to the number of channels.
-    Weights and Fishers follow the same rule.
+    A target modality that the source has takes that channel. One that the source never saw keeps the
+    channel of the target's `own` weight, unless `unseen` names a modality of the source for it. (T1c that
+    starts as T1, say, is seen by the first layer only in its sum with T1, until training tells them apart.)
 
     Args:
         tensor: `[O, C_source, ...]`.
         source: modalities of `C_source` channels, in order. Case and the spellings of BraTS do not matter.
         target: modalities of `C_target` channels, in order.
-        unseen: further rules or other ones, from a modality of the target to one of the source.
+        own: `[O, C_target, ...]`, for the channels that come from nowhere else.
+        unseen: from a modality of the target to the one of the source whose channel it takes.
 
     Returns:
         `[O, C_target, ...]`, a copy.
 
     Raises:
-        InputError: the weight has another number of channels than `source` names, a name occurs twice, or a
-            rule for a modality of the target names one the source has not.
+        InputError: a weight has another number of channels than `source` or `target` names, the two weights
+            do not fit, a name occurs twice, or a rule for a modality of the target names one the source has
+            not.
     """
-    if tensor.ndim < 2 or tensor.shape[1] != len(source):
+    _check_channels(tensor, source)
+    _check_channels(own, target)
+    if own[:, :1].shape != tensor[:, :1].shape:
         raise InputError(
-            f"input layer: expected {len(source)} input channels for {', '.join(source)} "
-            f"(got a weight of shape {list(tensor.shape)})"
+            f"input layer: expected weights that differ in input channels alone (got {list(tensor.shape)} "
+            f"and {list(own.shape)})"
         )
     place = {name: index for index, name in enumerate(_canonical(source, "source"))}
     rules = _rules(unseen or {}, target, place)
-    channels = []
-    for name in _canonical(target, "target"):
+    result = own.detach().clone().to(tensor)
+    for channel, name in enumerate(_canonical(target, "target")):
         index = place.get(name, place.get(rules.get(name, "")))
-        channels.append(tensor.mean(dim=1) if index is None else tensor[:, index])
-    return torch.stack(channels, dim=1)
+        if index is not None:
+            result[:, channel] = tensor[:, index]
+    return result
+
+
+def _check_channels(tensor: Tensor, modalities: Sequence[str]) -> None:
+    if tensor.ndim < 2 or tensor.shape[1] != len(modalities):
+        raise InputError(
+            f"input layer: expected {len(modalities)} input channels for {', '.join(modalities)} "
+            f"(got a weight of shape {list(tensor.shape)})"
+        )
 
 
 def fit_to_target(
     tensors: Mapping[str, Tensor],
     fisher: "Fisher | None",
     *,
+    own: Mapping[str, Tensor],
     source_modalities: Sequence[str],
     target_modalities: Sequence[str],
     input_layers: Sequence[str],
@@ -80,7 +92,8 @@ def fit_to_target(
 
     Args:
         tensors: parameters of the source by name.
-        fisher: its Fisher, or None.
+        fisher: its Fisher, or None; it is 0 for channels that do not come from the source.
+        own: the target's parameters by name, for the input channels that the source never saw.
         source_modalities: what its input channels are.
         target_modalities: what the target's are.
         input_layers: names of all weights that read the images; a residual network has two.
@@ -93,17 +106,22 @@ def fit_to_target(
         InputError: as for `match_input_channels`, or a source has no such weight.
     """
 
-    def fit(named: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+    def fit(named: Mapping[str, Tensor], own: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
         if missing := [name for name in input_layers if name not in named]:
             raise InputError(f"input layer: expected {what} to have {', '.join(missing)} (got none)")
         matched = {
-            name: match_input_channels(named[name], source_modalities, target_modalities, unseen=unseen)
+            name: match_input_channels(
+                named[name], source_modalities, target_modalities, own[name], unseen=unseen
+            )
             for name in input_layers
         }
         return {**named, **matched}
 
-    fitted = None if fisher is None else replace(fisher, tensors=fit(fisher.tensors, "the Fisher"))
-    return fit(tensors, "the network"), fitted
+    if fisher is None:
+        return fit(tensors, own, "the network"), None
+    nothing = {name: torch.zeros_like(own[name]) for name in input_layers}
+    fitted = replace(fisher, tensors=fit(fisher.tensors, nothing, "the Fisher"))
+    return fit(tensors, own, "the network"), fitted
 
 
 def _canonical(names: Sequence[str], which: str) -> list[str]:
@@ -123,4 +141,4 @@ def _rules(unseen: Mapping[str, str], target: Sequence[str], place: Mapping[str,
     for name, stand_in in unseen.items():
         if _spelled(name) in wanted and _spelled(stand_in) not in place:
             raise InputError(f"unseen: expected a modality of the source for {name} (got {stand_in})")
-    return {_spelled(name): _spelled(stand_in) for name, stand_in in (_UNSEEN | dict(unseen)).items()}
+    return {_spelled(name): _spelled(stand_in) for name, stand_in in unseen.items()}

@@ -125,7 +125,8 @@ class Recipe:
         align: the channels of the sources are first brought into one order, whatever the method says.
         normalize: how the Fishers are scaled before merging.
         transfer_norms: the norms are shared, too.
-        unseen: for a target modality that no source knows, the one whose weights it starts from.
+        unseen: for a target modality that a source never saw, the one whose weights it starts from; without
+            a rule it starts from the target network's own.
         seed: of the task-specific layers, and of everything for a network from scratch.
     """
 

@@ -332,6 +332,7 @@ def _in_source(
     tensors, _ = fit_to_target(
         named_parameters(merged),
         None,
+        own=named_parameters(network),
         source_modalities=task_from_dict(checkpoint.metadata["task"], where=adapted).modalities,
         target_modalities=task.modalities,
         input_layers=input_layers_of(network),
