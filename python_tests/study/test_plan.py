@@ -5,14 +5,10 @@ import pytest
 
 from timm_ext.errors import InputError
 from timm_ext.merging import get_method
-from timm_ext.study.plan import (
-    PlanSettings,
-    fine_tuning_steps,
-    make_plan,
-    settings_to_dict,
-    split_subjects,
-)
+from timm_ext.study.parts import split_subjects
+from timm_ext.study.plan import fine_tuning_steps, make_plan
 from timm_ext.study.records import with_needs
+from timm_ext.study.settings import PlanSettings, settings_to_dict
 
 
 def test_every_row_has_the_same_steps_but_for_the_extra_one():

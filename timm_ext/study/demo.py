@@ -12,11 +12,12 @@ from timm_ext.data.generate import PHANTOM
 from timm_ext.errors import InputError
 from timm_ext.files import atomic_write
 from timm_ext.study.collect import environment, summarise
-from timm_ext.study.plan import Plan, PlanSettings, make_plan, settings_to_dict
+from timm_ext.study.plan import Plan, make_plan
 from timm_ext.study.progress import plan_progress
 from timm_ext.study.records import Folder
 from timm_ext.study.report import write_report
 from timm_ext.study.runner import Outcome, available_cores, run_steps
+from timm_ext.study.settings import PlanSettings, settings_to_dict
 from timm_ext.study.stages import FISHER, INITIAL, NETWORK
 from timm_ext.study.summary import Summary
 
