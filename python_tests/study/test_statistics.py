@@ -82,7 +82,7 @@ def test_compare_refuses_scores_of_other_cases():
 
 @pytest.mark.parametrize(
     ("scores", "message"),
-    [(np.zeros(3), r"\[seeds, cases\] \(got shape \(3,\)\)"), (np.full((1, 2), np.nan), "finite scores")],
+    [(np.zeros(3), r"\[draws, seeds, cases\] \(got shape"), (np.full((1, 2), np.nan), "finite scores")],
 )
 def test_unusable_scores_are_refused(scores, message):
     with pytest.raises(InputError, match=message):

@@ -240,9 +240,8 @@ def _origin(plan: Plan) -> str:
     on_disk = (["the target's"] if s.target_data else []) + (["the source tasks'"] if s.source_data else [])
     if not on_disk:
         return "generated"
-    return (
-        f"{' and '.join(on_disk)} read from disk, {'all chosen' if len(on_disk) == 2 else 'others generated'}"
-    )
+    rest = "chosen" if len(on_disk) == 2 else "the others generated"
+    return f"{' and '.join(on_disk)} read from disk, {rest}"
 
 
 def notes(plan: Plan) -> tuple[str, ...]:

@@ -1,10 +1,10 @@
-"""What decides a study: the settings that all its runs share, those of one comparison, and the grid of them."""
+"""What decides a study: the settings that all runs share, those of one comparison, and the grid of them."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from timm_ext.data.generate import PHANTOM
 from timm_ext.merging.methods import METHODS
@@ -16,8 +16,8 @@ class CommonSettings:
 
     Attributes:
         source: where generated images come from: `"phantom"`, or a folder of label maps.
-        source_data: cases on disk for the source tasks, one folder or list for each; empty generates them. Tasks
-            that name the same folder share no case.
+        source_data: cases on disk for the source tasks, one folder or list for each; empty generates them.
+            Tasks that name the same folder share no case.
         target_data: cases on disk for the target task; None generates them.
         source_tasks: tasks of the source networks.
         chain: each source network starts from the one before it; otherwise from its own seed.
@@ -38,8 +38,8 @@ class CommonSettings:
         source_lr: its learning rate, by default with a cosine schedule.
         source_train: further fields of its `TrainSettings`.
         steps: optimiser steps of every run at most, adaptation included.
-        lr: learning rate of the runs, by default constant; also of the task-specific layers in an adaptation. A
-            run ends with its weights of the lowest validation loss.
+        lr: learning rate of the runs, by default constant; also of the task-specific layers in an adaptation.
+            A run ends with its weights of the lowest validation loss.
         train: further fields of the runs' `TrainSettings`.
         adapt_steps: optimiser steps of an adaptation at most.
         adapt_train: further fields of its `TrainSettings`.
@@ -89,7 +89,7 @@ class CommonSettings:
     data_seed: int = 0
     source_seed: int = 0
     accelerator: str = "cpu"
-    precision: str = "32-true"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ class StudySettings(CommonSettings):
         title: of the report.
         train_cases: numbers of training cases; give this or `fractions`.
         fractions: of the available training cases of the target task, in (0, 1].
-        pool: how many training cases of the target task there are, where they are generated; those on disk that
-            are neither for test nor for validation are counted.
+        pool: how many training cases of the target task there are, where they are generated; of those on disk all
+            count that are neither for test nor for validation.
         draws: each draws other training and validation cases.
         references: the methods that each method is compared with.
         source_epochs: epochs of a source network at most, instead of `source_steps`.

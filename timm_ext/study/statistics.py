@@ -1,8 +1,8 @@
 """Statistics of paired comparisons over cases and seeds.
 
 Scores of one method are an array `[seeds, cases]`, or `[draws, seeds, cases]` where training data were drawn
-several times; the same cases, in the same order, are scored for every method. Cases are the units of the test
-(each case's score is its mean over all runs); the bootstrap resamples cases, draws and the seeds within a draw.
+several times; the same cases, in the same order, are scored for every method. Cases are the units of the
+test (each case's score is its mean over all runs); the bootstrap resamples cases, draws and seeds of a draw.
 """
 
 from collections.abc import Sequence
@@ -75,7 +75,7 @@ def wilcoxon(a: ArrayLike, b: ArrayLike) -> float:
 
 
 def rank_biserial(a: ArrayLike, b: ArrayLike) -> float:
-    """Matched-pairs rank-biserial correlation r = (W₊ − W₋) / (W₊ + W₋) (Kerby 2014); 0 where no pair differs.
+    """Matched-pairs rank-biserial correlation r = (W₊ − W₋) / (W₊ + W₋) (Kerby 2014); 0 if no pair differs.
 
     W₊ and W₋ are the sums of the ranks of |a − b| over the pairs with a > b and a < b, equal pairs left out.
 
@@ -116,7 +116,7 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean (Efron 1979) over cases and, nested, draws and their seeds.
 
-    Each resample draws cases, draws of the training data, and seeds within each of these, all with replacement.
+    Each resample takes cases, draws of the training data, and seeds within these draws, with replacement.
 
     Args:
         scores: `[seeds, cases]` or `[draws, seeds, cases]`.
