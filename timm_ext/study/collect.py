@@ -65,7 +65,7 @@ def summarise(plan: Plan, folder: Folder, title: str, facts: Mapping[str, str]) 
         methods=results,
         baseline=BASELINE if BASELINE in settings.methods else settings.methods[0],
         ratios=next(iter(learned.values()), None),
-        forgetting=forgetting_rows(plan, folder),
+        forgetting=forgetting_rows(plan.forgetting, folder),
         labels=label_names(plan),
         examples=examples(plan, folder, results),
     )
@@ -146,20 +146,20 @@ def learned_ratios(plan: Plan, folder: Folder) -> dict[str, Ratios]:
     return ratios
 
 
-def forgetting_rows(plan: Plan, folder: Folder) -> tuple[ForgettingRow, ...]:
-    """Read the scores on the source tasks: fixed merges first, then learned ones over their seeds."""
-    rows, learned = [], []
-    for step in plan.forgetting:
-        dice, values = folder.result(step)["dice"], step.settings
-        rows += [
-            ForgettingRow(get_method(name).title, {task: (score,) for task, score in dice[name].items()})
-            for name in values["methods"]
-        ]
-        for method in dict.fromkeys(values["adapted"].values()):
-            per_seed = [dice[role] for role, name in values["adapted"].items() if name == method]
-            by_task = {task: tuple(scores[task] for scores in per_seed) for task in per_seed[0]}
-            learned.append(ForgettingRow(get_method(method).title, by_task))
-    return (*rows, *learned)
+def forgetting_rows(steps: Iterable[Step], folder: Folder) -> tuple[ForgettingRow, ...]:
+    """Read scores on the source tasks: fixed merges first, then learned ones over their seeds and draws."""
+    scores: dict[str, list[dict[str, float]]] = {}
+    done = [(step.settings, folder.result(step)["dice"]) for step in steps]
+    for values, dice in done:
+        for name in values["methods"]:
+            scores.setdefault(name, [dice[name]])
+    for values, dice in done:
+        for role, name in values["adapted"].items():
+            scores.setdefault(name, []).append(dice[role])
+    return tuple(
+        ForgettingRow(get_method(name).title, {task: tuple(one[task] for one in runs) for task in runs[0]})
+        for name, runs in scores.items()
+    )
 
 
 def examples(plan: Plan, folder: Folder, results: tuple[MethodResult, ...]) -> tuple[Example, ...]:

@@ -125,8 +125,8 @@ class StudySettings(CommonSettings):
         title: of the report.
         train_cases: numbers of training cases; give this or `fractions`.
         fractions: of the available training cases of the target task, in (0, 1].
-        pool: how many training cases of the target task there are, where they are generated; of those on disk all
-            count that are neither for test nor for validation.
+        pool: how many training cases of the target task there are, where they are generated; of those on disk
+            all count that are neither for test nor for validation.
         draws: each draws other training and validation cases.
         references: the methods that each method is compared with.
         source_epochs: epochs of a source network at most, instead of `source_steps`.
