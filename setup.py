@@ -76,7 +76,10 @@ class CMakeBuild(build_ext):
 setup(
     install_requires=REQUIREMENTS,
     packages=find_packages(include=["timm_ext", "timm_ext.*"]),
-    package_data={"": ["py.typed", "*.json", "*.yaml", "*.html", "*.css"]},
+    package_data={
+        "": ["py.typed", "*.json", "*.yaml", "*.html", "*.css"],
+        "timm_ext.study": ["plans/*.yaml"],
+    },
     ext_modules=[Extension("timm_ext._host", sources=[]), Extension(OPERATORS, sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

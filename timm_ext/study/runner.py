@@ -86,34 +86,45 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def visible_gpus() -> list[str]:
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return named[:count] or [str(number) for number in range(count)]
+
+
 class _Crew:
-    """Worker processes and the connections to them; a worker that died is replaced."""
+    """Worker processes, each with a GPU of its own if there are several; a worker that died is replaced."""
 
     def __init__(self, count: int) -> None:
         self._context = multiprocessing.get_context("spawn")
-        self._processes: dict[Connection, Any] = {}
-        self.idle: list[Connection] = [self._start() for _ in range(count)]
+        self._processes: dict[Connection, tuple[Any, int]] = {}
+        self._gpus = visible_gpus() if count else []
+        self.idle: list[Connection] = [self._start(number) for number in range(count)]
 
-    def _start(self) -> Connection:
+    def _start(self, number: int) -> Connection:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=serve, args=(theirs,), daemon=True)
+        gpu = self._gpus[number % len(self._gpus)] if len(self._gpus) > 1 else None
+        process = self._context.Process(target=serve, args=(theirs, gpu), daemon=True)
         process.start()
         theirs.close()
-        self._processes[ours] = process
+        self._processes[ours] = process, number
         return ours
 
     def replace(self, connection: Connection) -> int | None:
         """Put a new worker in the place of a dead one and return the dead one's exit status."""
-        process = self._processes.pop(connection)
+        process, number = self._processes.pop(connection)
         process.join()
         connection.close()
-        self.idle.append(self._start())
+        self.idle.append(self._start(number))
         status: int | None = process.exitcode
         return status
 
     def stop(self) -> None:
         """End all workers at once."""
-        for connection, process in self._processes.items():
+        for connection, (process, _) in self._processes.items():
             process.kill()
             process.join()
             connection.close()
