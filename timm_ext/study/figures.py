@@ -152,7 +152,8 @@ def style_of(row: int) -> dict[str, Any]:
     """Return colour, marker and line of a row of the table."""
     return {
         "color": COLOURS[row % len(COLOURS)],
-        "marker": MARKERS[row % len(MARKERS)],
+        # Beyond the last colour the markers are shifted, so that no two rows look the same.
+        "marker": MARKERS[(row + row // len(COLOURS)) % len(MARKERS)],
         "linestyle": LINES[row % len(LINES)],
     }
 

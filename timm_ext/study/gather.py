@@ -248,13 +248,16 @@ def _stages(study: Study, folder: Folder) -> tuple[StageRow, ...]:
     settings = study.settings
     first = next(iter(study.plans.values()))
     groups: dict[tuple[str, int | None], dict[str, Step]] = {}
+    seen: set[str] = set()  # methods may share an adaptation
     for number, step in enumerate(first.models, 1):
         groups[f"M{number}: {settings.source_tasks[number - 1]}", None] = {step.digest: step}
     for kind, title in (("adaptations", "Adaptation"), ("runs", "Fine-tuning")):
         for (count, _), plan in study.plans.items():
             for (name, _), step in getattr(plan, kind).items():
                 key = f"{title}, {get_method(name).title}", count
-                groups.setdefault(key, {})[step.digest] = step
+                if step.digest not in seen:
+                    groups.setdefault(key, {})[step.digest] = step
+                    seen.add(step.digest)
     return tuple(
         _stage_row(title, count, count or settings.source_cases, list(steps.values()), folder)
         for (title, count), steps in groups.items()

@@ -8,6 +8,7 @@ from typing import Any
 
 from timm_ext.data.generate import PHANTOM
 from timm_ext.errors import InputError
+from timm_ext.merging.methods import get_method
 from timm_ext.study.parts import available_train_cases
 from timm_ext.study.plan import Plan, make_plan
 from timm_ext.study.records import Step, with_needs
@@ -67,6 +68,8 @@ def _check_lists(settings: StudySettings) -> None:
     for name in ("seeds", "draws"):
         if min(getattr(settings, name)) < 0:
             raise InputError(f"{name}: must be 0 or more (got {_listed(getattr(settings, name))})")
+    for name in settings.methods:
+        get_method(name)
     if strangers := [name for name in settings.references if name not in settings.methods]:
         raise InputError(f"references: expected some of {', '.join(settings.methods)} (got {strangers[0]!r})")
 

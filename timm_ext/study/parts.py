@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,11 @@ from timm_ext.study.settings import CommonSettings, PlanSettings, to_json
 
 STAGES = "timm_ext.study.stages"
 _DATA_STAGES = "timm_ext.study.data_stages"
-_SECONDS_PER_CASE = 2.0
+
+# Seconds per case of 2 mm voxels in a usual field of view, for the time left only.
+_SECONDS_PER_CASE = 0.5
+_USUAL_VOXELS = 80 * 96 * 80
+_POOLED_MM = 4.0
 
 
 def case_steps(settings: PlanSettings) -> tuple[dict[str, tuple[str, ...]], dict[str, Step]]:
@@ -168,7 +173,7 @@ def _generated(settings: PlanSettings, part: str, task: str, count: int, content
         "count": count,
         "label_maps": dict(content),
     }
-    return Step(_name(settings, part), f"{STAGES}:make_cases", values, cost=_SECONDS_PER_CASE * count)
+    return Step(_name(settings, part), f"{STAGES}:make_cases", values, cost=_case_seconds(settings) * count)
 
 
 def _taken(settings: PlanSettings, part: str, task: str, path: str) -> Step:
@@ -186,7 +191,7 @@ def _taken(settings: PlanSettings, part: str, task: str, path: str) -> Step:
         f"prepare-{'target' if target else f'source-{_source_number(part)}'}",
         f"{_DATA_STAGES}:prepare_pool",
         {**values, "files": content},
-        cost=_SECONDS_PER_CASE * len(cases),
+        cost=_case_seconds(settings) * len(cases),
     )
     return Step(
         _name(settings, part),
@@ -245,6 +250,12 @@ def _shuffled(ids: list[str], *seed: int) -> list[str]:
 def _cases_on_disk(path: str, task: str) -> tuple[Case, ...]:
     """Read a data set once, however many comparisons use it."""
     return tuple(read_cases(path, get_task(task), require_labels=True))
+
+
+def _case_seconds(settings: CommonSettings) -> float:
+    """Return what a case takes; coarse images are drawn at half the voxel size."""
+    voxels = prod(settings.size) * (8 if settings.spacing >= _POOLED_MM else 1)
+    return _SECONDS_PER_CASE * voxels / _USUAL_VOXELS
 
 
 def _sizes(case: Case) -> dict[str, int]:

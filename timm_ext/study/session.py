@@ -56,8 +56,8 @@ def run_study(
     Args:
         settings: of the study.
         out: folder of the results: `report.html`, `tables/`, `figures/` and `runs/`.
-        workers: processes; default: one for each GPU where the study computes on GPUs, else one for each core,
-            of one thread.
+        workers: processes; default: one for each GPU where the study computes on GPUs, else one for each
+            core, of one thread.
         retry: try runs again that failed in an earlier call.
         dry_run: print the steps and what they cost, and compute nothing.
         console: for progress.
@@ -131,7 +131,7 @@ def _print_costs(costs: Sequence[Cost], workers: int, console: Console) -> None:
     console.print(table)
     console.print(
         f"About {told(total / workers)} with {workers} worker{'s' * (workers != 1)}, from one training step "
-        "timed here.",
+        "timed here; trainings that stop early take less.",
         highlight=False,
     )
 

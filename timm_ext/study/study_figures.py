@@ -67,6 +67,7 @@ def differences_figure(summary: StudySummary) -> "Figure":
             axis.set_title(_cases(cell.train_cases))
             axis.grid(alpha=0.3)
             axis.set_xlabel("test cases, sorted")
+            axis.locator_params(axis="x", integer=True)
         axes[index * columns].set_ylabel(f"Dice − {summary.title_of(reference)}")
         _legend(axes[index * columns + columns - 1])
     return figure

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from timm_ext.study import figures, study_figures
-from timm_ext.study.gather import Difference, StageRow, StudySummary, differences
+from timm_ext.study.gather import Cell, Difference, StageRow, StudySummary, differences
 from timm_ext.study.page import (
     Picture,
     Section,
@@ -19,6 +19,9 @@ from timm_ext.study.page import (
     write_page,
 )
 from timm_ext.study.statistics import Scores, bootstrap_interval, mean_spread
+
+_SHOWN = ("dice", "comparisons", "stages", "forgetting", "regions")
+_RUN_HEAD = ("Initialisation", "Training cases", "Draw", "Seed")
 
 
 def write_study_report(summary: StudySummary, folder: Path) -> Path:
@@ -38,7 +41,10 @@ def write_study_report(summary: StudySummary, folder: Path) -> Path:
         "region-comparisons": comparison_table(summary, differences(summary, regions), "region-comparisons"),
         "stages": stage_table(summary.stages),
         "cases": cases_table(summary),
+        "curves": curves_table(summary),
     }
+    if any(cell.ratios for cell in summary.cells):
+        tables["ratios"] = ratios_table(summary)
     if summary.forgetting or any(cell.forgetting for cell in summary.cells):
         tables["forgetting"] = forgetting_table(summary)
     pictures = draw_study(summary)
@@ -107,7 +113,7 @@ def region_table(summary: StudySummary) -> Table:
     head = tuple(f"{units[metric]} {region}" for metric in metrics for region in summary.regions)
     caption = (
         "Test scores by region with bootstrap 95 % intervals. Where prediction or truth alone is empty, HD95 "
-        "is the diagonal of the scan."
+        "is the diagonal of the scan. Comparisons by region are in region-comparisons.csv."
     )
     return Table("regions", caption, ("Initialisation", "Training cases", *head), rows)
 
@@ -138,7 +144,7 @@ def forgetting_table(summary: StudySummary) -> Table:
     """Table 4: Dice of each initialisation on the source tasks."""
     named = [(row.title, row) for row in summary.forgetting]
     for cell in summary.cells:
-        named += [(f"{row.title}, {cell.train_cases} training cases", row) for row in cell.forgetting]
+        named += [(f"{row.title}, N = {cell.train_cases}", row) for row in cell.forgetting]
     tasks = tuple(named[0][1].dice)
     rows = tuple((title, *(spread(mean_spread(row.dice[task])) for task in tasks)) for title, row in named)
     caption = (
@@ -154,17 +160,43 @@ def cases_table(summary: StudySummary) -> Table:
     rows = []
     for cell in summary.cells:
         for method in cell.methods:
-            runs = [(draw, seed) for draw in summary.draws for seed in summary.seeds]
-            for index, (draw, seed) in enumerate(runs):
+            for index, (draw, seed) in enumerate(_runs(summary)):
                 for number, case in enumerate(summary.cases):
                     scores = [f"{value:.4f}" for value in method.dice[index, number]]
                     if method.hd95 is not None:
                         scores += ["" if v != v else f"{v:.2f}" for v in method.hd95[index, number]]
-                    rows.append((method.key, str(cell.train_cases), str(draw), str(seed), case, *scores))
+                    rows.append((*_run_cells(cell, method.key, draw, seed), case, *scores))
     names = [f"Dice {region}" for region in summary.regions]
     names += [f"HD95 {region}" for region in summary.regions] * summary.has_hd95
-    head = ("Initialisation", "Training cases", "Draw", "Seed", "Case", *names)
-    return Table("cases", "Scores per case", head, tuple(rows))
+    return Table("cases", "Scores per case", (*_RUN_HEAD, "Case", *names), tuple(rows))
+
+
+def curves_table(summary: StudySummary) -> Table:
+    """Validation Dice of every run after so many steps and seconds of training, adaptation included."""
+    rows = []
+    for cell in summary.cells:
+        for method in cell.methods:
+            clocks = method.clocks or ((),) * len(method.curves)
+            for (draw, seed), curve, clock in zip(_runs(summary), method.curves, clocks, strict=True):
+                times = [f"{seconds:.2f}" for seconds, _ in clock] or [""] * len(curve)
+                for (step, dice), seconds in zip(curve, times, strict=True):
+                    run = _run_cells(cell, method.key, draw, seed)
+                    rows.append((*run, str(step), seconds, f"{dice:.4f}"))
+    head = (*_RUN_HEAD, "Step", "Seconds", "Validation Dice")
+    return Table("curves", "Learning curves", head, tuple(rows))
+
+
+def ratios_table(summary: StudySummary) -> Table:
+    """Learned mixing ratios of every run by layer."""
+    rows = tuple(
+        (*_run_cells(cell, name, draw, seed), layer, *(f"{ratio:.4f}" for ratio in values[number]))
+        for cell in summary.cells
+        for name, ratios in cell.ratios.items()
+        for (draw, seed), values in zip(_runs(summary), ratios.values, strict=True)
+        for number, layer in enumerate(ratios.groups)
+    )
+    sources = next(r.sources for cell in summary.cells for r in cell.ratios.values())
+    return Table("ratios", "Mixing ratios", (*_RUN_HEAD, "Layer", *sources), rows)
 
 
 def draw_study(summary: StudySummary) -> list[Picture]:
@@ -237,8 +269,8 @@ def limits(summary: StudySummary, comparisons: int) -> list[str]:
     smallest = 2 / 2**cases
     sentences = [
         "A difference counts as beyond chance only if Wilcoxon's signed-rank test over cases is below 0.05 "
-        f"after Holm's correction over all {comparisons} comparisons, the bootstrap interval over cases, draws "
-        "and seeds excludes zero, and it is larger than its own standard deviation over runs.",
+        f"after Holm's correction over all {comparisons} comparisons, the bootstrap interval over cases, "
+        "draws and seeds excludes zero, and it is larger than its own standard deviation over runs.",
         "All runs share their source networks: how much other source networks would change is not shown.",
     ]
     if smallest * comparisons >= 0.05:
@@ -259,7 +291,7 @@ def _sections(
     summary: StudySummary, main: Sequence[Difference], tables: dict[str, Table], pictures: Sequence[Picture]
 ) -> list[Section]:
     shown = {one.stem: html_picture(one) for one in pictures}
-    parts = {name: html_table(table) for name, table in tables.items() if name != "cases"}
+    parts = {name: html_table(tables[name]) for name in _SHOWN if name in tables}
     sections = [
         ("What was run", html_facts(summary.facts)),
         ("Dice on the test cases", parts["dice"] + shown["dice"]),
@@ -272,9 +304,17 @@ def _sections(
         ("Mixing ratios per layer", shown.get("ratios", "")),
         ("Forgetting", parts.get("forgetting", "")),
         ("Examples", shown.get("examples", "")),
-        ("Regions", parts["regions"] + parts["region-comparisons"]),
+        ("Regions", parts["regions"]),
     ]
     return [(head, content) for head, content in sections if content]
+
+
+def _runs(summary: StudySummary) -> list[tuple[int, int]]:
+    return [(draw, seed) for draw in summary.draws for seed in summary.seeds]
+
+
+def _run_cells(cell: Cell, key: str, draw: int, seed: int) -> tuple[str, ...]:
+    return key, str(cell.train_cases), str(draw), str(seed)
 
 
 def _interval(scores: Scores, digits: int = 3) -> str:
