@@ -5,7 +5,6 @@ import pytest
 
 from timm_ext.errors import InputError
 from timm_ext.merging import get_method
-from timm_ext.study.parts import split_subjects
 from timm_ext.study.plan import fine_tuning_steps, make_plan
 from timm_ext.study.records import with_needs
 from timm_ext.study.settings import PlanSettings, settings_to_dict
@@ -54,37 +53,6 @@ def test_scratch_waits_for_no_source():
     assert "fisher-1" not in plan.runs["mean-imm", 0].needs
     assert "fisher-1" in plan.runs["mode-imm", 0].needs
     assert set(plan.runs["t-imm", 0].needs) == {"train", "val", "test", "start"}
-
-
-def test_fourteen_label_maps_are_split_4_4_2_4_without_overlap():
-    names = [f"sub-{number:02d}" for number in range(1, 15)]
-    parts = split_subjects(names, 2)
-    sizes = {part: len(subjects) for part, subjects in parts.items()}
-    assert sizes == {
-        "source-1": 4,
-        "source-2": 4,
-        "source-1-test": 4,
-        "source-2-test": 4,
-        "train": 2,
-        "val": 2,
-        "test": 4,
-    }
-    apart = [parts[part] for part in ("source-1", "source-2", "train", "test")]
-    assert sorted(name for part in apart for name in part) == names
-
-
-@pytest.mark.parametrize("count", range(4, 30))
-def test_any_number_of_label_maps_is_used_once(count):
-    names = [f"{number:03d}" for number in range(count)]
-    parts = split_subjects(names, 2)
-    apart = [parts[part] for part in ("source-1", "source-2", "train", "test")]
-    assert all(apart)
-    assert sorted(name for part in apart for name in part) == names
-
-
-def test_too_few_label_maps():
-    with pytest.raises(InputError, match=r"at least 4 to keep the tasks apart \(got 3\)"):
-        split_subjects(["a", "b", "c"], 2)
 
 
 def test_adaptation_must_leave_steps():

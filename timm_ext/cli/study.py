@@ -6,8 +6,6 @@ from typing import Annotated
 
 import typer
 
-from timm_ext.cli.common import check_output
-
 
 def study(
     plan: Annotated[
@@ -58,6 +56,4 @@ def study(
         return  # the first process runs a worker for each of torchrun's
     given = [f"source={label_maps.resolve()}"] if label_maps is not None else []
     settings = load_settings(StudySettings, find_plan(plan), [*given, *(overrides or ())])
-    if not dry_run:
-        check_output(out / "report.html")
     run_study(settings, out, workers=workers, retry=retry, dry_run=dry_run)

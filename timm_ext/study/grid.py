@@ -100,9 +100,7 @@ def _train_cases(settings: StudySettings) -> tuple[int, ...]:
         raise InputError("fractions: expected pool, the number of training cases that they are shares of")
     counts = settings.train_cases or tuple(round(f * (available or 0)) for f in settings.fractions)
     if min(counts) < 1:
-        raise InputError(
-            f"train_cases: must be at least 1 (got {min(counts)}, of {available or 'any number'})"
-        )
+        raise InputError(f"train_cases: must be at least 1 (got {min(counts)})")
     if available is not None and max(counts) > available:
         raise InputError(
             f"train_cases: expected at most the {available} available training cases (got {max(counts)})"
