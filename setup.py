@@ -76,10 +76,7 @@ class CMakeBuild(build_ext):
 setup(
     install_requires=REQUIREMENTS,
     packages=find_packages(include=["timm_ext", "timm_ext.*"]),
-    package_data={
-        "": ["py.typed", "*.json", "*.yaml", "*.html", "*.css"],
-        "timm_ext.study": ["plans/*.yaml"],
-    },
+    package_data={"": ["py.typed", "*.json", "*.yaml", "*.html", "*.css"]},
     ext_modules=[Extension("timm_ext._host", sources=[]), Extension(OPERATORS, sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )
