@@ -13,6 +13,8 @@ from timm_ext.networks.registry import size_divisor_of
 from timm_ext.study.records import Folder, Step
 from timm_ext.study.settings import CommonSettings
 from timm_ext.study.sources import new_network
+from timm_ext.study.stages import channels_last
+from timm_ext.training.device import keep_freed_memory
 
 _EDGE = 48
 _TITLES = {
@@ -72,11 +74,12 @@ def measure_step(settings: CommonSettings) -> float:
     size = [max(divisor, (edge if cuda else min(edge, _EDGE)) // divisor * divisor) for edge in settings.size]
     device = torch.device("cuda" if cuda else "cpu")
     images = torch.zeros(settings.batch_size, len(task.modalities), *size, device=device)
+    keep_freed_memory()  # as training does
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        model = model.to(device)
-        times = [_seconds(model, images) for _ in range(3)]
+        model = channels_last(model).to(device)
+        times = [_seconds(model, images) for _ in range(5)]
     finally:
         torch.set_num_threads(threads)
     return min(times) * prod(settings.size) / prod(size)

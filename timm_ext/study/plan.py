@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from math import ceil
 from typing import Any
 
 from timm_ext.errors import InputError
@@ -15,6 +16,7 @@ from timm_ext.training.settings import TrainSettings
 # Seconds per training step and voxel of a pair of volumes on one core, for the time left only.
 _SECONDS_PER_STEP = 0.2
 _USUAL_VOXELS = 40 * 48 * 40
+_SECONDS_TO_START = 1.0
 _SET_ELSEWHERE = {"steps", "epochs", "batch_size", "lr", "validate_every", "seed", "devices", "tensorboard"}
 _SET_ELSEWHERE |= {"accelerator", "precision"}
 
@@ -115,6 +117,13 @@ class _Planner:
             tensorboard=False,
         ).to_dict()
 
+    def _training_cost(self, steps: int, cases: int, val_cases: int) -> float:
+        """Return the seconds that a training should take; a forward pass is a third of a step."""
+        settings = self.settings
+        every = settings.validate_every or ceil(cases / settings.batch_size)
+        validation = val_cases / settings.batch_size / 3
+        return _SECONDS_TO_START + (steps + steps / every * validation) * self.step_cost
+
     def _model(self, number: int, cases: Mapping[str, Step], earlier: list[Step]) -> Step:
         settings = self.settings
         values = {
@@ -134,7 +143,7 @@ class _Planner:
         needs = {"train": cases[f"source-{number}"], "test": cases[f"source-{number}-test"]}
         if earlier and settings.chain:
             needs["parent"] = earlier[-1]
-        cost = settings.source_steps * self.step_cost
+        cost = self._training_cost(settings.source_steps, settings.source_cases, settings.source_test)
         return Step(f"train-M{number}", f"{STAGES}:train_source", values, needs, cost)
 
     def _fisher(self, number: int, cases: Mapping[str, Step], model: Step) -> Step:
@@ -173,7 +182,7 @@ class _Planner:
             "logit_lr": settings.logit_lr,
         }
         needs = {**sources, "train": cases["train"], "val": cases["val"]}
-        cost = settings.adapt_steps * self.step_cost
+        cost = self._training_cost(settings.adapt_steps, settings.train_cases, settings.val_cases)
         name = f"adapt-{method.name}-seed{seed}{settings.suffix}"
         return Step(name, f"{STAGES}:adapt_start", values, needs, cost)
 
@@ -205,7 +214,8 @@ class _Planner:
             needs |= {
                 role: s for role, s in sources.items() if method.needs_fisher or role.startswith("model-")
             }
-        cost = (steps + settings.test_cases / 2) * self.step_cost
+        cost = self._training_cost(steps, settings.train_cases, settings.val_cases)
+        cost += settings.test_cases / 2 * self.step_cost
         name = f"run-{method.name}-seed{seed}{settings.suffix}"
         return Step(name, f"{STAGES}:tune_and_test", values, needs, cost)
 

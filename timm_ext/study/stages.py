@@ -83,7 +83,7 @@ def train_source(settings: Settings, inputs: Inputs, context: Context) -> dict[s
     schedule = _train_settings(settings)
     train_set, test_set = make_sets(train_cases, test_cases, task, schedule)
     history = train(
-        _channels_last(model),
+        channels_last(model),
         _Counted(train_set, context, schedule),
         test_set,
         schedule,
@@ -158,7 +158,7 @@ def tune_and_test(settings: Settings, inputs: Inputs, context: Context) -> dict[
     schedule = _train_settings(settings)
     train_set, val_set = _target_sets(inputs, task, settings, schedule)
     network, history = fine_tune(
-        _channels_last(network),
+        channels_last(network),
         _Counted(train_set, context, schedule),
         val_set,
         schedule,
@@ -264,7 +264,7 @@ def _initial_network(
     return network, sources.hashes
 
 
-def _channels_last(network: nn.Module) -> nn.Module:
+def channels_last(network: nn.Module) -> nn.Module:
     """Store weights with the channels last: small networks then train a third faster on a CPU."""
     last: torch.memory_format = torch.channels_last_3d
     return network.to(memory_format=last)  # type: ignore[call-overload, no-any-return]
