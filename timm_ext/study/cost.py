@@ -17,6 +17,7 @@ from timm_ext.study.stages import channels_last
 from timm_ext.training.device import keep_freed_memory
 
 _EDGE = 48
+_TYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 _TITLES = {
     "make_cases": "generate cases",
     "prepare_pool": "prepare data sets",
@@ -79,7 +80,8 @@ def measure_step(settings: CommonSettings) -> float:
     try:
         torch.set_num_threads(1)
         model = channels_last(model).to(device)
-        times = [_seconds(model, images) for _ in range(5)]
+        with torch.autocast(device.type, _TYPES.get(settings.precision), settings.precision in _TYPES):
+            times = [_seconds(model, images) for _ in range(5)]
     finally:
         torch.set_num_threads(threads)
     return min(times) * prod(settings.size) / prod(size)
