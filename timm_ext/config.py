@@ -94,7 +94,7 @@ class RunSettings(Section):
     predict: PredictSettings = PredictSettings()
 
 
-Kind = TypeVar("Kind", bound=BaseModel)
+Kind = TypeVar("Kind")
 
 
 def load_settings(
@@ -107,9 +107,9 @@ def load_settings(
     """Read settings from YAML, then apply overrides.
 
     Args:
-        kind: the model that they must fit.
+        kind: the model or dataclass that they must fit.
         path: the file; None reads none.
-        overrides: `"section.field=value"`, values written as in YAML.
+        overrides: `"section.field=value"`, for settings without sections `"field=value"`; values as in YAML.
         base: sections that hold where neither file nor overrides say otherwise, for example those that a
             network was trained with.
 
@@ -128,9 +128,9 @@ def load_settings(
     for override in overrides:
         location, value = _parse_override(override)
         _put(values, location, value)
-        where |= {location[:depth]: "--set" for depth in range(2, len(location) + 1)}
+        where |= {location[:depth]: "--set" for depth in range(min(2, len(location)), len(location) + 1)}
     try:
-        return kind.model_validate(values)
+        return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         raise InputError(_describe(error, kind, where, str(path or "settings"))) from error
 
@@ -204,9 +204,7 @@ def _put(values: dict[str, Any], location: Location, value: Any) -> None:
     values[str(location[-1])] = value
 
 
-def _describe(
-    error: ValidationError, kind: type[BaseModel], where: Mapping[Location, str], default: str
-) -> str:
+def _describe(error: ValidationError, kind: type[Any], where: Mapping[Location, str], default: str) -> str:
     problem = error.errors(include_url=False)[0]
     location: Location = problem["loc"]
     known = next((location[:n] for n in range(len(location), 0, -1) if location[:n] in where), location)

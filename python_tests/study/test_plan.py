@@ -5,14 +5,9 @@ import pytest
 
 from timm_ext.errors import InputError
 from timm_ext.merging import get_method
-from timm_ext.study.plan import (
-    PlanSettings,
-    fine_tuning_steps,
-    make_plan,
-    settings_to_dict,
-    split_subjects,
-)
+from timm_ext.study.plan import fine_tuning_steps, make_plan
 from timm_ext.study.records import with_needs
+from timm_ext.study.settings import PlanSettings, settings_to_dict
 
 
 def test_every_row_has_the_same_steps_but_for_the_extra_one():
@@ -60,37 +55,6 @@ def test_scratch_waits_for_no_source():
     assert set(plan.runs["t-imm", 0].needs) == {"train", "val", "test", "start"}
 
 
-def test_fourteen_label_maps_are_split_4_4_2_4_without_overlap():
-    names = [f"sub-{number:02d}" for number in range(1, 15)]
-    parts = split_subjects(names, 2)
-    sizes = {part: len(subjects) for part, subjects in parts.items()}
-    assert sizes == {
-        "source-1": 4,
-        "source-2": 4,
-        "source-1-test": 4,
-        "source-2-test": 4,
-        "train": 2,
-        "val": 2,
-        "test": 4,
-    }
-    apart = [parts[part] for part in ("source-1", "source-2", "train", "test")]
-    assert sorted(name for part in apart for name in part) == names
-
-
-@pytest.mark.parametrize("count", range(4, 30))
-def test_any_number_of_label_maps_is_used_once(count):
-    names = [f"{number:03d}" for number in range(count)]
-    parts = split_subjects(names, 2)
-    apart = [parts[part] for part in ("source-1", "source-2", "train", "test")]
-    assert all(apart)
-    assert sorted(name for part in apart for name in part) == names
-
-
-def test_too_few_label_maps():
-    with pytest.raises(InputError, match=r"at least 4 to keep the tasks apart \(got 3\)"):
-        split_subjects(["a", "b", "c"], 2)
-
-
 def test_adaptation_must_leave_steps():
     with pytest.raises(InputError, match=r"adapt_steps must be less than steps 20 \(got 20\)"):
         make_plan(PlanSettings(steps=20))
@@ -98,18 +62,8 @@ def test_adaptation_must_leave_steps():
 
 def test_the_comparison_of_the_demo_stays_as_it_is():
     settings = PlanSettings()
-    assert settings.methods == (
-        *(
-            "scratch",
-            "transfer-1",
-            "transfer-2",
-            "mean-imm",
-            "mode-imm",
-            "imm-warmup",
-            "t-imm",
-            "t-imm-extra",
-        ),
-    )
+    transfers = ("scratch", "transfer-1", "transfer-2")
+    assert settings.methods == (*transfers, "mean-imm", "mode-imm", "imm-warmup", "t-imm", "t-imm-extra")
     assert make_plan(settings).runs["t-imm", 1].settings["recipe"] == {
         "granularity": None,
         "mixing": "sigmoid",
@@ -117,6 +71,8 @@ def test_the_comparison_of_the_demo_stays_as_it_is():
         "transfer_norms": False,
         "unseen": None,
         "seed": 1,
+        "anchor": 0.0,
+        "align": False,
     }
 
 

@@ -30,6 +30,9 @@ def double(settings, inputs, context):
 def threads(settings, inputs, context):
     return {"threads": torch.get_num_threads()}
 
+def place(settings, inputs, context):
+    return {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "RANK", "TORCHELASTIC_RUN_ID")}
+
 def refuse(settings, inputs, context):
     raise InputError("cases: expected 3 (got 2)")
 
@@ -96,6 +99,36 @@ def test_a_failure_is_told_and_the_rest_goes_on(tmp_path):
     assert outcome.skipped == {"child": "refused", "grandchild": "refused"}
     assert folder.result(good) == {"value": 8}
     assert "lost" in (folder.run_path(crashed) / "error.txt").read_text()
+
+
+def test_a_failed_step_is_retried_on_request_only(tmp_path, work_module):
+    folder = Folder(tmp_path / "study")
+    step, after = Step("step", "study_work:refuse", {}), double("after", 1)
+    child = double("child", 1, {"role": step})
+    run_steps([child], folder, workers=1)
+    source = work_module / "study_work.py"
+    source.write_text(
+        source.read_text().replace('raise InputError("cases: expected 3 (got 2)")', 'return {"value": 3}')
+    )
+    again = run_steps([child, after], folder, workers=1, retry=False)
+    assert again.failed == {"step": "cases: expected 3 (got 2) (failed before; --retry tries again)"}
+    assert again.skipped == {"child": "step"}
+    assert folder.result(after) == {"value": 2}
+    assert run_steps([child], folder, workers=1, retry=True).complete
+    assert folder.result(child) == {"value": 8}
+    assert folder.failure(step) is None
+
+
+def test_each_worker_has_a_gpu_of_its_own_and_is_none_of_torchruns(tmp_path, monkeypatch):
+    monkeypatch.setattr("timm_ext.study.runner.visible_gpus", lambda: ["3", "5"])
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    folder = Folder(tmp_path / "study")
+    steps = [Step(f"s{i}", "study_work:place", {"i": i}) for i in range(8)]
+    run_steps(steps, folder, workers=2)
+    results = [folder.result(step) for step in steps]
+    assert {result["CUDA_VISIBLE_DEVICES"] for result in results} <= {"3", "5"}
+    assert all(result["RANK"] is None and result["TORCHELASTIC_RUN_ID"] is None for result in results)
 
 
 def test_workers_compute_with_one_thread(tmp_path):

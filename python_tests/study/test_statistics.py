@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from timm_ext.errors import InputError
-from timm_ext.study.statistics import bootstrap_interval, compare, holm, mean_spread, wilcoxon
+from timm_ext.study.statistics import (
+    bootstrap_interval,
+    compare,
+    holm,
+    mean_spread,
+    rank_biserial,
+    wilcoxon,
+)
 
 
 def test_mean_spread_is_the_sample_standard_deviation():
@@ -63,6 +70,49 @@ def test_bootstrap_counts_the_spread_over_seeds():
     assert bootstrap_interval(scores) == (0.0, 1.0)
 
 
+def test_bootstrap_of_one_draw_is_that_of_its_seeds():
+    scores = np.random.default_rng(3).normal(size=(4, 9))
+    assert bootstrap_interval(scores[None]) == bootstrap_interval(scores)
+
+
+def test_bootstrap_resamples_draws_as_wholes():
+    # Two draws that differ, each with many equal seeds: what counts is which draws are taken, not the seeds.
+    scores = np.stack([np.zeros((50, 6)), np.ones((50, 6))])
+    assert bootstrap_interval(scores) == (0.0, 1.0)
+    low, high = bootstrap_interval(scores.reshape(100, 6))
+    assert high - low < 0.25
+
+
+def test_bootstrap_agrees_with_a_resample_written_out():
+    scores = np.random.default_rng(4).normal(size=(2, 3, 5))
+    generator = np.random.default_rng(0)
+    draws = generator.integers(2, size=(4000, 2))
+    seeds = generator.integers(3, size=(4000, 2, 3))
+    cases = generator.integers(5, size=(4000, 5))
+    means = [
+        np.mean([scores[d, s][cases[r]] for d, row in zip(draws[r], seeds[r], strict=True) for s in row])
+        for r in range(4000)
+    ]
+    assert bootstrap_interval(scores) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=1e-12)
+
+
+def test_rank_biserial_by_hand():
+    # |differences| rank 1, 2, 3, 4; the second is negative, the equal pair does not count.
+    assert rank_biserial([0.1, -0.2, 0.3, 0.4, 0.0], np.zeros(5)) == pytest.approx((1 - 2 + 3 + 4) / 10)
+    assert rank_biserial([1.0, 2.0], [0.0, 0.0]) == 1.0
+    assert rank_biserial([0.0, 0.0], [1.0, 1.0]) == -1.0
+    assert rank_biserial([0.5], [0.5]) == 0.0
+
+
+def test_compare_takes_draws_and_gives_the_effect():
+    cases = np.random.default_rng(0).normal(0.5, 0.1, size=12)
+    base = np.broadcast_to(cases, (2, 3, 12))
+    (clear,) = compare({"a": base + 0.1, "b": base}, [("a", "b")])
+    assert clear.effect == 1.0
+    assert clear.beyond_chance
+    assert clear.p == pytest.approx(2 / 2**12)
+
+
 def test_compare_tells_clear_from_unclear_differences():
     cases = np.random.default_rng(0).normal(0.5, 0.1, size=(1, 12))
     noise = np.random.default_rng(2).normal(0, 0.02, size=(3, 12))
@@ -82,7 +132,7 @@ def test_compare_refuses_scores_of_other_cases():
 
 @pytest.mark.parametrize(
     ("scores", "message"),
-    [(np.zeros(3), r"\[seeds, cases\] \(got shape \(3,\)\)"), (np.full((1, 2), np.nan), "finite scores")],
+    [(np.zeros(3), r"\[draws, seeds, cases\] \(got shape"), (np.full((1, 2), np.nan), "finite scores")],
 )
 def test_unusable_scores_are_refused(scores, message):
     with pytest.raises(InputError, match=message):

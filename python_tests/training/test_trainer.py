@@ -38,6 +38,17 @@ def test_training_learns(tmp_path):
     assert dice[-1][1] > 0.75 > dice[0][1]
 
 
+def test_validations_are_timed_beside_the_log(tmp_path):
+    first = Trainer(settings(steps=3), tmp_path).fit(small_network(), Blobs(3), Blobs(1))
+    history = Trainer(settings(steps=6), tmp_path).fit(small_network(), Blobs(3), Blobs(1), resume=True)
+    assert [step for step, _ in history.times] == [step for step, _ in history.curve("val_dice")]
+    assert history.times[: len(first.times)] == first.times
+    seconds = [value for _, value in history.times]
+    assert seconds == sorted(seconds)
+    assert 0 < seconds[-1] <= history.seconds
+    assert "seconds" not in (tmp_path / "log.csv").read_text()
+
+
 def test_rows_are_logged(tmp_path):
     history = Trainer(settings(steps=5), tmp_path).fit(
         small_network(out_channels=2), Blobs(3, regions=2), Blobs(1, regions=2)

@@ -8,11 +8,12 @@ from timm_ext.cli.data import phantom, prepare
 from timm_ext.cli.demo import demo
 from timm_ext.cli.info import info
 from timm_ext.cli.initialise import adapt, merge
+from timm_ext.cli.study import study
 from timm_ext.cli.train import fisher, train
 
 __all__ = ["app", "main", "run"]
 
-for command in (demo, phantom, prepare, train, fisher, merge, adapt, predict, evaluate, info):
+for command in (demo, phantom, prepare, train, fisher, merge, adapt, predict, evaluate, study, info):
     app.command()(command)
 
 

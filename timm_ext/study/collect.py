@@ -1,7 +1,7 @@
 """From the records of a finished plan to the summary that the report shows."""
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,9 @@ from timm_ext.data.layouts import Case, read_cases
 from timm_ext.data.tasks import get_task
 from timm_ext.data.volume import read_labels, read_volume
 from timm_ext.merging.methods import Method, get_method
-from timm_ext.study.plan import Plan, fine_tuning_steps
-from timm_ext.study.records import Folder, Step
-from timm_ext.study.stages import CASES, PREDICTIONS
+from timm_ext.study.plan import Plan
+from timm_ext.study.records import Folder, Step, with_needs
+from timm_ext.study.stages import CASES, PREDICTIONS, TIMES
 from timm_ext.study.summary import Array, Example, ForgettingRow, MethodResult, Ratios, Summary
 
 BASELINE = "scratch"
@@ -53,78 +53,117 @@ def summarise(plan: Plan, folder: Folder, title: str, facts: Mapping[str, str]) 
     task = get_task(settings.target_task)
     cases = tuple(folder.result(plan.cases["test"])["cases"])
     methods = [get_method(name) for name in settings.methods]
-    results = tuple(_method(plan, folder, method, cases, task.region_names) for method in methods)
+    results = tuple(method_result(plan, folder, method) for method in methods)
+    learned = learned_ratios(plan, folder)
     return Summary(
         title=title,
-        facts=(*facts.items(), *_facts(plan, folder)),
-        notes=_notes(plan),
+        facts=(*facts.items(), *plan_facts(plan), *_run_facts(plan, folder)),
+        notes=notes(plan),
         seeds=settings.seeds,
         cases=cases,
         regions=task.region_names,
         methods=results,
         baseline=BASELINE if BASELINE in settings.methods else settings.methods[0],
-        ratios=_ratios(plan, folder),
-        forgetting=_forgetting(plan, folder),
-        labels={n: _TUMOUR_PARTS.get(n, str(n)) for n in sorted(task.resolve(()).labels - {0})},
-        examples=_examples(plan, folder, results),
+        ratios=next(iter(learned.values()), None),
+        forgetting=forgetting_rows(plan.forgetting, folder),
+        labels=label_names(plan),
+        examples=examples(plan, folder, results),
     )
 
 
-def _method(
-    plan: Plan, folder: Folder, method: Method, cases: tuple[str, ...], regions: tuple[str, ...]
-) -> MethodResult:
-    dice, curves, seconds = [], [], []
-    taken = plan.settings.adapt_steps if method.adapt != "none" else 0
+def label_names(plan: Plan) -> dict[int, str]:
+    """Return what the labels of the target task show."""
+    task = get_task(plan.settings.target_task)
+    known = _TUMOUR_PARTS if task.name.startswith("brats") else {}
+    return {n: known.get(n, str(n)) for n in sorted(task.resolve(()).labels - {0})}
+
+
+def method_result(plan: Plan, folder: Folder, method: Method) -> MethodResult:
+    """Read the scores and curves of a method over the seeds of a plan.
+
+    Raises:
+        InputError: a run is not finished.
+    """
+    cases = folder.result(plan.cases["test"])["cases"]
+    regions = get_task(plan.settings.target_task).region_names
+    dice, hd95, curves, clocks, seconds, steps = [], [], [], [], [], []
     for seed in plan.settings.seeds:
-        run = plan.runs[method.name, seed]
-        result = folder.result(run)
+        chain = [plan.adaptations.get((method.name, seed)), plan.runs[method.name, seed]]
+        stages = [step for step in chain if step is not None]
+        result = folder.result(stages[-1])
         dice.append([[result["scores"][case][region] for region in regions] for case in cases])
-        curve = [(step + taken, value) for step, value in result["curve"]]
-        spent = _seconds(folder, run)
-        if (adaptation := plan.adaptations.get((method.name, seed))) is not None:
-            curve = [*map(tuple, folder.result(adaptation)["curve"]), *curve]
-            spent += _seconds(folder, adaptation)
-        curves.append(tuple(curve))
-        seconds.append(spent)
+        distances = result.get("hd95")
+        hd95.append(distances and [[distances[case][region] for region in regions] for case in cases])
+        curve, clock, length = _joined(folder, stages)
+        curves.append(curve)
+        clocks.append(clock)
+        steps.append(length)
+        seconds.append(sum(seconds_of(folder, step) for step in stages))
     return MethodResult(
         key=method.name,
         title=method.title,
-        steps=fine_tuning_steps(plan.settings, method) + taken,
+        steps=round(sum(steps) / len(steps)),
         extra=method.extra_steps,
         dice=np.array(dice, dtype=np.float64),
         curves=tuple(curves),
         seconds=sum(seconds) / len(seconds),
+        hd95=np.array(hd95, dtype=np.float64) if all(hd95) else None,
+        clocks=tuple(clocks),
     )
 
 
-def _ratios(plan: Plan, folder: Folder) -> Ratios | None:
-    learned = [
-        folder.result(step)
-        for (name, _), step in plan.adaptations.items()
-        if get_method(name).adapt == "logits" and not get_method(name).extra_steps
-    ]
-    if not learned:
-        return None
-    values = np.array([result["ratios"] for result in learned], dtype=np.float64)
-    return Ratios(tuple(learned[0]["layers"]), tuple(learned[0]["sources"]), values)
+def _joined(
+    folder: Folder, stages: list[Step]
+) -> tuple[tuple[tuple[int, float], ...], tuple[tuple[float, float], ...], int]:
+    """Put the validation curves of trainings one after the other: by steps, by seconds, and steps in all."""
+    curve: list[tuple[int, float]] = []
+    clock: list[tuple[float, float]] = []
+    steps, seconds = 0, 0.0
+    for step in stages:
+        result, times = folder.result(step), folder.notes(step, TIMES)
+        curve += [(steps + number, value) for number, value in result["curve"]]
+        if times:
+            when = dict(map(tuple, times["validations"]))
+            clock += [(seconds + when[number], value) for number, value in result["curve"] if number in when]
+            seconds += times["seconds"]
+        steps += result["steps"] if "steps" in result else step.settings["train"]["steps"]
+    return tuple(curve), tuple(clock), steps
 
 
-def _forgetting(plan: Plan, folder: Folder) -> tuple[ForgettingRow, ...]:
-    dice = folder.result(plan.forgetting)["dice"]
-    values = plan.forgetting.settings
-    rows = [
-        ForgettingRow(get_method(name).title, {task: (score,) for task, score in dice[name].items()})
-        for name in values["methods"]
-    ]
-    for method in dict.fromkeys(values["adapted"].values()):
-        per_seed = [dice[role] for role, name in values["adapted"].items() if name == method]
-        by_task = {task: tuple(scores[task] for scores in per_seed) for task in per_seed[0]}
-        rows.append(ForgettingRow(get_method(method).title, by_task))
-    return tuple(rows)
+def learned_ratios(plan: Plan, folder: Folder) -> dict[str, Ratios]:
+    """Return the mixing ratios over the seeds by method; methods that share an adaptation count once."""
+    steps: dict[str, list[Step]] = {}
+    seen: set[str] = set()
+    for (name, _), step in plan.adaptations.items():
+        if get_method(name).adapt == "logits" and step.digest not in seen:
+            seen.add(step.digest)
+            steps.setdefault(name, []).append(step)
+    ratios = {}
+    for name, shared in steps.items():
+        results = [folder.result(step) for step in shared]
+        values = np.array([result["ratios"] for result in results], dtype=np.float64)
+        ratios[name] = Ratios(tuple(results[0]["layers"]), tuple(results[0]["sources"]), values)
+    return ratios
 
 
-def _examples(plan: Plan, folder: Folder, results: tuple[MethodResult, ...]) -> tuple[Example, ...]:
-    """Show the worst, the median and the best test case of the last method, at the first seed."""
+def forgetting_rows(steps: Iterable[Step], folder: Folder) -> tuple[ForgettingRow, ...]:
+    """Read scores on the source tasks: fixed merges first, then learned ones over their seeds and draws."""
+    scores: dict[str, list[dict[str, float]]] = {}
+    done = [(step.settings, folder.result(step)["dice"]) for step in steps]
+    for values, dice in done:
+        for name in values["methods"]:
+            scores.setdefault(name, [dice[name]])
+    for values, dice in done:
+        for role, name in values["adapted"].items():
+            scores.setdefault(name, []).append(dice[role])
+    return tuple(
+        ForgettingRow(get_method(name).title, {task: tuple(one[task] for one in runs) for task in runs[0]})
+        for name, runs in scores.items()
+    )
+
+
+def examples(plan: Plan, folder: Folder, results: tuple[MethodResult, ...]) -> tuple[Example, ...]:
+    """Slice the worst, the median and the best test case of the last method, at the first seed."""
     seed = plan.settings.seeds[0]
     order = np.argsort(results[-1].per_case[0], kind="stable")
     chosen = dict.fromkeys(int(order[place]) for place in (0, len(order) // 2, len(order) - 1))
@@ -163,16 +202,17 @@ def _axial(volume: NDArray[Any], level: int) -> NDArray[Any]:
     return np.flip(volume[:, :, level].T, axis=(0, 1))
 
 
-def _facts(plan: Plan, folder: Folder) -> list[tuple[str, str]]:
+def plan_facts(plan: Plan) -> list[tuple[str, str]]:
+    """Say what was run, in pairs of (name, value)."""
     s = plan.settings
     size = " × ".join(map(str, s.size))
     return [
-        ("Images", f"{size} voxels of {s.spacing:g} mm, generated with data seed {s.data_seed}"),
+        ("Images", f"{size} voxels of {s.spacing:g} mm, {_origin(plan)} with data seed {s.data_seed}"),
         (
             "Source tasks",
             "; ".join(f"M{n}: {task}" for n, task in enumerate(s.source_tasks, 1))
             + f"; {s.source_cases} training cases each, {s.source_steps} steps, each network starting from "
-            "the one before it",
+            f"{'the one before it' if s.chain else 'its own seed'}",
         ),
         (
             "Target task",
@@ -185,12 +225,29 @@ def _facts(plan: Plan, folder: Folder) -> list[tuple[str, str]]:
             f"{s.adapt_steps} of them (logits' rate {s.logit_lr:g}); a run ends with the weights of its "
             "lowest validation loss",
         ),
-        ("Seeds", ", ".join(map(str, s.seeds))),
-        ("Computing time", f"{_total_seconds(plan, folder):.0f} s, summed over the worker processes"),
     ]
 
 
-def _notes(plan: Plan) -> tuple[str, ...]:
+def _run_facts(plan: Plan, folder: Folder) -> list[tuple[str, str]]:
+    return [
+        ("Seeds", ", ".join(map(str, plan.settings.seeds))),
+        ("Computing time", f"{total_seconds([plan], folder):.0f} s, summed over the worker processes"),
+    ]
+
+
+def _origin(plan: Plan) -> str:
+    s = plan.settings
+    on_disk = (["the target's"] if s.target_data else []) + (["the source tasks'"] if s.source_data else [])
+    if not on_disk:
+        return "generated"
+    rest = "chosen" if len(on_disk) == 2 else "the others generated"
+    return f"{' and '.join(on_disk)} read from disk, {rest}"
+
+
+def notes(plan: Plan) -> tuple[str, ...]:
+    """Say what a reader must know of the data to judge the numbers."""
+    if plan.settings.target_data or plan.settings.source_data:
+        return ("Cases on disk are taken as they are: scans of one person in several parts would leak.",)
     if not plan.subjects:
         return ("All images are drawn from procedural phantoms; a different person in each case.",)
     used = {part: len(names) for part, names in plan.subjects.items()}
@@ -204,23 +261,16 @@ def _notes(plan: Plan) -> tuple[str, ...]:
     )
 
 
-def _seconds(folder: Folder, step: Step) -> float:
+def seconds_of(folder: Folder, step: Step) -> float:
+    """Return the computing time of a step; of its last attempt, where it was interrupted."""
     record = folder.record(step)
     return 0.0 if record is None else float(record["seconds"])
 
 
-def _total_seconds(plan: Plan, folder: Folder) -> float:
-    steps = {
-        step.digest: step
-        for step in (
-            *plan.cases.values(),
-            *plan.models,
-            *plan.fishers,
-            *plan.adaptations.values(),
-            *plan.steps,
-        )
-    }
-    return sum(_seconds(folder, step) for step in steps.values())
+def total_seconds(plans: Iterable[Plan], folder: Folder) -> float:
+    """Return the computing time of all steps of some plans, shared ones once."""
+    steps = with_needs(step for plan in plans for step in (*plan.steps, *plan.adaptations.values()))
+    return sum(seconds_of(folder, step) for step in steps)
 
 
 def _processor() -> str:

@@ -12,11 +12,12 @@ from timm_ext.data.generate import PHANTOM
 from timm_ext.errors import InputError
 from timm_ext.files import atomic_write
 from timm_ext.study.collect import environment, summarise
-from timm_ext.study.plan import Plan, PlanSettings, make_plan, settings_to_dict
-from timm_ext.study.progress import plan_progress
+from timm_ext.study.plan import Plan, make_plan
 from timm_ext.study.records import Folder
 from timm_ext.study.report import write_report
-from timm_ext.study.runner import Outcome, available_cores, run_steps
+from timm_ext.study.runner import available_cores
+from timm_ext.study.session import finish_steps
+from timm_ext.study.settings import PlanSettings, settings_to_dict
 from timm_ext.study.stages import FISHER, INITIAL, NETWORK
 from timm_ext.study.summary import Summary
 
@@ -83,23 +84,12 @@ def run_demo(
     facts = environment()
     with folder.lock():
         folder.claim(settings_to_dict(settings), extendable=["seeds"])
-        with plan_progress(plan.steps, folder, console) as listener:
-            outcome = run_steps(
-                plan.steps, folder, workers=count, listener=listener, facts={"environment": facts}
-            )
-        _require_complete(outcome, out)
+        finish_steps(plan.steps, folder, workers=count, console=console, facts=facts)
         summary = summarise(plan, folder, TITLE, _facts(settings, facts))
         page = write_report(summary, out)
         saved = publish_checkpoints(plan, folder)
     _print_end(console, summary, page, saved)
     return page
-
-
-def _require_complete(outcome: Outcome, out: Path) -> None:
-    if not outcome.complete:
-        lines = [f"{name}: {message}" for name, message in outcome.failed.items()]
-        lines += [f"{name}: not run, it needs {cause}" for name, cause in outcome.skipped.items()]
-        raise InputError("\n  ".join([f"{out}: {len(outcome.failed)} of the steps failed:", *lines]))
 
 
 def _facts(settings: PlanSettings, facts: Mapping[str, str]) -> dict[str, str]:

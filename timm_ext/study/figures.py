@@ -1,15 +1,18 @@
 """The report's figures, drawn from a summary with matplotlib."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from timm_ext.study.summary import Example, Ratios, Summary
+from timm_ext.study.summary import Example, MethodResult, Ratios, Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+Curves = Sequence[Sequence[tuple[float, float]]]
+"""Of each run, pairs of (steps or seconds, Dice)."""
 
 WIDTH = 11.0
 COLOURS = ("#000000", "#0072b2", "#56b4e9", "#009e73", "#e69f00", "#999933", "#d55e00", "#cc79a7")
@@ -21,12 +24,12 @@ LABEL_COLOURS = ("#56b4e9", "#d55e00", "#f0e442", "#009e73", "#cc79a7", "#0072b2
 def dice_figure(summary: Summary) -> "Figure":
     """Test Dice per method: each seed a point, the mean over seeds a bar; a panel per region and the mean."""
     names = ["mean", *summary.regions]
-    figure, axes = _figure(1, len(names), height=1.2 + 0.36 * len(summary.methods), sharey=True)
+    figure, axes = new_figure(1, len(names), height=1.2 + 0.36 * len(summary.methods), sharey=True)
     for index, (name, axis) in enumerate(zip(names, axes, strict=True)):
         for row, method in enumerate(summary.methods):
             region = None if index == 0 else index - 1
             values = method.per_seed if region is None else method.dice[:, :, region].mean(axis=1)
-            style = _style(row)
+            style = style_of(row)
             axis.plot(values, np.full(len(values), row), style["marker"], color=style["color"], alpha=0.7)
             axis.vlines(values.mean(), row - 0.35, row + 0.35, color=style["color"], linewidth=2)
         axis.set_title(name)
@@ -40,25 +43,38 @@ def dice_figure(summary: Summary) -> "Figure":
 
 def curves_figure(summary: Summary) -> "Figure":
     """Validation Dice against optimiser steps: mean over seeds, with the range over seeds as a band."""
-    figure, (axis,) = _figure(1, 1, height=4.6)
-    for row, method in enumerate(summary.methods):
-        if not method.curves or not method.curves[0]:
-            continue
-        steps = np.array([step for step, _ in method.curves[0]])
-        values = np.array([[dice for _, dice in curve] for curve in method.curves])
-        style = _style(row)
-        axis.plot(steps, values.mean(axis=0), markevery=0.1, markersize=5, label=method.title, **style)
-        axis.fill_between(steps, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.08)
+    figure, (axis,) = new_figure(1, 1, height=4.6)
+    draw_curves(axis, summary.methods, [method.curves for method in summary.methods])
     axis.set_xlabel("optimiser steps (adaptation included)")
     axis.set_ylabel("mean validation Dice")
-    axis.grid(alpha=0.3)
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return figure
 
 
+def draw_curves(axis: "Axes", methods: Sequence[MethodResult], curves: Sequence[Curves]) -> None:
+    """Draw each method's mean curve over its runs with their range, as far as the shortest run goes."""
+    for row, (method, runs) in enumerate(zip(methods, curves, strict=True)):
+        if not runs or not all(runs):
+            continue
+        end = min(run[-1][0] for run in runs)
+        places = np.unique([place for run in runs for place, _ in run if place <= end])
+        values = np.array([np.interp(places, *np.array(run, dtype=np.float64).T) for run in runs])
+        style = style_of(row)
+        axis.plot(places, values.mean(axis=0), markevery=0.1, markersize=5, label=method.title, **style)
+        axis.fill_between(places, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.08)
+    axis.grid(alpha=0.3)
+
+
 def ratios_figure(ratios: Ratios) -> "Figure":
     """Mixing ratio of each source per group (layer): mean over seeds, with the range over seeds."""
-    figure, (axis,) = _figure(1, 1, height=4.8)
+    figure, (axis,) = new_figure(1, 1, height=4.8)
+    draw_ratios(axis, ratios)
+    axis.legend(frameon=False, ncols=len(ratios.sources), loc="lower right", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def draw_ratios(axis: "Axes", ratios: Ratios) -> None:
+    """Draw the mean ratio of each source per group, with the range over the runs."""
     positions = np.arange(len(ratios.groups))
     for index, source in enumerate(ratios.sources):
         values = ratios.values[:, :, index]
@@ -67,7 +83,7 @@ def ratios_figure(ratios: Ratios) -> "Figure":
         axis.errorbar(
             positions + 0.15 * (index - (len(ratios.sources) - 1) / 2),
             mean,
-            yerr=spread,
+            yerr=spread.clip(0),
             fmt=MARKERS[1 + index % (len(MARKERS) - 1)],
             color=COLOURS[1 + index % (len(COLOURS) - 1)],
             capsize=2,
@@ -77,23 +93,21 @@ def ratios_figure(ratios: Ratios) -> "Figure":
     axis.set_xticks(positions, ratios.groups, rotation=90, fontsize=8)
     axis.set_ylim(0, 1)
     axis.set_ylabel("mixing ratio α")
-    axis.legend(frameon=False, ncols=len(ratios.sources), loc="lower right", bbox_to_anchor=(1.0, 1.0))
-    return figure
 
 
-def examples_figure(summary: Summary) -> "Figure":
+def examples_figure(examples: Sequence[Example], labels: Mapping[int, str]) -> "Figure":
     """Rows of slices: image, truth and the predictions of each shown method."""
-    columns = ["image", "truth", *summary.examples[0].predictions]
-    figure, axes = _figure(len(summary.examples), len(columns), height=1.9 * len(summary.examples) + 0.7)
-    grid = [axes[row * len(columns) : (row + 1) * len(columns)] for row in range(len(summary.examples))]
-    numbers = sorted(summary.labels)
-    for example, line in zip(summary.examples, grid, strict=True):
+    columns = ["image", "truth", *examples[0].predictions]
+    figure, axes = new_figure(len(examples), len(columns), height=1.9 * len(examples) + 0.7)
+    grid = [axes[row * len(columns) : (row + 1) * len(columns)] for row in range(len(examples))]
+    numbers = sorted(labels)
+    for example, line in zip(examples, grid, strict=True):
         _draw_example(example, line, numbers)
     for axis, title in zip(grid[0], columns, strict=True):
         axis.set_title(_wrapped(title), fontsize=9)
     from matplotlib.patches import Patch
 
-    handles = [Patch(color=LABEL_COLOURS[i % 7], label=summary.labels[n]) for i, n in enumerate(numbers)]
+    handles = [Patch(color=LABEL_COLOURS[i % 7], label=labels[n]) for i, n in enumerate(numbers)]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     return figure
 
@@ -123,7 +137,10 @@ def _coloured(
     return image
 
 
-def _figure(rows: int, columns: int, *, height: float, sharey: bool = False) -> "tuple[Figure, list[Axes]]":
+def new_figure(
+    rows: int, columns: int, *, height: float, sharey: bool = False
+) -> "tuple[Figure, list[Axes]]":
+    """Return a figure and its panels, row by row; height in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), dpi=110, layout="constrained")
@@ -131,10 +148,12 @@ def _figure(rows: int, columns: int, *, height: float, sharey: bool = False) -> 
     return figure, list(axes.ravel())
 
 
-def _style(row: int) -> dict[str, Any]:
+def style_of(row: int) -> dict[str, Any]:
+    """Return colour, marker and line of a row of the table."""
     return {
         "color": COLOURS[row % len(COLOURS)],
-        "marker": MARKERS[row % len(MARKERS)],
+        # Beyond the last colour the markers are shifted, so that no two rows look the same.
+        "marker": MARKERS[(row + row // len(COLOURS)) % len(MARKERS)],
         "linestyle": LINES[row % len(LINES)],
     }
 

@@ -1,95 +1,24 @@
-"""The plan of a study: methods × seeds as steps that share their cases, source networks and Fishers."""
+"""The plan of a comparison: methods × seeds as steps that share their cases, source networks and Fishers."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass, fields, replace
+from math import ceil
+from typing import Any
 
-from timm_ext.data.generate import PHANTOM, GenerateSettings
-from timm_ext.data.label_maps import label_map_files
-from timm_ext.data.prepare import PrepareSettings
 from timm_ext.errors import InputError
-from timm_ext.files import sha256
 from timm_ext.merging.methods import Method, get_method
+from timm_ext.study.parts import STAGES, case_steps, check_fields, prepare_settings
 from timm_ext.study.records import Step
+from timm_ext.study.settings import PlanSettings, to_json
 from timm_ext.study.sources import Recipe
 from timm_ext.training.settings import TrainSettings
-
-STAGES = "timm_ext.study.stages"
 
 # Seconds per training step and voxel of a pair of volumes on one core, for the time left only.
 _SECONDS_PER_STEP = 0.2
 _USUAL_VOXELS = 40 * 48 * 40
-
-
-@dataclass(frozen=True)
-class PlanSettings:
-    """All that decides the results of a study; JSON values.
-
-    Attributes:
-        source: `"phantom"`, or a folder of label maps.
-        source_tasks: tasks of the source networks; each network starts from the one before it.
-        target_task: the new task.
-        methods: names of the compared methods.
-        seeds: each repeats adaptation and fine-tuning.
-        network: name of the network.
-        options: the network's options.
-        spacing: of the generated images in mm.
-        size: of the generated images in voxels.
-        source_cases: training cases of each source task.
-        source_test: held-out cases of each source task, for the forgetting table.
-        train_cases: training cases of the target task.
-        val_cases: validation cases of the target task.
-        test_cases: test cases of the target task.
-        batch_size: examples per step.
-        source_steps: optimiser steps of a source network, with a cosine schedule.
-        source_lr: its learning rate.
-        steps: optimiser steps of every run, adaptation included.
-        lr: learning rate of the runs, constant; also of the task-specific layers in an adaptation. A run ends
-            with its weights of the lowest validation loss.
-        adapt_steps: optimiser steps of an adaptation.
-        logit_lr: learning rate of the mixing logits.
-        validate_every: steps between validations.
-        fisher: arguments of `estimate_fisher`.
-        data_seed: of the generated cases.
-        source_seed: of the source networks.
-    """
-
-    source: str = PHANTOM
-    source_tasks: tuple[str, ...] = ("parcellation-1-7", "parcellation-8-14")
-    target_task: str = "brats"
-    methods: tuple[str, ...] = (
-        "scratch",
-        "transfer-1",
-        "transfer-2",
-        "mean-imm",
-        "mode-imm",
-        "imm-warmup",
-        "t-imm",
-        "t-imm-extra",
-    )
-    seeds: tuple[int, ...] = (0, 1, 2)
-    network: str = "isensee2017"
-    options: Mapping[str, Any] = field(default_factory=lambda: {"base_filters": 6, "levels": 4})
-    spacing: float = 4.0
-    size: tuple[int, int, int] = (40, 48, 40)
-    source_cases: int = 16
-    source_test: int = 4
-    train_cases: int = 4
-    val_cases: int = 4
-    test_cases: int = 12
-    batch_size: int = 2
-    source_steps: int = 200
-    source_lr: float = 4e-3
-    steps: int = 100
-    lr: float = 3e-3
-    adapt_steps: int = 20
-    logit_lr: float = 0.1
-    validate_every: int = 20
-    fisher: Mapping[str, Any] = field(default_factory=lambda: {"labels": "sampled", "samples": 1})
-    data_seed: int = 0
-    source_seed: int = 0
+_SECONDS_TO_START = 1.0
+_SET_ELSEWHERE = {"steps", "epochs", "batch_size", "lr", "validate_every", "seed", "devices", "tensorboard"}
+_SET_ELSEWHERE |= {"accelerator", "precision"}
 
 
 @dataclass(frozen=True)
@@ -114,67 +43,41 @@ class Plan:
     fishers: tuple[Step, ...]
     adaptations: dict[tuple[str, int], Step]
     runs: dict[tuple[str, int], Step]
-    forgetting: Step
+    forgetting: tuple[Step, ...]
 
     @property
     def steps(self) -> list[Step]:
         """Steps that need all others."""
-        return [*self.runs.values(), self.forgetting]
+        return [*self.runs.values(), *self.forgetting]
 
 
-def make_plan(settings: PlanSettings) -> Plan:
+def make_plan(settings: PlanSettings, step_seconds: float | None = None) -> Plan:
     """Lay out the steps.
 
-    Raises:
-        InputError: an unknown method, or a folder that is no set of label maps or holds too few.
-    """
-    return _Planner(settings).plan()
-
-
-def split_subjects(names: list[str], sources: int) -> dict[str, tuple[str, ...]]:
-    """Divide label maps among the parts of the data, so that tasks, training and test share none.
-
-    In the order of their names: equal shares for the source tasks, then 1/7 for the target's training and
-    validation and 2/7 for its test, at least one each.
-
     Args:
-        names: of the label maps.
-        sources: number of source tasks.
+        settings: of the comparison.
+        step_seconds: what one training step takes, for the time left only; None guesses.
 
     Raises:
-        InputError: too few label maps to keep the parts apart.
+        InputError: an unknown method or one that needs more source tasks, a training setting that does not
+            exist, or data that cannot be read or are too few.
     """
-    if len(names) < sources + 2:
-        raise InputError(
-            f"label maps: expected at least {sources + 2} to keep the tasks apart (got {len(names)})"
-        )
-    ordered = sorted(names)
-    test, target = max(1, round(len(names) * 2 / 7)), max(1, round(len(names) / 7))
-    rest = len(names) - test - target
-    cuts = [round(rest * number / sources) for number in range(sources + 1)]
-    parts = {f"source-{n + 1}": tuple(ordered[cuts[n] : cuts[n + 1]]) for n in range(sources)}
-    parts |= {f"{part}-test": subjects for part, subjects in parts.items()}
-    parts["train"] = parts["val"] = tuple(ordered[rest : rest + target])
-    parts["test"] = tuple(ordered[rest + target :])
-    return parts
+    return _Planner(settings, step_seconds).plan()
 
 
 class _Planner:
-    def __init__(self, settings: PlanSettings) -> None:
+    def __init__(self, settings: PlanSettings, step_seconds: float | None) -> None:
         self.settings = settings
-        self.methods = [get_method(name) for name in settings.methods]
-        self.maps = {} if settings.source == PHANTOM else label_map_files(settings.source)
-        names = list(self.maps)
-        self.subjects = split_subjects(names, len(settings.source_tasks)) if names else {}
-        prepare = PrepareSettings(spacing=settings.spacing, size=settings.size)
-        self.common: dict[str, Any] = {"prepare": _json(prepare)}
+        self.methods = [_method(name, len(settings.source_tasks)) for name in settings.methods]
+        self.common: dict[str, Any] = {"prepare": to_json(prepare_settings(settings))}
         self.network = {"name": settings.network, "options": dict(settings.options)}
         voxels = settings.size[0] * settings.size[1] * settings.size[2]
-        self.step_cost = _SECONDS_PER_STEP * voxels / _USUAL_VOXELS
+        self.step_cost = step_seconds or _SECONDS_PER_STEP * voxels / _USUAL_VOXELS
+        self.elsewhere = {} if settings.accelerator == "cpu" else {"accelerator": settings.accelerator}
 
     def plan(self) -> Plan:
         settings = self.settings
-        cases = self._all_cases()
+        subjects, cases = case_steps(settings)
         models: list[Step] = []
         for number in range(1, len(settings.source_tasks) + 1):
             models.append(self._model(number, cases, models))
@@ -192,53 +95,34 @@ class _Planner:
                     method, seed, cases, sources, adaptations.get((method.name, seed))
                 )
         forgetting = self._forgetting(cases, sources, adaptations)
-        return Plan(
-            settings, self.subjects, cases, tuple(models), tuple(fishers), adaptations, runs, forgetting
-        )
-
-    def _all_cases(self) -> dict[str, Step]:
-        settings = self.settings
-        parts = {}
-        for number, task in enumerate(settings.source_tasks, 1):
-            parts[f"source-{number}"] = (task, settings.source_cases)
-            parts[f"source-{number}-test"] = (task, settings.source_test)
-        for part in ("train", "val", "test"):
-            count: int = getattr(settings, f"{part}_cases")
-            parts[part] = (settings.target_task, count)
-        return {part: self._cases(part, task, count) for part, (task, count) in parts.items()}
-
-    def _cases(self, part: str, task: str, count: int) -> Step:
-        settings = self.settings
-        subjects = self.subjects.get(part, ())
-        generate = GenerateSettings(
-            source=settings.source,
-            task=task,
-            seed=settings.data_seed,
-            spacing=settings.spacing,
-            size=settings.size,
-            subjects=subjects,
-            prefix=part,
-        )
-        content = {name: sha256(self.maps[name]) for name in subjects}
-        values = {**self.common, "generate": _json(generate), "count": count, "label_maps": content}
-        return Step(f"cases-{part}", f"{STAGES}:make_cases", values, cost=2.0 * count)
+        return Plan(settings, subjects, cases, tuple(models), tuple(fishers), adaptations, runs, forgetting)
 
     def _train(
-        self, steps: int, lr: float, schedule: Literal["constant", "cosine"], seed: int
+        self, name: str, steps: int, lr: float, seed: int, given: Mapping[str, Any], **defaults: Any
     ) -> dict[str, Any]:
+        """Return training settings: those of the plan, then the defaults, then what the user gives."""
+        settings = self.settings
+        check_fields(name, given, {field.name for field in fields(TrainSettings)} - _SET_ELSEWHERE)
+        every = settings.validate_every
         return TrainSettings(
+            **{"stop_patience": None, "keep": "last", **defaults, **given},
             steps=steps,
-            batch_size=self.settings.batch_size,
+            batch_size=settings.batch_size,
             lr=lr,
-            schedule=schedule,
-            stop_patience=None,
-            validate_every=min(self.settings.validate_every, steps),
-            keep="last",
+            validate_every=None if every is None else min(every, steps),
             seed=seed,
-            accelerator="cpu",
+            accelerator=settings.accelerator,
+            precision=settings.precision,
             devices=1,
             tensorboard=False,
         ).to_dict()
+
+    def _training_cost(self, steps: int, cases: int, val_cases: int) -> float:
+        """Return the seconds that a training should take; a forward pass is a third of a step."""
+        settings = self.settings
+        every = settings.validate_every or ceil(cases / settings.batch_size)
+        validation = val_cases / settings.batch_size / 3
+        return _SECONDS_TO_START + (steps + steps / every * validation) * self.step_cost
 
     def _model(self, number: int, cases: Mapping[str, Step], earlier: list[Step]) -> Step:
         settings = self.settings
@@ -246,15 +130,20 @@ class _Planner:
             **self.common,
             "task": settings.source_tasks[number - 1],
             "network": self.network,
-            "recipe": _json(Recipe(seed=settings.source_seed + number)),
+            "recipe": to_json(Recipe(seed=settings.source_seed + number)),
             "train": self._train(
-                settings.source_steps, settings.source_lr, "cosine", settings.source_seed + number
+                "source_train",
+                settings.source_steps,
+                settings.source_lr,
+                settings.source_seed + number,
+                settings.source_train,
+                schedule="cosine",
             ),
         }
         needs = {"train": cases[f"source-{number}"], "test": cases[f"source-{number}-test"]}
-        if earlier:
+        if earlier and settings.chain:
             needs["parent"] = earlier[-1]
-        cost = settings.source_steps * self.step_cost
+        cost = self._training_cost(settings.source_steps, settings.source_cases, settings.source_test)
         return Step(f"train-M{number}", f"{STAGES}:train_source", values, needs, cost)
 
     def _fisher(self, number: int, cases: Mapping[str, Step], model: Step) -> Step:
@@ -263,6 +152,7 @@ class _Planner:
             **self.common,
             "task": settings.source_tasks[number - 1],
             "fisher": {"batch_size": settings.batch_size, **settings.fisher},
+            **self.elsewhere,
         }
         needs = {"model": model, "train": cases[f"source-{number}"]}
         cost = settings.source_cases * self.step_cost
@@ -270,11 +160,7 @@ class _Planner:
 
     def _twin(self, method: Method) -> Method:
         """Return the first method whose adaptation is the same, so that it is made once."""
-
-        def adaptation(method: Method) -> Method:
-            return replace(method, name="", title="", paper="", extra_steps=False)
-
-        return next(other for other in self.methods if adaptation(other) == adaptation(method))
+        return next(other for other in self.methods if _adapting(other) == _adapting(method))
 
     def _adaptation(
         self, method: Method, seed: int, cases: Mapping[str, Step], sources: Mapping[str, Step]
@@ -284,13 +170,21 @@ class _Planner:
             **self.common,
             "task": settings.target_task,
             "method": method.name,
-            "recipe": _json(Recipe(seed=seed)),
-            "train": self._train(settings.adapt_steps, settings.lr, "constant", seed),
+            "recipe": to_json(Recipe(seed=seed)),
+            "train": self._train(
+                "adapt_train",
+                settings.adapt_steps,
+                settings.lr,
+                seed,
+                settings.adapt_train,
+                schedule="constant",
+            ),
             "logit_lr": settings.logit_lr,
         }
         needs = {**sources, "train": cases["train"], "val": cases["val"]}
-        cost = settings.adapt_steps * self.step_cost
-        return Step(f"adapt-{method.name}-seed{seed}", f"{STAGES}:adapt_start", values, needs, cost)
+        cost = self._training_cost(settings.adapt_steps, settings.train_cases, settings.val_cases)
+        name = f"adapt-{method.name}-seed{seed}{settings.suffix}"
+        return Step(name, f"{STAGES}:adapt_start", values, needs, cost)
 
     def _run(
         self,
@@ -307,9 +201,11 @@ class _Planner:
             "task": settings.target_task,
             "method": method.name,
             "network": self.network,
-            "recipe": _json(Recipe(seed=seed)),
+            "recipe": to_json(Recipe(seed=seed)),
             # At a constant rate the last step's Dice varies more than the methods differ.
-            "train": {**self._train(steps, settings.lr, "constant", seed), "keep": "best"},
+            "train": self._train(
+                "train", steps, settings.lr, seed, settings.train, schedule="constant", keep="best"
+            ),
         }
         needs = {part: cases[part] for part in ("train", "val", "test")}
         if adaptation is not None:
@@ -318,33 +214,44 @@ class _Planner:
             needs |= {
                 role: s for role, s in sources.items() if method.needs_fisher or role.startswith("model-")
             }
-        cost = (steps + settings.test_cases / 2) * self.step_cost
-        return Step(f"run-{method.name}-seed{seed}", f"{STAGES}:tune_and_test", values, needs, cost)
+        cost = self._training_cost(steps, settings.train_cases, settings.val_cases)
+        cost += settings.test_cases / 2 * self.step_cost
+        name = f"run-{method.name}-seed{seed}{settings.suffix}"
+        return Step(name, f"{STAGES}:tune_and_test", values, needs, cost)
 
     def _forgetting(
         self,
         cases: Mapping[str, Step],
         sources: Mapping[str, Step],
         adaptations: Mapping[tuple[str, int], Step],
-    ) -> Step:
-        settings = self.settings
+    ) -> tuple[Step, ...]:
+        """Score fixed and learned merges; in a study the fixed ones once for all sets of training cases."""
         learned = {
             f"{name}-seed{seed}": (name, step)
             for (name, seed), step in adaptations.items()
             if get_method(name).adapt == "logits" and self._twin(get_method(name)).name == name
         }
-        values = {
-            **self.common,
-            "recipe": _json(Recipe()),
-            "methods": [m.name for m in self.methods if m.models and m.adapt == "none"],
-            "adapted": {role: name for role, (name, _) in learned.items()},
-        }
+        fixed = [m.name for m in self.methods if m.models and m.adapt == "none"]
+        suffix = self.settings.suffix
+        shares = {suffix: ([], learned), "": (fixed, {})} if suffix else {"": (fixed, learned)}
         tests = {
             f"test-{number}": cases[f"source-{number}-test"]
-            for number in range(1, len(settings.source_tasks) + 1)
+            for number in range(1, len(self.settings.source_tasks) + 1)
         }
-        needs = {**sources, **tests, **{role: step for role, (_, step) in learned.items()}}
-        return Step("forgetting", f"{STAGES}:forgetting", values, needs, cost=10 * self.step_cost)
+        steps = []
+        for ending, (methods, adapted) in shares.items():
+            values = {
+                **self.common,
+                "recipe": to_json(Recipe()),
+                "methods": methods,
+                "adapted": {role: name for role, (name, _) in adapted.items()},
+                **self.elsewhere,
+            }
+            needs = {**sources, **tests, **{role: step for role, (_, step) in adapted.items()}}
+            cost = 10 * self.step_cost
+            if methods or adapted:
+                steps.append(Step(f"forgetting{ending}", f"{STAGES}:forgetting", values, needs, cost))
+        return tuple(steps)
 
 
 def fine_tuning_steps(settings: PlanSettings, method: Method) -> int:
@@ -359,18 +266,13 @@ def fine_tuning_steps(settings: PlanSettings, method: Method) -> int:
     return settings.steps - taken
 
 
-def _json(settings: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass as JSON values, with all defaults but those of unwritten ones."""
-    values: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
-    for entry in fields(settings):
-        if entry.metadata.get("unwritten") and values[entry.name] == entry.default:
-            del values[entry.name]
-    return values
+def _method(name: str, sources: int) -> Method:
+    method = get_method(name)
+    if method.models > sources:
+        raise InputError(f"{name}: expected at least {method.models} source tasks (got {sources})")
+    return method
 
 
-def settings_to_dict(settings: PlanSettings) -> dict[str, Any]:
-    """Return the settings as JSON values, the folder of label maps as an absolute path."""
-    values = _json(settings)
-    if settings.source != PHANTOM:
-        values["source"] = str(Path(settings.source).resolve())
-    return values
+def _adapting(method: Method) -> Method:
+    """Strip a method of all that its adaptation does not depend on."""
+    return replace(method, name="", title="", paper="", extra_steps=False)

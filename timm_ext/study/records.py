@@ -20,6 +20,7 @@ from timm_ext.errors import InputError
 from timm_ext.files import read_json, write_json
 
 RECORD = "record.json"
+FAILURE = "failed.json"
 PLAN = "plan.json"
 LOCK = ".lock"
 
@@ -122,6 +123,24 @@ class Folder:
             raise InputError(f"{self.run_path(step)}: expected a finished step (got no {RECORD})")
         result: dict[str, Any] = record["result"]
         return result
+
+    def notes(self, step: Step, name: str) -> Any:
+        """Return a JSON file that a step wrote beside its record, None where there is none."""
+        path = self.run_path(step) / name
+        return read_json(path) if path.exists() else None
+
+    def failure(self, step: Step) -> str | None:
+        """Return why a step failed the last time, None where it did not."""
+        failed = self.notes(step, FAILURE)
+        return None if failed is None else str(failed["message"])
+
+    def write_failure(self, step: Step, message: str) -> None:
+        """Note that a step failed; its record or `forget_failure` takes that back."""
+        write_json(self.run_path(step) / FAILURE, {"name": step.name, "message": message})
+
+    def forget_failure(self, step: Step) -> None:
+        """Take back that a step failed."""
+        (self.run_path(step) / FAILURE).unlink(missing_ok=True)
 
     def write_record(self, step: Step, result: Mapping[str, Any], **facts: Any) -> None:
         """Write the step's record, atomically; from now on the step counts as finished."""

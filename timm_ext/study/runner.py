@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from timm_ext.errors import InputError
 from timm_ext.study.records import Folder, Step, with_needs
 from timm_ext.study.worker import SINGLE_THREAD, Job, Reply, serve
 
@@ -54,6 +55,7 @@ def run_steps(
     workers: int | None = None,
     listener: Listener = lambda event: None,
     facts: Mapping[str, Any] | None = None,
+    retry: bool = True,
 ) -> Outcome:
     """Run the steps and all they need that have no record yet.
 
@@ -65,6 +67,7 @@ def run_steps(
         workers: number of processes, one torch thread each; default: the cores this process may use.
         listener: hears every event, in this process.
         facts: JSON written into each new record (versions, machine).
+        retry: try steps again that failed in an earlier call.
 
     Returns:
         The failed and the skipped steps.
@@ -75,7 +78,7 @@ def run_steps(
     pending = [step for step in with_needs(steps) if folder.record(step) is None]
     count = min(workers or available_cores(), len(pending))
     with _worker_processes(count) as crew:
-        return _Run(folder, crew, pending, listener, dict(facts or {})).work()
+        return _Run(folder, crew, pending, listener, dict(facts or {}), retry).work()
 
 
 def available_cores() -> int:
@@ -83,34 +86,45 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def visible_gpus() -> list[str]:
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return named[:count] or [str(number) for number in range(count)]
+
+
 class _Crew:
-    """Worker processes and the connections to them; a worker that died is replaced."""
+    """Worker processes, each with a GPU of its own if there are several; a worker that died is replaced."""
 
     def __init__(self, count: int) -> None:
         self._context = multiprocessing.get_context("spawn")
-        self._processes: dict[Connection, Any] = {}
-        self.idle: list[Connection] = [self._start() for _ in range(count)]
+        self._processes: dict[Connection, tuple[Any, int]] = {}
+        self._gpus = visible_gpus() if count else []
+        self.idle: list[Connection] = [self._start(number) for number in range(count)]
 
-    def _start(self) -> Connection:
+    def _start(self, number: int) -> Connection:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=serve, args=(theirs,), daemon=True)
+        gpu = self._gpus[number % len(self._gpus)] if len(self._gpus) > 1 else None
+        process = self._context.Process(target=serve, args=(theirs, gpu), daemon=True)
         process.start()
         theirs.close()
-        self._processes[ours] = process
+        self._processes[ours] = process, number
         return ours
 
     def replace(self, connection: Connection) -> int | None:
         """Put a new worker in the place of a dead one and return the dead one's exit status."""
-        process = self._processes.pop(connection)
+        process, number = self._processes.pop(connection)
         process.join()
         connection.close()
-        self.idle.append(self._start())
+        self.idle.append(self._start(number))
         status: int | None = process.exitcode
         return status
 
     def stop(self) -> None:
         """End all workers at once."""
-        for connection, process in self._processes.items():
+        for connection, (process, _) in self._processes.items():
             process.kill()
             process.join()
             connection.close()
@@ -142,12 +156,20 @@ class _Run:
         pending: Sequence[Step],
         listener: Listener,
         facts: Mapping[str, Any],
+        retry: bool,
     ) -> None:
         self._folder, self._crew, self._listener, self._facts = folder, crew, listener, facts
         self._waiting = {step.digest: step for step in pending}
         self._urgency = _path_costs(pending)
         self._running: dict[Connection, Step] = {}
         self._outcome = Outcome()
+        for step in pending:
+            if (message := folder.failure(step)) is None:
+                continue
+            if retry:
+                folder.forget_failure(step)
+            elif self._waiting.pop(step.digest, None) is not None:
+                self._drop(step, f"{message} (failed before; --retry tries again)")
 
     def work(self) -> Outcome:
         while True:
@@ -193,6 +215,12 @@ class _Run:
             self._listener(Event("done", step, seconds=reply.seconds))
 
     def _fail(self, step: Step, message: str) -> None:
+        with suppress(InputError):  # a full disk must not hide why the step failed
+            self._folder.write_failure(step, message)
+        self._drop(step, message)
+
+    def _drop(self, step: Step, message: str) -> None:
+        """Give up a step and all that need it."""
         self._outcome.failed[step.name] = message
         self._listener(Event("failed", step, message=message))
         lost = {step.digest}

@@ -1,7 +1,7 @@
 """Source networks with their Fishers, and the target networks that start from them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +110,6 @@ class Sources:
         )
 
 
-# Fields that steps of a study note only where they are set, so that results without them stay valid.
-UNWRITTEN = {"unwritten": True}
-
-
 @dataclass(frozen=True)
 class Recipe:
     """How source networks become an initialisation.
@@ -136,8 +132,8 @@ class Recipe:
     transfer_norms: bool = False
     unseen: Mapping[str, str] | None = None
     seed: int = 0
-    anchor: float = field(default=0.0, metadata=UNWRITTEN)
-    align: bool = field(default=False, metadata=UNWRITTEN)
+    anchor: float = 0.0
+    align: bool = False
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from timm_ext.data.prepare import Prepared, PrepareSettings, prepare_case, prepa
 from timm_ext.data.synthesis import SynthesisSettings
 from timm_ext.data.tasks import Task, get_task, task_from_dict, task_to_dict
 from timm_ext.data.tumour import TumourSettings
-from timm_ext.fisher import estimate_fisher
+from timm_ext.files import write_json
+from timm_ext.fisher import estimate_fisher, remove_partial
 from timm_ext.inference import labels_from_probabilities, predict_case, predict_probabilities
 from timm_ext.merging import MergedModel, Method, fit_to_target, get_method
 from timm_ext.metrics import Scores, dice_by_region, evaluate_pairs
@@ -40,6 +41,7 @@ from timm_ext.training.examples import Examples
 from timm_ext.training.settings import TrainSettings
 from timm_ext.training.stages import adapt, fine_tune, make_sets, train, warm_up
 from timm_ext.training.state import STATE_NAME
+from timm_ext.training.trainer import History
 
 Settings = Mapping[str, Any]
 Inputs = Mapping[str, Path]
@@ -48,6 +50,7 @@ NETWORK = "network.safetensors"
 INITIAL = "initial.safetensors"
 FISHER = "fisher.safetensors"
 CASES, CACHE, TRAINING, PREDICTIONS = "cases", "prepared", "training", "predictions"
+TIMES = "times.json"
 
 
 def make_cases(settings: Settings, inputs: Inputs, context: Context) -> dict[str, Any]:
@@ -92,7 +95,7 @@ def train_source(settings: Settings, inputs: Inputs, context: Context) -> dict[s
     schedule = _train_settings(settings)
     train_set, test_set = make_sets(train_cases, test_cases, task, schedule)
     history = train(
-        _channels_last(model),
+        channels_last(model),
         _Counted(train_set, context, schedule),
         test_set,
         schedule,
@@ -100,8 +103,7 @@ def train_source(settings: Settings, inputs: Inputs, context: Context) -> dict[s
         resume=True,
     )
     _save(context.folder / NETWORK, model, task, settings, parents)
-    _forget_state(context)
-    return {"curve": history.curve("val_dice")}
+    return _told(history, context)
 
 
 def source_fisher(settings: Settings, inputs: Inputs, context: Context) -> dict[str, Any]:
@@ -110,13 +112,15 @@ def source_fisher(settings: Settings, inputs: Inputs, context: Context) -> dict[
     model, checkpoint = load_network(inputs["model"] / NETWORK)
     cases = _prepared(inputs["train"], task, settings)
     data, _ = make_sets(cases, (), task, TrainSettings())
-    fisher = estimate_fisher(model, data, **settings["fisher"])
+    partial = context.folder / "partial"
+    fisher = estimate_fisher(_placed(model, settings), data, **settings["fisher"], partial=partial)
     fisher.save(
         context.folder / FISHER,
         network_sha256=checkpoint.sha256,
         task=task_to_dict(task),
         settings=dict(settings["fisher"]),
     )
+    remove_partial(partial)
     return {"examples": fisher.count, "kind": fisher.kind.value}
 
 
@@ -151,8 +155,7 @@ def adapt_start(settings: Settings, inputs: Inputs, context: Context) -> dict[st
         _save(
             context.folder / INITIAL, network, task, settings, sources.hashes, {"method": settings["method"]}
         )
-    _forget_state(context)
-    return {"curve": history.curve("val_dice"), **facts}
+    return {**_told(history, context), **facts}
 
 
 def tune_and_test(settings: Settings, inputs: Inputs, context: Context) -> dict[str, Any]:
@@ -166,7 +169,7 @@ def tune_and_test(settings: Settings, inputs: Inputs, context: Context) -> dict[
     schedule = _train_settings(settings)
     train_set, val_set = _target_sets(inputs, task, settings, schedule)
     network, history = fine_tune(
-        _channels_last(network),
+        channels_last(network),
         _Counted(train_set, context, schedule),
         val_set,
         schedule,
@@ -175,8 +178,7 @@ def tune_and_test(settings: Settings, inputs: Inputs, context: Context) -> dict[
     )
     _save(context.folder / NETWORK, network, task, settings, parents)
     scores = _test(network, inputs["test"], task, settings, context.folder)
-    _forget_state(context)
-    return {"curve": history.curve("val_dice"), "scores": scores}
+    return {**_told(history, context), **scores}
 
 
 def forgetting(settings: Settings, inputs: Inputs, context: Context) -> dict[str, Any]:
@@ -197,7 +199,7 @@ def forgetting(settings: Settings, inputs: Inputs, context: Context) -> dict[str
     for number, (role, method, adapted) in enumerate(wanted):
         table[role] = {
             task.name: _mean_dice(
-                _in_source(get_method(method), sources, index, recipe, adapted),
+                _placed(_in_source(get_method(method), sources, index, recipe, adapted), settings),
                 _prepared(inputs[f"test-{index + 1}"], task, settings),
                 task,
             )
@@ -274,7 +276,7 @@ def _initial_network(
     return network, sources.hashes
 
 
-def _channels_last(network: nn.Module) -> nn.Module:
+def channels_last(network: nn.Module) -> nn.Module:
     """Store weights with the channels last: small networks then train a third faster on a CPU."""
     last: torch.memory_format = torch.channels_last_3d
     return network.to(memory_format=last)  # type: ignore[call-overload, no-any-return]
@@ -297,19 +299,22 @@ def _save(
 
 def _test(
     network: nn.Module, cases: Path, task: Task, settings: Settings, folder: Path
-) -> dict[str, dict[str, float | None]]:
-    """Write a label map for every test case and return the Dice per case and region."""
+) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Write a label map for every test case and return its Dice (`scores`) and HD95 by case and region."""
     pairs = {}
     for case in read_cases(cases / CASES, task, require_labels=True):
         path = folder / PREDICTIONS / f"{case.id}.nii.gz"
         predict_case(network, Case(case.id, case.images, None), task, _prepare_settings(settings), path)
         pairs[case.id] = (path, cast(Path, case.label))
     evaluation = evaluate_pairs(pairs, task, folder)
-    return {case: _dice(scores) for case, scores in evaluation.cases.items()}
+    return {
+        key: {case: _one(scores, metric) for case, scores in evaluation.cases.items()}
+        for key, metric in (("scores", "dice"), ("hd95", "hd95"))
+    }
 
 
-def _dice(scores: Scores) -> dict[str, float | None]:
-    return {region: score["dice"] for region, score in scores.items()}
+def _one(scores: Scores, metric: str) -> dict[str, float | None]:
+    return {region: score[metric] for region, score in scores.items()}
 
 
 def _in_source(
@@ -356,6 +361,25 @@ def _mean_dice(network: nn.Module, cases: Sequence[Prepared], task: Task) -> flo
     return sum(values) / len(values)
 
 
-def _forget_state(context: Context) -> None:
-    """Remove the state of the finished training: it is as large as three networks."""
+def _placed(network: nn.Module, settings: Settings) -> nn.Module:
+    """Move a network to where the plan computes."""
+    wanted = settings.get("accelerator", "cpu")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if wanted in ("auto", "gpu") else wanted
+    return network.to(device)
+
+
+def _told(history: History, context: Context) -> dict[str, Any]:
+    """Return what a training was, put the times beside it, and remove its state.
+
+    Times are no result: they go to a file of their own. The state is as large as three networks.
+    """
+    write_json(
+        context.folder / TIMES, {"seconds": round(history.seconds, 3), "validations": list(history.times)}
+    )
     (context.folder / TRAINING / STATE_NAME).unlink(missing_ok=True)
+    return {
+        "curve": history.curve("val_dice"),
+        "steps": len(history.rows),
+        "best_step": history.best_step,
+        "stopped": history.stopped,
+    }

@@ -1,8 +1,8 @@
 """Statistics of paired comparisons over cases and seeds.
 
-Scores of one method are an array `[seeds, cases]`; the same cases, in the same order, are scored for every
-method. Cases are the units of the test (each case's score is its mean over seeds); the bootstrap resamples
-cases and seeds.
+Scores of one method are an array `[seeds, cases]`, or `[draws, seeds, cases]` where training data were drawn
+several times; the same cases, in the same order, are scored for every method. Cases are the units of the
+test (each case's score is its mean over all runs); the bootstrap resamples cases, draws and seeds of a draw.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,8 @@ class Comparison:
         high: upper end of that interval.
         p: Wilcoxon signed-rank p-value, two-sided.
         p_holm: the same after Holm's correction over all comparisons made together.
-        seed_spread: standard deviation over seeds of the difference of the seeds' means; 0 for one seed.
+        seed_spread: standard deviation over runs of the difference of their means; 0 for one run.
+        effect: matched-pairs rank-biserial correlation of a and b, see `rank_biserial`.
     """
 
     a: str
@@ -40,6 +41,7 @@ class Comparison:
     p: float
     p_holm: float
     seed_spread: float
+    effect: float = 0.0
 
     @property
     def beyond_chance(self) -> bool:
@@ -72,6 +74,26 @@ def wilcoxon(a: ArrayLike, b: ArrayLike) -> float:
     return float(stats.wilcoxon(difference).pvalue)
 
 
+def rank_biserial(a: ArrayLike, b: ArrayLike) -> float:
+    """Matched-pairs rank-biserial correlation r = (W₊ − W₋) / (W₊ + W₋) (Kerby 2014); 0 if no pair differs.
+
+    W₊ and W₋ are the sums of the ranks of |a − b| over the pairs with a > b and a < b, equal pairs left out.
+
+    Args:
+        a: scores `[cases]`.
+        b: scores of the same cases, `[cases]`.
+
+    Returns:
+        From −1 (a is lower in every pair) to 1 (a is higher in every pair).
+    """
+    difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    difference = difference[difference != 0]
+    if not difference.size:
+        return 0.0
+    ranks = stats.rankdata(np.abs(difference))
+    return float((ranks * np.sign(difference)).sum() / ranks.sum())
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down correction (Holm 1979): p₍ᵢ₎ → max over j ≤ i of min(1, (m − j + 1)·p₍ⱼ₎).
 
@@ -92,10 +114,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def bootstrap_interval(
     scores: ArrayLike, *, confidence: float = 0.95, resamples: int = 4000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean, seeds and cases both drawn with replacement (Efron 1979).
+    """Percentile bootstrap interval of the mean (Efron 1979) over cases and, nested, draws and their seeds.
+
+    Each resample takes cases, draws of the training data, and seeds within these draws, with replacement.
 
     Args:
-        scores: `[seeds, cases]`.
+        scores: `[seeds, cases]` or `[draws, seeds, cases]`.
         confidence: coverage of the interval.
         resamples: number of draws.
         seed: of the draws.
@@ -104,10 +128,21 @@ def bootstrap_interval(
         Lower and upper end.
     """
     values = _checked(scores)
+    if values.ndim == 2:
+        values = values[None]
+    draws, seeds, cases = values.shape
     generator = np.random.default_rng(seed)
-    seeds = generator.integers(values.shape[0], size=(resamples, values.shape[0]))
-    cases = generator.integers(values.shape[1], size=(resamples, values.shape[1]))
-    means = values[seeds[:, :, None], cases[:, None, :]].mean(axis=(1, 2))
+    which_draw = (
+        generator.integers(draws, size=(resamples, draws)) if draws > 1 else np.zeros((resamples, 1), int)
+    )
+    which_seed = generator.integers(seeds, size=(resamples, draws, seeds))
+    which_case = generator.integers(cases, size=(resamples, cases))
+    # One draw and seed after the other: the whole array of resamples could be many gigabytes.
+    per_case = np.zeros((resamples, cases))
+    for draw in range(draws):
+        for number in range(seeds):
+            per_case += values[which_draw[:, draw], which_seed[:, draw, number]]
+    means = np.take_along_axis(per_case, which_case, axis=1).mean(axis=1) / (draws * seeds)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
@@ -116,7 +151,7 @@ def compare(scores: dict[str, Scores], pairs: Sequence[tuple[str, str]]) -> list
     """Compare pairs of methods, with Holm's correction over all the pairs.
 
     Args:
-        scores: method → `[seeds, cases]`.
+        scores: method → `[seeds, cases]` or `[draws, seeds, cases]`.
         pairs: (a, b) by name.
 
     Returns:
@@ -134,17 +169,31 @@ def compare(scores: dict[str, Scores], pairs: Sequence[tuple[str, str]]) -> list
                 f"(got {first.shape} vs {second.shape})"
             )
         differences.append(first - second)
-    p_values = [wilcoxon(d.mean(axis=0), np.zeros(d.shape[1])) for d in differences]
+    per_case = [d.reshape(-1, d.shape[-1]).mean(axis=0) for d in differences]
+    p_values = [wilcoxon(d, np.zeros_like(d)) for d in per_case]
     return [
-        Comparison(a, b, float(d.mean()), *bootstrap_interval(d), p, p_holm, mean_spread(d.mean(axis=1))[1])
-        for (a, b), d, p, p_holm in zip(pairs, differences, p_values, holm(p_values), strict=True)
+        Comparison(
+            a,
+            b,
+            float(d.mean()),
+            *bootstrap_interval(d),
+            p,
+            p_holm,
+            mean_spread(d.mean(axis=-1).ravel())[1],
+            rank_biserial(cases, np.zeros_like(cases)),
+        )
+        for (a, b), d, cases, p, p_holm in zip(
+            pairs, differences, per_case, p_values, holm(p_values), strict=True
+        )
     ]
 
 
 def _checked(scores: ArrayLike) -> Scores:
     values = np.asarray(scores, dtype=np.float64)
-    if values.ndim != 2 or values.size == 0:
-        raise InputError(f"statistics: expected scores [seeds, cases] (got shape {values.shape})")
+    if values.ndim not in (2, 3) or values.size == 0:
+        raise InputError(
+            f"statistics: expected scores [seeds, cases] or [draws, seeds, cases] (got shape {values.shape})"
+        )
     if not np.isfinite(values).all():
         raise InputError("statistics: expected finite scores (got NaN or infinity)")
     return values

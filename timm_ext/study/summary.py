@@ -24,6 +24,8 @@ class MethodResult:
         dice: test Dice `[seeds, cases, regions]`.
         curves: per seed, pairs of (steps so far, mean validation Dice).
         seconds: mean computing time of a run, adaptation included.
+        hd95: test HD95 in mm, shaped as `dice`; NaN where one of prediction and truth is empty.
+        clocks: per seed, pairs of (seconds so far, mean validation Dice).
     """
 
     key: str
@@ -33,6 +35,8 @@ class MethodResult:
     dice: Array
     curves: tuple[tuple[tuple[int, float], ...], ...]
     seconds: float
+    hd95: Array | None = None
+    clocks: tuple[tuple[tuple[float, float], ...], ...] = ()
 
     @property
     def per_case(self) -> Array:

@@ -23,6 +23,7 @@ SINGLE_THREAD = {
     "OPENBLAS_NUM_THREADS": "1",
     "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS": "1",
 }
+_OF_TORCHRUN = {"TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,18 @@ def call_step(job: Job, report: Callable[[float], None]) -> dict[str, Any]:
     return result
 
 
-def serve(connection: Connection) -> None:
-    """Work off jobs until None arrives; end at once when the runner is gone, however it went."""
+def serve(connection: Connection, gpu: str | None = None) -> None:
+    """Work off jobs until None arrives; end at once when the runner is gone, however it went.
+
+    Args:
+        connection: to the runner.
+        gpu: the only one that this process may use, as CUDA_VISIBLE_DEVICES names it; None leaves all.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in _OF_TORCHRUN & os.environ.keys():  # this process trains alone
+        del os.environ[name]
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     import torch
 
     torch.set_num_threads(1)

@@ -46,6 +46,7 @@ class History:
         best_step: the step with the lowest validation loss, None without validation cases.
         stopped: `steps` when the budget was used up, `plateau` when the validation loss had stopped falling.
         seconds: time spent, in all processes' common wall clock, interruptions left out.
+        times: (step, seconds) of the validations, by the same clock.
     """
 
     rows: tuple[Row, ...]
@@ -53,6 +54,7 @@ class History:
     best_step: int | None
     stopped: Literal["steps", "plateau"]
     seconds: float
+    times: tuple[tuple[int, float], ...] = ()
 
     def curve(self, column: str) -> list[tuple[int, float]]:
         """Return (step, value) of a column where it has one."""
@@ -170,6 +172,7 @@ class _Run:
         self.round_losses: list[float] = []
         self.observations: list[tuple[int, Tensor]] = []
         self.seconds = 0.0
+        self.times: list[tuple[int, float]] = []
         self.clock = time.monotonic()
         self.saved_step: int | None = None
 
@@ -239,6 +242,7 @@ class _Run:
             best_step=None if self.best is None else self.best["step"],
             stopped="plateau" if self.schedule.exhausted else "steps",
             seconds=self.seconds,
+            times=tuple(self.times),
         )
 
     def close(self) -> None:
@@ -283,6 +287,7 @@ class _Run:
         if improved and self.val_set is not None:
             self.best = {"step": self.step, "weights": weights_of(self.model)}
         self._observe()
+        self.times.append((self.step, self.seconds + time.monotonic() - self.clock))
         return row
 
     def _observe(self) -> None:
@@ -317,6 +322,7 @@ class _Run:
                     "round_losses": self.round_losses,
                     "observations": self.observations,
                     "seconds": self.seconds,
+                    "times": self.times,
                 },
             )
         self.fabric.barrier()
@@ -340,6 +346,7 @@ class _Run:
         self.round_losses = state["round_losses"]
         self.observations = [tuple(pair) for pair in state["observations"]]
         self.seconds = state["seconds"]
+        self.times = [tuple(pair) for pair in state.get("times", [])]
         length: int = state["log_length"]
         return length
 

@@ -1,0 +1,59 @@
+import shutil
+
+import pytest
+
+from timm_ext.data.generate import GenerateSettings, generate_cases
+from timm_ext.data.layouts import read_cases
+from timm_ext.data.prepare import PrepareSettings
+from timm_ext.data.tasks import get_task
+from timm_ext.errors import InputError
+from timm_ext.study.data_stages import prepare_pool, take_cases
+from timm_ext.study.settings import to_json
+from timm_ext.study.worker import Context
+
+KINDS = {"T1": "t1", "T1c": "t1ce", "T2": "t2", "FLAIR": "flair", "label": "seg"}
+
+
+@pytest.fixture(scope="module")
+def brats(tmp_path_factory):
+    """A folder as BraTS has it."""
+    raw, folder = tmp_path_factory.mktemp("raw"), tmp_path_factory.mktemp("BraTS")
+    generate_cases(raw, GenerateSettings(spacing=8.0, size=(20, 24, 20)), 3)
+    for file in raw.rglob("*.nii.gz"):
+        case, kind = file.name.removesuffix(".nii.gz").rsplit("_", 1)
+        (folder / case).mkdir(exist_ok=True)
+        shutil.copy(file, folder / case / f"{case}_{KINDS[kind]}.nii.gz")
+    return folder
+
+
+def context(folder):
+    folder.mkdir(exist_ok=True)
+    return Context(folder, lambda fraction: None)
+
+
+def settings(brats, **more):
+    prepare = PrepareSettings(spacing=8.0, size=(16, 24, 16))
+    return {"prepare": to_json(prepare), "task": "brats", "data": str(brats), **more}
+
+
+def test_a_pool_is_prepared_once_for_all_that_take_from_it(brats, tmp_path):
+    files = {f"case-{i:03d}": {} for i in range(3)}
+    assert prepare_pool(settings(brats, files=files), {}, context(tmp_path / "pool")) == {"cases": 3}
+    prepared = sorted(path.name for path in (tmp_path / "pool" / "prepared").iterdir())
+    assert len(prepared) == 3
+    wanted = settings(brats, cases=["case-002", "case-000"])
+    for _ in range(2):  # a second attempt finds what the first left
+        result = take_cases(wanted, {"pool": tmp_path / "pool"}, context(tmp_path / "part"))
+    assert result == {"cases": ["case-000", "case-002"]}
+    cases = read_cases(tmp_path / "part" / "cases", get_task("brats"), require_labels=True)
+    assert [case.id for case in cases] == ["case-000", "case-002"]
+    assert sorted(path.name for path in (tmp_path / "part" / "prepared").iterdir()) == prepared
+
+
+def test_a_data_set_that_has_changed_is_refused(brats, tmp_path):
+    with pytest.raises(InputError, match=r"expected the cases of the plan \(changed: case-002, other\)"):
+        prepare_pool(
+            settings(brats, files={"case-000": {}, "case-001": {}, "other": {}}),
+            {},
+            context(tmp_path / "pool"),
+        )

@@ -1,0 +1,50 @@
+"""The steps that take cases from the user's own data sets: prepared once, shared by all comparisons."""
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from timm_ext.data.layouts import LIST_NAME, Case, read_cases, write_list
+from timm_ext.data.prepare import PrepareSettings, prepare_case
+from timm_ext.data.tasks import get_task
+from timm_ext.errors import InputError
+from timm_ext.study.stages import CACHE, CASES
+from timm_ext.study.worker import Context
+
+Settings = Mapping[str, Any]
+Inputs = Mapping[str, Path]
+
+
+def prepare_pool(settings: Settings, inputs: Inputs, context: Context) -> dict[str, Any]:
+    """Prepare all cases of a data set; settings: `data`, `task`, `prepare`, `files` (their sizes by case)."""
+    task = get_task(settings["task"])
+    prepare = PrepareSettings(**settings["prepare"])
+    cases = read_cases(settings["data"], task, require_labels=True)
+    if changed := sorted({case.id for case in cases} ^ settings["files"].keys()):
+        raise InputError(
+            f"{settings['data']}: expected the cases of the plan (changed: {', '.join(changed)})"
+        )
+    present: set[int] = set()
+    for number, case in enumerate(cases, 1):
+        present.update(prepare_case(case, task, prepare, context.folder / CACHE).present)
+        context.report(number / len(cases))
+    task.check_exclusive(present, settings["data"])
+    return {"cases": len(cases)}
+
+
+def take_cases(settings: Settings, inputs: Inputs, context: Context) -> dict[str, Any]:
+    """List some cases of a prepared data set; settings: `data`, `task`, `cases`. Input: `pool`."""
+    chosen = set(settings["cases"])
+    cases = [case for case in read_cases(settings["data"], get_task(settings["task"])) if case.id in chosen]
+    write_list(context.folder / CASES / LIST_NAME, [_absolute(case) for case in cases])
+    link = context.folder / CACHE
+    with suppress(FileExistsError):
+        link.symlink_to(os.path.relpath(inputs["pool"] / CACHE, context.folder))
+    return {"cases": [case.id for case in cases]}
+
+
+def _absolute(case: Case) -> Case:
+    images = {modality: path.resolve() for modality, path in case.images.items()}
+    return Case(case.id, images, None if case.label is None else case.label.resolve())

@@ -1,0 +1,126 @@
+"""A study as many comparisons: one plan for each number of training cases and draw, with shared steps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from timm_ext.data.generate import PHANTOM
+from timm_ext.errors import InputError
+from timm_ext.merging.methods import get_method
+from timm_ext.study.parts import available_train_cases
+from timm_ext.study.plan import Plan, make_plan
+from timm_ext.study.records import Step, with_needs
+from timm_ext.study.settings import PlanSettings, StudySettings
+
+
+@dataclass(frozen=True)
+class Study:
+    """The plans of a study.
+
+    Attributes:
+        settings: what it was made from, epochs turned into steps only in the plans.
+        train_cases: the numbers of training cases, ascending.
+        plans: (number of training cases, draw) → plan; source networks and the like are the same in all.
+    """
+
+    settings: StudySettings
+    train_cases: tuple[int, ...]
+    plans: dict[tuple[int, int], Plan]
+
+    @property
+    def steps(self) -> list[Step]:
+        """All steps, each once, needed ones first."""
+        return with_needs(step for plan in self.plans.values() for step in plan.steps)
+
+
+def make_study(settings: StudySettings, step_seconds: float | None = None) -> Study:
+    """Lay out the steps of a study.
+
+    Args:
+        settings: of the study.
+        step_seconds: what one training step takes, for the time left only; None guesses.
+
+    Raises:
+        InputError: settings that do not fit together, an unknown method, or data that cannot be read or are
+            too few; before anything is computed.
+    """
+    _check_lists(settings)
+    settings = _with_absolute_source(settings)
+    counts = _train_cases(settings)
+    plans = {
+        (count, draw): make_plan(_plan_settings(settings, count, draw), step_seconds)
+        for count in counts
+        for draw in settings.draws
+    }
+    return Study(settings, counts, plans)
+
+
+def _check_lists(settings: StudySettings) -> None:
+    for name in ("methods", "seeds", "draws", "source_tasks"):
+        if not getattr(settings, name):
+            raise InputError(f"{name}: expected at least one (got none)")
+    for name in ("methods", "seeds", "draws", "train_cases", "fractions", "references"):
+        values = getattr(settings, name)
+        if len(set(values)) < len(values):
+            raise InputError(f"{name}: expected each once (got {_listed(values)})")
+    for name in ("seeds", "draws"):
+        if min(getattr(settings, name)) < 0:
+            raise InputError(f"{name}: must be 0 or more (got {_listed(getattr(settings, name))})")
+    for name in settings.methods:
+        get_method(name)
+    if strangers := [name for name in settings.references if name not in settings.methods]:
+        raise InputError(f"references: expected some of {', '.join(settings.methods)} (got {strangers[0]!r})")
+
+
+def _with_absolute_source(settings: StudySettings) -> StudySettings:
+    """Name the label maps by their absolute path: it is part of the question that a step answers."""
+    if settings.source == PHANTOM:
+        return settings
+    return replace(settings, source=str(Path(settings.source).resolve()))
+
+
+def _train_cases(settings: StudySettings) -> tuple[int, ...]:
+    """Return the numbers of training cases.
+
+    Raises:
+        InputError: neither or both of numbers and fractions, or one that is out of range.
+    """
+    if bool(settings.train_cases) == bool(settings.fractions):
+        raise InputError(
+            f"plan: expected train_cases or fractions, one of them (got {_listed(settings.train_cases)} and "
+            f"{_listed(settings.fractions)})"
+        )
+    on_disk = available_train_cases(settings)
+    available = settings.pool if on_disk is None else on_disk
+    if bad := [fraction for fraction in settings.fractions if not 0 < fraction <= 1]:
+        raise InputError(f"fractions: must be greater than 0 and at most 1 (got {bad[0]:g})")
+    if settings.fractions and available is None:
+        raise InputError("fractions: expected pool, the number of training cases that they are shares of")
+    counts = settings.train_cases or tuple(round(f * (available or 0)) for f in settings.fractions)
+    if min(counts) < 1:
+        raise InputError(f"train_cases: must be at least 1 (got {min(counts)})")
+    if available is not None and max(counts) > available:
+        raise InputError(
+            f"train_cases: expected at most the {available} available training cases (got {max(counts)})"
+        )
+    return tuple(sorted(set(counts)))
+
+
+def _plan_settings(settings: StudySettings, count: int, draw: int) -> PlanSettings:
+    values: dict[str, Any] = {**settings.common(), "train_cases": count, "draw": draw, "numbered": True}
+    for epochs, steps, cases in (
+        ("source_epochs", "source_steps", settings.source_cases),
+        ("epochs", "steps", count),
+        ("adapt_epochs", "adapt_steps", count),
+    ):
+        if (number := getattr(settings, epochs)) is not None:
+            if number < 1:
+                raise InputError(f"{epochs}: must be at least 1 (got {number})")
+            values[steps] = number * ceil(cases / settings.batch_size)
+    return PlanSettings(**values)
+
+
+def _listed(values: Sequence[object]) -> str:
+    return ", ".join(map(str, values)) or "none"

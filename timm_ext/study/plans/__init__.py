@@ -1,0 +1,1 @@
+"""Plan files that `timm-ext study` knows by name."""
