@@ -24,7 +24,7 @@ import torch
 
 from benchmarks import fisher_rivals as rivals
 from benchmarks.machine import environment, median_ratio, milliseconds, peak_bytes
-from timm_ext.files import write_json
+from timm_ext.files import read_json, write_json
 from timm_ext.training.device import keep_freed_memory
 
 LEAST_ROUNDS = 3
@@ -132,10 +132,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=9, help="at most; at least 3")
     parser.add_argument("--seconds", type=float, default=20.0, help="after which no round of a row begins")
     parser.add_argument("--memory-batch", type=int, default=8)
+    parser.add_argument("--add", action="store_true", help="rows to an existing result, without the rest")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     facts = {**environment(options.device), "memory_kept": keep_freed_memory()}
     result: dict[str, Any] = {"environment": facts, "rows": [], "memory": []}
+    if options.add:
+        result = read_json(options.output)
     for base in options.base:
         for edge in options.edge:
             for batch in options.batch:
@@ -144,9 +147,10 @@ def main(arguments: list[str]) -> None:
                 write_json(options.output, result)
             result["memory"].append(memory_row(options, (base, edge, options.memory_batch)))
             print(json.dumps(result["memory"][-1]), flush=True)
-    result["sampling"] = sampling_row(options)
-    print(json.dumps(result["sampling"]), flush=True)
-    write_json(options.output, result)
+    if not options.add:
+        result["sampling"] = sampling_row(options)
+        print(json.dumps(result["sampling"]), flush=True)
+        write_json(options.output, result)
 
 
 if __name__ == "__main__":
