@@ -247,6 +247,7 @@ def test_bank_of_networks_with_other_tasks() -> None:
     target = Segmenter(3, 3)
     sources = {"M1": Segmenter(2, 5), "M2": Segmenter(2, 7)}
     with torch.no_grad():
+        target.enter.weight[:, 1] = torch.tensor([[10.0], [20.0]])
         sources["M1"].enter.weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]])[:, :, None])
         sources["M2"].enter.weight.copy_(torch.tensor([[5.0, 6.0], [7.0, 8.0]])[:, :, None])
     made = assemble_bank(
@@ -258,7 +259,7 @@ def test_bank_of_networks_with_other_tasks() -> None:
         target_modalities=["T1", "T1c", "T2"],
         input_layers=["enter.weight"],
     )
-    assert made.theta.tolist() == [[1, 1, 2, 3, 3, 4], [6, 6, 5, 8, 8, 7]]
+    assert made.theta.tolist() == [[1, 10, 2, 3, 20, 4], [6, 10, 5, 8, 20, 7]]
     assert made.fisher is None
 
 
