@@ -205,14 +205,17 @@ def test_mixed_precision_runs(tmp_path):
     assert math.isfinite(history.rows[-1]["loss"])
 
 
-def test_nan_loss_names_step_and_cases(tmp_path):
+@pytest.mark.parametrize(
+    ("precision", "advice"), [("32-true", "check these"), ("bf16-mixed", "32-true on a CPU")]
+)
+def test_nan_loss_names_step_and_cases(tmp_path, precision, advice):
     class Poisoned(Blobs):
         def sample(self, index, epoch):
             sample = super().sample(index, epoch)
             return sample | {"image": sample["image"] * float("nan")} if epoch == 1 else sample
 
-    with pytest.raises(InputError, match=r"the loss is nan at step 3 \(cases case\d, case\d\)"):
-        Trainer(settings(steps=9), tmp_path).fit(small_network(), Poisoned(4), Blobs(1))
+    with pytest.raises(InputError, match=rf"the loss is nan at step 3 \(cases case\d, case\d\); .*{advice}"):
+        Trainer(settings(steps=9, precision=precision), tmp_path).fit(small_network(), Poisoned(4), Blobs(1))
 
 
 def test_nan_in_validation_names_the_case(tmp_path):

@@ -41,7 +41,7 @@ class TrainSettings:
         patch: edges D, H, W of the patches that are trained on, None for whole volumes; validation then
             uses a sliding window of this size. The data set cuts the patches.
         augment: whether the data set varies the training examples.
-        precision: `32-true`, `bf16-mixed` or `16-mixed`.
+        precision: `32-true`, `bf16-mixed` or `16-mixed`; the last two are for GPUs.
         seed: decides the order of the examples, their augmentation and the dropout.
         accelerator: `auto`, `cpu`, `cuda`, ... (Lightning Fabric).
         devices: number of devices of this machine; under torchrun its number of processes holds instead.

@@ -266,12 +266,18 @@ class _Run:
         if not math.isfinite(value):
             raise InputError(
                 f"training: the loss is {value} at step {self.step + 1} (cases {', '.join(batch['id'])}); "
-                "check these cases or lower the learning rate"
+                f"{self._advice()}"
             )
         self.fabric.backward(loss)
         self.optimizer.step()
         self.round_losses.append(value)
         return value
+
+    def _advice(self) -> str:
+        if self.fabric.device.type == "cpu" and self.settings.precision != "32-true":
+            # oneDNN's bfloat16 weight gradient of a 2³ grid reads memory that nobody wrote (torch 2.13.0).
+            return "use precision=32-true on a CPU, where half precision can give NaN on the coarsest grids"
+        return "check these cases or lower the learning rate"
 
     def _finish_round(self) -> Row:
         """Validate, and let the schedule and the best weights follow."""
