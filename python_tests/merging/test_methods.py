@@ -52,6 +52,8 @@ def values(model: nn.Module) -> list[float]:
         ("mean-imm", [(2 + 6) / 2, (10 + 30) / 2]),
         ("mode-imm", [(3 * 2 + 1 * 6) / 4, (10 + 30) / 2]),
         ("imm-warmup", [3, 20]),
+        ("mean-imm-probe", [4, 20]),
+        ("transfer-2-probe", [6, 30]),
     ],
 )
 def test_values_by_hand(name: str, shared: list[float]) -> None:
@@ -99,8 +101,12 @@ def test_names_for_two_models() -> None:
             "scratch",
             "transfer-1",
             "transfer-2",
+            "transfer-1-probe",
+            "transfer-2-probe",
             "mean-imm",
             "mode-imm",
+            "mode-imm-normalized",
+            "mean-imm-probe",
             "imm-warmup",
             "t-imm",
             "t-imm-extra",
@@ -125,6 +131,8 @@ def test_every_method_says_what_it_is() -> None:
         assert method.extra_steps == (name == "t-imm-extra")
         assert method.aligned == name.endswith("-aligned")
         assert method.transfer_norms == (name == "t-imm-norms")
+        assert (method.normalize == "tensor") == name.endswith("-normalized")
+        assert (method.adapt == "specific") == (name.endswith("-probe") or name == "imm-warmup")
     learned = {m.name: m.granularity for m in METHODS if m.adapt == "logits"}
     assert learned == {
         "t-imm": "layer",
@@ -202,7 +210,10 @@ def test_free_weights_refuse_fishers() -> None:
         build_initialisation("t-imm-kernel", *convolutions(), mixing="free")
 
 
-@pytest.mark.parametrize("name", ["timm", "transfer-0", "transfer-x", "transfer", "transfer--1"])
+@pytest.mark.parametrize(
+    "name",
+    ["timm", "transfer-0", "transfer-x", "transfer", "transfer--1", "transfer-probe", "transfer-1-prob"],
+)
 def test_unknown_method_lists_the_known_ones(name: str) -> None:
     with pytest.raises(
         InputError, match=rf"method: expected one of scratch, .*mean-imm, .*t-imm.* \(got '{name}'\)"

@@ -76,6 +76,17 @@ def test_the_comparison_of_the_demo_stays_as_it_is():
     }
 
 
+def test_a_linear_probe_takes_its_steps_from_fine_tuning():
+    settings = PlanSettings(methods=("transfer-2", "transfer-2-probe", "mean-imm-probe"), seeds=(0,))
+    plan = make_plan(settings)
+    assert set(plan.adaptations) == {("transfer-2-probe", 0), ("mean-imm-probe", 0)}
+    for name in settings.methods[1:]:
+        run, probe = plan.runs[name, 0], plan.adaptations[name, 0]
+        assert run.needs["start"] is probe
+        assert run.settings["train"]["steps"] + probe.settings["train"]["steps"] == settings.steps
+    assert plan.adaptations["transfer-2-probe", 0].digest != plan.adaptations["mean-imm-probe", 0].digest
+
+
 @pytest.mark.parametrize("name", ["t-imm-norms", "t-imm-kernel", "medmerge", "medmerge-aligned"])
 def test_methods_that_adapt_otherwise_share_no_adaptation(name):
     plan = make_plan(PlanSettings(methods=("t-imm", "medmerge", "t-imm-kernel", name), seeds=(0,)))
