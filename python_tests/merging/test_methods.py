@@ -54,6 +54,8 @@ def values(model: nn.Module) -> list[float]:
         ("imm-warmup", [3, 20]),
         ("mean-imm-probe", [4, 20]),
         ("transfer-2-probe", [6, 30]),
+        ("transfer-2-l2", [6, 30]),
+        ("transfer-1-drop", [2, 10]),
     ],
 )
 def test_values_by_hand(name: str, shared: list[float]) -> None:
@@ -103,6 +105,10 @@ def test_names_for_two_models() -> None:
             "transfer-2",
             "transfer-1-probe",
             "transfer-2-probe",
+            "transfer-1-l2",
+            "transfer-2-l2",
+            "transfer-1-drop",
+            "transfer-2-drop",
             "mean-imm",
             "mode-imm",
             "mode-imm-normalized",
@@ -131,6 +137,8 @@ def test_every_method_says_what_it_is() -> None:
         assert method.extra_steps == (name == "t-imm-extra")
         assert method.aligned == name.endswith("-aligned")
         assert method.transfer_norms == (name == "t-imm-norms")
+        assert (method.l2_transfer > 0) == name.endswith("-l2")
+        assert (method.drop_transfer > 0) == name.endswith("-drop")
         assert (method.normalize == "tensor") == name.endswith("-normalized")
         assert (method.adapt == "specific") == (name.endswith("-probe") or name == "imm-warmup")
     learned = {m.name: m.granularity for m in METHODS if m.adapt == "logits"}

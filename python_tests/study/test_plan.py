@@ -87,6 +87,59 @@ def test_a_linear_probe_takes_its_steps_from_fine_tuning():
     assert plan.adaptations["transfer-2-probe", 0].digest != plan.adaptations["mean-imm-probe", 0].digest
 
 
+def ties_of(step):
+    return {name: step.settings["train"].get(name) for name in ("l2_transfer", "drop_transfer")}
+
+
+def test_ties_of_fine_tuning_come_from_plan_method_and_single_methods():
+    settings = PlanSettings(
+        methods=("scratch", "transfer-2", "transfer-2-l2", "transfer-2-drop", "transfer-1-l2"),
+        seeds=(0,),
+        train={"l2_transfer": 0.5},
+        method_train={"transfer-1-l2": {"l2_transfer": 0.25, "augment": True}},
+    )
+    runs = make_plan(settings).runs
+    assert ties_of(runs["scratch", 0]) == {"l2_transfer": None, "drop_transfer": None}
+    assert ties_of(runs["transfer-2", 0]) == {"l2_transfer": 0.5, "drop_transfer": None}
+    assert ties_of(runs["transfer-2-l2", 0]) == {"l2_transfer": 1e-2, "drop_transfer": None}
+    assert ties_of(runs["transfer-2-drop", 0]) == {"l2_transfer": 0.5, "drop_transfer": 0.5}
+    assert ties_of(runs["transfer-1-l2", 0]) == {"l2_transfer": 0.25, "drop_transfer": None}
+    assert [run.settings["train"]["augment"] for run in runs.values()] == [False] * 4 + [True]
+
+
+def test_forgetting_of_an_initialisation_is_scored_once():
+    methods = ("transfer-1", "transfer-1-l2", "transfer-1-drop", "transfer-1-probe", "mode-imm-normalized")
+    (step,) = make_plan(PlanSettings(methods=methods)).forgetting
+    assert step.settings["methods"] == ["transfer-1", "mode-imm-normalized"]
+
+
+def test_ties_of_source_training_begin_with_the_second():
+    plain, tied = (make_plan(PlanSettings(source_train=given)) for given in ({}, {"drop_transfer": 0.5}))
+    assert plain.models[0].digest == tied.models[0].digest
+    assert ties_of(tied.models[1]) == {"l2_transfer": None, "drop_transfer": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"source_train": {"l2_transfer": 1}, "chain": False},
+            r"source_train: expected chain .* l2_transfer",
+        ),
+        ({"adapt_train": {"l2_transfer": 1}}, "adapt_train: unknown field l2_transfer"),
+        (
+            {"method_train": {"transfer-3": {}}},
+            r"method_train: expected some of scratch, .* \(got 'transfer-3'",
+        ),
+        ({"method_train": {"t-imm": {"rate": 1}}}, "train: unknown field rate"),
+        ({"train": {"drop_transfer": 2.0}}, "drop_transfer must be at least 0 and less than 1"),
+    ],
+)
+def test_ties_that_cannot_be(changes, message):
+    with pytest.raises(InputError, match=message):
+        make_plan(PlanSettings(**changes))
+
+
 @pytest.mark.parametrize("name", ["t-imm-norms", "t-imm-kernel", "medmerge", "medmerge-aligned"])
 def test_methods_that_adapt_otherwise_share_no_adaptation(name):
     plan = make_plan(PlanSettings(methods=("t-imm", "medmerge", "t-imm-kernel", name), seeds=(0,)))

@@ -46,6 +46,8 @@ class Method:
         transfer_norms: the norms are shared, too.
         models: the least number of source models.
         normalize: how the Fishers of the bank are scaled before merging, see `Bank.build`.
+        l2_transfer: λ in fine-tuning that stays near its start, see `timm_ext.training.transfer.Tie`.
+        drop_transfer: p of the same.
     """
 
     name: str
@@ -60,6 +62,8 @@ class Method:
     transfer_norms: bool = False
     models: int = 1
     normalize: Normalization | None = None
+    l2_transfer: float = 0.0
+    drop_transfer: float = 0.0
 
 
 def uniform_merge(bank: Bank, *, with_fisher: bool) -> Tensor:
@@ -192,6 +196,18 @@ TRANSFERS: tuple[Method, ...] = (
         "Transfer, linear probe first",
         f"{_KUMAR}: one source model, of which first the task-specific layers alone are trained",
         adapt="specific",
+    ),
+    Method(
+        "transfer-l2",
+        "Transfer, L2-transfer",
+        f"{_LEE}: one source model, fine-tuned with λ ‖θ − θ_start‖² in the loss",
+        l2_transfer=1e-2,
+    ),
+    Method(
+        "transfer-drop",
+        "Transfer, drop-transfer",
+        f"{_LEE}: one source model, fine-tuned with output channels put back to θ_start at random",
+        drop_transfer=0.5,
     ),
 )
 """Kinds of transfer from one source model; from the second they are `transfer-2`, `transfer-2-probe`, …"""

@@ -11,7 +11,7 @@ from timm_ext.study.parts import STAGES, case_steps, check_fields, prepare_setti
 from timm_ext.study.records import Step
 from timm_ext.study.settings import PlanSettings, to_json
 from timm_ext.study.sources import Recipe
-from timm_ext.training.settings import TrainSettings
+from timm_ext.training.settings import TIES, TrainSettings
 
 # Seconds per training step and voxel of a pair of volumes on one core, for the time left only.
 _SECONDS_PER_STEP = 0.2
@@ -69,6 +69,7 @@ class _Planner:
     def __init__(self, settings: PlanSettings, step_seconds: float | None) -> None:
         self.settings = settings
         self.methods = [_method(name, len(settings.source_tasks)) for name in settings.methods]
+        _check_ties(settings)
         self.common: dict[str, Any] = {"prepare": to_json(prepare_settings(settings))}
         self.network = {"name": settings.network, "options": dict(settings.options)}
         voxels = settings.size[0] * settings.size[1] * settings.size[2]
@@ -102,7 +103,8 @@ class _Planner:
     ) -> dict[str, Any]:
         """Return training settings: those of the plan, then the defaults, then what the user gives."""
         settings = self.settings
-        check_fields(name, given, {field.name for field in fields(TrainSettings)} - _SET_ELSEWHERE)
+        elsewhere = _SET_ELSEWHERE | ({*TIES} if name == "adapt_train" else set())
+        check_fields(name, given, {field.name for field in fields(TrainSettings)} - elsewhere)
         every = settings.validate_every
         return TrainSettings(
             **{"stop_patience": None, "keep": "last", **defaults, **given},
@@ -126,6 +128,7 @@ class _Planner:
 
     def _model(self, number: int, cases: Mapping[str, Step], earlier: list[Step]) -> Step:
         settings = self.settings
+        starts = bool(earlier) and settings.chain
         values = {
             **self.common,
             "task": settings.source_tasks[number - 1],
@@ -136,12 +139,12 @@ class _Planner:
                 settings.source_steps,
                 settings.source_lr,
                 settings.source_seed + number,
-                settings.source_train,
+                settings.source_train if starts else _without_ties(settings.source_train),
                 schedule="cosine",
             ),
         }
         needs = {"train": cases[f"source-{number}"], "test": cases[f"source-{number}-test"]}
-        if earlier and settings.chain:
+        if starts:
             needs["parent"] = earlier[-1]
         cost = self._training_cost(settings.source_steps, settings.source_cases, settings.source_test)
         return Step(f"train-M{number}", f"{STAGES}:train_source", values, needs, cost)
@@ -204,7 +207,7 @@ class _Planner:
             "recipe": to_json(Recipe(seed=seed)),
             # At a constant rate the last step's Dice varies more than the methods differ.
             "train": self._train(
-                "train", steps, settings.lr, seed, settings.train, schedule="constant", keep="best"
+                "train", steps, settings.lr, seed, self._given(method), schedule="constant", keep="best"
             ),
         }
         needs = {part: cases[part] for part in ("train", "val", "test")}
@@ -219,19 +222,28 @@ class _Planner:
         name = f"run-{method.name}-seed{seed}{settings.suffix}"
         return Step(name, f"{STAGES}:tune_and_test", values, needs, cost)
 
+    def _given(self, method: Method) -> dict[str, Any]:
+        """Return what user and method say of fine-tuning; without a source there is nothing to tie to."""
+        single = (self.settings.method_train or {}).get(method.name, {})
+        given = {**self.settings.train, **_ties(method), **single}
+        return given if method.models else _without_ties(given)
+
     def _forgetting(
         self,
         cases: Mapping[str, Step],
         sources: Mapping[str, Step],
         adaptations: Mapping[tuple[str, int], Step],
     ) -> tuple[Step, ...]:
-        """Score fixed and learned merges; in a study the fixed ones once for all sets of training cases."""
+        """Score fixed and learned merges; in a study the fixed ones once for all sets of training cases.
+
+        Methods that differ in fine-tuning alone start as another one does.
+        """
         learned = {
             f"{name}-seed{seed}": (name, step)
             for (name, seed), step in adaptations.items()
             if get_method(name).adapt == "logits" and self._twin(get_method(name)).name == name
         }
-        fixed = [m.name for m in self.methods if m.models and m.adapt == "none"]
+        fixed = [m.name for m in self.methods if m.models and m.adapt == "none" and not _ties(m)]
         suffix = self.settings.suffix
         shares = {suffix: ([], learned), "": (fixed, {})} if suffix else {"": (fixed, learned)}
         tests = {
@@ -273,6 +285,32 @@ def _method(name: str, sources: int) -> Method:
     return method
 
 
+def _check_ties(settings: PlanSettings) -> None:
+    """Refuse settings that would tie weights to a start that is not there, and those of unknown methods.
+
+    Raises:
+        InputError: as said.
+    """
+    tied = [name for name in TIES if settings.source_train.get(name)]
+    if tied and not (settings.chain and len(settings.source_tasks) > 1):
+        raise InputError(
+            f"source_train: expected chain and several source tasks with {tied[0]}, which keeps a source "
+            "network near the one before"
+        )
+    if strangers := sorted(set(settings.method_train or {}) - {*settings.methods}):
+        raise InputError(
+            f"method_train: expected some of {', '.join(settings.methods)} (got {strangers[0]!r})"
+        )
+
+
+def _ties(method: Method) -> dict[str, float]:
+    return {name: value for name in TIES if (value := getattr(method, name))}
+
+
+def _without_ties(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if name not in TIES}
+
+
 def _adapting(method: Method) -> Method:
     """Strip a method of all that its adaptation does not depend on."""
-    return replace(method, name="", title="", paper="", extra_steps=False)
+    return replace(method, name="", title="", paper="", extra_steps=False, l2_transfer=0.0, drop_transfer=0.0)

@@ -85,9 +85,11 @@ def train_source(settings: Settings, inputs: Inputs, context: Context) -> dict[s
     network = settings["network"]
     model = new_network(network["name"], network["options"], task, recipe.seed)
     parents: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
     if "parent" in inputs:
         sources = load_sources([inputs["parent"] / NETWORK], names=["parent"])
-        model, parents = start_from("transfer-1", model, task, sources, recipe).model, sources.hashes
+        start = start_from("transfer-1", model, task, sources, recipe)
+        model, parents, shared = start.model, sources.hashes, start.split.shared
     train_cases, test_cases = (
         _prepared(inputs["train"], task, settings),
         _prepared(inputs["test"], task, settings),
@@ -100,6 +102,7 @@ def train_source(settings: Settings, inputs: Inputs, context: Context) -> dict[s
         test_set,
         schedule,
         context.folder / TRAINING,
+        tied=shared,
         resume=True,
     )
     _save(context.folder / NETWORK, model, task, settings, parents)
@@ -166,6 +169,8 @@ def tune_and_test(settings: Settings, inputs: Inputs, context: Context) -> dict[
     """
     task = get_task(settings["task"])
     network, parents = _initial_network(settings, inputs, context, task)
+    method = get_method(settings["method"])
+    shared = split_by(network, method, Recipe(**settings["recipe"])).shared if method.models else ()
     schedule = _train_settings(settings)
     train_set, val_set = _target_sets(inputs, task, settings, schedule)
     network, history = fine_tune(
@@ -174,6 +179,7 @@ def tune_and_test(settings: Settings, inputs: Inputs, context: Context) -> dict[
         val_set,
         schedule,
         context.folder / TRAINING,
+        tied=shared,
         resume=True,
     )
     _save(context.folder / NETWORK, network, task, settings, parents)
