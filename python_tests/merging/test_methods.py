@@ -123,6 +123,8 @@ def test_names_for_two_models() -> None:
             "mean-aligned",
             "mode-imm-aligned",
             "medmerge-aligned",
+            "soup",
+            "ensemble",
         ),
     )
     assert all(get_method(name).name == name for name in method_names(4))
@@ -139,6 +141,7 @@ def test_every_method_says_what_it_is() -> None:
         assert method.transfer_norms == (name == "t-imm-norms")
         assert (method.l2_transfer > 0) == name.endswith("-l2")
         assert (method.drop_transfer > 0) == name.endswith("-drop")
+        assert (method.combine != "none") == (name in ("soup", "ensemble"))
         assert (method.normalize == "tensor") == name.endswith("-normalized")
         assert (method.adapt == "specific") == (name.endswith("-probe") or name == "imm-warmup")
     learned = {m.name: m.granularity for m in METHODS if m.adapt == "logits"}
@@ -238,6 +241,12 @@ def test_too_few_models_are_refused() -> None:
         build_initialisation("transfer-3", network(), bank())
     with pytest.raises(InputError, match=r"mean-imm: expected at least 1 source models \(got 0\)"):
         build_initialisation("mean-imm", network(), None)
+
+
+@pytest.mark.parametrize("name", ["soup", "ensemble"])
+def test_combinations_are_no_initialisation(name: str) -> None:
+    with pytest.raises(InputError, match=rf"{name}: expected a method that initialises"):
+        build_initialisation(name, network(), bank())
 
 
 def test_missing_fishers_are_refused() -> None:

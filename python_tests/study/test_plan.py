@@ -87,6 +87,19 @@ def test_a_linear_probe_takes_its_steps_from_fine_tuning():
     assert plan.adaptations["transfer-2-probe", 0].digest != plan.adaptations["mean-imm-probe", 0].digest
 
 
+def test_combinations_use_the_runs_of_all_transfers():
+    plan = make_plan(PlanSettings(methods=("transfer-2", "soup", "ensemble"), seeds=(0, 1)))
+    transfers = [f"run-transfer-{n}-seed{s}" for s in (0, 1) for n in (1, 2)]
+    names = [step.name for step in with_needs(plan.steps)]
+    assert sorted(name for name in names if name.startswith("run-transfer")) == sorted(transfers)
+    assert plan.runs["soup", 1].needs["member-2"].digest == plan.runs["transfer-2", 1].digest
+    assert plan.runs["soup", 0].digest != plan.runs["ensemble", 0].digest
+    assert set(plan.runs["soup", 0].needs) == {"member-1", "member-2", "val", "test"}
+    assert [step.settings["methods"] for step in plan.forgetting] == [["transfer-2"]]
+    with pytest.raises(InputError, match=r"soup: expected at least 2 source tasks \(got 1\)"):
+        make_plan(PlanSettings(source_tasks=("parcellation-1-7",), methods=("soup",)))
+
+
 def ties_of(step):
     return {name: step.settings["train"].get(name) for name in ("l2_transfer", "drop_transfer")}
 

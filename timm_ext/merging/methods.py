@@ -24,6 +24,7 @@ _KUMAR = (
     "Kumar et al., Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution, "
     "ICLR 2022"
 )
+_WORTSMAN = "Wortsman et al., Model soups, ICML 2022"
 _LEE = "Lee et al., Overcoming Catastrophic Forgetting by Incremental Moment Matching, NeurIPS 2017"
 
 
@@ -48,6 +49,8 @@ class Method:
         normalize: how the Fishers of the bank are scaled before merging, see `Bank.build`.
         l2_transfer: λ in fine-tuning that stays near its start, see `timm_ext.training.transfer.Tie`.
         drop_transfer: p of the same.
+        combine: the row is no initialisation but the mean, of weights or logits, of the networks that were
+            fine-tuned from each of the source models.
     """
 
     name: str
@@ -64,6 +67,7 @@ class Method:
     normalize: Normalization | None = None
     l2_transfer: float = 0.0
     drop_transfer: float = 0.0
+    combine: Literal["none", "weights", "logits"] = "none"
 
 
 def uniform_merge(bank: Bank, *, with_fisher: bool) -> Tensor:
@@ -185,6 +189,20 @@ METHODS: tuple[Method, ...] = (
         adapt="logits",
         granularity="kernel",
         aligned=True,
+    ),
+    Method(
+        "soup",
+        "Uniform soup, T trainings",
+        f"{_WORTSMAN}: θ* = Σ θ_t / T over the networks fine-tuned from each of the T source models",
+        models=2,
+        combine="weights",
+    ),
+    Method(
+        "ensemble",
+        "Logit ensemble, T trainings, T-fold inference",
+        f"{_WORTSMAN}: mean logits of the networks fine-tuned from each of the T source models",
+        models=2,
+        combine="logits",
     ),
 )
 

@@ -255,7 +255,7 @@ def _stages(study: Study, folder: Folder) -> tuple[StageRow, ...]:
         for (count, _), plan in study.plans.items():
             for (name, _), step in getattr(plan, kind).items():
                 key = f"{title}, {get_method(name).title}", count
-                if step.digest not in seen:
+                if step.digest not in seen and get_method(name).combine == "none":
                     groups.setdefault(key, {})[step.digest] = step
                     seen.add(step.digest)
     return tuple(

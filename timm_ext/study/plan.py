@@ -6,7 +6,7 @@ from math import ceil
 from typing import Any
 
 from timm_ext.errors import InputError
-from timm_ext.merging.methods import Method, get_method
+from timm_ext.merging.methods import Method, get_method, transfer
 from timm_ext.study.parts import STAGES, case_steps, check_fields, prepare_settings
 from timm_ext.study.records import Step
 from timm_ext.study.settings import PlanSettings, to_json
@@ -17,6 +17,7 @@ from timm_ext.training.settings import TIES, TrainSettings
 _SECONDS_PER_STEP = 0.2
 _USUAL_VOXELS = 40 * 48 * 40
 _SECONDS_TO_START = 1.0
+COMBINE = "timm_ext.study.combination_stages:combine_and_test"
 _SET_ELSEWHERE = {"steps", "epochs", "batch_size", "lr", "validate_every", "seed", "devices", "tensorboard"}
 _SET_ELSEWHERE |= {"accelerator", "precision"}
 
@@ -85,9 +86,13 @@ class _Planner:
         fishers = [self._fisher(number, cases, model) for number, model in enumerate(models, 1)]
         sources = {f"model-{n}": step for n, step in enumerate(models, 1)}
         sources |= {f"fisher-{n}": step for n, step in enumerate(fishers, 1)}
-        adaptations, runs = {}, {}
+        adaptations: dict[tuple[str, int], Step] = {}
+        runs: dict[tuple[str, int], Step] = {}
         for seed in settings.seeds:
             for method in self.methods:
+                if method.combine != "none":
+                    runs[method.name, seed] = self._combination(method, seed, cases, sources)
+                    continue
                 if method.adapt != "none":
                     adaptations[method.name, seed] = self._adaptation(
                         self._twin(method), seed, cases, sources
@@ -222,11 +227,35 @@ class _Planner:
         name = f"run-{method.name}-seed{seed}{settings.suffix}"
         return Step(name, f"{STAGES}:tune_and_test", values, needs, cost)
 
+    def _combination(
+        self, method: Method, seed: int, cases: Mapping[str, Step], sources: Mapping[str, Step]
+    ) -> Step:
+        """Combine the runs by plain transfer, which are rows themselves if the plan names them."""
+        settings = self.settings
+        count = len(settings.source_tasks)
+        members = [self._run(transfer(n), seed, cases, sources, None) for n in range(1, count + 1)]
+        values = {
+            **self.common,
+            "task": settings.target_task,
+            "method": method.name,
+            "train": members[0].settings["train"],
+        }
+        needs = {f"member-{number}": member for number, member in enumerate(members, 1)}
+        needs |= {part: cases[part] for part in ("val", "test")}
+        passes = count if method.combine == "logits" else 1
+        cost = _SECONDS_TO_START + passes * (settings.test_cases + settings.val_cases) / 2 * self.step_cost
+        name = f"run-{method.name}-seed{seed}{settings.suffix}"
+        return Step(name, COMBINE, values, needs, cost)
+
     def _given(self, method: Method) -> dict[str, Any]:
         """Return what user and method say of fine-tuning; without a source there is nothing to tie to."""
         single = (self.settings.method_train or {}).get(method.name, {})
         given = {**self.settings.train, **_ties(method), **single}
         return given if method.models else _without_ties(given)
+
+    def _is_fixed(self, method: Method) -> bool:
+        """Whether a method merges without data, into what no other one starts from."""
+        return bool(method.models) and method.adapt == method.combine == "none" and not _ties(method)
 
     def _forgetting(
         self,
@@ -243,7 +272,7 @@ class _Planner:
             for (name, seed), step in adaptations.items()
             if get_method(name).adapt == "logits" and self._twin(get_method(name)).name == name
         }
-        fixed = [m.name for m in self.methods if m.models and m.adapt == "none" and not _ties(m)]
+        fixed = [m.name for m in self.methods if self._is_fixed(m)]
         suffix = self.settings.suffix
         shares = {suffix: ([], learned), "": (fixed, {})} if suffix else {"": (fixed, learned)}
         tests = {
