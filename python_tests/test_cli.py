@@ -222,6 +222,8 @@ def test_methods_of_fine_tuning_are_no_merges(place, tmp_path, capsys):
     arguments = ["merge", *sources(place), "--out", tmp_path / "init.safetensors", "--method"]
     message = failure(capsys, [*arguments, "transfer-2-l2"])
     assert "merge by transfer-2, then use timm-ext train --init with --set train.l2_transfer=0.01" in message
+    assert "give it to transfer-1" in failure(capsys, [*arguments, "transfer-joint"])
+    assert "give them to merge --ratios" in failure(capsys, [*arguments, "soup"])
     assert run([*map(str, arguments), "transfer-2"]) == 0
 
 

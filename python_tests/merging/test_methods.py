@@ -125,6 +125,7 @@ def test_names_for_two_models() -> None:
             "medmerge-aligned",
             "soup",
             "ensemble",
+            "transfer-joint",
         ),
     )
     assert all(get_method(name).name == name for name in method_names(4))
@@ -142,6 +143,7 @@ def test_every_method_says_what_it_is() -> None:
         assert (method.l2_transfer > 0) == name.endswith("-l2")
         assert (method.drop_transfer > 0) == name.endswith("-drop")
         assert (method.combine != "none") == (name in ("soup", "ensemble"))
+        assert method.joint == (name == "transfer-joint")
         assert (method.normalize == "tensor") == name.endswith("-normalized")
         assert (method.adapt == "specific") == (name.endswith("-probe") or name == "imm-warmup")
     learned = {m.name: m.granularity for m in METHODS if m.adapt == "logits"}

@@ -100,6 +100,31 @@ def test_combinations_use_the_runs_of_all_transfers():
         make_plan(PlanSettings(source_tasks=("parcellation-1-7",), methods=("soup",)))
 
 
+def test_joint_training_takes_all_source_cases_and_as_many_steps():
+    methods = ("scratch", "transfer-1", "transfer-joint")
+    plan = make_plan(PlanSettings(methods=methods, seeds=(0,), source_train={"drop_transfer": 0.5}))
+    joint = plan.joint
+    assert joint.settings["train"]["steps"] == 2 * plan.settings.source_steps
+    assert list(joint.settings["task"]["regions"].values()) == [[number] for number in range(1, 15)]
+    assert {role: step.name for role, step in joint.needs.items()} == {
+        "train-1": "cases-source-1",
+        "train-2": "cases-source-2",
+        "test-1": "cases-source-1-test",
+        "test-2": "cases-source-2-test",
+    }
+    assert ties_of(joint) == {"l2_transfer": None, "drop_transfer": None}
+    assert plan.runs["transfer-joint", 0].needs["model-1"] is joint
+    assert "model-2" not in plan.runs["transfer-joint", 0].needs
+    assert plan.forgetting[0].settings["methods"] == ["transfer-1"]
+    assert make_plan(PlanSettings(methods=methods[:2])).joint is None
+
+
+def test_joint_training_needs_cases_that_fit_all_tasks():
+    settings = PlanSettings(source_tasks=("parcellation-1-7", "brats-2021"), methods=("transfer-joint",))
+    with pytest.raises(InputError, match=r"joint task: expected tasks with the same modalities \(got parc"):
+        make_plan(settings)
+
+
 def ties_of(step):
     return {name: step.settings["train"].get(name) for name in ("l2_transfer", "drop_transfer")}
 

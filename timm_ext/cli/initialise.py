@@ -108,7 +108,7 @@ def _merge_by_method(
     check_output(out)
     if get_method(method).adapt != "none":
         raise InputError(f"method: {method} learns on data of the new task; use timm-ext adapt")
-    _refuse_fine_tuning(method)
+    _refuse_study_rows(method)
     settings = settings_from(config, overrides, _first_of(networks))
     sources = load_sources(networks, fishers or ())
     chosen = get_task(task) if task is not None else sources.tasks[0]
@@ -223,8 +223,8 @@ def _learn(
     return start.model
 
 
-def _refuse_fine_tuning(name: str) -> None:
-    """Refuse a method that differs from another in its fine-tuning alone: a merge would drop the difference.
+def _refuse_study_rows(name: str) -> None:
+    """Refuse a row of studies that a merge cannot be: one of fine-tuning, or from a network of its own.
 
     Raises:
         InputError: as said, with the commands to use.
@@ -233,6 +233,10 @@ def _refuse_fine_tuning(name: str) -> None:
     from timm_ext.training.settings import TIES
 
     method = get_method(name)
+    if method.joint:
+        raise InputError(f"method: {name} starts from a network of all source tasks; give it to transfer-1")
+    if method.combine != "none":
+        raise InputError(f"method: {name} combines fine-tuned networks; give them to merge --ratios")
     for tie in TIES:
         if value := getattr(method, tie):
             raise InputError(

@@ -51,6 +51,7 @@ class Method:
         drop_transfer: p of the same.
         combine: the row is no initialisation but the mean, of weights or logits, of the networks that were
             fine-tuned from each of the source models.
+        joint: in a study, its source model is trained on the cases and regions of all source tasks at once.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Method:
     l2_transfer: float = 0.0
     drop_transfer: float = 0.0
     combine: Literal["none", "weights", "logits"] = "none"
+    joint: bool = False
 
 
 def uniform_merge(bank: Bank, *, with_fisher: bool) -> Tensor:
@@ -203,6 +205,14 @@ METHODS: tuple[Method, ...] = (
         f"{_WORTSMAN}: mean logits of the networks fine-tuned from each of the T source models",
         models=2,
         combine="logits",
+    ),
+    Method(
+        "transfer-joint",
+        "Transfer from joint training",
+        "the control: one network trained on the cases and regions of all source tasks at once",
+        partial(one_model, index=0),
+        models=1,
+        joint=True,
     ),
 )
 

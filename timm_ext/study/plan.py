@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from math import ceil
 from typing import Any
 
+from timm_ext.data.tasks import get_task, joint_task, task_to_dict
 from timm_ext.errors import InputError
 from timm_ext.merging.methods import Method, get_method, transfer
 from timm_ext.study.parts import STAGES, case_steps, check_fields, prepare_settings
@@ -35,6 +36,7 @@ class Plan:
         adaptations: (method, seed) → step, for the methods that adapt.
         runs: (method, seed) → step.
         forgetting: scores on the source tasks.
+        joint: source network of all source tasks at once, where a method wants it.
     """
 
     settings: PlanSettings
@@ -45,6 +47,7 @@ class Plan:
     adaptations: dict[tuple[str, int], Step]
     runs: dict[tuple[str, int], Step]
     forgetting: tuple[Step, ...]
+    joint: Step | None = None
 
     @property
     def steps(self) -> list[Step]:
@@ -86,6 +89,7 @@ class _Planner:
         fishers = [self._fisher(number, cases, model) for number, model in enumerate(models, 1)]
         sources = {f"model-{n}": step for n, step in enumerate(models, 1)}
         sources |= {f"fisher-{n}": step for n, step in enumerate(fishers, 1)}
+        joint = self._joint(cases) if any(method.joint for method in self.methods) else None
         adaptations: dict[tuple[str, int], Step] = {}
         runs: dict[tuple[str, int], Step] = {}
         for seed in settings.seeds:
@@ -97,11 +101,14 @@ class _Planner:
                     adaptations[method.name, seed] = self._adaptation(
                         self._twin(method), seed, cases, sources
                     )
+                models_of = {"model-1": joint} if method.joint and joint else sources
                 runs[method.name, seed] = self._run(
-                    method, seed, cases, sources, adaptations.get((method.name, seed))
+                    method, seed, cases, models_of, adaptations.get((method.name, seed))
                 )
         forgetting = self._forgetting(cases, sources, adaptations)
-        return Plan(settings, subjects, cases, tuple(models), tuple(fishers), adaptations, runs, forgetting)
+        return Plan(
+            settings, subjects, cases, tuple(models), tuple(fishers), adaptations, runs, forgetting, joint
+        )
 
     def _train(
         self, name: str, steps: int, lr: float, seed: int, given: Mapping[str, Any], **defaults: Any
@@ -153,6 +160,32 @@ class _Planner:
             needs["parent"] = earlier[-1]
         cost = self._training_cost(settings.source_steps, settings.source_cases, settings.source_test)
         return Step(f"train-M{number}", f"{STAGES}:train_source", values, needs, cost)
+
+    def _joint(self, cases: Mapping[str, Step]) -> Step:
+        """Train on the cases of all source tasks, for as many steps as their networks take together."""
+        settings = self.settings
+        count = len(settings.source_tasks)
+        seed, steps = settings.source_seed + count + 1, count * settings.source_steps
+        values = {
+            **self.common,
+            "task": task_to_dict(joint_task([get_task(name) for name in settings.source_tasks])),
+            "network": self.network,
+            "recipe": to_json(Recipe(seed=seed)),
+            "train": self._train(
+                "source_train",
+                steps,
+                settings.source_lr,
+                seed,
+                _without_ties(settings.source_train),
+                schedule="cosine",
+            ),
+        }
+        needs = {}
+        for number in range(1, count + 1):
+            needs[f"train-{number}"] = cases[f"source-{number}"]
+            needs[f"test-{number}"] = cases[f"source-{number}-test"]
+        cost = self._training_cost(steps, count * settings.source_cases, count * settings.source_test)
+        return Step("train-joint", f"{STAGES}:train_source", values, needs, cost)
 
     def _fisher(self, number: int, cases: Mapping[str, Step], model: Step) -> Step:
         settings = self.settings
@@ -254,8 +287,9 @@ class _Planner:
         return given if method.models else _without_ties(given)
 
     def _is_fixed(self, method: Method) -> bool:
-        """Whether a method merges without data, into what no other one starts from."""
-        return bool(method.models) and method.adapt == method.combine == "none" and not _ties(method)
+        """Whether a method merges the source networks without data, into what no other one starts from."""
+        own = method.joint or _ties(method)
+        return bool(method.models) and method.adapt == method.combine == "none" and not own
 
     def _forgetting(
         self,

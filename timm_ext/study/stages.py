@@ -77,10 +77,11 @@ def make_cases(settings: Settings, inputs: Inputs, context: Context) -> dict[str
 def train_source(settings: Settings, inputs: Inputs, context: Context) -> dict[str, Any]:
     """Train a source network, from scratch or starting from an earlier one.
 
-    Settings: `task`, `network`, `prepare`, `train`, `recipe`. Inputs: `train`, `test`, and `parent` for a
-    start by plain transfer.
+    Settings: `task` (its name or all of it), `network`, `prepare`, `train`, `recipe`. Inputs: `train` and
+    `test`, or `train-1` …, `test-1` … for the cases of several tasks, and `parent` for a start by transfer.
     """
-    task = get_task(settings["task"])
+    told = settings["task"]
+    task = get_task(told) if isinstance(told, str) else task_from_dict(told)
     recipe = Recipe(**settings["recipe"])
     network = settings["network"]
     model = new_network(network["name"], network["options"], task, recipe.seed)
@@ -91,8 +92,8 @@ def train_source(settings: Settings, inputs: Inputs, context: Context) -> dict[s
         start = start_from("transfer-1", model, task, sources, recipe)
         model, parents, shared = start.model, sources.hashes, start.split.shared
     train_cases, test_cases = (
-        prepared_cases(inputs["train"], task, settings),
-        prepared_cases(inputs["test"], task, settings),
+        [case for role in roles for case in prepared_cases(inputs[role], task, settings)]
+        for roles in ([role for role in inputs if role.startswith(part)] for part in ("train", "test"))
     )
     schedule = train_settings(settings)
     train_set, test_set = make_sets(train_cases, test_cases, task, schedule)
