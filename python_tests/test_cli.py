@@ -203,6 +203,30 @@ def test_resumed_training_is_the_undisturbed_one(place, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_l2_transfer_keeps_the_shared_weights_near_the_start(place, tmp_path, capsys):
+    start = str(save_source(tmp_path / "network.safetensors", "brats", seed=3))
+    free = [str(place / "tumours"), "--val-share", "0", "--set", "prepare.crop=false", *TRAIN]
+    tied = [*free, "--set", "train.l2_transfer=100", "--set", "train.lr=0.01", "--set", "train.steps=3"]
+    one, other = str(tmp_path / "one"), str(tmp_path / "other")
+    assert run(["train", *tied, "--init", start, "--out", one, "--set", "train.l2_transfer=0"]) == 0
+    assert run(["train", *tied, "--init", start, "--out", other]) == 0
+    begin, plain, near = (load_file(f"{path}/network.safetensors") for path in (tmp_path, one, other))
+    ways = {name: [(end[name] - begin[name]).abs().mean() for end in (plain, near)] for name in begin}
+    assert ways["encoder.1.entry.conv.weight"][1] < 0.8 * ways["encoder.1.entry.conv.weight"][0]
+    assert ways["heads.0.weight"][1] > 0.5 * ways["heads.0.weight"][0]
+    message = failure(capsys, ["train", *tied, *NETWORK, "--out", tmp_path / "scratch"])
+    assert "timm-ext train without --init: expected l2_transfer 0" in message
+
+
+def test_methods_of_fine_tuning_are_no_merges(place, tmp_path, capsys):
+    arguments = ["merge", *sources(place), "--out", tmp_path / "init.safetensors", "--method"]
+    message = failure(capsys, [*arguments, "transfer-2-l2"])
+    assert "merge by transfer-2, then use timm-ext train --init with --set train.l2_transfer=0.01" in message
+    assert "give it to transfer-1" in failure(capsys, [*arguments, "transfer-joint"])
+    assert "give them to merge --ratios" in failure(capsys, [*arguments, "soup"])
+    assert run([*map(str, arguments), "transfer-2"]) == 0
+
+
 def test_predict_from_single_images(place, tmp_path):
     folder = place / "brains" / "case-000"
     images = [text for m in ("T1", "T2") for text in ("--image", f"{m}={folder / f'case-000_{m}.nii.gz'}")]

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from timm_ext.data.tasks import (
     brats_task,
     freesurfer_classes,
     get_task,
+    joint_task,
     task_from_dict,
     task_to_dict,
 )
@@ -181,3 +183,21 @@ def test_get_task_errors(tmp_path):
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(InputError, match=r"list\.json: expected the keys .*got list"):
         get_task(tmp_path / "list.json")
+
+
+def test_a_joint_task_has_every_region_once():
+    one, two, whole = (get_task(name) for name in ("parcellation-1-7", "parcellation-8-14", "parcellation"))
+    joint = joint_task([one, two])
+    assert joint.regions == whole.regions
+    assert (joint.modalities, joint.labels, joint.freesurfer) == (whole.modalities, whole.labels, True)
+    assert joint_task([one, whole]).regions == whole.regions
+    assert joint_task([one]) == one
+
+
+def test_a_joint_task_needs_label_files_that_say_all():
+    one = get_task("parcellation-1-7")
+    with pytest.raises(InputError, match=r"same labels \(got parcellation-1-7 and other\)"):
+        joint_task([one, replace(one, name="other", labels=frozenset(range(8)))])
+    renamed = replace(one, name="other", regions=(Region(one.regions[0].name, (9,)),))
+    with pytest.raises(InputError, match="one meaning of each region"):
+        joint_task([one, renamed])

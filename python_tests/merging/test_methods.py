@@ -52,6 +52,10 @@ def values(model: nn.Module) -> list[float]:
         ("mean-imm", [(2 + 6) / 2, (10 + 30) / 2]),
         ("mode-imm", [(3 * 2 + 1 * 6) / 4, (10 + 30) / 2]),
         ("imm-warmup", [3, 20]),
+        ("mean-imm-probe", [4, 20]),
+        ("transfer-2-probe", [6, 30]),
+        ("transfer-2-l2", [6, 30]),
+        ("transfer-1-drop", [2, 10]),
     ],
 )
 def test_values_by_hand(name: str, shared: list[float]) -> None:
@@ -99,8 +103,16 @@ def test_names_for_two_models() -> None:
             "scratch",
             "transfer-1",
             "transfer-2",
+            "transfer-1-probe",
+            "transfer-2-probe",
+            "transfer-1-l2",
+            "transfer-2-l2",
+            "transfer-1-drop",
+            "transfer-2-drop",
             "mean-imm",
             "mode-imm",
+            "mode-imm-normalized",
+            "mean-imm-probe",
             "imm-warmup",
             "t-imm",
             "t-imm-extra",
@@ -111,6 +123,9 @@ def test_names_for_two_models() -> None:
             "mean-aligned",
             "mode-imm-aligned",
             "medmerge-aligned",
+            "soup",
+            "ensemble",
+            "transfer-joint",
         ),
     )
     assert all(get_method(name).name == name for name in method_names(4))
@@ -125,6 +140,12 @@ def test_every_method_says_what_it_is() -> None:
         assert method.extra_steps == (name == "t-imm-extra")
         assert method.aligned == name.endswith("-aligned")
         assert method.transfer_norms == (name == "t-imm-norms")
+        assert (method.l2_transfer > 0) == name.endswith("-l2")
+        assert (method.drop_transfer > 0) == name.endswith("-drop")
+        assert (method.combine != "none") == (name in ("soup", "ensemble"))
+        assert method.joint == (name == "transfer-joint")
+        assert (method.normalize == "tensor") == name.endswith("-normalized")
+        assert (method.adapt == "specific") == (name.endswith("-probe") or name == "imm-warmup")
     learned = {m.name: m.granularity for m in METHODS if m.adapt == "logits"}
     assert learned == {
         "t-imm": "layer",
@@ -202,7 +223,10 @@ def test_free_weights_refuse_fishers() -> None:
         build_initialisation("t-imm-kernel", *convolutions(), mixing="free")
 
 
-@pytest.mark.parametrize("name", ["timm", "transfer-0", "transfer-x", "transfer", "transfer--1"])
+@pytest.mark.parametrize(
+    "name",
+    ["timm", "transfer-0", "transfer-x", "transfer", "transfer--1", "transfer-probe", "transfer-1-prob"],
+)
 def test_unknown_method_lists_the_known_ones(name: str) -> None:
     with pytest.raises(
         InputError, match=rf"method: expected one of scratch, .*mean-imm, .*t-imm.* \(got '{name}'\)"
@@ -219,6 +243,12 @@ def test_too_few_models_are_refused() -> None:
         build_initialisation("transfer-3", network(), bank())
     with pytest.raises(InputError, match=r"mean-imm: expected at least 1 source models \(got 0\)"):
         build_initialisation("mean-imm", network(), None)
+
+
+@pytest.mark.parametrize("name", ["soup", "ensemble"])
+def test_combinations_are_no_initialisation(name: str) -> None:
+    with pytest.raises(InputError, match=rf"{name}: expected a method that initialises"):
+        build_initialisation(name, network(), bank())
 
 
 def test_missing_fishers_are_refused() -> None:

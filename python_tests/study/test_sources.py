@@ -55,6 +55,28 @@ def test_mode_imm_by_hand_with_matched_modalities(files):
     assert all(torch.equal(merged[name], state(target)[name]) for name in heads)
 
 
+def test_normalised_fishers_weigh_each_tensor_by_its_shares(files):
+    """F1 = 1 is constant, F2 = 3 but for one element of 6: both tensors are divided by their sums."""
+    sources = load_sources(*files)
+    task = get_task("brats")
+    target = network_of(sources, task, seed=7)
+    sources.fishers[1].tensors[WEIGHT].view(-1)[0] = 6
+    one, two = (state(network)[WEIGHT].double() for network in sources.networks)
+    weights = [fisher.tensors[WEIGHT].double() for fisher in sources.fishers]
+    first, second = (weight / weight.sum() for weight in weights)
+    expected = (first * one + second * two) / (first + second)
+
+    def merged(name, **options):
+        return state(start_from(name, target, task, sources, Recipe(**options)).model)[WEIGHT].double()
+
+    torch.testing.assert_close(merged("mode-imm-normalized"), expected, rtol=1e-5, atol=1e-7)
+    assert torch.equal(merged("mode-imm", normalize="tensor"), merged("mode-imm-normalized"))
+    assert torch.equal(
+        merged("mode-imm", normalize="model"), merged("mode-imm-normalized", normalize="model")
+    )
+    assert not torch.allclose(merged("mode-imm"), expected)
+
+
 def test_merge_in_a_source_keeps_its_heads_and_norms(files):
     sources = load_sources(*files)
     for index, network in enumerate(sources.networks):

@@ -3,12 +3,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from timm_ext.data.tasks import get_task, task_to_dict
+from timm_ext.data.generate import GenerateSettings
+from timm_ext.data.prepare import PrepareSettings
+from timm_ext.data.tasks import get_task, joint_task, task_to_dict
 from timm_ext.fisher import Fisher, FisherKind
 from timm_ext.merging import MergedModel, get_method
-from timm_ext.networks.io import save_network
+from timm_ext.networks.io import load_network, save_network
+from timm_ext.study import stages
+from timm_ext.study.settings import to_json
 from timm_ext.study.sources import Recipe, Sources, network_of, new_network, start_from
-from timm_ext.study.stages import INITIAL, _in_source
+from timm_ext.study.stages import INITIAL, NETWORK, _in_source, make_cases, train_source
+from timm_ext.study.worker import Context
+from timm_ext.training.settings import TrainSettings
 
 TASKS = tuple(get_task(name) for name in ("parcellation-1-7", "parcellation-8-14"))
 
@@ -51,3 +57,58 @@ def test_a_fixed_merge_in_a_source_is_its_start(sources: Sources) -> None:
     made = _in_source(method, sources, 1, Recipe(), None)
     start = start_from(method, sources.networks[1], TASKS[1], sources, Recipe()).model
     assert all(torch.equal(p, q) for p, q in zip(made.parameters(), start.parameters(), strict=True))
+
+
+def context(folder: Path) -> Context:
+    folder.mkdir(parents=True, exist_ok=True)
+    return Context(folder, lambda fraction: None)
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a step that made one case of the source tasks."""
+    folder = tmp_path_factory.mktemp("cases")
+    generate = to_json(GenerateSettings(task=TASKS[0].name, spacing=8.0, size=(20, 24, 20)))
+    make_cases({"prepare": PREPARE, "generate": generate, "count": 1}, {}, context(folder))
+    return folder
+
+
+PREPARE = to_json(PrepareSettings(spacing=8.0, size=(20, 24, 20)))
+
+
+def source_settings(task: object, **train: object) -> dict[str, object]:
+    settings = TrainSettings(steps=2, accelerator="cpu", tensorboard=False, **train)  # type: ignore[arg-type]
+    return {
+        "task": task,
+        "prepare": PREPARE,
+        "network": {"name": "isensee2017", "options": {"base_filters": 2, "levels": 3}},
+        "recipe": to_json(Recipe(seed=1)),
+        "train": settings.to_dict(),
+    }
+
+
+def test_a_source_network_is_tied_to_its_parent(
+    sources: Sources, cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shared weights are; heads and norms are not, nor anything of a network without a parent."""
+    tied: list[tuple[str, ...]] = []
+    plain = stages.train
+    monkeypatch.setattr(stages, "train", lambda *a, **k: tied.append(k["tied"]) or plain(*a, **k))
+    save_network(tmp_path / NETWORK, sources.networks[0], task=task_to_dict(TASKS[0]))
+    inputs = {"train": cases, "test": cases, "parent": tmp_path}
+    settings = source_settings(TASKS[1].name, drop_transfer=0.5)
+    train_source(settings, inputs, context(tmp_path / "M2"))
+    train_source(settings, {"train": cases, "test": cases}, context(tmp_path / "M1"))
+    heads_or_norms = [name for name in tied[0] if "head" in name or "norm" in name]
+    assert "encoder.1.entry.conv.weight" in tied[0]
+    assert not heads_or_norms
+    assert tied[1] == ()
+
+
+def test_a_joint_source_network_reads_the_cases_of_all_tasks(cases: Path, tmp_path: Path) -> None:
+    roles = {"train-1": cases, "train-2": cases, "test-1": cases, "test-2": cases}
+    settings = source_settings(task_to_dict(joint_task(TASKS)))
+    train_source(settings, roles, context(tmp_path))
+    network, checkpoint = load_network(tmp_path / NETWORK)
+    assert len(checkpoint.metadata["task"]["regions"]) == 14
+    assert network.heads[0].weight.shape[0] == 14

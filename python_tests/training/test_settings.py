@@ -31,12 +31,21 @@ def test_settings_are_json_values():
         ({"schedule": "linear"}, r"schedule must be one of plateau, cosine, constant \(got 'linear'\)"),
         ({"keep": "all"}, r"keep must be one of best, last"),
         ({"precision": "64"}, r"precision must be one of 32-true, bf16-mixed, 16-mixed"),
+        ({"l2_transfer": -0.1}, r"l2_transfer must be finite and at least 0 \(got -0.1\)"),
+        ({"l2_transfer": float("nan")}, r"l2_transfer must be finite and at least 0 \(got nan\)"),
+        ({"drop_transfer": 1.0}, r"drop_transfer must be at least 0 and less than 1 \(got 1.0\)"),
         ({"patch": (4, 4)}, r"patch must be three positive edges \(got \[4, 4\]\)"),
     ],
 )
 def test_impossible_settings_are_refused(changes, message):
     with pytest.raises(InputError, match=message):
         TrainSettings(**changes)
+
+
+def test_ties_decide_the_result():
+    plain, tied = TrainSettings(), TrainSettings(l2_transfer=0.1, drop_transfer=0.5)
+    with pytest.raises(InputError, match=r"l2_transfer 0.0, now 0.1; drop_transfer 0.0, now 0.5"):
+        tied.check_resume(plain.to_dict(), "run")
 
 
 def test_resume_compares_what_decides_the_result():

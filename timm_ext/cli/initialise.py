@@ -108,6 +108,7 @@ def _merge_by_method(
     check_output(out)
     if get_method(method).adapt != "none":
         raise InputError(f"method: {method} learns on data of the new task; use timm-ext adapt")
+    _refuse_study_rows(method)
     settings = settings_from(config, overrides, _first_of(networks))
     sources = load_sources(networks, fishers or ())
     chosen = get_task(task) if task is not None else sources.tasks[0]
@@ -160,6 +161,7 @@ def adapt(
     if get_method(method).adapt == "none":
         raise InputError(f"method: {method} learns nothing before fine-tuning; use timm-ext merge")
     settings = settings_from(config, with_alignment(overrides, align), _first_of(networks))
+    settings.train.refuse_ties("timm-ext adapt")
     sources = load_sources(networks, fishers or ())
     chosen = get_task(task)
     target = network_of(sources, chosen, settings.merge.seed)
@@ -219,6 +221,28 @@ def _learn(
     train = replace(settings.train, lr=rates.specific_lr or settings.train.lr)
     warm_up(start.model, start.split.specific, train_set, val_set, train, run, resume=resume, progress=True)
     return start.model
+
+
+def _refuse_study_rows(name: str) -> None:
+    """Refuse a row of studies that a merge cannot be: one of fine-tuning, or from a network of its own.
+
+    Raises:
+        InputError: as said, with the commands to use.
+    """
+    from timm_ext.merging import get_method
+    from timm_ext.training.settings import TIES
+
+    method = get_method(name)
+    if method.joint:
+        raise InputError(f"method: {name} starts from a network of all source tasks; give it to transfer-1")
+    if method.combine != "none":
+        raise InputError(f"method: {name} combines fine-tuned networks; give them to merge --ratios")
+    for tie in TIES:
+        if value := getattr(method, tie):
+            raise InputError(
+                f"method: {name} is a way of fine-tuning; merge by {name.rpartition('-')[0]}, then use "
+                f"timm-ext train --init with --set train.{tie}={value:g}"
+            )
 
 
 def _first_of(networks: list[Path]) -> "Checkpoint":

@@ -54,6 +54,8 @@ def train(
     """
     from timm_ext.data.tasks import get_task, task_to_dict
     from timm_ext.networks.io import load_network, save_network
+    from timm_ext.networks.registry import heads_of
+    from timm_ext.parameters import split_parameters
     from timm_ext.study.sources import new_network
     from timm_ext.training.stages import fine_tune, make_sets
 
@@ -65,12 +67,19 @@ def train(
         task_of(task, checkpoint)
     settings = settings_from(config, overrides, checkpoint)
     if checkpoint is None:
+        settings.train.refuse_ties("timm-ext train without --init")
         model = new_network(settings.network.name, settings.network.options, chosen, settings.train.seed)
     settings = fit_volumes(settings, model)
     parts = training_parts(cases, val, val_share, chosen, settings, cache or out / "prepared", workers)
     train_set, val_set = make_sets(*parts, chosen, settings.train)
     run = out / "training"
-    model, history = fine_tune(model, train_set, val_set, settings.train, run, resume=resume, progress=True)
+    norms = settings.merge.transfer_norms
+    shared: tuple[str, ...] = ()
+    if checkpoint is not None:
+        shared = split_parameters(model, heads=heads_of(model), transfer_norms=norms).shared
+    model, history = fine_tune(
+        model, train_set, val_set, settings.train, run, tied=shared, resume=resume, progress=True
+    )
     path = out / NETWORK_NAME
     save_network(
         path,

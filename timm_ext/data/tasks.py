@@ -1,7 +1,7 @@
 """Tasks: which images go in, which regions come out, and which label numbers a label file may hold."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -249,6 +249,27 @@ TASKS: dict[str, Task] = {
         parcellation_task("parcellation-8-14", range(8, 15)),
     )
 }
+
+
+def joint_task(tasks: Sequence[Task]) -> Task:
+    """Return the task of all regions of some tasks, each once, on cases that fit every one of them.
+
+    Raises:
+        InputError: the tasks differ in their images or in the numbers of their label files, so that a case of
+            one does not say where the regions of another are, or give one name to two regions.
+    """
+    first = tasks[0]
+    for task in tasks[1:]:
+        for what in ("modalities", "labels", "exclusive", "freesurfer"):
+            if getattr(task, what) != getattr(first, what):
+                raise InputError(
+                    f"joint task: expected tasks with the same {what} (got {first.name} and {task.name})"
+                )
+    regions = tuple(dict.fromkeys(region for task in tasks for region in task.regions))
+    names = [region.name for region in regions]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"joint task: expected one meaning of each region (got two of {twice[0]})")
+    return replace(first, name=" + ".join(task.name for task in tasks), regions=regions)
 
 
 def get_task(name: str | Path) -> Task:

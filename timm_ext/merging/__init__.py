@@ -3,6 +3,7 @@
 from timm_ext.merging.alignment import Alignment, align, align_to_first
 from timm_ext.merging.bank import Bank, FisherStorage, Normalization
 from timm_ext.merging.barrier import LossPath, loss_along_merge
+from timm_ext.merging.combine import LogitEnsemble, uniform_soup
 from timm_ext.merging.initialise import assemble_bank, build_initialisation
 from timm_ext.merging.merged_model import MergedModel
 from timm_ext.merging.methods import METHODS, Method, get_method, method_names
@@ -14,6 +15,7 @@ __all__ = [
     "Alignment",
     "Bank",
     "FisherStorage",
+    "LogitEnsemble",
     "LossPath",
     "MergedModel",
     "Method",
@@ -30,4 +32,5 @@ __all__ = [
     "loss_along_merge",
     "match_input_channels",
     "method_names",
+    "uniform_soup",
 ]

@@ -118,10 +118,14 @@ def build_initialisation(
         plain network with the merged shared weights, of which `adapt="specific"` trains the rest first.
 
     Raises:
-        InputError: the method needs more models than the bank has, or Fishers, or the network does not fit
-            the bank, or `mixing`, `anchor` or the logits are refused by `MergedModel`.
+        InputError: the method initialises nothing, needs more models than the bank has, or Fishers, or the
+            network does not fit the bank, or `mixing`, `anchor` or the logits are refused by `MergedModel`.
     """
     method = get_method(method) if isinstance(method, str) else method
+    if method.combine != "none":
+        raise InputError(
+            f"{method.name}: expected a method that initialises (got one that combines fine-tuned networks)"
+        )
     if method.models and (bank is None or len(bank) < method.models):
         raise InputError(
             f"{method.name}: expected at least {method.models} source models (got {len(bank or ())})"

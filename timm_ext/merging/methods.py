@@ -1,7 +1,8 @@
 """The ways to make an initialisation from source models, as one list."""
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from timm_ext.errors import InputError
 from timm_ext.groups import Granularity
-from timm_ext.merging.bank import Bank
+from timm_ext.merging.bank import Bank, Normalization
 from timm_ext.ops import fused_merge
 
 _GEYER = "Geyer et al., Transfer Learning by Adaptive Merging of Multiple Models, MIDL 2019"
@@ -19,6 +20,11 @@ _ALMAKKY = (
     "arXiv 2403.11646, 2024"
 )
 _AINSWORTH = "Ainsworth et al., Git Re-Basin: Merging Models modulo Permutation Symmetries, ICLR 2023"
+_KUMAR = (
+    "Kumar et al., Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution, "
+    "ICLR 2022"
+)
+_WORTSMAN = "Wortsman et al., Model soups, ICML 2022"
 _LEE = "Lee et al., Overcoming Catastrophic Forgetting by Incremental Moment Matching, NeurIPS 2017"
 
 
@@ -40,6 +46,12 @@ class Method:
         aligned: the channels of the sources are first brought into the order of the first one's, see `align`.
         transfer_norms: the norms are shared, too.
         models: the least number of source models.
+        normalize: how the Fishers of the bank are scaled before merging, see `Bank.build`.
+        l2_transfer: λ in fine-tuning that stays near its start, see `timm_ext.training.transfer.Tie`.
+        drop_transfer: p of the same.
+        combine: the row is no initialisation but the mean, of weights or logits, of the networks that were
+            fine-tuned from each of the source models.
+        joint: in a study, its source model is trained on the cases and regions of all source tasks at once.
     """
 
     name: str
@@ -53,6 +65,11 @@ class Method:
     aligned: bool = False
     transfer_norms: bool = False
     models: int = 1
+    normalize: Normalization | None = None
+    l2_transfer: float = 0.0
+    drop_transfer: float = 0.0
+    combine: Literal["none", "weights", "logits"] = "none"
+    joint: bool = False
 
 
 def uniform_merge(bank: Bank, *, with_fisher: bool) -> Tensor:
@@ -82,6 +99,21 @@ METHODS: tuple[Method, ...] = (
     Method("scratch", "From scratch", "the network's own initialisation", models=0),
     Method("mean-imm", "Mean-IMM", f"{_LEE}: θ* = Σ θ_t / T", mean_imm),
     Method("mode-imm", "Mode-IMM", f"{_LEE}: θ* = Σ F_t θ_t / Σ F_t", mode_imm, needs_fisher=True),
+    Method(
+        "mode-imm-normalized",
+        "Mode-IMM, Fishers normalised",
+        f"{_LEE}: θ* = Σ F_t θ_t / Σ F_t, each tensor's F_t divided by its sum as in {_GEYER}",
+        mode_imm,
+        needs_fisher=True,
+        normalize="tensor",
+    ),
+    Method(
+        "mean-imm-probe",
+        "Mean-IMM, linear probe first",
+        f"{_LEE}: θ* = Σ θ_t / T; first the task-specific layers alone are trained, as in {_KUMAR}",
+        mean_imm,
+        adapt="specific",
+    ),
     Method(
         "imm-warmup",
         "Mode-IMM + warm-up",
@@ -160,24 +192,71 @@ METHODS: tuple[Method, ...] = (
         granularity="kernel",
         aligned=True,
     ),
+    Method(
+        "soup",
+        "Uniform soup, T trainings",
+        f"{_WORTSMAN}: θ* = Σ θ_t / T over the networks fine-tuned from each of the T source models",
+        models=2,
+        combine="weights",
+    ),
+    Method(
+        "ensemble",
+        "Logit ensemble, T trainings, T-fold inference",
+        f"{_WORTSMAN}: mean logits of the networks fine-tuned from each of the T source models",
+        models=2,
+        combine="logits",
+    ),
+    Method(
+        "transfer-joint",
+        "Transfer from joint training",
+        "the control: one network trained on the cases and regions of all source tasks at once",
+        partial(one_model, index=0),
+        models=1,
+        joint=True,
+    ),
 )
 
 
-def transfer(number: int) -> Method:
-    """Return plain transfer from source model `number`, counted from 1."""
-    return Method(
-        f"transfer-{number}",
-        f"Transfer from M{number}",
-        "all shared weights of one source model",
-        partial(one_model, index=number - 1),
+TRANSFERS: tuple[Method, ...] = (
+    Method("transfer", "Transfer", "all shared weights of one source model"),
+    Method(
+        "transfer-probe",
+        "Transfer, linear probe first",
+        f"{_KUMAR}: one source model, of which first the task-specific layers alone are trained",
+        adapt="specific",
+    ),
+    Method(
+        "transfer-l2",
+        "Transfer, L2-transfer",
+        f"{_LEE}: one source model, fine-tuned with λ ‖θ − θ_start‖² in the loss",
+        l2_transfer=1e-2,
+    ),
+    Method(
+        "transfer-drop",
+        "Transfer, drop-transfer",
+        f"{_LEE}: one source model, fine-tuned with output channels put back to θ_start at random",
+        drop_transfer=0.5,
+    ),
+)
+"""Kinds of transfer from one source model; from the second they are `transfer-2`, `transfer-2-probe`, …"""
+
+
+def transfer(number: int, kind: Method = TRANSFERS[0]) -> Method:
+    """Return a kind of transfer from source model `number`, counted from 1."""
+    return replace(
+        kind,
+        name=kind.name.replace("transfer", f"transfer-{number}"),
+        title=kind.title.replace("Transfer", f"Transfer from M{number}"),
+        shared=partial(one_model, index=number - 1),
         models=number,
     )
 
 
 def method_names(models: int) -> tuple[str, ...]:
-    """Return the names of all methods for `models` source models: transfer from each comes after scratch."""
+    """Return the names of all methods for `models` source models: transfers come after scratch, by kind."""
     names = [method.name for method in METHODS]
-    return (names[0], *(transfer(number + 1).name for number in range(models)), *names[1:])
+    transfers = (transfer(number + 1, kind).name for kind in TRANSFERS for number in range(models))
+    return (names[0], *transfers, *names[1:])
 
 
 def get_method(name: str) -> Method:
@@ -186,11 +265,14 @@ def get_method(name: str) -> Method:
     Raises:
         InputError: there is no such method; the known ones are listed.
     """
-    number = name.removeprefix("transfer-")
-    if number != name and number.isdecimal() and int(number) > 0:
-        return transfer(int(number))
+    if found := re.fullmatch(r"(transfer)-([1-9][0-9]*)(-[a-z0-9]+)?", name, re.ASCII):
+        base, number, ending = found.groups(default="")
+        for kind in TRANSFERS:
+            if kind.name == base + ending:
+                return transfer(int(number), kind)
     for method in METHODS:
         if method.name == name:
             return method
-    known = ", ".join(["scratch", "transfer-1, transfer-2, …", *(method.name for method in METHODS[1:])])
+    transfers = [transfer(number, kind).name for kind in TRANSFERS for number in (1, 2)]
+    known = ", ".join([METHODS[0].name, *transfers, "…", *(method.name for method in METHODS[1:])])
     raise InputError(f"method: expected one of {known} (got {name!r})")

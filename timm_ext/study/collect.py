@@ -98,12 +98,13 @@ def method_result(plan: Plan, folder: Folder, method: Method) -> MethodResult:
         curves.append(curve)
         clocks.append(clock)
         steps.append(length)
-        seconds.append(sum(seconds_of(folder, step) for step in stages))
+        members = [step for role, step in stages[-1].needs.items() if role.startswith("member-")]
+        seconds.append(sum(seconds_of(folder, step) for step in (*members, *stages)))
     return MethodResult(
         key=method.name,
         title=method.title,
         steps=round(sum(steps) / len(steps)),
-        extra=method.extra_steps,
+        extra=method.extra_steps or method.combine != "none",
         dice=np.array(dice, dtype=np.float64),
         curves=tuple(curves),
         seconds=sum(seconds) / len(seconds),

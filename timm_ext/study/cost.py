@@ -26,6 +26,7 @@ _TITLES = {
     "source_fisher": "estimate Fishers",
     "adapt_start": "adapt",
     "tune_and_test": "fine-tune and test",
+    "combine_and_test": "combine and test",
     "forgetting": "score forgetting",
 }
 

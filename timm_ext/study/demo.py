@@ -11,6 +11,7 @@ from rich.console import Console
 from timm_ext.data.generate import PHANTOM
 from timm_ext.errors import InputError
 from timm_ext.files import atomic_write
+from timm_ext.merging.methods import get_method
 from timm_ext.study.collect import environment, summarise
 from timm_ext.study.plan import Plan, make_plan
 from timm_ext.study.records import Folder
@@ -117,7 +118,8 @@ def publish_checkpoints(plan: Plan, folder: Folder) -> Path:
     for name in plan.settings.methods:
         run = folder.run_path(plan.runs[name, seed])
         adaptation = plan.adaptations.get((name, seed))
-        files[name] = run / NETWORK
+        if get_method(name).combine != "logits":  # an ensemble is no network
+            files[name] = run / NETWORK
         initial = (run if adaptation is None else folder.run_path(adaptation)) / INITIAL
         if initial.exists():
             files[f"{name}-initial"] = initial

@@ -29,6 +29,8 @@ from timm_ext.study.stages import CASES
 from timm_ext.study.statistics import Comparison, compare
 from timm_ext.study.summary import Array, Example, ForgettingRow, MethodResult, Ratios
 
+_JOINT = "Joint source network"
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -251,15 +253,18 @@ def _stages(study: Study, folder: Folder) -> tuple[StageRow, ...]:
     seen: set[str] = set()  # methods may share an adaptation
     for number, step in enumerate(first.models, 1):
         groups[f"M{number}: {settings.source_tasks[number - 1]}", None] = {step.digest: step}
+    if first.joint is not None:
+        groups[_JOINT, None] = {first.joint.digest: first.joint}
+    source_cases = settings.source_cases, settings.source_cases * len(settings.source_tasks)
     for kind, title in (("adaptations", "Adaptation"), ("runs", "Fine-tuning")):
         for (count, _), plan in study.plans.items():
             for (name, _), step in getattr(plan, kind).items():
                 key = f"{title}, {get_method(name).title}", count
-                if step.digest not in seen:
+                if step.digest not in seen and get_method(name).combine == "none":
                     groups.setdefault(key, {})[step.digest] = step
                     seen.add(step.digest)
     return tuple(
-        _stage_row(title, count, count or settings.source_cases, list(steps.values()), folder)
+        _stage_row(title, count, count or source_cases[title == _JOINT], list(steps.values()), folder)
         for (title, count), steps in groups.items()
     )
 

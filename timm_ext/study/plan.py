@@ -5,18 +5,20 @@ from dataclasses import dataclass, fields, replace
 from math import ceil
 from typing import Any
 
+from timm_ext.data.tasks import get_task, joint_task, task_to_dict
 from timm_ext.errors import InputError
-from timm_ext.merging.methods import Method, get_method
+from timm_ext.merging.methods import Method, get_method, transfer
 from timm_ext.study.parts import STAGES, case_steps, check_fields, prepare_settings
 from timm_ext.study.records import Step
 from timm_ext.study.settings import PlanSettings, to_json
 from timm_ext.study.sources import Recipe
-from timm_ext.training.settings import TrainSettings
+from timm_ext.training.settings import TIES, TrainSettings
 
 # Seconds per training step and voxel of a pair of volumes on one core, for the time left only.
 _SECONDS_PER_STEP = 0.2
 _USUAL_VOXELS = 40 * 48 * 40
 _SECONDS_TO_START = 1.0
+COMBINE = "timm_ext.study.combination_stages:combine_and_test"
 _SET_ELSEWHERE = {"steps", "epochs", "batch_size", "lr", "validate_every", "seed", "devices", "tensorboard"}
 _SET_ELSEWHERE |= {"accelerator", "precision"}
 
@@ -34,6 +36,7 @@ class Plan:
         adaptations: (method, seed) → step, for the methods that adapt.
         runs: (method, seed) → step.
         forgetting: scores on the source tasks.
+        joint: source network of all source tasks at once, where a method wants it.
     """
 
     settings: PlanSettings
@@ -44,6 +47,7 @@ class Plan:
     adaptations: dict[tuple[str, int], Step]
     runs: dict[tuple[str, int], Step]
     forgetting: tuple[Step, ...]
+    joint: Step | None = None
 
     @property
     def steps(self) -> list[Step]:
@@ -69,6 +73,7 @@ class _Planner:
     def __init__(self, settings: PlanSettings, step_seconds: float | None) -> None:
         self.settings = settings
         self.methods = [_method(name, len(settings.source_tasks)) for name in settings.methods]
+        _check_ties(settings)
         self.common: dict[str, Any] = {"prepare": to_json(prepare_settings(settings))}
         self.network = {"name": settings.network, "options": dict(settings.options)}
         voxels = settings.size[0] * settings.size[1] * settings.size[2]
@@ -84,25 +89,34 @@ class _Planner:
         fishers = [self._fisher(number, cases, model) for number, model in enumerate(models, 1)]
         sources = {f"model-{n}": step for n, step in enumerate(models, 1)}
         sources |= {f"fisher-{n}": step for n, step in enumerate(fishers, 1)}
-        adaptations, runs = {}, {}
+        joint = self._joint(cases) if any(method.joint for method in self.methods) else None
+        adaptations: dict[tuple[str, int], Step] = {}
+        runs: dict[tuple[str, int], Step] = {}
         for seed in settings.seeds:
             for method in self.methods:
+                if method.combine != "none":
+                    runs[method.name, seed] = self._combination(method, seed, cases, sources)
+                    continue
                 if method.adapt != "none":
                     adaptations[method.name, seed] = self._adaptation(
                         self._twin(method), seed, cases, sources
                     )
+                models_of = {"model-1": joint} if method.joint and joint else sources
                 runs[method.name, seed] = self._run(
-                    method, seed, cases, sources, adaptations.get((method.name, seed))
+                    method, seed, cases, models_of, adaptations.get((method.name, seed))
                 )
         forgetting = self._forgetting(cases, sources, adaptations)
-        return Plan(settings, subjects, cases, tuple(models), tuple(fishers), adaptations, runs, forgetting)
+        return Plan(
+            settings, subjects, cases, tuple(models), tuple(fishers), adaptations, runs, forgetting, joint
+        )
 
     def _train(
         self, name: str, steps: int, lr: float, seed: int, given: Mapping[str, Any], **defaults: Any
     ) -> dict[str, Any]:
         """Return training settings: those of the plan, then the defaults, then what the user gives."""
         settings = self.settings
-        check_fields(name, given, {field.name for field in fields(TrainSettings)} - _SET_ELSEWHERE)
+        elsewhere = _SET_ELSEWHERE | ({*TIES} if name == "adapt_train" else set())
+        check_fields(name, given, {field.name for field in fields(TrainSettings)} - elsewhere)
         every = settings.validate_every
         return TrainSettings(
             **{"stop_patience": None, "keep": "last", **defaults, **given},
@@ -126,6 +140,7 @@ class _Planner:
 
     def _model(self, number: int, cases: Mapping[str, Step], earlier: list[Step]) -> Step:
         settings = self.settings
+        starts = bool(earlier) and settings.chain
         values = {
             **self.common,
             "task": settings.source_tasks[number - 1],
@@ -136,15 +151,41 @@ class _Planner:
                 settings.source_steps,
                 settings.source_lr,
                 settings.source_seed + number,
-                settings.source_train,
+                settings.source_train if starts else _without_ties(settings.source_train),
                 schedule="cosine",
             ),
         }
         needs = {"train": cases[f"source-{number}"], "test": cases[f"source-{number}-test"]}
-        if earlier and settings.chain:
+        if starts:
             needs["parent"] = earlier[-1]
         cost = self._training_cost(settings.source_steps, settings.source_cases, settings.source_test)
         return Step(f"train-M{number}", f"{STAGES}:train_source", values, needs, cost)
+
+    def _joint(self, cases: Mapping[str, Step]) -> Step:
+        """Train on the cases of all source tasks, for as many steps as their networks take together."""
+        settings = self.settings
+        count = len(settings.source_tasks)
+        seed, steps = settings.source_seed + count + 1, count * settings.source_steps
+        values = {
+            **self.common,
+            "task": task_to_dict(joint_task([get_task(name) for name in settings.source_tasks])),
+            "network": self.network,
+            "recipe": to_json(Recipe(seed=seed)),
+            "train": self._train(
+                "source_train",
+                steps,
+                settings.source_lr,
+                seed,
+                _without_ties(settings.source_train),
+                schedule="cosine",
+            ),
+        }
+        needs = {}
+        for number in range(1, count + 1):
+            needs[f"train-{number}"] = cases[f"source-{number}"]
+            needs[f"test-{number}"] = cases[f"source-{number}-test"]
+        cost = self._training_cost(steps, count * settings.source_cases, count * settings.source_test)
+        return Step("train-joint", f"{STAGES}:train_source", values, needs, cost)
 
     def _fisher(self, number: int, cases: Mapping[str, Step], model: Step) -> Step:
         settings = self.settings
@@ -204,7 +245,7 @@ class _Planner:
             "recipe": to_json(Recipe(seed=seed)),
             # At a constant rate the last step's Dice varies more than the methods differ.
             "train": self._train(
-                "train", steps, settings.lr, seed, settings.train, schedule="constant", keep="best"
+                "train", steps, settings.lr, seed, self._given(method), schedule="constant", keep="best"
             ),
         }
         needs = {part: cases[part] for part in ("train", "val", "test")}
@@ -219,19 +260,53 @@ class _Planner:
         name = f"run-{method.name}-seed{seed}{settings.suffix}"
         return Step(name, f"{STAGES}:tune_and_test", values, needs, cost)
 
+    def _combination(
+        self, method: Method, seed: int, cases: Mapping[str, Step], sources: Mapping[str, Step]
+    ) -> Step:
+        """Combine the runs by plain transfer, which are rows themselves if the plan names them."""
+        settings = self.settings
+        count = len(settings.source_tasks)
+        members = [self._run(transfer(n), seed, cases, sources, None) for n in range(1, count + 1)]
+        values = {
+            **self.common,
+            "task": settings.target_task,
+            "method": method.name,
+            "train": members[0].settings["train"],
+        }
+        needs = {f"member-{number}": member for number, member in enumerate(members, 1)}
+        needs |= {part: cases[part] for part in ("val", "test")}
+        passes = count if method.combine == "logits" else 1
+        cost = _SECONDS_TO_START + passes * (settings.test_cases + settings.val_cases) / 2 * self.step_cost
+        name = f"run-{method.name}-seed{seed}{settings.suffix}"
+        return Step(name, COMBINE, values, needs, cost)
+
+    def _given(self, method: Method) -> dict[str, Any]:
+        """Return what user and method say of fine-tuning; without a source there is nothing to tie to."""
+        single = (self.settings.method_train or {}).get(method.name, {})
+        given = {**self.settings.train, **_ties(method), **single}
+        return given if method.models else _without_ties(given)
+
+    def _is_fixed(self, method: Method) -> bool:
+        """Whether a method merges the source networks without data, into what no other one starts from."""
+        own = method.joint or _ties(method)
+        return bool(method.models) and method.adapt == method.combine == "none" and not own
+
     def _forgetting(
         self,
         cases: Mapping[str, Step],
         sources: Mapping[str, Step],
         adaptations: Mapping[tuple[str, int], Step],
     ) -> tuple[Step, ...]:
-        """Score fixed and learned merges; in a study the fixed ones once for all sets of training cases."""
+        """Score fixed and learned merges; in a study the fixed ones once for all sets of training cases.
+
+        Methods that differ in fine-tuning alone start as another one does.
+        """
         learned = {
             f"{name}-seed{seed}": (name, step)
             for (name, seed), step in adaptations.items()
             if get_method(name).adapt == "logits" and self._twin(get_method(name)).name == name
         }
-        fixed = [m.name for m in self.methods if m.models and m.adapt == "none"]
+        fixed = [m.name for m in self.methods if self._is_fixed(m)]
         suffix = self.settings.suffix
         shares = {suffix: ([], learned), "": (fixed, {})} if suffix else {"": (fixed, learned)}
         tests = {
@@ -273,6 +348,32 @@ def _method(name: str, sources: int) -> Method:
     return method
 
 
+def _check_ties(settings: PlanSettings) -> None:
+    """Refuse settings that would tie weights to a start that is not there, and those of unknown methods.
+
+    Raises:
+        InputError: as said.
+    """
+    tied = [name for name in TIES if settings.source_train.get(name)]
+    if tied and not (settings.chain and len(settings.source_tasks) > 1):
+        raise InputError(
+            f"source_train: expected chain and several source tasks with {tied[0]}, which keeps a source "
+            "network near the one before"
+        )
+    if strangers := sorted(set(settings.method_train or {}) - {*settings.methods}):
+        raise InputError(
+            f"method_train: expected some of {', '.join(settings.methods)} (got {strangers[0]!r})"
+        )
+
+
+def _ties(method: Method) -> dict[str, float]:
+    return {name: value for name in TIES if (value := getattr(method, name))}
+
+
+def _without_ties(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if name not in TIES}
+
+
 def _adapting(method: Method) -> Method:
     """Strip a method of all that its adaptation does not depend on."""
-    return replace(method, name="", title="", paper="", extra_steps=False)
+    return replace(method, name="", title="", paper="", extra_steps=False, l2_transfer=0.0, drop_transfer=0.0)

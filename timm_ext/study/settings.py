@@ -40,6 +40,8 @@ class CommonSettings:
         lr: learning rate of the runs, by default constant; also of the task-specific layers in an adaptation.
             A run ends with its weights of the lowest validation loss.
         train: further fields of the runs' `TrainSettings`.
+        method_train: such fields for single methods, by name; they go before the method's own, which go
+            before those of `train`.
         adapt_steps: optimiser steps of an adaptation at most.
         adapt_train: further fields of its `TrainSettings`.
         logit_lr: learning rate of the mixing logits.
@@ -84,6 +86,7 @@ class CommonSettings:
     steps: int = 100
     lr: float = 3e-3
     train: Mapping[str, Any] = field(default_factory=dict)
+    method_train: Mapping[str, Mapping[str, Any]] | None = None
     adapt_steps: int = 20
     adapt_train: Mapping[str, Any] = field(default_factory=dict)
     logit_lr: float = 0.1
@@ -155,7 +158,7 @@ class StudySettings(CommonSettings):
         return {field.name: getattr(self, field.name) for field in fields(CommonSettings)}
 
 
-EXTENDABLE = ("title", "methods", "seeds", "draws", "train_cases", "fractions", "references")
+EXTENDABLE = ("title", "methods", "method_train", "seeds", "draws", "train_cases", "fractions", "references")
 """Fields of a study that may change from one start to the next: their steps do not disturb each other."""
 
 

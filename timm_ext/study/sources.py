@@ -119,7 +119,7 @@ class Recipe:
         mixing: how logits become ratios.
         anchor: the logits start at this for the first source and at its negative for the others.
         align: the channels of the sources are first brought into one order, whatever the method says.
-        normalize: how the Fishers are scaled before merging.
+        normalize: how the Fishers are scaled before merging; None as the method has it.
         transfer_norms: the norms are shared, too.
         unseen: for a target modality that a source never saw, the one whose weights it starts from; without
             a rule it starts from the target network's own.
@@ -223,7 +223,8 @@ def start_from(
     bank = None
     if sources is not None and method.models:
         sources = in_order(sources, method, recipe)
-        bank = sources.bank(target, task, split, normalize=recipe.normalize, unseen=recipe.unseen)
+        normalize = recipe.normalize or method.normalize
+        bank = sources.bank(target, task, split, normalize=normalize, unseen=recipe.unseen)
     model = build_initialisation(
         method,
         target,

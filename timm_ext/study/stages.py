@@ -77,22 +77,25 @@ def make_cases(settings: Settings, inputs: Inputs, context: Context) -> dict[str
 def train_source(settings: Settings, inputs: Inputs, context: Context) -> dict[str, Any]:
     """Train a source network, from scratch or starting from an earlier one.
 
-    Settings: `task`, `network`, `prepare`, `train`, `recipe`. Inputs: `train`, `test`, and `parent` for a
-    start by plain transfer.
+    Settings: `task` (its name or all of it), `network`, `prepare`, `train`, `recipe`. Inputs: `train` and
+    `test`, or `train-1` …, `test-1` … for the cases of several tasks, and `parent` for a start by transfer.
     """
-    task = get_task(settings["task"])
+    told = settings["task"]
+    task = get_task(told) if isinstance(told, str) else task_from_dict(told)
     recipe = Recipe(**settings["recipe"])
     network = settings["network"]
     model = new_network(network["name"], network["options"], task, recipe.seed)
     parents: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
     if "parent" in inputs:
         sources = load_sources([inputs["parent"] / NETWORK], names=["parent"])
-        model, parents = start_from("transfer-1", model, task, sources, recipe).model, sources.hashes
+        start = start_from("transfer-1", model, task, sources, recipe)
+        model, parents, shared = start.model, sources.hashes, start.split.shared
     train_cases, test_cases = (
-        _prepared(inputs["train"], task, settings),
-        _prepared(inputs["test"], task, settings),
+        [case for role in roles for case in prepared_cases(inputs[role], task, settings)]
+        for roles in ([role for role in inputs if role.startswith(part)] for part in ("train", "test"))
     )
-    schedule = _train_settings(settings)
+    schedule = train_settings(settings)
     train_set, test_set = make_sets(train_cases, test_cases, task, schedule)
     history = train(
         channels_last(model),
@@ -100,9 +103,10 @@ def train_source(settings: Settings, inputs: Inputs, context: Context) -> dict[s
         test_set,
         schedule,
         context.folder / TRAINING,
+        tied=shared,
         resume=True,
     )
-    _save(context.folder / NETWORK, model, task, settings, parents)
+    save_result(context.folder / NETWORK, model, task, settings, parents)
     return _told(history, context)
 
 
@@ -110,7 +114,7 @@ def source_fisher(settings: Settings, inputs: Inputs, context: Context) -> dict[
     """Estimate a source network's Fisher on its training cases; settings: `task`, `prepare`, `fisher`."""
     task = get_task(settings["task"])
     model, checkpoint = load_network(inputs["model"] / NETWORK)
-    cases = _prepared(inputs["train"], task, settings)
+    cases = prepared_cases(inputs["train"], task, settings)
     data, _ = make_sets(cases, (), task, TrainSettings())
     partial = context.folder / "partial"
     fisher = estimate_fisher(_placed(model, settings), data, **settings["fisher"], partial=partial)
@@ -134,7 +138,7 @@ def adapt_start(settings: Settings, inputs: Inputs, context: Context) -> dict[st
     sources = _sources(inputs)
     recipe = Recipe(**settings["recipe"])
     start = start_from(settings["method"], network_of(sources, task, recipe.seed), task, sources, recipe)
-    schedule = _train_settings(settings)
+    schedule = train_settings(settings)
     train_set, val_set = _target_sets(inputs, task, settings, schedule)
     counted, folder = _Counted(train_set, context, schedule), context.folder / TRAINING
     facts: dict[str, Any] = {}
@@ -148,11 +152,13 @@ def adapt_start(settings: Settings, inputs: Inputs, context: Context) -> dict[st
             "layers": list(adaptation.layers),
             "ratios": adaptation.ratios[-1].tolist(),
         }
-        _save(context.folder / INITIAL, network, task, settings, sources.hashes, start.model.provenance())
+        save_result(
+            context.folder / INITIAL, network, task, settings, sources.hashes, start.model.provenance()
+        )
     else:
         network = start.model
         history = warm_up(network, start.split.specific, counted, val_set, schedule, folder, resume=True)
-        _save(
+        save_result(
             context.folder / INITIAL, network, task, settings, sources.hashes, {"method": settings["method"]}
         )
     return {**_told(history, context), **facts}
@@ -166,7 +172,9 @@ def tune_and_test(settings: Settings, inputs: Inputs, context: Context) -> dict[
     """
     task = get_task(settings["task"])
     network, parents = _initial_network(settings, inputs, context, task)
-    schedule = _train_settings(settings)
+    method = get_method(settings["method"])
+    shared = split_by(network, method, Recipe(**settings["recipe"])).shared if method.models else ()
+    schedule = train_settings(settings)
     train_set, val_set = _target_sets(inputs, task, settings, schedule)
     network, history = fine_tune(
         channels_last(network),
@@ -174,10 +182,11 @@ def tune_and_test(settings: Settings, inputs: Inputs, context: Context) -> dict[
         val_set,
         schedule,
         context.folder / TRAINING,
+        tied=shared,
         resume=True,
     )
-    _save(context.folder / NETWORK, network, task, settings, parents)
-    scores = _test(network, inputs["test"], task, settings, context.folder)
+    save_result(context.folder / NETWORK, network, task, settings, parents)
+    scores = segment_and_score(network, inputs["test"], task, settings, context.folder)
     return {**_told(history, context), **scores}
 
 
@@ -200,7 +209,7 @@ def forgetting(settings: Settings, inputs: Inputs, context: Context) -> dict[str
         table[role] = {
             task.name: _mean_dice(
                 _placed(_in_source(get_method(method), sources, index, recipe, adapted), settings),
-                _prepared(inputs[f"test-{index + 1}"], task, settings),
+                prepared_cases(inputs[f"test-{index + 1}"], task, settings),
                 task,
             )
             for index, task in enumerate(sources.tasks)
@@ -235,11 +244,13 @@ def _prepare_settings(settings: Settings) -> PrepareSettings:
     return PrepareSettings(**_tuples(settings["prepare"]))
 
 
-def _train_settings(settings: Settings) -> TrainSettings:
+def train_settings(settings: Settings) -> TrainSettings:
+    """Return the settings of a training from those of its step."""
     return TrainSettings(**_tuples(settings["train"]))
 
 
-def _prepared(folder: Path, task: Task, settings: Settings) -> list[Prepared]:
+def prepared_cases(folder: Path, task: Task, settings: Settings) -> list[Prepared]:
+    """Return the prepared cases of the step with this folder."""
     cases = read_cases(folder / CASES, task, require_labels=True)
     return [prepare_case(case, task, _prepare_settings(settings), folder / CACHE) for case in cases]
 
@@ -247,7 +258,7 @@ def _prepared(folder: Path, task: Task, settings: Settings) -> list[Prepared]:
 def _target_sets(
     inputs: Inputs, task: Task, settings: Settings, schedule: TrainSettings
 ) -> tuple[Examples, Examples | None]:
-    train_cases, val_cases = (_prepared(inputs[part], task, settings) for part in ("train", "val"))
+    train_cases, val_cases = (prepared_cases(inputs[part], task, settings) for part in ("train", "val"))
     return make_sets(train_cases, val_cases, task, schedule)
 
 
@@ -272,7 +283,7 @@ def _initial_network(
     sources = _sources(inputs)
     network = start_from(settings["method"], target, task, sources, recipe).model
     facts = {"method": settings["method"]}
-    _save(context.folder / INITIAL, network, task, settings, sources.hashes, facts)
+    save_result(context.folder / INITIAL, network, task, settings, sources.hashes, facts)
     return network, sources.hashes
 
 
@@ -282,7 +293,7 @@ def channels_last(network: nn.Module) -> nn.Module:
     return network.to(memory_format=last)  # type: ignore[call-overload, no-any-return]
 
 
-def _save(
+def save_result(
     path: Path,
     network: nn.Module,
     task: Task,
@@ -290,6 +301,7 @@ def _save(
     parents: Sequence[str],
     merge: Mapping[str, Any] | None = None,
 ) -> None:
+    """Write a network with its task, parents and settings, and where it was merged, how."""
     kind = "network" if merge is None else "merged"
     facts = {} if merge is None else {"merge": dict(merge)}
     save_network(
@@ -297,7 +309,7 @@ def _save(
     )
 
 
-def _test(
+def segment_and_score(
     network: nn.Module, cases: Path, task: Task, settings: Settings, folder: Path
 ) -> dict[str, dict[str, dict[str, float | None]]]:
     """Write a label map for every test case and return its Dice (`scores`) and HD95 by case and region."""

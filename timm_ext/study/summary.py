@@ -20,7 +20,7 @@ class MethodResult:
         key: short name, unique.
         title: for readers.
         steps: optimiser steps in all, adaptation included.
-        extra: the adaptation came on top of the others' number of steps.
+        extra: it took more than the others' number of steps.
         dice: test Dice `[seeds, cases, regions]`.
         curves: per seed, pairs of (steps so far, mean validation Dice).
         seconds: mean computing time of a run, adaptation included.

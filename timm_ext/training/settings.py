@@ -21,6 +21,9 @@ _POSITIVE = (
 )
 _DEFAULT_EPOCHS = 500
 
+TIES = ("l2_transfer", "drop_transfer")
+"""Settings that tie weights to those at the start; see `timm_ext.training.transfer.Tie`."""
+
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -48,6 +51,10 @@ class TrainSettings:
         workers: processes that load data; 0 loads in the training process.
         save_every: steps between states saved for a resume; None saves at every validation.
         tensorboard: write TensorBoard events beside the CSV log.
+        l2_transfer: weight λ of L2-transfer, λ ‖θ − θ_start‖² in the loss; 0 is without. It acts, as
+            `drop_transfer` does, on the shared weights of a network that starts from another.
+        drop_transfer: probability with which, in each step, drop-transfer puts an output channel back to its
+            starting weights; 0 is without.
     """
 
     steps: int | None = None
@@ -68,6 +75,8 @@ class TrainSettings:
     workers: int = 0
     save_every: int | None = None
     tensorboard: bool = True
+    l2_transfer: float = 0.0
+    drop_transfer: float = 0.0
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
@@ -89,6 +98,12 @@ class TrainSettings:
                 raise InputError(
                     f"training: {name} must be one of {', '.join(known)} (got {getattr(self, name)!r})"
                 )
+        if not 0 <= self.l2_transfer < math.inf:
+            raise InputError(f"training: l2_transfer must be finite and at least 0 (got {self.l2_transfer})")
+        if not 0 <= self.drop_transfer < 1:
+            raise InputError(
+                f"training: drop_transfer must be at least 0 and less than 1 (got {self.drop_transfer})"
+            )
         if self.patch is not None and (len(self.patch) != 3 or min(self.patch) < 1):
             raise InputError(f"training: patch must be three positive edges (got {list(self.patch)})")
 
@@ -111,6 +126,19 @@ class TrainSettings:
         values = asdict(self)
         values["patch"] = None if self.patch is None else list(self.patch)
         return values
+
+    def refuse_ties(self, what: str) -> None:
+        """Refuse settings that tie weights to those at the start, where there are none to tie.
+
+        Raises:
+            InputError: as said.
+        """
+        for name in TIES:
+            if value := getattr(self, name):
+                raise InputError(
+                    f"{what}: expected {name} 0, which is for training all of a pre-trained network "
+                    f"(got {value:g})"
+                )
 
     def check_resume(self, saved: dict[str, Any], where: object) -> None:
         """Refuse to continue a run under settings that would have changed it.

@@ -71,13 +71,14 @@ def train(
     settings: TrainSettings,
     run_dir: Path | str,
     *,
+    tied: Collection[str] | None = None,
     resume: bool = False,
     progress: bool = False,
     title: str = "training",
 ) -> History:
     """Train all parameters of a network in place; arguments are those of `Trainer` and `Trainer.fit`."""
     return Trainer(settings, run_dir).fit(
-        model, train_set, val_set, resume=resume, progress=progress, title=title
+        model, train_set, val_set, tied=tied, resume=resume, progress=progress, title=title
     )
 
 
@@ -115,7 +116,11 @@ def adapt(
 
     Returns:
         The history, with the mixing ratios per layer over time.
+
+    Raises:
+        InputError: settings of L2- or drop-transfer: the weights stay where they are anyway.
     """
+    settings.refuse_ties("adaptation")
     groups = [{"name": "logits", "params": [merged.logits], "lr": logit_lr}]
     if specific := merged.specific_parameters():
         rate = settings.lr if specific_lr is None else specific_lr
@@ -175,8 +180,9 @@ def warm_up(
         The history.
 
     Raises:
-        InputError: a name is not a parameter of the network.
+        InputError: a name is not a parameter of the network, or settings of L2- or drop-transfer.
     """
+    settings.refuse_ties("warm-up")
     parameters = named_parameters(model)
     if unknown := sorted(set(specific) - parameters.keys()):
         raise InputError(f"warm-up: expected names of the network's parameters (got {', '.join(unknown)})")
@@ -199,18 +205,30 @@ def fine_tune(
     settings: TrainSettings,
     run_dir: Path | str,
     *,
+    tied: Collection[str] | None = None,
     resume: bool = False,
     progress: bool = False,
     title: str = "fine-tuning",
 ) -> tuple[nn.Module, History]:
-    """Fold a merged model into a plain network, if it is one, and train all of it.
+    """Fold a merged model into a plain network, if it is one, and train all of it; arguments as for `train`.
+
+    With `l2_transfer` or `drop_transfer`, `tied` should be the shared parameters, `Split.shared`: heads and
+    norms that start anew are not worth staying near.
 
     Returns:
         The plain network (the model itself unless it was merged) and the history.
     """
     network = model.fold() if isinstance(model, MergedModel) else model
     history = train(
-        network, train_set, val_set, settings, run_dir, resume=resume, progress=progress, title=title
+        network,
+        train_set,
+        val_set,
+        settings,
+        run_dir,
+        tied=tied,
+        resume=resume,
+        progress=progress,
+        title=title,
     )
     return network, history
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from timm_ext.training.progress import StepProgress
 from timm_ext.training.schedule import Schedule
 from timm_ext.training.settings import TrainSettings
 from timm_ext.training.state import STATE_NAME, load_state, restore_weights, save_state, weights_of
+from timm_ext.training.transfer import make_tie
 from timm_ext.training.validation import Validation, validate
 
 SETTINGS_NAME = "settings.json"
@@ -39,9 +40,9 @@ class History:
     """What happened in a run, the part before an interruption included.
 
     Attributes:
-        rows: one per step: `step` (from 1), `epoch`, `loss`, the learning rates (`lr`, or `lr_NAME` for
-            several parameter groups), and after a validation `val_loss`, `val_dice` (mean over regions) and
-            `val_dice_REGION`, else None.
+        rows: one per step: `step` (from 1), `epoch`, `loss` (without the part of L2-transfer), the learning
+            rates (`lr`, or `lr_NAME` for several parameter groups), and after a validation `val_loss`,
+            `val_dice` (mean over regions) and `val_dice_REGION`, else None.
         observations: (step, value) of the `observe` function before the first step and after each validation.
         best_step: the step with the lowest validation loss, None without validation cases.
         stopped: `steps` when the budget was used up, `plateau` when the validation loss had stopped falling.
@@ -88,6 +89,7 @@ class Trainer:
         loss: Loss | None = None,
         parameter_groups: Sequence[Mapping[str, Any]] | None = None,
         observe: Callable[[], Tensor] | None = None,
+        tied: Collection[str] | None = None,
         resume: bool = False,
         progress: bool = False,
         title: str = "training",
@@ -102,6 +104,8 @@ class Trainer:
             parameter_groups: what to train: `{"params": parameters, "name": str, "lr": float}`, the last two
                 optional; all other parameters are frozen during the run. By default everything is trained.
             observe: returns a tensor to note in `History.observations`.
+            tied: names of the parameters that `l2_transfer` and `drop_transfer` tie to their values at the
+                start; None is all that are trained.
             resume: go on from the state in the folder; without a state there the run starts at the
                 beginning. A finished run is loaded.
             progress: show a progress bar.
@@ -128,7 +132,16 @@ class Trainer:
         trained = [parameter for group in groups for parameter in group["params"]]
         with only_trained(model, trained), reproducible(fabric.device):
             run = _Run(
-                self, fabric, model, train_set, val_set, regions, groups, loss or soft_dice_loss(), observe
+                self,
+                fabric,
+                model,
+                train_set,
+                val_set,
+                regions,
+                groups,
+                loss or soft_dice_loss(),
+                observe,
+                tied,
             )
             try:
                 run.start(resume)
@@ -152,6 +165,7 @@ class _Run:
         groups: list[dict[str, Any]],
         loss: Loss,
         observe: Callable[[], Tensor] | None,
+        tied: Collection[str] | None,
     ) -> None:
         self.settings = trainer.settings
         self.state_path = trainer.run_dir / STATE_NAME
@@ -165,6 +179,7 @@ class _Run:
         self.adam = torch.optim.Adam(groups, lr=self.settings.lr)
         self.schedule = Schedule(self.adam, self.settings, self.total)
         self.module, self.optimizer = fabric.setup(model, self.adam)
+        self.tie = make_tie(model, tied, self.settings)
         self.rates = _rate_columns(groups)
         self.log: RunLog | None = None
         self.step = 0
@@ -255,7 +270,7 @@ class _Run:
         torch.manual_seed(dropout_seed(self.settings.seed, self.step, self.fabric.global_rank))
         images, targets = self.fabric.to_device((batch["image"], batch["target"]))
         self.optimizer.zero_grad(set_to_none=True)
-        logits = self.module(images)
+        logits = self.tie.forward(self.module, images, self.step) if self.tie else self.module(images)
         if not isinstance(logits, Tensor) or logits.shape != targets.shape:
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise InputError(f"training: expected logits {list(targets.shape)} from the network (got {got})")
@@ -268,7 +283,7 @@ class _Run:
                 f"training: the loss is {value} at step {self.step + 1} (cases {', '.join(batch['id'])}); "
                 f"{self._advice()}"
             )
-        self.fabric.backward(loss)
+        self.fabric.backward(loss + self.tie.penalty() if self.tie else loss)
         self.optimizer.step()
         self.round_losses.append(value)
         return value
@@ -329,6 +344,7 @@ class _Run:
                     "observations": self.observations,
                     "seconds": self.seconds,
                     "times": self.times,
+                    "start": self.tie.start if self.tie else {},
                 },
             )
         self.fabric.barrier()
@@ -344,6 +360,8 @@ class _Run:
                 f"interruption (got {self._case_counts()})"
             )
         restore_weights(self.model, state["weights"], where)
+        if self.tie:
+            self.tie.restore(state["start"])
         self.adam.load_state_dict(state["optimizer"])
         self.fabric.strategy.precision.load_state_dict(state["scaler"])
         self.schedule.load_state_dict(state["schedule"])

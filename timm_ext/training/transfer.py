@@ -1,0 +1,122 @@
+"""Training that stays near its starting weights: L2-transfer and drop-transfer."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from timm_ext.data.noise import keyed_generator
+from timm_ext.errors import InputError
+from timm_ext.parameters import Entry, Layout, named_parameters
+from timm_ext.training.settings import TrainSettings
+
+
+class Tie:
+    """Ties parameters θ to the values θ_0 that they have when it is made.
+
+    L2-transfer adds λ ‖θ − θ_0‖² to the loss. Drop-transfer puts, in each training step, an output channel
+    of a layer back to θ_0 with probability p and enlarges the steps of the others, so that the mean is θ:
+
+        θ_0 + m / (1 − p) · (θ − θ_0),    m ~ Bernoulli(1 − p) for weight and bias of each output channel
+
+    Validation and the trained network use θ. λ = 0 and p = 0 change nothing.
+
+    Source: Lee et al., Overcoming Catastrophic Forgetting by Incremental Moment Matching, NeurIPS 2017,
+    section 4, where both belong to the training of each source network from the one before; L2-transfer to a
+    new task is L2-SP, Li et al., Explicit Inductive Bias for Transfer Learning with Convolutional Networks,
+    ICML 2018.
+
+    Args:
+        model: where it is trained, on its device.
+        names: of its tied parameters.
+        settings: with λ (`l2_transfer`), p (`drop_transfer`) and the seed of the channels that are dropped.
+
+    Attributes:
+        start: θ_0 by name.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str], settings: TrainSettings) -> None:
+        self._layout = Layout.from_model(model, names)
+        every = named_parameters(model)
+        self._parameters = {name: every[name] for name in names}
+        self._weight, self._rate, self._seed = settings.l2_transfer, settings.drop_transfer, settings.seed
+        self.start = {name: value.detach().clone() for name, value in self._parameters.items()}
+
+    def penalty(self) -> Tensor | float:
+        """Return λ ‖θ − θ_0‖²."""
+        if not self._weight:
+            return 0.0
+        squares = [(value - self.start[name]).square().sum() for name, value in self._parameters.items()]
+        return self._weight * torch.stack(squares).sum()
+
+    def forward(self, module: nn.Module, images: Tensor, step: int) -> object:
+        """Return what a module that holds the model makes of images, this step's channels dropped.
+
+        All processes drop the same channels.
+        """
+        if not self._rate:
+            return module(images)
+        masks = self._masks(step)
+        mixed = {
+            value: torch.lerp(self.start[name], value, masks[name].to(value))
+            for name, value in self._parameters.items()
+        }
+        named = {place: mixed[value] for place, value in _places(module) if value in mixed}
+        # A module that is registered twice, as Fabric's wrapper does, must be swapped and restored once.
+        return functional_call(module, named, (images,), tie_weights=False)
+
+    def restore(self, start: Mapping[str, Tensor]) -> None:
+        """Take over θ_0 of a run that is resumed."""
+        for name, value in self.start.items():
+            value.copy_(start[name])
+
+    def _masks(self, step: int) -> dict[str, Tensor]:
+        """Return m / (1 − p) for each tensor, shaped to be broadcast; a layer's tensors agree in it."""
+        generator = keyed_generator("drop-transfer", self._seed, step)
+        drawn: dict[tuple[str, int], Tensor] = {}
+        masks = {}
+        for entry in self._layout.entries:
+            key = entry.layer, entry.out_channels
+            if key not in drawn:
+                kept = torch.from_numpy(generator.random(entry.out_channels) >= self._rate)
+                drawn[key] = kept.float() / (1 - self._rate)
+            masks[entry.name] = _by_channel(drawn[key], entry)
+        return masks
+
+
+def make_tie(model: nn.Module, names: Collection[str] | None, settings: TrainSettings) -> Tie | None:
+    """Tie those of the named parameters (None: of all) that are trained; None where there is nothing to tie.
+
+    Raises:
+        InputError: a name is not a parameter of the model.
+    """
+    if not settings.l2_transfer and not settings.drop_transfer:
+        return None
+    parameters = named_parameters(model)
+    names = parameters.keys() if names is None else names
+    if unknown := sorted(set(names) - parameters.keys()):
+        raise InputError(f"tied: expected names of the model's parameters (got {', '.join(unknown)})")
+    trained = [name for name in names if parameters[name].requires_grad]
+    return Tie(model, trained, settings) if trained else None
+
+
+def _places(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Name each parameter in each module that holds it, modules under their first name."""
+    for path, inner in module.named_modules():
+        for name, value in inner._parameters.items():
+            if value is not None:
+                yield f"{path}.{name}" if path else name, value
+
+
+def _by_channel(values: Tensor, entry: Entry) -> Tensor:
+    """Shape values of the output channels `[C_out]` so that they are broadcast over an entry's tensor."""
+    inner = [1] * (len(entry.shape) - 1)
+    if entry.out_dim is None:
+        return values.reshape(())
+    if entry.out_dim == 0:
+        return values.reshape(-1, *inner)
+    rows = values.reshape(entry.channel_groups, -1).repeat_interleave(
+        entry.shape[0] // entry.channel_groups, dim=0
+    )
+    return rows.reshape(*rows.shape, *inner[1:])
