@@ -5,7 +5,7 @@ import pytest
 from timm_ext.config import load_settings
 from timm_ext.errors import InputError
 from timm_ext.study.grid import make_study
-from timm_ext.study.session import bundled_plans
+from timm_ext.study.run import bundled_plans
 from timm_ext.study.settings import EXTENDABLE, CommonSettings, StudySettings, settings_to_dict
 
 

@@ -112,7 +112,7 @@ def test_joint_training_takes_all_source_cases_and_as_many_steps():
         "test-1": "cases-source-1-test",
         "test-2": "cases-source-2-test",
     }
-    assert ties_of(joint) == {"l2_transfer": None, "drop_transfer": None}
+    assert ties_of(joint) == {"l2_transfer": 0.0, "drop_transfer": 0.0}
     assert plan.runs["transfer-joint", 0].needs["model-1"] is joint
     assert "model-2" not in plan.runs["transfer-joint", 0].needs
     assert plan.forgetting[0].settings["methods"] == ["transfer-1"]
@@ -137,11 +137,11 @@ def test_ties_of_fine_tuning_come_from_plan_method_and_single_methods():
         method_train={"transfer-1-l2": {"l2_transfer": 0.25, "augment": True}},
     )
     runs = make_plan(settings).runs
-    assert ties_of(runs["scratch", 0]) == {"l2_transfer": None, "drop_transfer": None}
-    assert ties_of(runs["transfer-2", 0]) == {"l2_transfer": 0.5, "drop_transfer": None}
-    assert ties_of(runs["transfer-2-l2", 0]) == {"l2_transfer": 1e-2, "drop_transfer": None}
+    assert ties_of(runs["scratch", 0]) == {"l2_transfer": 0.0, "drop_transfer": 0.0}
+    assert ties_of(runs["transfer-2", 0]) == {"l2_transfer": 0.5, "drop_transfer": 0.0}
+    assert ties_of(runs["transfer-2-l2", 0]) == {"l2_transfer": 1e-2, "drop_transfer": 0.0}
     assert ties_of(runs["transfer-2-drop", 0]) == {"l2_transfer": 0.5, "drop_transfer": 0.5}
-    assert ties_of(runs["transfer-1-l2", 0]) == {"l2_transfer": 0.25, "drop_transfer": None}
+    assert ties_of(runs["transfer-1-l2", 0]) == {"l2_transfer": 0.25, "drop_transfer": 0.0}
     assert [run.settings["train"]["augment"] for run in runs.values()] == [False] * 4 + [True]
 
 
@@ -154,7 +154,7 @@ def test_forgetting_of_an_initialisation_is_scored_once():
 def test_ties_of_source_training_begin_with_the_second():
     plain, tied = (make_plan(PlanSettings(source_train=given)) for given in ({}, {"drop_transfer": 0.5}))
     assert plain.models[0].digest == tied.models[0].digest
-    assert ties_of(tied.models[1]) == {"l2_transfer": None, "drop_transfer": 0.5}
+    assert ties_of(tied.models[1]) == {"l2_transfer": 0.0, "drop_transfer": 0.5}
 
 
 @pytest.mark.parametrize(

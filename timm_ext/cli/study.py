@@ -45,7 +45,7 @@ def study(
     """
     from timm_ext.config import load_settings
     from timm_ext.errors import InputError
-    from timm_ext.study.session import find_plan, run_study
+    from timm_ext.study.run import find_plan, run_study
     from timm_ext.study.settings import StudySettings
 
     if os.environ.get("WORLD_SIZE", "1") != os.environ.get("LOCAL_WORLD_SIZE", "1"):

@@ -16,8 +16,8 @@ from timm_ext.study.collect import environment, summarise
 from timm_ext.study.plan import Plan, make_plan
 from timm_ext.study.records import Folder
 from timm_ext.study.report import write_report
+from timm_ext.study.run import finish_steps
 from timm_ext.study.runner import available_cores
-from timm_ext.study.session import finish_steps
 from timm_ext.study.settings import PlanSettings, settings_to_dict
 from timm_ext.study.stages import FISHER, INITIAL, NETWORK
 from timm_ext.study.summary import Summary

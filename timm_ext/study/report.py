@@ -18,7 +18,7 @@ from timm_ext.study.page import (
     write_page,
 )
 from timm_ext.study.statistics import Comparison, mean_spread
-from timm_ext.study.summary import Summary, conclusions, limits
+from timm_ext.study.summary import ForgettingRow, Summary, conclusions, limits
 
 
 def write_report(summary: Summary, folder: Path) -> Path:
@@ -37,7 +37,7 @@ def write_report(summary: Summary, folder: Path) -> Path:
     comparisons = summary.comparisons()
     tables = [dice_table(summary), comparison_table(summary, comparisons)]
     if summary.forgetting:
-        tables.append(forgetting_table(summary))
+        tables.append(forgetting_table(summary.forgetting))
     tables.append(cases_table(summary))
     pictures = draw(summary)
     sections = sections_of(summary, comparisons, tables, pictures)
@@ -87,16 +87,14 @@ def comparison_table(summary: Summary, comparisons: Sequence[Comparison]) -> Tab
     return Table("comparisons", caption, head, rows)
 
 
-def forgetting_table(summary: Summary) -> Table:
+def forgetting_table(results: Sequence[ForgettingRow]) -> Table:
     """Dice of each initialisation on the source tasks."""
-    tasks = tuple(summary.forgetting[0].dice)
-    rows = tuple(
-        (row.title, *(spread(mean_spread(row.dice[task])) for task in tasks)) for row in summary.forgetting
-    )
+    tasks = tuple(results[0].dice)
+    rows = tuple((row.title, *(spread(mean_spread(row.dice[task])) for task in tasks)) for row in results)
     caption = (
         "Dice of each initialisation on the source tasks, before any fine-tuning: the merged weights are put "
         "into the task's source network, which keeps its own heads and norms, and scored on held-out cases "
-        "of that task. ± is the standard deviation over seeds where the initialisation depends on them."
+        "of that task. ± is the standard deviation over runs where the initialisation depends on them."
     )
     return Table("forgetting", caption, ("Initialisation", *tasks), rows)
 

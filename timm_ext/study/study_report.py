@@ -1,6 +1,7 @@
 """The report of a study: tables 2, 3 and 4 and figures 3, 4 and 5 of Geyer et al. 2019, with statistics."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from timm_ext.study import figures, study_figures
@@ -15,10 +16,11 @@ from timm_ext.study.page import (
     html_table,
     picture,
     signed,
-    spread,
     write_page,
 )
-from timm_ext.study.statistics import Scores, bootstrap_interval, mean_spread
+from timm_ext.study.report import forgetting_table
+from timm_ext.study.statistics import Scores, bootstrap_interval
+from timm_ext.study.summary import ForgettingRow
 
 _SHOWN = ("dice", "comparisons", "stages", "forgetting", "regions")
 _RUN_HEAD = ("Initialisation", "Training cases", "Draw", "Seed")
@@ -45,8 +47,8 @@ def write_study_report(summary: StudySummary, folder: Path) -> Path:
     }
     if any(cell.ratios for cell in summary.cells):
         tables["ratios"] = ratios_table(summary)
-    if summary.forgetting or any(cell.forgetting for cell in summary.cells):
-        tables["forgetting"] = forgetting_table(summary)
+    if forgetting := _forgetting(summary):
+        tables["forgetting"] = forgetting_table(forgetting)
     pictures = draw_study(summary)
     sections = _sections(summary, main, tables, pictures)
     return write_page(folder, summary.title, sections, tables.values(), pictures)
@@ -140,19 +142,12 @@ def stage_table(stages: Iterable[StageRow]) -> Table:
     return Table("stages", caption, head, rows)
 
 
-def forgetting_table(summary: StudySummary) -> Table:
-    """Table 4: Dice of each initialisation on the source tasks."""
-    named = [(row.title, row) for row in summary.forgetting]
+def _forgetting(summary: StudySummary) -> list[ForgettingRow]:
+    """Rows of the fixed merges, then of the learned ones by number of training cases."""
+    rows = list(summary.forgetting)
     for cell in summary.cells:
-        named += [(f"{row.title}, N = {cell.train_cases}", row) for row in cell.forgetting]
-    tasks = tuple(named[0][1].dice)
-    rows = tuple((title, *(spread(mean_spread(row.dice[task])) for task in tasks)) for title, row in named)
-    caption = (
-        "Dice of each initialisation on the source tasks, before any fine-tuning: the merged weights are put "
-        "into the task's source network, which keeps its own heads and norms, and scored on held-out cases "
-        "of that task. ± is the standard deviation over runs where the initialisation depends on them."
-    )
-    return Table("forgetting", caption, ("Initialisation", *tasks), rows)
+        rows += [replace(row, title=f"{row.title}, N = {cell.train_cases}") for row in cell.forgetting]
+    return rows
 
 
 def cases_table(summary: StudySummary) -> Table:

@@ -15,7 +15,7 @@ from timm_ext.cli import run
 from timm_ext.config import load_settings
 from timm_ext.errors import InputError
 from timm_ext.study.records import Folder
-from timm_ext.study.session import bundled_plans, find_plan, run_study
+from timm_ext.study.run import bundled_plans, find_plan, run_study
 from timm_ext.study.settings import StudySettings
 
 TINY = ["methods=[scratch, t-imm]", "references=[scratch]", "train_cases=[1]"]
