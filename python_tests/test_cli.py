@@ -122,7 +122,7 @@ def test_merge_aligns_the_networks_first(place, tmp_path):
     assert all(torch.equal(load_file(named)[name], merged[name]) for name in names)
 
 
-def test_adapt_by_medmerge(place, tmp_path):
+def test_adapt_by_medmerge(place, tmp_path, capsys):
     arguments = [
         "adapt",
         *sources(place),
@@ -138,6 +138,7 @@ def test_adapt_by_medmerge(place, tmp_path):
     assert (facts["granularity"], facts["mixing"], facts["fisher"]) == ("filter", "free", False)
     assert facts["mean_ratios"][0] > 0.6
     assert facts["groups"][0] == "encoder.0.entry.conv[0]"
+    assert "never saw T1c, FLAIR: there the first layer starts with" in capsys.readouterr().out
 
 
 def test_adapt_then_train_then_predict_then_evaluate(place, tmp_path, capsys):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from timm_ext.errors import InputError
-from timm_ext.merging.modalities import fit_to_target, match_input_channels
+from timm_ext.merging.modalities import fit_to_target, match_input_channels, unseen_modalities
 
 NAMES = ["T1", "T1c", "T2", "FLAIR"]
 
@@ -38,6 +38,14 @@ def test_unseen_modalities_keep_the_targets_own_channel() -> None:
 def test_a_rule_of_the_caller_goes_first() -> None:
     got = match_input_channels(weight(2), ["T1", "T2"], NAMES, OWN, unseen={"flair": "t1", "PD": "nothing"})
     assert channels(got) == [1, 20, 2, 1]
+
+
+def test_what_keeps_the_targets_own_channel_is_named() -> None:
+    assert unseen_modalities(["T1", "T2"], NAMES) == ("T1c", "FLAIR")
+    assert unseen_modalities(["T1", "T2"], NAMES, {"flair": "t2"}) == ("T1c",)
+    assert unseen_modalities(["t1ce", "T1", "T2f", "t2w"], NAMES) == ()
+    with pytest.raises(InputError, match="unseen: expected a modality of the source for FLAIR"):
+        unseen_modalities(["T1", "T2"], NAMES, {"FLAIR": "PD"})
 
 
 def test_spellings_of_brats_are_one_name() -> None:

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
     from timm_ext.checkpoint import Checkpoint
     from timm_ext.config import RunSettings
-    from timm_ext.study.sources import Start
+    from timm_ext.data.tasks import Task
+    from timm_ext.study.sources import Recipe, Sources, Start
     from timm_ext.training.examples import Examples
 
 
@@ -114,6 +115,7 @@ def _merge_by_method(
     chosen = get_task(task) if task is not None else sources.tasks[0]
     target = network_of(sources, chosen, settings.merge.seed)
     start = start_from(method, target, chosen, sources, settings.merge)
+    _tell_unseen(sources, chosen, settings.merge)
     save_network(
         out,
         start.model,
@@ -166,6 +168,7 @@ def adapt(
     chosen = get_task(task)
     target = network_of(sources, chosen, settings.merge.seed)
     start = start_from(method, target, chosen, sources, settings.merge)
+    _tell_unseen(sources, chosen, settings.merge)
     settings = fit_volumes(settings, target)
     parts = training_parts(data, val, val_share, chosen, settings, cache or out / "prepared", workers)
     train_set, val_set = make_sets(*parts, chosen, settings.train)
@@ -186,6 +189,18 @@ def adapt(
     note_settings(out, settings, folder=True)
     ratios = f", mean ratios {[round(x, 2) for x in facts['mean_ratios']]}" if "mean_ratios" in facts else ""
     print(f"{out / NETWORK_NAME}: {start.method.title} of {', '.join(sources.names)}{ratios}")
+
+
+def _tell_unseen(sources: "Sources", task: "Task", recipe: "Recipe") -> None:
+    """Say which input channels do not come from the sources."""
+    from timm_ext.merging import unseen_modalities
+
+    for name, source in zip(sources.names, sources.tasks, strict=True):
+        if own := unseen_modalities(source.modalities, task.modalities, recipe.unseen):
+            print(
+                f"{name} never saw {', '.join(own)}: there the first layer starts with the new network's own "
+                "weights (merge.unseen names a modality to start from)"
+            )
 
 
 def _learn(

@@ -8,7 +8,7 @@ from timm_ext.merging.initialise import assemble_bank, build_initialisation
 from timm_ext.merging.merged_model import MergedModel
 from timm_ext.merging.methods import METHODS, Method, get_method, method_names
 from timm_ext.merging.mixing import Mixing, anchored_logits, logits_of
-from timm_ext.merging.modalities import fit_to_target, match_input_channels
+from timm_ext.merging.modalities import fit_to_target, match_input_channels, unseen_modalities
 
 __all__ = [
     "METHODS",
@@ -33,4 +33,5 @@ __all__ = [
     "match_input_channels",
     "method_names",
     "uniform_soup",
+    "unseen_modalities",
 ]

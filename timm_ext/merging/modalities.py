@@ -70,6 +70,20 @@ def match_input_channels(
     return result
 
 
+def unseen_modalities(
+    source: Sequence[str], target: Sequence[str], unseen: Mapping[str, str] | None = None
+) -> tuple[str, ...]:
+    """Return the target modalities that `match_input_channels` leaves with the target's own weights.
+
+    Raises:
+        InputError: as for `match_input_channels`.
+    """
+    place = {name: index for index, name in enumerate(_canonical(source, "source"))}
+    known = place.keys() | _rules(unseen or {}, target, place).keys()
+    names = zip(target, _canonical(target, "target"), strict=True)
+    return tuple(name for name, canonical in names if canonical not in known)
+
+
 def _check_channels(tensor: Tensor, modalities: Sequence[str]) -> None:
     if tensor.ndim < 2 or tensor.shape[1] != len(modalities):
         raise InputError(

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from timm_ext.data.layouts import Case, read_cases
 from timm_ext.data.tasks import get_task
 from timm_ext.data.volume import read_labels, read_volume
-from timm_ext.merging.methods import Method, get_method
+from timm_ext.merging import Method, get_method, unseen_modalities
 from timm_ext.study.plan import Plan
 from timm_ext.study.records import Folder, Step, with_needs
 from timm_ext.study.stages import CASES, PREDICTIONS, TIMES
@@ -219,6 +219,7 @@ def plan_facts(plan: Plan) -> list[tuple[str, str]]:
             "Target task",
             f"{s.target_task}: {s.train_cases} training, {s.val_cases} validation, {s.test_cases} test cases",
         ),
+        *_channel_facts(plan),
         ("Network", f"{s.network}, {', '.join(f'{k} {v}' for k, v in s.options.items())}"),
         (
             "Training",
@@ -227,6 +228,16 @@ def plan_facts(plan: Plan) -> list[tuple[str, str]]:
             "lowest validation loss",
         ),
     ]
+
+
+def _channel_facts(plan: Plan) -> list[tuple[str, str]]:
+    target = get_task(plan.settings.target_task).modalities
+    facts = []
+    for number, name in enumerate(plan.settings.source_tasks, 1):
+        if own := unseen_modalities(get_task(name).modalities, target):
+            facts.append(f"M{number} never saw {', '.join(own)}")
+    end = ": there, transfers start with the first layer's weights of the network from scratch"
+    return [("Input images", "; ".join(facts) + end)] if facts else []
 
 
 def _run_facts(plan: Plan, folder: Folder) -> list[tuple[str, str]]:
