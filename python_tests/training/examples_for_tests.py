@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -88,6 +89,20 @@ def reference_run(run_dir, cases=None, *, resume=True):
         observe=lambda: next(model.parameters()).sum(),
     )
     return model, history
+
+
+def run_in_two_processes(program):
+    """Run a Python file under torchrun, and show what it printed where it fails."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(program),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,3 @@
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from timm_ext.training.trainer import Trainer
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-from examples_for_tests import Blobs, settings, small_network  # noqa: E402
+from examples_for_tests import Blobs, run_in_two_processes, settings, small_network  # noqa: E402
 
 PROGRAM = """
 import sys
@@ -33,16 +32,7 @@ def _torchrun(tmp_path, steps):
     program.write_text(
         PROGRAM.format(here=str(HERE), steps=steps, run=str(tmp_path / "two"), out=str(tmp_path / "two.pt"))
     )
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(program),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_in_two_processes(program)
     return torch.load(tmp_path / "two.pt", weights_only=True)
 
 

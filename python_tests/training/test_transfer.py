@@ -16,7 +16,7 @@ from timm_ext.training.transfer import Tie, make_tie
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-from examples_for_tests import Blobs, settings, small_network  # noqa: E402
+from examples_for_tests import Blobs, run_in_two_processes, settings, small_network  # noqa: E402
 from test_stages import _merged  # noqa: E402
 
 
@@ -250,16 +250,7 @@ def test_two_processes_train_as_one(tmp_path):
     program = tmp_path / "program.py"
     out = tmp_path / "two.pt"
     program.write_text(TWO.format(here=str(HERE), run=str(tmp_path / "two"), out=str(out)))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(program),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_in_two_processes(program)
     weights = torch.load(out, weights_only=True)
     for name, value in model.state_dict().items():
         if not name.endswith("conv.bias"):  # in front of a norm: the gradient is nothing but rounding
