@@ -18,6 +18,7 @@ WORK = {"data", "training", "inference", "metrics"}
 # What each module or package of timm_ext may import from timm_ext. A name may always import itself.
 ALLOWED = {
     "__init__": BASE | {"_library", "ops"},
+    "__main__": {"cli"},
     "_library": set(),
     "errors": set(),
     "files": {"errors"},

@@ -2,6 +2,7 @@ import re
 
 import pytest
 import torch
+from cli_cases import failure
 from safetensors.torch import load_file, save_file
 
 from timm_ext.cli import run
@@ -15,13 +16,6 @@ def pair(tmp_path):
         paths.append(str(tmp_path / f"m{t}.safetensors"))
         save_file({"x": torch.tensor([1.0, 3.0]) + t, "n": torch.arange(3)}, paths[-1])
     return paths
-
-
-def failure(capsys, arguments):
-    assert run(list(map(str, arguments))) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    return error
 
 
 def test_merge_by_ratios_resets_nothing(pair, tmp_path, capsys):

@@ -1,0 +1,109 @@
+import re
+import resource
+import subprocess
+import sys
+
+import pytest
+from cli_cases import NETWORK, TRAIN, failure, sources
+
+from timm_ext.cli import run
+
+
+def test_help_of_every_command_has_an_example(capsys):
+    for name in (
+        "phantom",
+        "prepare",
+        "train",
+        "fisher",
+        "merge",
+        "adapt",
+        "predict",
+        "evaluate",
+        "demo",
+        "info",
+    ):
+        assert run([name, "--help"]) == 0
+        assert "Example:" in capsys.readouterr().out
+
+
+def test_wrong_usage_is_one_line(capsys):
+    assert "No such command 'trian'" in failure(capsys, ["trian"], status=2)
+    assert "CASES" in failure(capsys, ["train", "--out", "x"], status=2)
+
+
+def test_debug_shows_the_traceback(capsys, tmp_path):
+    assert run(["info", str(tmp_path / "none.safetensors"), "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["merge", "phantom", "demo", "train", "fisher"])
+def test_output_that_cannot_be_written(place, tmp_path, capsys, command):
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "out"
+    arguments = {
+        "merge": ["merge", *sources(place), "--method", "mean-imm", "--out", out],
+        "phantom": ["phantom", out, "--count", "1", "--spacing", "8", "--size", "20", "24", "20"],
+        "demo": ["demo", "--quick", "--out", out],
+        "train": ["train", place / "tumours", "--out", out, *NETWORK, *TRAIN],
+        "fisher": ["fisher", sources(place)[0], place / "brains", "--out", out],
+    }
+    assert "cannot be written" in failure(capsys, arguments[command])
+
+
+def limited(arguments, size):
+    """Run a command in a process whose files cannot grow beyond `size` bytes, as on a full disk."""
+    code = "import sys; from timm_ext.cli import run; sys.exit(run(sys.argv[1:]))"
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("command", ["merge", "train"])
+def test_full_disk(place, tmp_path, command):
+    arguments = {
+        "merge": ["merge", *sources(place), "--method", "mean-imm", "--out", tmp_path / "init.safetensors"],
+        "train": [
+            *("train", place / "tumours", "--cache", place / "cache", "--out", tmp_path / "run"),
+            *(*NETWORK, *TRAIN, "--val-share", "0", "--set", "prepare.crop=false"),
+        ],
+    }[command]
+    if command == "train":
+        run(
+            [
+                "prepare",
+                str(place / "tumours"),
+                "--cache",
+                str(place / "cache"),
+                "--set",
+                "prepare.crop=false",
+                "--set",
+                "prepare.multiple=4",
+            ]
+        )
+    done = limited(arguments, 8192)
+    assert done.returncode == 1
+    assert re.match(r"error: .*cannot be written", done.stderr.splitlines()[0])
+    assert "Traceback" not in done.stderr
+    assert not [path for path in tmp_path.rglob("*.safetensors") if "prepared" not in path.parts]
+    assert not list(tmp_path.rglob(".partial-*"))
+
+
+def test_command_line_starts_without_the_heavy_libraries():
+    code = (
+        "import sys; from timm_ext.cli import run; run(['--help']); "
+        "print({'monai', 'nibabel', 'SimpleITK', 'scipy', 'matplotlib', 'pydantic'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_python_m_is_the_same_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "timm_ext", "trian"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "No such command 'trian'" in done.stderr

@@ -1,0 +1,169 @@
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from cli_cases import SMALL, TRAIN, failure, fishers, save_source, sources
+from safetensors.torch import load_file, save_file
+
+from timm_ext.checkpoint import load_checkpoint, save_checkpoint
+from timm_ext.cli import run
+from timm_ext.networks.io import load_network
+
+
+def test_merge_is_the_fisher_weighted_mean_of_the_files(place, tmp_path):
+    out = tmp_path / "init.safetensors"
+    arguments = ["merge", *sources(place), *fishers(place), "--method", "mode-imm", "--task", "brats"]
+    assert run([*arguments, "--out", str(out)]) == 0
+    name = "encoder.1.entry.conv.weight"
+    one, two = (load_file(path)[name].double() for path in sources(place))
+    f_one, f_two = (load_file(place / f"F{n}.safetensors")[name].double() for n in (1, 2))
+    expected = torch.where(f_one + f_two > 0, (f_one * one + f_two * two) / (f_one + f_two), (one + two) / 2)
+    model, checkpoint = load_network(out)
+    torch.testing.assert_close(model.state_dict()[name].double(), expected, rtol=1e-5, atol=1e-6)
+    assert model.network_config["in_channels"], model.network_config["out_channels"] == (4, 3)
+    assert checkpoint.metadata["parents"] == [load_checkpoint(path).sha256 for path in sources(place)]
+    assert "granularity" in (tmp_path / "init.settings.yaml").read_text()
+
+
+def test_merge_aligns_the_networks_first(place, tmp_path):
+    out, plain = tmp_path / "aligned.safetensors", tmp_path / "plain.safetensors"
+    arguments = ["merge", *sources(place), "--method", "mean-imm", "--task", "brats", "--out"]
+    assert run([*arguments, str(plain)]) == 0
+    assert run([*arguments, str(out), "--align"]) == 0
+    (one, other), (merged, unaligned) = (
+        [load_file(path) for path in paths] for paths in (sources(place), (out, plain))
+    )
+    names = [n for n, t in merged.items() if n.endswith("conv.weight") and t.shape == one[n].shape]
+    before = after = 0.0
+    for name in names:
+        second = 2 * merged[name] - one[name]  # the second network's, in the order of the first one's
+        torch.testing.assert_close(second.flatten().sort().values, other[name].flatten().sort().values)
+        before += (other[name] - one[name]).square().sum().item()
+        after += (second - one[name]).square().sum().item()
+    assert after < before
+    assert not all(torch.equal(merged[name], unaligned[name]) for name in names)
+    assert load_checkpoint(out).metadata["settings"]["merge"]["align"] is True
+    assert "align: true" in (tmp_path / "aligned.settings.yaml").read_text()
+    named = tmp_path / "named.safetensors"
+    arguments = ["merge", *sources(place), "--method", "mean-aligned", "--task", "brats"]
+    assert run([*arguments, "--out", str(named)]) == 0
+    assert all(torch.equal(load_file(named)[name], merged[name]) for name in names)
+
+
+def test_adapt_by_medmerge(place, tmp_path, capsys):
+    arguments = [
+        "adapt",
+        *sources(place),
+        "--method",
+        "medmerge",
+        "--align",
+        "--data",
+        str(place / "tumours"),
+    ]
+    options = ["--set", "merge.mixing=free", "--set", "merge.anchor=2", "--set", "merge.granularity=filter"]
+    assert run([*arguments, "--out", str(tmp_path), "--val-share", "0.5", *options, *TRAIN]) == 0
+    facts = load_checkpoint(tmp_path / "network.safetensors").metadata["merge"]
+    assert (facts["granularity"], facts["mixing"], facts["fisher"]) == ("filter", "free", False)
+    assert facts["mean_ratios"][0] > 0.6
+    assert facts["groups"][0] == "encoder.0.entry.conv[0]"
+    assert "never saw T1c, FLAIR: there the first layer starts with" in capsys.readouterr().out
+
+
+def test_methods_of_fine_tuning_are_no_merges(place, tmp_path, capsys):
+    arguments = ["merge", *sources(place), "--out", tmp_path / "init.safetensors", "--method"]
+    message = failure(capsys, [*arguments, "transfer-2-l2"])
+    assert "merge by transfer-2, then use timm-ext train --init with --set train.l2_transfer=0.01" in message
+    assert "give it to transfer-1" in failure(capsys, [*arguments, "transfer-joint"])
+    assert "give them to merge --ratios" in failure(capsys, [*arguments, "soup"])
+    assert run([*map(str, arguments), "transfer-2"]) == 0
+
+
+def rewritten(source, target, change):
+    checkpoint = load_checkpoint(source)
+    tensors = dict(checkpoint.tensors)
+    change(tensors)
+    metadata = {key: value for key, value in checkpoint.metadata.items() if key not in ("kind", "versions")}
+    save_checkpoint(target, tensors, kind=checkpoint.kind, **metadata)
+    return target
+
+
+def test_architectures_that_differ_are_listed_in_full(place, tmp_path, capsys):
+    other = save_source(
+        tmp_path / "wide.safetensors", "parcellation-8-14", seed=2, options={**SMALL, "base_filters": 3}
+    )
+    out = tmp_path / "init.safetensors"
+    error = failure(capsys, ["merge", sources(place)[0], other, "--method", "mean-imm", "--out", out])
+    first, second = load_file(sources(place)[0]), load_file(other)
+    differing = [
+        name
+        for name in first
+        if first[name].shape != second[name].shape
+        and "norm" not in name
+        and "heads" not in name
+        and name != "encoder.0.entry.conv.weight"
+    ]
+    assert all(name in error for name in differing)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("value", "word"), [(float("nan"), "NaN or infinite"), (-1.0, "negative")])
+def test_fisher_with_bad_values(place, tmp_path, capsys, value, word):
+    tensors = load_file(place / "F1.safetensors")
+    name = "encoder.1.entry.conv.weight"
+    tensors[name][0, 0, 0, 0, 0] = value
+    metadata = {"timm_ext": json.dumps(load_checkpoint(place / "F1.safetensors").metadata)}
+    save_file(tensors, tmp_path / "F1.safetensors", metadata=metadata)
+    arguments = [
+        "merge",
+        *sources(place),
+        "--fisher",
+        tmp_path / "F1.safetensors",
+        "--fisher",
+        place / "F2.safetensors",
+    ]
+    out = tmp_path / "init.safetensors"
+    error = failure(capsys, [*arguments, "--out", out])
+    assert name in error
+    assert word in error
+    assert not out.exists()
+
+
+def test_fisher_of_another_network(place, tmp_path, capsys):
+    files = ["--fisher", place / "F2.safetensors", "--fisher", place / "F1.safetensors"]
+    error = failure(capsys, ["merge", *sources(place), *files, "--out", tmp_path / "init.safetensors"])
+    assert "that of another network" in error
+
+
+def test_merge_without_fishers_or_with_a_learning_method(place, tmp_path, capsys):
+    out = tmp_path / "init.safetensors"
+    assert "a Fisher for each" in failure(capsys, ["merge", *sources(place), "--out", out])
+    assert "use timm-ext adapt" in failure(
+        capsys, ["merge", *sources(place), "--method", "t-imm", "--out", out]
+    )
+    assert "expected one of scratch" in failure(
+        capsys, ["merge", *sources(place), "--method", "nope", "--out", out]
+    )
+    assert "(got --align)" in failure(
+        capsys, ["merge", *sources(place), "--align", "--ratios", "1,1", "--out", out]
+    )
+
+
+class Evil:
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+def test_pickle_with_code_is_refused(place, tmp_path, capsys):
+    path = tmp_path / "evil.pt"
+    path.write_bytes(pickle.dumps({"state_dict": Evil(tmp_path / "ran")}))
+    error = failure(
+        capsys,
+        ["merge", path, sources(place)[1], "--method", "mean-imm", "--out", tmp_path / "x.safetensors"],
+    )
+    assert "it was not run" in error
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,102 @@
+import csv
+import json
+
+import nibabel as nib
+import numpy as np
+import torch
+from cli_cases import NETWORK, TRAIN, failure, fishers, save_source, sources
+from safetensors.torch import load_file
+
+from timm_ext.checkpoint import load_checkpoint
+from timm_ext.cli import run
+
+
+def test_fisher_of_volumes_of_different_size(place, tmp_path):
+    out = tmp_path / "F.safetensors"
+    assert run(["fisher", sources(place)[0], str(place / "brains"), "--out", str(out)]) == 0
+    assert load_checkpoint(out).metadata["fisher"]["count"] == 2
+
+
+def test_adapt_then_train_then_predict_then_evaluate(place, tmp_path, capsys):
+    cases = str(place / "tumours")
+    adapted, tuned, predicted = (tmp_path / name for name in ("adapted", "tuned", "predicted"))
+    adapt = [
+        "adapt",
+        *sources(place),
+        *fishers(place),
+        "--data",
+        cases,
+        "--val-share",
+        "0.5",
+        "--out",
+        str(adapted),
+    ]
+    assert run([*adapt, *TRAIN]) == 0
+    rows = list(csv.DictReader((adapted / "training" / "ratios.csv").open()))
+    assert {row["layer"] for row in rows if row["step"] == "0"} >= {"encoder.0.entry.conv"}
+    assert all(abs(float(row["M1"]) + float(row["M2"]) - 1) < 1e-6 for row in rows)
+    initial = str(adapted / "network.safetensors")
+    train = [
+        "train",
+        cases,
+        "--val",
+        cases,
+        "--init",
+        initial,
+        "--out",
+        str(tuned),
+        "--set",
+        "prepare.margin=1",
+        *TRAIN,
+    ]
+    assert run(train) == 0
+    network = tuned / "network.safetensors"
+    checkpoint = load_checkpoint(network)
+    assert checkpoint.metadata["parents"] == [load_checkpoint(initial).sha256]
+    assert checkpoint.metadata["settings"]["prepare"]["margin"] == 1
+    assert run(["predict", str(network), cases, "--out", str(predicted), "--flips"]) == 0
+    image = nib.load(place / "tumours" / "case-000" / "case-000_T1.nii.gz")
+    label = nib.load(predicted / "case-000.nii.gz")
+    assert label.shape == image.shape
+    np.testing.assert_array_equal(label.affine, image.affine)
+    assert "margin: 1" in (predicted / "settings.yaml").read_text()
+    capsys.readouterr()
+    assert run(["evaluate", str(predicted), cases, "--out", str(tmp_path / "scores")]) == 0
+    assert "WT" in capsys.readouterr().out
+    assert set(json.loads((tmp_path / "scores" / "metrics.json").read_text())["cases"]) == {
+        "case-000",
+        "case-001",
+    }
+
+
+def test_resumed_training_is_the_undisturbed_one(place, tmp_path):
+    cases = str(place / "tumours")
+    common = [*NETWORK, "--val-share", "0", "--set", "prepare.crop=false", *TRAIN]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(["train", cases, "--out", str(whole), *common, "--set", "train.steps=4"]) == 0
+    assert run(["train", cases, "--out", str(parts), *common, "--set", "train.steps=2"]) == 0
+    assert run(["train", cases, "--out", str(parts), *common, "--set", "train.steps=4", "--resume"]) == 0
+    one, other = (load_file(path / "network.safetensors") for path in (whole, parts))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_l2_transfer_keeps_the_shared_weights_near_the_start(place, tmp_path, capsys):
+    start = str(save_source(tmp_path / "network.safetensors", "brats", seed=3))
+    free = [str(place / "tumours"), "--val-share", "0", "--set", "prepare.crop=false", *TRAIN]
+    tied = [*free, "--set", "train.l2_transfer=100", "--set", "train.lr=0.01", "--set", "train.steps=3"]
+    one, other = str(tmp_path / "one"), str(tmp_path / "other")
+    assert run(["train", *tied, "--init", start, "--out", one, "--set", "train.l2_transfer=0"]) == 0
+    assert run(["train", *tied, "--init", start, "--out", other]) == 0
+    begin, plain, near = (load_file(f"{path}/network.safetensors") for path in (tmp_path, one, other))
+    ways = {name: [(end[name] - begin[name]).abs().mean() for end in (plain, near)] for name in begin}
+    assert ways["encoder.1.entry.conv.weight"][1] < 0.8 * ways["encoder.1.entry.conv.weight"][0]
+    assert ways["heads.0.weight"][1] > 0.5 * ways["heads.0.weight"][0]
+    message = failure(capsys, ["train", *tied, *NETWORK, "--out", tmp_path / "scratch"])
+    assert "timm-ext train without --init: expected l2_transfer 0" in message
+
+
+def test_network_that_does_not_fit_the_task(place, tmp_path, capsys):
+    arguments = ["train", place / "tumours", "--init", sources(place)[0], "--out", tmp_path / "run"]
+    error = failure(capsys, arguments)
+    assert "4 inputs and 3 outputs" in error
+    assert "timm-ext merge --method transfer-1" in error
