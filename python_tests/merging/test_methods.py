@@ -109,6 +109,8 @@ def test_names_for_two_models() -> None:
             "transfer-2-l2",
             "transfer-1-drop",
             "transfer-2-drop",
+            "transfer-1-all",
+            "transfer-2-all",
             "mean-imm",
             "mode-imm",
             "mode-imm-normalized",
@@ -143,7 +145,8 @@ def test_every_method_says_what_it_is() -> None:
         assert (method.l2_transfer > 0) == name.endswith("-l2")
         assert (method.drop_transfer > 0) == name.endswith("-drop")
         assert (method.combine != "none") == (name in ("soup", "ensemble"))
-        assert method.joint == (name == "transfer-joint")
+        joint = "cases" if name.endswith("-all") else "none"
+        assert method.joint == ("regions" if name == "transfer-joint" else joint)
         assert (method.normalize == "tensor") == name.endswith("-normalized")
         assert (method.adapt == "specific") == (name.endswith("-probe") or name == "imm-warmup")
     learned = {m.name: m.granularity for m in METHODS if m.adapt == "logits"}

@@ -103,7 +103,7 @@ def test_combinations_use_the_runs_of_all_transfers():
 def test_joint_training_takes_all_source_cases_and_as_many_steps():
     methods = ("scratch", "transfer-1", "transfer-joint")
     plan = make_plan(PlanSettings(methods=methods, seeds=(0,), source_train={"drop_transfer": 0.5}))
-    joint = plan.joint
+    joint = plan.joint["transfer-joint"]
     assert joint.settings["train"]["steps"] == 2 * plan.settings.source_steps
     assert list(joint.settings["task"]["regions"].values()) == [[number] for number in range(1, 15)]
     assert {role: step.name for role, step in joint.needs.items()} == {
@@ -116,13 +116,26 @@ def test_joint_training_takes_all_source_cases_and_as_many_steps():
     assert plan.runs["transfer-joint", 0].needs["model-1"] is joint
     assert "model-2" not in plan.runs["transfer-joint", 0].needs
     assert plan.forgetting[0].settings["methods"] == ["transfer-1"]
-    assert make_plan(PlanSettings(methods=methods[:2])).joint is None
+    assert make_plan(PlanSettings(methods=methods[:2])).joint == {}
+
+
+def test_a_source_task_may_be_trained_on_all_source_cases():
+    plan = make_plan(PlanSettings(methods=("transfer-2", "transfer-2-all"), seeds=(0,)))
+    source = plan.joint["transfer-2-all"]
+    assert list(source.settings["task"]["regions"].values()) == [[number] for number in range(8, 15)]
+    assert {role for role in source.needs if role.startswith("train")} == {"train-1", "train-2"}
+    assert source.settings["train"]["steps"] == 2 * plan.settings.source_steps
+    assert source.settings["recipe"]["seed"] == plan.models[1].settings["recipe"]["seed"]
+    assert plan.runs["transfer-2-all", 0].needs["model-2"] is source
+    assert plan.forgetting[0].settings["methods"] == ["transfer-2"]
 
 
 def test_joint_training_needs_cases_that_fit_all_tasks():
     settings = PlanSettings(source_tasks=("parcellation-1-7", "brats-2021"), methods=("transfer-joint",))
     with pytest.raises(InputError, match=r"joint task: expected tasks with the same modalities \(got parc"):
         make_plan(settings)
+    with pytest.raises(InputError, match="joint task"):
+        make_plan(dataclasses.replace(settings, methods=("transfer-1-all",)))
 
 
 def ties_of(step):

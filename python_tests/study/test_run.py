@@ -59,6 +59,22 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.slow
+def test_stages_that_no_method_needs_are_left_out(tmp_path):
+    methods = ["--set", "methods=[scratch, transfer-joint, transfer-1-all]", "--set", "draws=[0]"]
+    process = start(tmp_path / "out", *methods)
+    text, _ = process.communicate()
+    assert process.returncode == 0, text
+    assert [row["Stage"] for row in rows(tmp_path / "out", "stages")] == [
+        "Source of Transfer from joint training",
+        "Source of Transfer from M1, all source cases",
+        "Fine-tuning, From scratch",
+        "Fine-tuning, Transfer from joint training",
+        "Fine-tuning, Transfer from M1, all source cases",
+    ]
+    assert not list((tmp_path / "out" / "tables").glob("forgetting*"))
+
+
+@pytest.mark.slow
 def test_smoke_plan_end_to_end(undisturbed):
     out, text = undisturbed
     assert "Cost of the study" in text

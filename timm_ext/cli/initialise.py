@@ -248,8 +248,10 @@ def _refuse_study_rows(name: str) -> None:
     from timm_ext.training.settings import TIES
 
     method = get_method(name)
-    if method.joint:
-        raise InputError(f"method: {name} starts from a network of all source tasks; give it to transfer-1")
+    if method.joint != "none":
+        raise InputError(
+            f"method: {name} starts from a network trained on all source cases; give it to transfer-1"
+        )
     if method.combine != "none":
         raise InputError(f"method: {name} combines fine-tuned networks; give them to merge --ratios")
     for tie in TIES:

@@ -51,7 +51,8 @@ class Method:
         drop_transfer: p of the same.
         combine: the row is no initialisation but the mean, of weights or logits, of the networks that were
             fine-tuned from each of the source models.
-        joint: in a study, its source model is trained on the cases and regions of all source tasks at once.
+        joint: in a study, its last source model is trained on the cases of all source tasks, for the regions
+            of its own task (`cases`) or of all (`regions`).
     """
 
     name: str
@@ -69,7 +70,7 @@ class Method:
     l2_transfer: float = 0.0
     drop_transfer: float = 0.0
     combine: Literal["none", "weights", "logits"] = "none"
-    joint: bool = False
+    joint: Literal["none", "cases", "regions"] = "none"
 
 
 def uniform_merge(bank: Bank, *, with_fisher: bool) -> Tensor:
@@ -212,7 +213,7 @@ METHODS: tuple[Method, ...] = (
         "the control: one network trained on the cases and regions of all source tasks at once",
         partial(one_model, index=0),
         models=1,
-        joint=True,
+        joint="regions",
     ),
 )
 
@@ -236,6 +237,12 @@ TRANSFERS: tuple[Method, ...] = (
         "Transfer, drop-transfer",
         f"{_LEE}: one source model, fine-tuned with output channels put back to θ_start at random",
         drop_transfer=0.5,
+    ),
+    Method(
+        "transfer-all",
+        "Transfer, all source cases",
+        "the control: one network for one source task, trained on the cases of all source tasks",
+        joint="cases",
     ),
 )
 """Kinds of transfer from one source model; from the second they are `transfer-2`, `transfer-2-probe`, …"""

@@ -24,12 +24,10 @@ from timm_ext.study.collect import (
 )
 from timm_ext.study.grid import Study
 from timm_ext.study.plan import Plan
-from timm_ext.study.records import Folder, Step
+from timm_ext.study.records import Folder, Step, with_needs
 from timm_ext.study.stages import CASES
 from timm_ext.study.statistics import Comparison, compare
 from timm_ext.study.summary import Array, Example, ForgettingRow, MethodResult, Ratios
-
-_JOINT = "Joint source network"
 
 
 @dataclass(frozen=True)
@@ -251,11 +249,13 @@ def _stages(study: Study, folder: Folder) -> tuple[StageRow, ...]:
     first = next(iter(study.plans.values()))
     groups: dict[tuple[str, int | None], dict[str, Step]] = {}
     seen: set[str] = set()  # methods may share an adaptation
+    needed = {step.digest for step in with_needs(first.steps)}
     for number, step in enumerate(first.models, 1):
-        groups[f"M{number}: {settings.source_tasks[number - 1]}", None] = {step.digest: step}
-    if first.joint is not None:
-        groups[_JOINT, None] = {first.joint.digest: first.joint}
-    source_cases = settings.source_cases, settings.source_cases * len(settings.source_tasks)
+        if step.digest in needed:
+            groups[f"M{number}: {settings.source_tasks[number - 1]}", None] = {step.digest: step}
+    joint = {f"Source of {get_method(name).title}": step for name, step in first.joint.items()}
+    groups |= {(title, None): {step.digest: step} for title, step in joint.items()}
+    cases = {title: settings.source_cases * len(settings.source_tasks) for title in joint}
     for kind, title in (("adaptations", "Adaptation"), ("runs", "Fine-tuning")):
         for (count, _), plan in study.plans.items():
             for (name, _), step in getattr(plan, kind).items():
@@ -264,7 +264,9 @@ def _stages(study: Study, folder: Folder) -> tuple[StageRow, ...]:
                     groups.setdefault(key, {})[step.digest] = step
                     seen.add(step.digest)
     return tuple(
-        _stage_row(title, count, count or source_cases[title == _JOINT], list(steps.values()), folder)
+        _stage_row(
+            title, count, count or cases.get(title, settings.source_cases), list(steps.values()), folder
+        )
         for (title, count), steps in groups.items()
     )
 

@@ -36,7 +36,7 @@ class Plan:
         adaptations: (method, seed) → step, for the methods that adapt.
         runs: (method, seed) → step.
         forgetting: scores on the source tasks.
-        joint: source network of all source tasks at once, where a method wants it.
+        joint: method → its source network, for the methods that want one of the cases of all source tasks.
     """
 
     settings: PlanSettings
@@ -47,7 +47,7 @@ class Plan:
     adaptations: dict[tuple[str, int], Step]
     runs: dict[tuple[str, int], Step]
     forgetting: tuple[Step, ...]
-    joint: Step | None = None
+    joint: dict[str, Step]
 
     @property
     def steps(self) -> list[Step]:
@@ -89,7 +89,7 @@ class _Planner:
         fishers = [self._fisher(number, cases, model) for number, model in enumerate(models, 1)]
         sources = {f"model-{n}": step for n, step in enumerate(models, 1)}
         sources |= {f"fisher-{n}": step for n, step in enumerate(fishers, 1)}
-        joint = self._joint(cases) if any(method.joint for method in self.methods) else None
+        joint = {m.name: self._joint(m, cases) for m in self.methods if m.joint != "none"}
         adaptations: dict[tuple[str, int], Step] = {}
         runs: dict[tuple[str, int], Step] = {}
         for seed in settings.seeds:
@@ -101,10 +101,12 @@ class _Planner:
                     adaptations[method.name, seed] = self._adaptation(
                         self._twin(method), seed, cases, sources
                     )
-                models_of = {"model-1": joint} if method.joint and joint else sources
-                runs[method.name, seed] = self._run(
-                    method, seed, cases, models_of, adaptations.get((method.name, seed))
-                )
+                started = adaptations.get((method.name, seed))
+                models_of = sources
+                if method.name in joint:
+                    chain = [*models[: method.models - 1], joint[method.name]]
+                    models_of = {f"model-{n}": step for n, step in enumerate(chain, 1)}
+                runs[method.name, seed] = self._run(method, seed, cases, models_of, started)
         forgetting = self._forgetting(cases, sources, adaptations)
         return Plan(
             settings, subjects, cases, tuple(models), tuple(fishers), adaptations, runs, forgetting, joint
@@ -161,14 +163,21 @@ class _Planner:
         cost = self._training_cost(settings.source_steps, settings.source_cases, settings.source_test)
         return Step(f"train-M{number}", f"{STAGES}:train_source", values, needs, cost)
 
-    def _joint(self, cases: Mapping[str, Step]) -> Step:
+    def _joint(self, method: Method, cases: Mapping[str, Step]) -> Step:
         """Train on the cases of all source tasks, for as many steps as their networks take together."""
         settings = self.settings
-        count = len(settings.source_tasks)
-        seed, steps = settings.source_seed + count + 1, count * settings.source_steps
+        tasks = [get_task(name) for name in settings.source_tasks]
+        count, own = len(tasks), method.joint == "cases"
+        # Made for a single task, too: it refuses label files that do not say the regions of all tasks.
+        task = joint_task(tasks)
+        task = tasks[method.models - 1] if own else task
+        seed, steps = (
+            settings.source_seed + (method.models if own else count + 1),
+            count * settings.source_steps,
+        )
         values = {
             **self.common,
-            "task": task_to_dict(joint_task([get_task(name) for name in settings.source_tasks])),
+            "task": task_to_dict(task),
             "network": self.network,
             "recipe": to_json(Recipe(seed=seed)),
             "train": self._train(
@@ -185,7 +194,8 @@ class _Planner:
             needs[f"train-{number}"] = cases[f"source-{number}"]
             needs[f"test-{number}"] = cases[f"source-{number}-test"]
         cost = self._training_cost(steps, count * settings.source_cases, count * settings.source_test)
-        return Step("train-joint", f"{STAGES}:train_source", values, needs, cost)
+        name = f"train-M{method.models}-all" if own else "train-joint"
+        return Step(name, f"{STAGES}:train_source", values, needs, cost)
 
     def _fisher(self, number: int, cases: Mapping[str, Step], model: Step) -> Step:
         settings = self.settings
@@ -288,8 +298,11 @@ class _Planner:
 
     def _is_fixed(self, method: Method) -> bool:
         """Whether a method merges the source networks without data, into what no other one starts from."""
-        own = method.joint or _ties(method)
-        return bool(method.models) and method.adapt == method.combine == "none" and not own
+        return (
+            bool(method.models)
+            and method.adapt == method.combine == method.joint == "none"
+            and not _ties(method)
+        )
 
     def _forgetting(
         self,
