@@ -138,7 +138,16 @@ def adapt(
     if merged.offset is not None:
         raise InputError("adaptation: expected a merged model without an offset; use tune_merged")
     return _learn(
-        merged, (), train_set, val_set, settings, run_dir, options or AdaptSettings(), resume, progress, title
+        merged,
+        (),
+        train_set,
+        val_set,
+        settings,
+        run_dir,
+        options or AdaptSettings(),
+        resume=resume,
+        progress=progress,
+        title=title,
     )
 
 
@@ -183,8 +192,18 @@ def tune_merged(
     if merged.offset is None:
         raise InputError("fine-tuning of a merge: expected a merged model with an offset")
     groups = [{"name": "offset", "params": [merged.offset]}]
-    options = options or AdaptSettings()
-    done = _learn(merged, groups, train_set, val_set, settings, run_dir, options, resume, progress, title)
+    done = _learn(
+        merged,
+        groups,
+        train_set,
+        val_set,
+        settings,
+        run_dir,
+        options or AdaptSettings(),
+        resume=resume,
+        progress=progress,
+        title=title,
+    )
     return merged.fold(), done
 
 
@@ -281,6 +300,7 @@ def _learn(
     settings: TrainSettings,
     run_dir: Path | str,
     options: AdaptSettings,
+    *,
     resume: bool,
     progress: bool,
     title: str,
