@@ -32,7 +32,7 @@ from timm_ext.parameters import split_parameters
 from timm_ext.study.collect import environment
 from timm_ext.training.examples import Examples
 from timm_ext.training.losses import soft_dice_loss
-from timm_ext.training.settings import TrainSettings
+from timm_ext.training.settings import AdaptSettings, TrainSettings
 from timm_ext.training.stages import adapt, make_sets, train
 
 TASK = get_task("parcellation-1-7")
@@ -112,7 +112,7 @@ def learned_loss(
     merged = build_initialisation("medmerge", networks[0], bank)
     assert isinstance(merged, MergedModel)
     settings = training_settings(0, options.merge_steps, options.lr)
-    adapt(merged, data, None, settings, folder, logit_lr=options.logit_lr)
+    adapt(merged, data, None, settings, folder, options=AdaptSettings(logit_lr=options.logit_lr))
     return loss(merged.fold())
 
 

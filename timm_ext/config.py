@@ -12,7 +12,7 @@ from timm_ext.data.prepare import PrepareSettings
 from timm_ext.errors import InputError
 from timm_ext.files import atomic_write
 from timm_ext.study.sources import Recipe
-from timm_ext.training.settings import TrainSettings
+from timm_ext.training.settings import AdaptSettings, TrainSettings
 
 Location = tuple[int | str, ...]
 
@@ -51,18 +51,6 @@ class FisherSettings(Section):
     samples: int = Field(default=1, ge=1)
     seed: int = 0
     batch_size: int = Field(default=1, ge=1)
-
-
-class AdaptSettings(Section):
-    """Learning rates of an adaptation; its other settings are those of training.
-
-    Attributes:
-        logit_lr: of the mixing logits.
-        specific_lr: of the task-specific layers; None is that of training.
-    """
-
-    logit_lr: float = Field(default=0.1, gt=0)
-    specific_lr: float | None = Field(default=None, gt=0)
 
 
 class PredictSettings(Section):

@@ -1,3 +1,4 @@
+import csv
 import json
 import os
 import pickle
@@ -71,6 +72,31 @@ def test_adapt_by_medmerge(place, tmp_path, capsys):
     assert "never saw T1c, FLAIR: there the first layer starts with" in capsys.readouterr().out
 
 
+def test_adapt_with_options(place, tmp_path, capsys):
+    arguments = ["adapt", *sources(place), *fishers(place), "--data", str(place / "tumours")]
+    arguments += ["--val-share", "0.5", *TRAIN, "--out", str(tmp_path)]
+    annealed = [*arguments, "--method", "t-imm-annealed"]
+    pulls = ["--set", "adapt.weight_pull=0.5", "--set", "adapt.logit_pull=0.1"]
+    assert run([*annealed, *pulls, "--set", "adapt.warm_up=0.5", "--set", "adapt.specific_lr=0.02"]) == 0
+    with (tmp_path / "training" / "log.csv").open() as file:
+        first = next(csv.DictReader(file))
+    assert float(first["lr_specific"]) == 0.02
+    assert "lr_offset" in first
+    adapted = load_checkpoint(tmp_path / "network.safetensors").metadata["settings"]["adapt"]
+    assert adapted == {
+        "logit_lr": 0.1,
+        "specific_lr": 0.02,
+        "logit_pull": 0.1,
+        "warm_up": 0.5,
+        "weight_pull": 0.5,
+    }
+    capsys.readouterr()
+    wrong = [*arguments, "--set", "adapt.weight_pull=1"]
+    assert "methods that learn the ratios in fine-tuning" in failure(capsys, wrong)
+    wrong = [*annealed, "--set", "adapt.warm_up=1"]
+    assert "warm_up must be at least 0 and less than 1" in failure(capsys, wrong)
+
+
 def test_methods_of_fine_tuning_are_no_merges(place, tmp_path, capsys):
     arguments = ["merge", *sources(place), "--out", tmp_path / "init.safetensors", "--method"]
     message = failure(capsys, [*arguments, "transfer-2-l2"])
@@ -141,6 +167,9 @@ def test_merge_without_fishers_or_with_a_learning_method(place, tmp_path, capsys
     assert "a Fisher for each" in failure(capsys, ["merge", *sources(place), "--out", out])
     assert "use timm-ext adapt" in failure(
         capsys, ["merge", *sources(place), "--method", "t-imm", "--out", out]
+    )
+    assert "use timm-ext adapt" in failure(
+        capsys, ["merge", *sources(place), *fishers(place), "--method", "t-imm-annealed", "--out", out]
     )
     assert "expected one of scratch" in failure(
         capsys, ["merge", *sources(place), "--method", "nope", "--out", out]

@@ -436,3 +436,23 @@ def test_laws_of_the_merge(count: int, seed: int, granularity: str) -> None:
         list(range(count)), [FisherStub({n: 8 * t for n, t in f.tensors.items()}) for f in fishers]
     )
     assert torch.equal(scaled, result)
+
+
+def test_an_offset_is_added_to_the_merge_and_folded() -> None:
+    bank = bank_of()
+    model, plain = (
+        MergedModel(network(9), bank, with_offset=True).eval(),
+        MergedModel(network(9), bank).eval(),
+    )
+    assert torch.equal(model.merge(), plain.merge())
+    delta = 0.1 * torch.randn(bank.layout.numel, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        model.offset.copy_(delta)
+        assert torch.equal(model.merge(), plain.merge() + delta)
+        assert torch.allclose(model(image()), model.fold().eval()(image()), atol=1e-6)
+    model(image()).square().sum().backward()
+    assert model.offset.grad.abs().max() > 0
+    assert model.logits.grad.abs().max() > 0
+    assert set(model.state_dict()) - set(plain.state_dict()) == {"offset"}
+    assert torch.equal(copy.deepcopy(model).merge(), model.merge())
+    assert all(parameter is not model.offset for parameter in model.specific_parameters())

@@ -74,6 +74,32 @@ def test_t_imm_by_hand(name: str) -> None:
     assert values(made.fold()) == pytest.approx([4, 25, 9, 9])
 
 
+def test_an_annealed_merge_has_an_offset() -> None:
+    made = build_initialisation("t-imm-annealed", network(), bank())
+    assert isinstance(made, MergedModel)
+    assert made.offset is not None
+    assert values(made.fold()) == [3, 20, 9, 9]
+    with torch.no_grad():
+        made.offset.copy_(torch.tensor([1.0, -2.0]))
+    assert values(made.fold()) == [4, 18, 9, 9]
+    assert build_initialisation("t-imm", network(), bank()).offset is None
+
+
+def test_transferred_norms_are_groups_of_their_own() -> None:
+    """Weight and bias of a norm share a row of logits, which is not that of the convolution before it."""
+    target = Segmenter(1, 1)
+    sources = {f"M{n}": Segmenter(1, 1).state_dict() for n in (1, 2)}
+    split = split_parameters(target, heads=["head."], transfer_norms=True)
+    made = Bank.build(sources, None, Layout.from_model(target, split.shared))
+    merged = MergedModel(target, made)
+    assert tuple(merged.group_names) == ("enter", "norm")
+    with torch.no_grad():
+        merged.logits.copy_(torch.tensor([[0.0, 0.0], [9.0, -99.0]]))
+    folded = merged.fold()
+    assert torch.equal(folded.norm.weight, sources["M1"]["norm.weight"])
+    assert not torch.equal(folded.enter.weight, sources["M1"]["enter.weight"])
+
+
 def test_t_imm_starts_as_mode_imm() -> None:
     made = build_initialisation("t-imm", network(), bank())
     assert isinstance(made, MergedModel)
@@ -121,6 +147,8 @@ def test_names_for_two_models() -> None:
             "t-imm-norms",
             "t-imm-filter",
             "t-imm-kernel",
+            "t-imm-normalized",
+            "t-imm-annealed",
             "medmerge",
             "mean-aligned",
             "mode-imm-aligned",
@@ -149,13 +177,17 @@ def test_every_method_says_what_it_is() -> None:
         assert method.joint == ("regions" if name == "transfer-joint" else joint)
         assert (method.normalize == "tensor") == name.endswith("-normalized")
         assert (method.adapt == "specific") == (name.endswith("-probe") or name == "imm-warmup")
-    learned = {m.name: m.granularity for m in METHODS if m.adapt == "logits"}
+        assert (method.weight_pull > 0) == (name == "t-imm-annealed")
+        assert method.logit_pull == method.warm_up == 0
+    learned = {m.name: m.granularity for m in METHODS if m.learns_ratios}
     assert learned == {
         "t-imm": "layer",
         "t-imm-extra": "layer",
         "t-imm-norms": "layer",
         "t-imm-filter": "filter",
         "t-imm-kernel": "kernel",
+        "t-imm-normalized": "layer",
+        "t-imm-annealed": "layer",
         "medmerge": "kernel",
         "medmerge-aligned": "kernel",
     }

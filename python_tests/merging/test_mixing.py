@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from timm_ext.errors import InputError
 from timm_ext.merging.bank import Bank
 from timm_ext.merging.merged_model import MergedModel
-from timm_ext.merging.mixing import anchored_logits, logits_of, merge_planes, ratios_of
+from timm_ext.merging.mixing import anchored_logits, logits_of, merge_planes, ratios_of, squared_departure
 from timm_ext.parameters import Layout
 
 
@@ -87,3 +87,24 @@ def test_anchored_logits() -> None:
     assert anchored_logits(0.0, 2, "free").tolist() == [0.5, 0.5]
     with pytest.raises(InputError, match=r"anchor: expected a finite number \(got inf\)"):
         anchored_logits(float("inf"), 2)
+
+
+@pytest.mark.parametrize(
+    ("mixing", "departure"),
+    [
+        ("sigmoid", 3**2 + 1**2),
+        ("softmax", 1**2 + 1**2),  # 3 and 1 less their mean
+        ("ratios", 0.25**2 + 0.25**2),  # 3/4 and 1/4 less 1/2
+        ("free", 2.5**2 + 0.5**2),  # 3 and 1 less 1/2
+    ],
+)
+def test_departure_from_equal_ratios_by_hand(mixing: str, departure: float) -> None:
+    """The second group's ratios are equal, so that it adds nothing."""
+    equal = {"sigmoid": 0.0, "softmax": 7.0, "ratios": 2.0, "free": 0.5}[mixing]
+    logits = torch.tensor([[3.0, 1.0], [equal, equal]], requires_grad=True)
+    value = squared_departure(logits, mixing)
+    assert value.item() == pytest.approx(departure)
+    value.backward()
+    assert logits.grad is not None
+    assert logits.grad[1].abs().max() < 1e-6
+    assert logits.grad[0, 0] > 0

@@ -1,3 +1,4 @@
+import csv
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,16 @@ from timm_ext.networks.io import load_network, save_network
 from timm_ext.study import stages
 from timm_ext.study.settings import to_json
 from timm_ext.study.sources import Recipe, Sources, network_of, new_network, start_from
-from timm_ext.study.stages import INITIAL, NETWORK, _in_source, make_cases, train_source
+from timm_ext.study.stages import (
+    FISHER,
+    INITIAL,
+    NETWORK,
+    _in_source,
+    adapt_start,
+    make_cases,
+    train_source,
+    tune_and_test,
+)
 from timm_ext.study.worker import Context
 from timm_ext.training.settings import TrainSettings
 
@@ -112,3 +122,67 @@ def test_a_joint_source_network_reads_the_cases_of_all_tasks(cases: Path, tmp_pa
     network, checkpoint = load_network(tmp_path / NETWORK)
     assert len(checkpoint.metadata["task"]["regions"]) == 14
     assert network.heads[0].weight.shape[0] == 14
+
+
+@pytest.fixture(scope="module")
+def tumours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a step that made one case of the target task."""
+    folder = tmp_path_factory.mktemp("tumours")
+    generate = to_json(GenerateSettings(task="brats", spacing=8.0, size=(20, 24, 20)))
+    make_cases({"prepare": PREPARE, "generate": generate, "count": 1}, {}, context(folder))
+    return folder
+
+
+def learning_inputs(sources: Sources, tumours: Path, folder: Path) -> dict[str, Path]:
+    """Source networks and Fishers in folders of their own, and one case for everything."""
+    inputs = dict.fromkeys(("train", "val", "test"), tumours)
+    assert sources.fishers is not None
+    for number, (network, fisher) in enumerate(zip(sources.networks, sources.fishers, strict=True), 1):
+        for role, name in (("model", NETWORK), ("fisher", FISHER)):
+            inputs[f"{role}-{number}"] = folder / f"{role}-{number}"
+            inputs[f"{role}-{number}"].mkdir()
+            path = inputs[f"{role}-{number}"] / name
+            if role == "fisher":
+                fisher.save(path)
+            else:
+                save_network(path, network, task=task_to_dict(TASKS[number - 1]))
+    return inputs
+
+
+def test_options_reach_the_adaptation(sources: Sources, tumours: Path, tmp_path: Path) -> None:
+    """The logits wait, in a warm-up the rate of the task-specific layers is their own."""
+    inputs = learning_inputs(sources, tumours, tmp_path)
+    settings = {
+        **source_settings("brats"),
+        "logit_lr": 0.2,
+        "adapt": {"warm_up": 0.5, "specific_lr": 0.25, "logit_pull": 0.5},
+    }
+    adapt_start({**settings, "method": "t-imm"}, inputs, context(tmp_path / "a"))
+    adapt_start({**settings, "method": "imm-warmup"}, inputs, context(tmp_path / "w"))
+    rows = list(csv.DictReader((tmp_path / "a/training/log.csv").open()))
+    assert [(row["lr_logits"], row["lr_specific"]) for row in rows] == [("0.2", "0.25")] * 2
+    notes = list(csv.DictReader((tmp_path / "a/training/ratios.csv").open()))
+    moved = {row["step"]: row["M1"] != "0.5" for row in notes}
+    assert moved == {"0": False, "1": False, "2": True}
+    assert next(csv.DictReader((tmp_path / "w/training/log.csv").open()))["lr"] == "0.25"
+
+
+def test_an_annealed_merge_is_tuned_tested_and_told(sources: Sources, tumours: Path, tmp_path: Path) -> None:
+    inputs = learning_inputs(sources, tumours, tmp_path)
+    settings = {
+        **source_settings("brats"),
+        "method": "t-imm-annealed",
+        "logit_lr": 0.1,
+        "adapt": {"weight_pull": 0.1},
+    }
+    result = tune_and_test(settings, inputs, context(tmp_path / "run"))
+    initial, _ = load_network(tmp_path / "run" / INITIAL)
+    tuned, _ = load_network(tmp_path / "run" / NETWORK)
+    assert result["sources"] == ["M1", "M2"]
+    assert len(result["ratios"]) == len(result["layers"])
+    assert set(result["scores"]) == set(result["hd95"])
+    assert all(
+        not torch.equal(p, q)
+        for (name, p), q in zip(initial.named_parameters(), tuned.parameters(), strict=True)
+        if not name.endswith("conv.bias")  # in front of a norm: without a gradient
+    )

@@ -107,7 +107,8 @@ def _merge_by_method(
     from timm_ext.study.sources import load_sources, network_of, start_from
 
     check_output(out)
-    if get_method(method).adapt != "none":
+    wanted = get_method(method)
+    if wanted.adapt != "none" or wanted.learns_ratios:
         raise InputError(f"method: {method} learns on data of the new task; use timm-ext adapt")
     _refuse_study_rows(method)
     settings = settings_from(config, overrides, _first_of(networks))
@@ -148,7 +149,8 @@ def adapt(
     """Learn the mixing ratios and the task-specific layers, nothing else, on data of the new task.
 
     Writes the folded `network.safetensors`, ready for `timm-ext train --init`, and, in `training/`, the
-    ratios per layer over time.
+    ratios per layer over time. With `t-imm-annealed` all other weights are trained, too: the network is then
+    the fine-tuned one.
 
     Example: `timm-ext adapt M1.safetensors M2.safetensors --fisher F1.safetensors --fisher F2.safetensors
     --data BraTS2021/ --task brats --out adapted --set train.epochs=20`
@@ -160,10 +162,12 @@ def adapt(
     from timm_ext.training.stages import make_sets
 
     check_output(out / NETWORK_NAME)
-    if get_method(method).adapt == "none":
+    wanted = get_method(method)
+    if wanted.adapt == "none" and not wanted.learns_ratios:
         raise InputError(f"method: {method} learns nothing before fine-tuning; use timm-ext merge")
     settings = settings_from(config, with_alignment(overrides, align), _first_of(networks))
     settings.train.refuse_ties("timm-ext adapt")
+    settings.adapt.of(wanted)
     sources = load_sources(networks, fishers or ())
     chosen = get_task(task)
     target = network_of(sources, chosen, settings.merge.seed)
@@ -212,28 +216,28 @@ def _learn(
     *,
     resume: bool,
 ) -> "nn.Module":
-    """Adapt or warm up, and return the plain network that results."""
+    """Adapt, warm up or do all at once, and return the plain network that results."""
     from dataclasses import replace
 
     from timm_ext.merging import MergedModel
     from timm_ext.training.stages import adapt as adapt_merge
-    from timm_ext.training.stages import warm_up
+    from timm_ext.training.stages import tune_merged, warm_up
 
-    rates = settings.adapt
+    options = settings.adapt.of(start.method)
     if isinstance(start.model, MergedModel):
-        adapt_merge(
+        learn = tune_merged if start.method.weight_pull else adapt_merge
+        learn(
             start.model,
             train_set,
             val_set,
             settings.train,
             run,
-            logit_lr=rates.logit_lr,
-            specific_lr=rates.specific_lr,
+            options=options,
             resume=resume,
             progress=True,
         )
         return start.model.fold()
-    train = replace(settings.train, lr=rates.specific_lr or settings.train.lr)
+    train = replace(settings.train, lr=options.specific_lr or settings.train.lr)
     warm_up(start.model, start.split.specific, train_set, val_set, train, run, resume=resume, progress=True)
     return start.model
 

@@ -7,7 +7,7 @@ from timm_ext.merging.combine import LogitEnsemble, uniform_soup
 from timm_ext.merging.initialise import assemble_bank, build_initialisation
 from timm_ext.merging.merged_model import MergedModel
 from timm_ext.merging.methods import METHODS, Method, get_method, method_names
-from timm_ext.merging.mixing import Mixing, anchored_logits, logits_of
+from timm_ext.merging.mixing import Mixing, anchored_logits, logits_of, squared_departure
 from timm_ext.merging.modalities import fit_to_target, match_input_channels, unseen_modalities
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "loss_along_merge",
     "match_input_channels",
     "method_names",
+    "squared_departure",
     "uniform_soup",
     "unseen_modalities",
 ]

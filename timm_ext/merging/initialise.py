@@ -134,7 +134,7 @@ def build_initialisation(
         raise InputError(f"{method.name}: expected a bank with Fishers (got one without)")
     if bank is None or method.shared is None:
         return copy.deepcopy(network)
-    if method.adapt == "logits":
+    if method.learns_ratios:
         if initial_logits is None and anchor != 0:
             initial_logits = anchored_logits(anchor, len(bank), mixing)
         return MergedModel(
@@ -143,6 +143,7 @@ def build_initialisation(
             granularity=granularity or method.granularity,
             mixing=mixing,
             initial_logits=initial_logits,
+            with_offset=method.weight_pull > 0,
         )
     return _with_shared(network, bank, method.shared(bank))
 

@@ -24,16 +24,21 @@ class MergedModel(nn.Module):
     (`"softmax"`), or the logits themselves divided by their sum (`"ratios"`). `"free"` is θ* = Σ_t δ[g,t] θ_t
     without Fishers, whose weights need not sum to 1 and may be negative.
 
-    Parameters are `logits` and the network's task-specific parameters, nothing else: the shared ones have
-    empty slots in `network` and exist only during a forward. The bank is a buffer that moves with the
-    module and keeps its own dtype, be the network in another: a bank in half precision gives weights rounded
-    to it. It is left out of `state_dict` (the sources have files of their own) and shared by deep copies.
-    Buffers of the network, such as running statistics, are the network's own and are not merged.
+    With an offset Δ `[P]`, which starts at 0, the shared weights are θ* + Δ: all of the network can be
+    trained while the mixing still is, and `fold` gives the plain network.
+
+    Parameters are `logits`, the offset if there is one, and the network's task-specific parameters, nothing
+    else: the shared ones have empty slots in `network` and exist only during a forward. The bank is a buffer
+    that moves with the module and keeps its own dtype, be the network in another: a bank in half precision
+    gives weights rounded to it. It is left out of `state_dict` (the sources have files of their own) and
+    shared by deep copies. Buffers of the network, such as running statistics, are the network's own and are
+    not merged.
 
     Each forward merges; call `fold()` first where the logits do not change, as in inference.
 
     Attributes:
         logits: δ, `[G, T]`.
+        offset: Δ, `[P]`, or None.
         network: a copy of the given network without its shared parameters.
         layout: the shared parameters.
         sources: names of the T source models.
@@ -42,6 +47,7 @@ class MergedModel(nn.Module):
         mixing: how ratios come from logits.
     """
 
+    offset: nn.Parameter | None
     _like: Tensor
     _planes: Tensor
     _offsets: Tensor
@@ -55,6 +61,7 @@ class MergedModel(nn.Module):
         granularity: Granularity = "layer",
         mixing: Mixing = "sigmoid",
         initial_logits: Tensor | None = None,
+        with_offset: bool = False,
     ):
         """Take a copy of `network`, and the bank as it is.
 
@@ -65,6 +72,7 @@ class MergedModel(nn.Module):
             mixing: see above.
             initial_logits: `[G, T]`, or what expands to it, such as `[T]`; None starts from equal ratios,
                 which is IMM.
+            with_offset: give the shared weights an offset of their own.
 
         Raises:
             InputError: the network lacks a tensor of the bank or has it in another shape, all of which are
@@ -96,6 +104,8 @@ class MergedModel(nn.Module):
         if mixing == "free" and bank.fisher is not None:
             raise InputError("mixing: expected a bank without Fishers for 'free' weights (got one with them)")
         self.logits = nn.Parameter(starting_logits(initial_logits, (len(groups.names), len(bank)), mixing))
+        offset = nn.Parameter(self._like.new_zeros(bank.layout.numel)) if with_offset else None
+        self.register_parameter("offset", offset)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network on the merged weights; takes and returns what the network does."""
@@ -105,7 +115,7 @@ class MergedModel(nn.Module):
         return torch.func.functional_call(self.network, shared, args, kwargs, tie_weights=False)
 
     def merge(self) -> Tensor:
-        """Return the merged shared weights `[P]` in the network's dtype, differentiable in the logits."""
+        """Return the shared weights `[P]`, θ* or θ* + Δ, in the network's dtype; differentiable."""
         elements = self.layout.numel
         fisher = self._planes[1, :, :elements] if len(self._planes) > 1 else None
         theta = self._planes[0, :, :elements]
@@ -114,7 +124,8 @@ class MergedModel(nn.Module):
         logits = self.logits if scale is None else scale.leave(self.logits)
         merged = merge_planes(theta, fisher, logits, self._offsets, mixing=self.mixing, groups=self._rows)
         merged = merged.to(self._like.dtype)
-        return merged if scale is None else scale.enter(merged)
+        merged = merged if scale is None else scale.enter(merged)
+        return merged if self.offset is None else merged + self.offset
 
     def ratios(self) -> Tensor:
         """Return the mixing ratios α `[G, T]`, detached; each row sums to 1 unless the weights are free."""

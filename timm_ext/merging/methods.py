@@ -49,6 +49,10 @@ class Method:
         normalize: how the Fishers of the bank are scaled before merging, see `Bank.build`.
         l2_transfer: λ in fine-tuning that stays near its start, see `timm_ext.training.transfer.Tie`.
         drop_transfer: p of the same.
+        logit_pull: λ of the logits' pull to equal ratios, see `timm_ext.training.stages.adapt`.
+        warm_up: share of the steps of `adapt` in which the logits do not move yet.
+        weight_pull: μ of a pull of the weights to the merge, whose ratios are then learned during
+            fine-tuning, see `timm_ext.training.stages.tune_merged`; 0 learns them before it or not at all.
         combine: the row is no initialisation but the mean, of weights or logits, of the networks that were
             fine-tuned from each of the source models.
         joint: in a study, its last source model is trained on the cases of all source tasks, for the regions
@@ -69,8 +73,16 @@ class Method:
     normalize: Normalization | None = None
     l2_transfer: float = 0.0
     drop_transfer: float = 0.0
+    logit_pull: float = 0.0
+    warm_up: float = 0.0
+    weight_pull: float = 0.0
     combine: Literal["none", "weights", "logits"] = "none"
     joint: Literal["none", "cases", "regions"] = "none"
+
+    @property
+    def learns_ratios(self) -> bool:
+        """Whether the merge is a function of logits that are trained, before fine-tuning or during it."""
+        return self.adapt == "logits" or self.weight_pull > 0
 
 
 def uniform_merge(bank: Bank, *, with_fisher: bool) -> Tensor:
@@ -166,6 +178,23 @@ METHODS: tuple[Method, ...] = (
         adapt="logits",
         needs_fisher=True,
         granularity="kernel",
+    ),
+    Method(
+        "t-imm-normalized",
+        "T-IMM, Fishers normalised",
+        f"{_GEYER}: as t-imm, each tensor's F_t divided by its sum, as the authors' code does",
+        mode_imm,
+        adapt="logits",
+        needs_fisher=True,
+        normalize="tensor",
+    ),
+    Method(
+        "t-imm-annealed",
+        "T-IMM, ratios learned in fine-tuning",
+        f"{_GEYER}: θ = θ*(α) + Δ, all trained together, with μ(t) ‖Δ‖² in the loss, which falls to 0",
+        mode_imm,
+        needs_fisher=True,
+        weight_pull=1e-1,
     ),
     Method(
         "medmerge",

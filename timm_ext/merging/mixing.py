@@ -65,6 +65,20 @@ def ratios_of(logits: Tensor, mixing: Mixing) -> Tensor:
     return logits.clone() if mixing == "free" else ops.ratios(logits, mixing)
 
 
+def squared_departure(logits: Tensor, mixing: Mixing) -> Tensor:
+    """Return how far logits `[G, T]` are from those of equal ratios 1/T, squared and summed.
+
+    Σ_{g,t} d[g,t]² with d = δ for `"sigmoid"`, d = δ − mean_t δ for `"softmax"`, which does not see a common
+    shift, and d = α − 1/T for the weights α themselves, `"ratios"` and `"free"`. Differentiable.
+    """
+    if mixing == "sigmoid":
+        return logits.square().sum()
+    if mixing == "ratios":
+        logits = logits / logits.sum(dim=1, keepdim=True)
+    centre = 1 / logits.shape[1] if mixing == "free" else logits.mean(dim=1, keepdim=True)
+    return (logits - centre).square().sum()
+
+
 def logits_of(shares: Tensor, mixing: Mixing = "sigmoid") -> Tensor:
     """Return logits with given ratios: those whose largest σ is 1/2, so that equal ratios have δ = 0.
 

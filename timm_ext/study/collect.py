@@ -13,6 +13,7 @@ from timm_ext.data.volume import read_labels, read_volume
 from timm_ext.merging import Method, get_method, unseen_modalities
 from timm_ext.study.plan import Plan
 from timm_ext.study.records import Folder, Step, with_needs
+from timm_ext.study.settings import CommonSettings
 from timm_ext.study.stages import CASES, PREDICTIONS, TIMES
 from timm_ext.study.summary import Array, Example, ForgettingRow, MethodResult, Ratios, Summary
 
@@ -227,7 +228,17 @@ def plan_facts(plan: Plan) -> list[tuple[str, str]]:
             f"{s.adapt_steps} of them (logits' rate {s.logit_lr:g}); a run ends with the weights of its "
             "lowest validation loss",
         ),
+        *_option_facts(s),
     ]
+
+
+def _option_facts(settings: CommonSettings) -> list[tuple[str, str]]:
+    """Say what adaptations, or single methods, do otherwise."""
+    told = [f"{name} {value}" for name, value in (settings.adapt or {}).items()]
+    for given in (settings.method_train, settings.method_adapt, settings.method_merge):
+        for method, values in (given or {}).items():
+            told += [f"{method}: {name} {value}" for name, value in values.items()]
+    return [("Options", "; ".join(told))] if told else []
 
 
 def _channel_facts(plan: Plan) -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ from typing import Any
 from timm_ext.data.tasks import get_task, joint_task, task_to_dict
 from timm_ext.errors import InputError
 from timm_ext.merging.methods import Method, get_method, transfer
+from timm_ext.study.options import adapt_options, check_options, merge_options, ties_of, without_ties
 from timm_ext.study.parts import STAGES, case_steps, check_fields, prepare_settings
 from timm_ext.study.records import Step
 from timm_ext.study.settings import PlanSettings, to_json
@@ -73,7 +74,7 @@ class _Planner:
     def __init__(self, settings: PlanSettings, step_seconds: float | None) -> None:
         self.settings = settings
         self.methods = [_method(name, len(settings.source_tasks)) for name in settings.methods]
-        _check_ties(settings)
+        check_options(settings)
         self.common: dict[str, Any] = {"prepare": to_json(prepare_settings(settings))}
         self.network = {"name": settings.network, "options": dict(settings.options)}
         voxels = settings.size[0] * settings.size[1] * settings.size[2]
@@ -153,7 +154,7 @@ class _Planner:
                 settings.source_steps,
                 settings.source_lr,
                 settings.source_seed + number,
-                settings.source_train if starts else _without_ties(settings.source_train),
+                settings.source_train if starts else without_ties(settings.source_train),
                 schedule="cosine",
             ),
         }
@@ -185,7 +186,7 @@ class _Planner:
                 steps,
                 settings.source_lr,
                 seed,
-                _without_ties(settings.source_train),
+                without_ties(settings.source_train),
                 schedule="cosine",
             ),
         }
@@ -211,7 +212,14 @@ class _Planner:
 
     def _twin(self, method: Method) -> Method:
         """Return the first method whose adaptation is the same, so that it is made once."""
-        return next(other for other in self.methods if _adapting(other) == _adapting(method))
+        return next(other for other in self.methods if self._adapting(other) == self._adapting(method))
+
+    def _adapting(self, method: Method) -> tuple[Method, dict[str, Any], dict[str, Any]]:
+        """Return all that an adaptation depends on, with the method stripped of the rest."""
+        bare = replace(
+            method, name="", title="", paper="", extra_steps=False, l2_transfer=0.0, drop_transfer=0.0
+        )
+        return bare, adapt_options(self.settings, method), merge_options(self.settings, method)
 
     def _adaptation(
         self, method: Method, seed: int, cases: Mapping[str, Step], sources: Mapping[str, Step]
@@ -221,7 +229,7 @@ class _Planner:
             **self.common,
             "task": settings.target_task,
             "method": method.name,
-            "recipe": to_json(Recipe(seed=seed)),
+            "recipe": to_json(Recipe(seed=seed, **merge_options(settings, method))),
             "train": self._train(
                 "adapt_train",
                 settings.adapt_steps,
@@ -230,7 +238,7 @@ class _Planner:
                 settings.adapt_train,
                 schedule="constant",
             ),
-            "logit_lr": settings.logit_lr,
+            **adapt_options(settings, method),
         }
         needs = {**sources, "train": cases["train"], "val": cases["val"]}
         cost = self._training_cost(settings.adapt_steps, settings.train_cases, settings.val_cases)
@@ -252,11 +260,12 @@ class _Planner:
             "task": settings.target_task,
             "method": method.name,
             "network": self.network,
-            "recipe": to_json(Recipe(seed=seed)),
+            "recipe": to_json(Recipe(seed=seed, **merge_options(settings, method))),
             # At a constant rate the last step's Dice varies more than the methods differ.
             "train": self._train(
                 "train", steps, settings.lr, seed, self._given(method), schedule="constant", keep="best"
             ),
+            **(adapt_options(settings, method) if method.weight_pull else {}),
         }
         needs = {part: cases[part] for part in ("train", "val", "test")}
         if adaptation is not None:
@@ -291,18 +300,18 @@ class _Planner:
         return Step(name, COMBINE, values, needs, cost)
 
     def _given(self, method: Method) -> dict[str, Any]:
-        """Return what user and method say of fine-tuning; without a source there is nothing to tie to."""
+        """Return what user and method say of fine-tuning.
+
+        Without a source there is nothing to tie to, and a pull to the merge takes the place of ties.
+        """
         single = (self.settings.method_train or {}).get(method.name, {})
-        given = {**self.settings.train, **_ties(method), **single}
-        return given if method.models else _without_ties(given)
+        given = {**self.settings.train, **ties_of(method), **single}
+        return given if method.models and not method.weight_pull else without_ties(given)
 
     def _is_fixed(self, method: Method) -> bool:
         """Whether a method merges the source networks without data, into what no other one starts from."""
-        return (
-            bool(method.models)
-            and method.adapt == method.combine == method.joint == "none"
-            and not _ties(method)
-        )
+        own = method.joint != "none" or method.weight_pull or ties_of(method)
+        return bool(method.models) and method.adapt == method.combine == "none" and not own
 
     def _forgetting(
         self,
@@ -359,34 +368,3 @@ def _method(name: str, sources: int) -> Method:
     if method.models > sources:
         raise InputError(f"{name}: expected at least {method.models} source tasks (got {sources})")
     return method
-
-
-def _check_ties(settings: PlanSettings) -> None:
-    """Refuse settings that would tie weights to a start that is not there, and those of unknown methods.
-
-    Raises:
-        InputError: as said.
-    """
-    tied = [name for name in TIES if settings.source_train.get(name)]
-    if tied and not (settings.chain and len(settings.source_tasks) > 1):
-        raise InputError(
-            f"source_train: expected chain and several source tasks with {tied[0]}, which keeps a source "
-            "network near the one before"
-        )
-    if strangers := sorted(set(settings.method_train or {}) - {*settings.methods}):
-        raise InputError(
-            f"method_train: expected some of {', '.join(settings.methods)} (got {strangers[0]!r})"
-        )
-
-
-def _ties(method: Method) -> dict[str, float]:
-    return {name: value for name in TIES if (value := getattr(method, name))}
-
-
-def _without_ties(given: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in given.items() if name not in TIES}
-
-
-def _adapting(method: Method) -> Method:
-    """Strip a method of all that its adaptation does not depend on."""
-    return replace(method, name="", title="", paper="", extra_steps=False, l2_transfer=0.0, drop_transfer=0.0)

@@ -45,6 +45,11 @@ class CommonSettings:
         adapt_steps: optimiser steps of an adaptation at most.
         adapt_train: further fields of its `TrainSettings`.
         logit_lr: learning rate of the mixing logits.
+        adapt: further fields of `AdaptSettings`, for all methods that they concern.
+        method_adapt: such fields, `logit_lr` too, for single methods, by name; they go before those of
+            `adapt`, which go before the method's own.
+        method_merge: fields of `Recipe` for single methods that learn ratios, by name: `granularity`,
+            `mixing`, `anchor`, `normalize` and `unseen`.
         validate_every: steps between validations; None is once an epoch.
         fisher: arguments of `estimate_fisher`.
         data_seed: of the generated cases, and of which cases on disk are for what.
@@ -90,6 +95,9 @@ class CommonSettings:
     adapt_steps: int = 20
     adapt_train: Mapping[str, Any] = field(default_factory=dict)
     logit_lr: float = 0.1
+    adapt: Mapping[str, Any] | None = None
+    method_adapt: Mapping[str, Mapping[str, Any]] | None = None
+    method_merge: Mapping[str, Mapping[str, Any]] | None = None
     validate_every: int | None = 20
     fisher: Mapping[str, Any] = field(default_factory=lambda: {"labels": "sampled", "samples": 1})
     data_seed: int = 0
@@ -158,7 +166,10 @@ class StudySettings(CommonSettings):
         return {field.name: getattr(self, field.name) for field in fields(CommonSettings)}
 
 
-EXTENDABLE = ("title", "methods", "method_train", "seeds", "draws", "train_cases", "fractions", "references")
+EXTENDABLE = (
+    *("title", "methods", "method_train", "method_adapt", "method_merge"),
+    *("seeds", "draws", "train_cases", "fractions", "references"),
+)
 """Fields of a study that may change from one start to the next: their steps do not disturb each other."""
 
 

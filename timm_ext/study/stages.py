@@ -5,6 +5,7 @@ They call what a user's own script would call; `timm_ext.study.worker` runs them
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,8 +39,8 @@ from timm_ext.study.sources import (
 )
 from timm_ext.study.worker import Context
 from timm_ext.training.examples import Examples
-from timm_ext.training.settings import TrainSettings
-from timm_ext.training.stages import adapt, fine_tune, make_sets, train, warm_up
+from timm_ext.training.settings import AdaptSettings, TrainSettings
+from timm_ext.training.stages import adapt, fine_tune, make_sets, train, tune_merged, warm_up
 from timm_ext.training.state import STATE_NAME
 from timm_ext.training.trainer import History
 
@@ -131,8 +132,8 @@ def source_fisher(settings: Settings, inputs: Inputs, context: Context) -> dict[
 def adapt_start(settings: Settings, inputs: Inputs, context: Context) -> dict[str, Any]:
     """Train what a method trains before fine-tuning, and save the plain network that results.
 
-    Settings: `task`, `method`, `prepare`, `recipe`, `train`, `logit_lr`. Inputs: `model-1` …, `fisher-1` …,
-    `train`, `val`.
+    Settings: `task`, `method`, `prepare`, `recipe`, `train`, `logit_lr`, `adapt`. Inputs: `model-1` …,
+    `fisher-1` …, `train`, `val`.
     """
     task = get_task(settings["task"])
     sources = _sources(inputs)
@@ -141,22 +142,17 @@ def adapt_start(settings: Settings, inputs: Inputs, context: Context) -> dict[st
     schedule = train_settings(settings)
     train_set, val_set = _target_sets(inputs, task, settings, schedule)
     counted, folder = _Counted(train_set, context, schedule), context.folder / TRAINING
+    options = _adapt_settings(settings)
     facts: dict[str, Any] = {}
     if isinstance(start.model, MergedModel):
-        adaptation = adapt(
-            start.model, counted, val_set, schedule, folder, logit_lr=settings["logit_lr"], resume=True
-        )
+        adaptation = adapt(start.model, counted, val_set, schedule, folder, options=options, resume=True)
         history, network = adaptation.history, start.model.fold()
-        facts = {
-            "sources": list(adaptation.sources),
-            "layers": list(adaptation.layers),
-            "ratios": adaptation.ratios[-1].tolist(),
-        }
+        facts = adaptation.outcome()
         save_result(
             context.folder / INITIAL, network, task, settings, sources.hashes, start.model.provenance()
         )
     else:
-        network = start.model
+        network, schedule = start.model, replace(schedule, lr=options.specific_lr or schedule.lr)
         history = warm_up(network, start.split.specific, counted, val_set, schedule, folder, resume=True)
         save_result(
             context.folder / INITIAL, network, task, settings, sources.hashes, {"method": settings["method"]}
@@ -167,27 +163,29 @@ def adapt_start(settings: Settings, inputs: Inputs, context: Context) -> dict[st
 def tune_and_test(settings: Settings, inputs: Inputs, context: Context) -> dict[str, Any]:
     """Fine-tune an initialisation, segment the test cases and score them.
 
-    Settings: `task`, `method`, `network`, `prepare`, `recipe`, `train`. Inputs: `start` (an adaptation) or,
-    without one, `model-1` …, `fisher-1` …; and `train`, `val`, `test`.
+    Settings: `task`, `method`, `network`, `prepare`, `recipe`, `train`, and where ratios are learned on the
+    way `logit_lr`, `adapt`. Inputs: `start` (an adaptation) or, without one, `model-1` …, `fisher-1` …; and
+    `train`, `val`, `test`.
     """
     task = get_task(settings["task"])
     network, parents = _initial_network(settings, inputs, context, task)
     method = get_method(settings["method"])
-    shared = split_by(network, method, Recipe(**settings["recipe"])).shared if method.models else ()
     schedule = train_settings(settings)
     train_set, val_set = _target_sets(inputs, task, settings, schedule)
-    network, history = fine_tune(
-        channels_last(network),
-        _Counted(train_set, context, schedule),
-        val_set,
-        schedule,
-        context.folder / TRAINING,
-        tied=shared,
-        resume=True,
-    )
+    counted, folder = _Counted(train_set, context, schedule), context.folder / TRAINING
+    facts: dict[str, Any] = {}
+    if isinstance(network, MergedModel):
+        options = _adapt_settings(settings)
+        network, done = tune_merged(network, counted, val_set, schedule, folder, options=options, resume=True)
+        history, facts = done.history, done.outcome()
+    else:
+        shared = split_by(network, method, Recipe(**settings["recipe"])).shared if method.models else ()
+        network, history = fine_tune(
+            channels_last(network), counted, val_set, schedule, folder, tied=shared, resume=True
+        )
     save_result(context.folder / NETWORK, network, task, settings, parents)
     scores = segment_and_score(network, inputs["test"], task, settings, context.folder)
-    return {**_told(history, context), **scores}
+    return {**_told(history, context), **facts, **scores}
 
 
 def forgetting(settings: Settings, inputs: Inputs, context: Context) -> dict[str, Any]:
@@ -255,6 +253,10 @@ def prepared_cases(folder: Path, task: Task, settings: Settings) -> list[Prepare
     return [prepare_case(case, task, _prepare_settings(settings), folder / CACHE) for case in cases]
 
 
+def _adapt_settings(settings: Settings) -> AdaptSettings:
+    return AdaptSettings(logit_lr=settings["logit_lr"], **settings.get("adapt", {}))
+
+
 def _target_sets(
     inputs: Inputs, task: Task, settings: Settings, schedule: TrainSettings
 ) -> tuple[Examples, Examples | None]:
@@ -272,7 +274,7 @@ def _sources(inputs: Inputs) -> Sources:
 def _initial_network(
     settings: Settings, inputs: Inputs, context: Context, task: Task
 ) -> tuple[nn.Module, Sequence[str]]:
-    """Return the plain network that fine-tuning starts from, and the hashes of its parents."""
+    """Return the network that fine-tuning starts from, and the hashes of its parents."""
     if "start" in inputs:
         network, checkpoint = load_network(inputs["start"] / INITIAL)
         return network, [str(checkpoint.sha256)]
@@ -283,7 +285,8 @@ def _initial_network(
     sources = _sources(inputs)
     network = start_from(settings["method"], target, task, sources, recipe).model
     facts = {"method": settings["method"]}
-    save_result(context.folder / INITIAL, network, task, settings, sources.hashes, facts)
+    plain = network.fold() if isinstance(network, MergedModel) else network
+    save_result(context.folder / INITIAL, plain, task, settings, sources.hashes, facts)
     return network, sources.hashes
 
 

@@ -1,9 +1,10 @@
 """The stages of the method: training, adaptation or warm-up, and fine-tuning, all by one trainer."""
 
 import csv
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,11 @@ from timm_ext.data.prepare import Prepared
 from timm_ext.data.tasks import Task
 from timm_ext.errors import InputError
 from timm_ext.files import atomic_write
-from timm_ext.merging import MergedModel
+from timm_ext.merging import MergedModel, squared_departure
 from timm_ext.parameters import named_parameters
 from timm_ext.training.device import is_first_process
 from timm_ext.training.examples import Examples
-from timm_ext.training.settings import TrainSettings
+from timm_ext.training.settings import AdaptSettings, TrainSettings
 from timm_ext.training.trainer import History, Trainer
 
 RATIOS_NAME = "ratios.csv"
@@ -43,6 +44,14 @@ class Adaptation:
     sources: tuple[str, ...]
     steps: tuple[int, ...]
     ratios: Tensor
+
+    def outcome(self) -> dict[str, Any]:
+        """Return the ratios by layer at the end, as JSON values."""
+        return {
+            "sources": list(self.sources),
+            "layers": list(self.layers),
+            "ratios": self.ratios[-1].tolist(),
+        }
 
 
 def make_sets(
@@ -89,8 +98,7 @@ def adapt(
     settings: TrainSettings,
     run_dir: Path | str,
     *,
-    logit_lr: float = 0.1,
-    specific_lr: float | None = None,
+    options: AdaptSettings | None = None,
     resume: bool = False,
     progress: bool = False,
     title: str = "adaptation",
@@ -100,7 +108,13 @@ def adapt(
     It stops by the plateau of the validation loss or after a number of steps, as the settings say. The ratios
     over time are also written to `ratios.csv` in the run's folder.
 
-    Source: Geyer et al., MIDL 2019, section 3.
+    The options may add λ Σ d[g,t]² to the loss, d the distance of the logits from those of equal ratios (see
+    `squared_departure`). It stands in the loss because Adam moves every logit equally fast, however weak its
+    gradient: here only those depart from 1/T whose gradient outweighs 2λd. Decay apart from the loss would
+    shrink all alike. In the first round(warm_up · steps) steps the task-specific parameters move alone, so
+    that the gradient of the logits is not that of layers which are still random.
+
+    Source: Geyer et al., MIDL 2019, section 3; pull and warm-up are not in the paper.
 
     Args:
         merged: the merged model.
@@ -108,8 +122,7 @@ def adapt(
         val_set: validation cases of the target task.
         settings: how to train.
         run_dir: folder of this run alone.
-        logit_lr: learning rate of the logits.
-        specific_lr: learning rate of the task-specific parameters, None for that of the settings.
+        options: rates, λ and warm-up.
         resume: see `Trainer.fit`.
         progress: see `Trainer.fit`.
         title: see `Trainer.fit`.
@@ -118,34 +131,80 @@ def adapt(
         The history, with the mixing ratios per layer over time.
 
     Raises:
-        InputError: settings of L2- or drop-transfer: the weights stay where they are anyway.
+        InputError: settings of L2- or drop-transfer: the weights stay where they are anyway; a merged model
+            with an offset, or a warm-up of one without task-specific parameters.
     """
     settings.refuse_ties("adaptation")
-    groups = [{"name": "logits", "params": [merged.logits], "lr": logit_lr}]
-    if specific := merged.specific_parameters():
-        rate = settings.lr if specific_lr is None else specific_lr
-        groups.append({"name": "specific", "params": specific, "lr": rate})
-    layers, layer_of_group = _layers(merged)
-    history = Trainer(settings, run_dir).fit(
+    if merged.offset is not None:
+        raise InputError("adaptation: expected a merged model without an offset; use tune_merged")
+    return _learn(
         merged,
+        (),
         train_set,
         val_set,
-        parameter_groups=groups,
-        observe=lambda: _mean_by_layer(merged.ratios().cpu(), layer_of_group, len(layers)),
+        settings,
+        run_dir,
+        options or AdaptSettings(),
         resume=resume,
         progress=progress,
         title=title,
     )
-    adaptation = Adaptation(
-        history=history,
-        layers=layers,
-        sources=merged.sources,
-        steps=tuple(step for step, _ in history.observations),
-        ratios=torch.stack([ratios for _, ratios in history.observations]),
+
+
+def tune_merged(
+    merged: MergedModel,
+    train_set: Examples,
+    val_set: Examples | None,
+    settings: TrainSettings,
+    run_dir: Path | str,
+    *,
+    options: AdaptSettings | None = None,
+    resume: bool = False,
+    progress: bool = False,
+    title: str = "fine-tuning",
+) -> tuple[nn.Module, Adaptation]:
+    """Fine-tune a merged model with an offset while its ratios are learned, then fold it.
+
+    The shared weights are θ = θ*(α) + Δ. Logits, task-specific parameters and Δ are trained together on
+
+        loss + μ (1 − s/N) ‖Δ‖²        in step s = 0 … N − 1
+
+    so that it begins near an adaptation, where the merge decides, and ends as plain fine-tuning.
+
+    Args:
+        merged: the merged model, made `with_offset`.
+        train_set: training cases of the target task.
+        val_set: validation cases of the target task.
+        settings: how to train; its rate is that of Δ, too.
+        run_dir: folder of this run alone.
+        options: rates, μ, and what `adapt` does with them.
+        resume: see `Trainer.fit`; another number of steps N is refused.
+        progress: see `Trainer.fit`.
+        title: see `Trainer.fit`.
+
+    Returns:
+        The plain network, and the history with the mixing ratios per layer over time.
+
+    Raises:
+        InputError: settings of L2- or drop-transfer, whose place μ takes; a merged model without an offset.
+    """
+    settings.refuse_ties("fine-tuning of a merge")
+    if merged.offset is None:
+        raise InputError("fine-tuning of a merge: expected a merged model with an offset")
+    groups = [{"name": "offset", "params": [merged.offset]}]
+    done = _learn(
+        merged,
+        groups,
+        train_set,
+        val_set,
+        settings,
+        run_dir,
+        options or AdaptSettings(),
+        resume=resume,
+        progress=progress,
+        title=title,
     )
-    if is_first_process():
-        _write_ratios(Path(run_dir) / RATIOS_NAME, adaptation)
-    return adaptation
+    return merged.fold(), done
 
 
 def warm_up(
@@ -231,6 +290,73 @@ def fine_tune(
         title=title,
     )
     return network, history
+
+
+def _learn(
+    merged: MergedModel,
+    groups: Sequence[Mapping[str, Any]],
+    train_set: Examples,
+    val_set: Examples | None,
+    settings: TrainSettings,
+    run_dir: Path | str,
+    options: AdaptSettings,
+    *,
+    resume: bool,
+    progress: bool,
+    title: str,
+) -> Adaptation:
+    """Train the logits, the task-specific parameters and further groups, and note the ratios."""
+    total = settings.total_steps(len(train_set))
+    start = round((options.warm_up or 0.0) * total)
+    specific = merged.specific_parameters()
+    if start and not specific and not groups:
+        raise InputError("adaptation: expected task-specific parameters for a warm-up (got none)")
+    named = [{"name": "logits", "params": [merged.logits], "lr": options.logit_lr, "start": start}, *groups]
+    if specific:
+        named.append({"name": "specific", "params": specific, "lr": options.specific_lr or settings.lr})
+    facts = options.to_dict()
+    if start or options.weight_pull:
+        facts["of_steps"] = total
+    layers, layer_of_group = _layers(merged)
+    history = Trainer(settings, run_dir).fit(
+        merged,
+        train_set,
+        val_set,
+        parameter_groups=named,
+        penalty=_Pull(merged, options, total),
+        facts=facts,
+        observe=lambda: _mean_by_layer(merged.ratios().cpu(), layer_of_group, len(layers)),
+        resume=resume,
+        progress=progress,
+        title=title,
+    )
+    adaptation = Adaptation(
+        history=history,
+        layers=layers,
+        sources=merged.sources,
+        steps=tuple(step for step, _ in history.observations),
+        ratios=torch.stack([ratios for _, ratios in history.observations]),
+    )
+    if is_first_process():
+        _write_ratios(Path(run_dir) / RATIOS_NAME, adaptation)
+    return adaptation
+
+
+class _Pull:
+    """λ times the logits' squared departure from equal ratios, and μ (1 − s/N) ‖Δ‖² in step s of N."""
+
+    def __init__(self, merged: MergedModel, options: AdaptSettings, total: int) -> None:
+        self._merged, self._total = merged, total
+        self._logits, self._weights = options.logit_pull or 0.0, options.weight_pull or 0.0
+
+    def __call__(self, step: int) -> Tensor | float:
+        pull: Tensor | float = 0.0
+        if self._logits:
+            pull = self._logits * squared_departure(self._merged.logits, self._merged.mixing)
+        if self._weights and self._merged.offset is not None:
+            weight = self._weights * (1 - step / self._total)
+            pull = pull + weight * self._merged.offset.square().sum()
+        return pull
 
 
 def _layers(merged: MergedModel) -> tuple[tuple[str, ...], Tensor]:

@@ -24,9 +24,10 @@ from timm_ext.training.examples import (
 )
 from timm_ext.training.log import Row, RunLog
 from timm_ext.training.losses import Loss, soft_dice_loss
+from timm_ext.training.parameter_groups import hold_back, named_groups, rate_columns
 from timm_ext.training.progress import StepProgress
 from timm_ext.training.schedule import Schedule
-from timm_ext.training.settings import TrainSettings
+from timm_ext.training.settings import TrainSettings, check_facts
 from timm_ext.training.state import STATE_NAME, load_state, restore_weights, save_state, weights_of
 from timm_ext.training.transfer import make_tie
 from timm_ext.training.validation import Validation, validate
@@ -40,7 +41,7 @@ class History:
     """What happened in a run, the part before an interruption included.
 
     Attributes:
-        rows: one per step: `step` (from 1), `epoch`, `loss` (without the part of L2-transfer), the learning
+        rows: one per step: `step` (from 1), `epoch`, `loss` (without penalties), the learning
             rates (`lr`, or `lr_NAME` for several parameter groups), and after a validation `val_loss`,
             `val_dice` (mean over regions) and `val_dice_REGION`, else None.
         observations: (step, value) of the `observe` function before the first step and after each validation.
@@ -90,6 +91,8 @@ class Trainer:
         parameter_groups: Sequence[Mapping[str, Any]] | None = None,
         observe: Callable[[], Tensor] | None = None,
         tied: Collection[str] | None = None,
+        penalty: Callable[[int], Tensor | float] | None = None,
+        facts: Mapping[str, Any] | None = None,
         resume: bool = False,
         progress: bool = False,
         title: str = "training",
@@ -101,11 +104,14 @@ class Trainer:
             train_set: training cases.
             val_set: validation cases; without them the training loss takes the place of the validation loss.
             loss: of logits and targets; the soft Dice loss by default.
-            parameter_groups: what to train: `{"params": parameters, "name": str, "lr": float}`, the last two
-                optional; all other parameters are frozen during the run. By default everything is trained.
+            parameter_groups: what to train: `{"params": parameters, "name": str, "lr": float, "start": int}`,
+                all but the first optional; `start` is the number of steps in which they do not move yet. All
+                other parameters are frozen during the run. By default everything is trained.
             observe: returns a tensor to note in `History.observations`.
             tied: names of the parameters that `l2_transfer` and `drop_transfer` tie to their values at the
                 start; None is all that are trained.
+            penalty: returns what is added to the loss of a step, counted from 0; it is not logged.
+            facts: JSON values that the run depends on beside the settings; they must not change on resuming.
             resume: go on from the state in the folder; without a state there the run starts at the
                 beginning. A finished run is loaded.
             progress: show a progress bar.
@@ -119,7 +125,7 @@ class Trainer:
                 step and the cases; a folder that holds another run or cannot be written; settings that
                 differ from those of the run that is resumed.
         """
-        groups = _named_groups(model, parameter_groups, self.settings.lr)
+        groups = named_groups(model, parameter_groups, self.settings.lr)
         regions = len(first_sample(train_set, "training set")["target"])
         if (
             val_set is not None
@@ -142,6 +148,8 @@ class Trainer:
                 loss or soft_dice_loss(),
                 observe,
                 tied,
+                penalty,
+                facts,
             )
             try:
                 run.start(resume)
@@ -166,6 +174,8 @@ class _Run:
         loss: Loss,
         observe: Callable[[], Tensor] | None,
         tied: Collection[str] | None,
+        penalty: Callable[[int], Tensor | float] | None,
+        facts: Mapping[str, Any] | None,
     ) -> None:
         self.settings = trainer.settings
         self.state_path = trainer.run_dir / STATE_NAME
@@ -174,13 +184,14 @@ class _Run:
         self.train_set, self.val_set = train_set, val_set
         self.regions = region_names(train_set, regions)
         self.loss = loss
-        self.observe = observe
+        self.observe, self.penalty = observe, penalty
+        self.facts = dict(facts or {})
         self.total = self.settings.total_steps(len(train_set))
         self.adam = torch.optim.Adam(groups, lr=self.settings.lr)
         self.schedule = Schedule(self.adam, self.settings, self.total)
         self.module, self.optimizer = fabric.setup(model, self.adam)
         self.tie = make_tie(model, tied, self.settings)
-        self.rates = _rate_columns(groups)
+        self.rates = rate_columns(groups)
         self.log: RunLog | None = None
         self.step = 0
         self.best: dict[str, Any] | None = None
@@ -283,7 +294,9 @@ class _Run:
                 f"training: the loss is {value} at step {self.step + 1} (cases {', '.join(batch['id'])}); "
                 f"{self._advice()}"
             )
-        self.fabric.backward(loss + self.tie.penalty() if self.tie else loss)
+        loss = loss + self.tie.penalty() if self.tie else loss
+        self.fabric.backward(loss + self.penalty(self.step) if self.penalty else loss)
+        hold_back(self.adam, self.step)
         self.optimizer.step()
         self.round_losses.append(value)
         return value
@@ -332,6 +345,7 @@ class _Run:
                 self.state_path,
                 {
                     "settings": self.settings.to_dict(),
+                    "facts": self.facts,
                     "cases": self._case_counts(),
                     "step": self.step,
                     "log_length": length,
@@ -354,6 +368,7 @@ class _Run:
         """Take over a state and return the length of its log in bytes."""
         where = self.state_path
         self.settings.check_resume(state["settings"], where)
+        check_facts(state.get("facts", self.facts), self.facts, where)
         if state["cases"] != self._case_counts():
             raise InputError(
                 f"{where}: expected {state['cases']} training and validation cases, as before the "
@@ -376,26 +391,6 @@ class _Run:
 
     def _case_counts(self) -> list[int]:
         return [len(self.train_set), 0 if self.val_set is None else len(self.val_set)]
-
-
-def _named_groups(
-    model: nn.Module, groups: Sequence[Mapping[str, Any]] | None, lr: float
-) -> list[dict[str, Any]]:
-    """Complete the parameter groups and check that they are disjoint parts of the model."""
-    complete = [
-        {"name": str(index), "lr": lr, **group, "params": list(group["params"])}
-        for index, group in enumerate(groups or [{"params": model.parameters()}])
-    ]
-    chosen = [parameter for group in complete for parameter in group["params"]]
-    if not chosen or any(not group["params"] for group in complete):
-        raise InputError("training: expected at least one parameter in every parameter group")
-    if len(set(chosen)) < len(chosen) or not set(chosen) <= set(model.parameters()):
-        raise InputError("training: parameter groups must be disjoint parts of the model that is trained")
-    return complete
-
-
-def _rate_columns(groups: list[dict[str, Any]]) -> tuple[str, ...]:
-    return ("lr",) if len(groups) == 1 else tuple(f"lr_{group['name']}" for group in groups)
 
 
 def _validation_row(result: Validation, regions: Sequence[str]) -> Row:
