@@ -59,6 +59,7 @@ __global__ void __launch_bounds__(kConvThreads, kBlocksPerMultiprocessor)
       __syncthreads();
       p.grad_vectors ? stage_grad<4>(p, place, origin, grad, grads) : stage_grad<1>(p, place, origin, grad, grads);
       p.input_vectors ? stage_input<4>(p, place, origin, input, slab) : stage_input<1>(p, place, origin, input, slab);
+      wait_for_copies();
       __syncthreads();
       const int planes = p.size.out[0] - origin.point[0], lines = p.size.out[1] - origin.point[1];
       sums.add_box(p, slab, grads, planes < p.box[0] ? planes : p.box[0], lines < p.box[1] ? lines : p.box[1]);

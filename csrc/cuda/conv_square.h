@@ -11,8 +11,8 @@
 
 namespace timm_ext::cuda {
 
-/// accumulator[o, i, tap] += scale Σ_b (Σ_points grad · input)², summed in float32 over at most kConvRun points or so,
-/// in float64 beyond. The way of an example's sum depends on the shape alone, not on the number of examples.
+/// accumulator[o, i, tap] += scale Σ_b (Σ_points grad · input)², summed in float32 over runs of kConvRun points or so,
+/// and over the runs in float64. How an example is summed depends on the shape alone, not on the number of examples.
 struct ConvSquareProblem {
   const void* grad;    // [examples, groups · shape.outputs, shape.out...] element, contiguous, as the following
   const void* input;   // [examples, groups · shape.inputs, shape.in...] element

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "conv_square_plan.h"
+#include "copy_async.h"
 #include "storage.h"
 
 namespace timm_ext::cuda {
@@ -47,18 +48,23 @@ struct ConvSource {
   const Bits* values;
   int planes, lines, length;  // of a channel
 
-  /// kCount neighbours along the last axis, one or (aligned) four, to shared memory; zeros outside of the channel.
+  /// kCount neighbours along the last axis, one or (aligned) four, to shared memory, where they are after
+  /// wait_for_copies(); zeros outside of the channel.
   template <int kCount>
   __device__ __forceinline__ void load(int channel, int d, int h, int w, bool there, float* to) const {
     const bool inside = there && static_cast<unsigned>(d) < static_cast<unsigned>(planes) &&
                         static_cast<unsigned>(h) < static_cast<unsigned>(lines) &&
                         static_cast<unsigned>(w) < static_cast<unsigned>(length);
-    const Bits* const from = values + (static_cast<int64_t>((channel * planes + d) * lines + h) * length + w);
-    if constexpr (kCount == 1) {
+    const int64_t at = static_cast<int64_t>((channel * planes + d) * lines + h) * length + w;
+    const Bits* const from = values + (inside ? at : 0);
+    if constexpr (kElement == Element::kFloat32) {
+      copy_async<kCount>(to, from, inside);
+    } else if constexpr (kCount == 1) {
       *to = inside ? Storage<kElement>::decode(__ldg(from)) : 0.0f;
     } else {
       const Four four = inside ? Four::load(from) : Four{};
-      *reinterpret_cast<float4*>(to) = {four.get(0), four.get(1), four.get(2), four.get(3)};
+      const float4 found = {four.get(0), four.get(1), four.get(2), four.get(3)};
+      *reinterpret_cast<float4*>(to) = found;
     }
   }
 };
