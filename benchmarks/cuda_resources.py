@@ -4,8 +4,8 @@
 
 For the kernels that hold all models in registers it also works out how many warps fit on a multiprocessor and
 how many bytes they have on their way from memory when each has issued the loads of one row. By Little's law
-an H200 needs 4.8 TB/s · 0.7 µs / 132 = 25 kB per multiprocessor. Shared memory is what a kernel takes by itself;
-`conv_square_kernel` asks for up to 48 KiB more at its launch.
+an H200 needs 4.8 TB/s · 0.7 µs / 132 = 25 kB per multiprocessor. Shared memory is what a kernel takes by
+itself; `conv_square_kernel` asks for up to 48 KiB more at its launch.
 
 Exits 1, after the file is written, when a kernel spills registers or has fewer bytes than that on their way.
 """
