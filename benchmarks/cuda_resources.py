@@ -4,7 +4,8 @@
 
 For the kernels that hold all models in registers it also works out how many warps fit on a multiprocessor and
 how many bytes they have on their way from memory when each has issued the loads of one row. By Little's law
-an H200 needs 4.8 TB/s · 0.7 µs / 132 = 25 kB per multiprocessor.
+an H200 needs 4.8 TB/s · 0.7 µs / 132 = 25 kB per multiprocessor. Shared memory is what a kernel takes by
+itself; `conv_square_kernel` asks for up to 48 KiB more at its launch.
 
 Exits 1, after the file is written, when a kernel spills registers or has fewer bytes than that on their way.
 """
@@ -38,10 +39,12 @@ LEAST_IN_FLIGHT = 25_500  # see above
 
 
 def kernel_name(mangled: str) -> str:
-    """Readable name: the kernel, its element type, its number of models, whether it has a Fisher."""
-    kernel = re.search(r"\d([a-z][a-z_]*_kernel)I(.*)", mangled)
+    """Readable name: the kernel, its element type, its number of models (or window), if it has a Fisher."""
+    kernel = re.search(r"\d([a-z][a-z_]*_kernel)(?:I(.*)|E)", mangled)
     if kernel is None:
         return mangled
+    if kernel.group(2) is None:
+        return kernel.group(1)
     parameters = kernel.group(2)
     element = re.search(r"7ElementE(\d)E", parameters)
     models = re.search(r"Li(\d+)E", parameters)
@@ -50,7 +53,7 @@ def kernel_name(mangled: str) -> str:
         ELEMENTS[int(element.group(1))]
         if element
         else {"f": "float32", "d": "float64"}.get(parameters[0], ""),
-        f"T={models.group(1)}" if models else "",
+        f"{'window' if kernel.group(1).startswith('conv') else 'T'}={models.group(1)}" if models else "",
         {"0": "no Fisher", "1": ""}[fisher.group(1)] if fisher else "",
     ]
     return f"{kernel.group(1)}: {', '.join(part for part in parts if part)}"

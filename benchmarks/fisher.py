@@ -7,7 +7,8 @@ The unit is one plain batched forward and backward of `isensee2017`, whose gradi
 Fisher. Rivals: a loop over single examples, `torch.func.vmap(grad)`, Opacus, BackPACK (on the layers that it
 knows); the last two where they are installed. All are checked against the loop before they are timed. They
 take turns in one process, in which malloc keeps what is freed as in training, so that ratios come from
-neighbouring measurements; medians count. Peak memory is taken in fresh processes.
+neighbouring measurements; medians count. Peak memory is taken in fresh processes. On CUDA all compute in
+IEEE float32, never TF32.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import torch
 from benchmarks import fisher_rivals as rivals
 from benchmarks.machine import environment, median_ratio, milliseconds, peak_bytes
 from timm_ext.files import read_json, write_json
+from timm_ext.fisher.precision import precise
 from timm_ext.training.device import keep_freed_memory
 
 LEAST_ROUNDS = 3
@@ -142,7 +144,8 @@ def main(arguments: list[str]) -> None:
     for base in options.base:
         for edge in options.edge:
             for batch in options.batch:
-                result["rows"].append(measure(options, (base, edge, batch)))
+                with precise("ieee", torch.device(options.device)):
+                    result["rows"].append(measure(options, (base, edge, batch)))
                 print(json.dumps(result["rows"][-1]), flush=True)
                 write_json(options.output, result)
             result["memory"].append(memory_row(options, (base, edge, options.memory_batch)))

@@ -22,6 +22,8 @@ set_target_properties(timm_ext PROPERTIES SKIP_BUILD_RPATH ON)
 
 if(timm_ext_cuda)
   target_sources(timm_ext PRIVATE
+    csrc/cuda/conv_square.cu
+    csrc/cuda/conv_square_plan.cpp
     csrc/cuda/merge_backward.cu
     csrc/cuda/merge_backward_planes.cu
     csrc/cuda/merge_forward.cu

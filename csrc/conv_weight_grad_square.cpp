@@ -7,14 +7,15 @@
 #include "checks.h"
 #include "cpu/conv_square.h"
 #include "cpu/kernels.h"
+#include "cuda/conv_square.h"
+#include "cuda_launch.h"
 #include "operators.h"
 
 namespace timm_ext {
 namespace {
 
 using cpu::ConvLayout;
-using cpu::ConvShape;
-using cpu::ConvSquareProblem;
+using math::ConvShape;
 using torch::stable::parallel_for;
 
 constexpr const char* kOp = "conv_weight_grad_square_";
@@ -34,11 +35,20 @@ void check_axes(const char* name, const std::vector<int64_t>& values, int64_t ax
 }
 
 void check_tensor(const char* name, const Tensor& tensor, const Tensor& acc) {
-  check_dtype(kOp, name, tensor, ScalarType::Float, "");
-  check(tensor.is_cpu(), kOp, ": ", name, " must be on the CPU (got ", device_name(tensor), ")");
+  check_same_device(kOp, name, tensor, "acc", acc);
   check(tensor.dim() == acc.dim(), kOp, ": ", name, " must have as many axes as acc, ", acc.dim(), " (got ",
         list(tensor.sizes()), ")");
   check(!overlap(acc, tensor), kOp, ": acc must not share memory with ", name);
+}
+
+/// float32 on the CPU; on CUDA bfloat16 and float16, too.
+void check_types(const Tensor& acc, const Tensor& grad, const Tensor& input) {
+  check_dtype(kOp, "acc", acc, ScalarType::Float, "");
+  const ScalarType type = grad.scalar_type();
+  if (acc.is_cpu()) check_dtype(kOp, "grad", grad, ScalarType::Float, " on the CPU");
+  check(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, kOp,
+        ": grad must be float32, bfloat16 or float16 (got ", dtype_name(type), ")");
+  check_dtype(kOp, "input", input, type, " like grad");
 }
 
 /// The shape of one group, after checking that everything fits together.
@@ -90,19 +100,61 @@ struct Work {
       });
     }
     const int64_t taps = static_cast<int64_t>(layout.taps.size());
-    const ConvSquareProblem problem{&shape,       &layout,  layout.taps.data(), taps, packed,
-                                    packed_input, examples, accumulator,        scale};
+    const cpu::ConvSquareProblem problem{&shape,       &layout,  layout.taps.data(), taps, packed,
+                                         packed_input, examples, accumulator,        scale};
     parallel_for(0, conv_square_units(problem), 1,
                  [&](int64_t begin, int64_t end) { cpu::kernels().conv_square(problem, begin, end); });
   }
 };
+
+void square_on_cpu(const ConvShape& shape, const Tensor& acc, const Tensor& grad, const Tensor& input, int64_t groups,
+                   float scale) {
+  const ConvLayout layout(shape);
+  const int64_t examples = grad.size(0);
+  const int64_t each = layout.grad_elements(shape) + layout.input_elements();
+  const int64_t at_a_time = std::clamp<int64_t>(kPackedElements / each, 1, examples);
+  const Tensor packed = torch::stable::new_empty(acc, {at_a_time * each});
+  const int64_t grad_group = grad.numel() / examples / groups, input_group = input.numel() / examples / groups;
+  for (int64_t group = 0; group < groups; ++group) {
+    const Work work{shape,
+                    layout,
+                    static_cast<const float*>(grad.const_data_ptr()) + group * grad_group,
+                    static_cast<const float*>(input.const_data_ptr()) + group * input_group,
+                    grad_group * groups,
+                    input_group * groups,
+                    static_cast<float*>(acc.mutable_data_ptr()) + group * (acc.numel() / groups),
+                    scale};
+    for (int64_t first = 0; first < examples; first += at_a_time) {
+      work.run(first, std::min(examples, first + at_a_time), static_cast<float*>(packed.mutable_data_ptr()));
+    }
+  }
+}
+
+void square_on_cuda(const ConvShape& shape, const Tensor& acc, const Tensor& grad, const Tensor& input, int64_t groups,
+                    float scale) {
+  launch_on_device_of(kOp, acc, [&](void* stream) {
+    const cuda::ConvSquareProblem problem{grad.const_data_ptr(),
+                                          input.const_data_ptr(),
+                                          static_cast<float*>(acc.mutable_data_ptr()),
+                                          shape,
+                                          groups,
+                                          grad.size(0),
+                                          *element_of(grad.scalar_type()),
+                                          scale};
+    check(cuda::conv_square_serves(problem), kOp, ": sizes must be within 32 bits on CUDA (got ", list(grad.sizes()),
+          " and ", list(input.sizes()), ")");
+    const auto floats = static_cast<int64_t>(cuda::conv_square_workspace_bytes(problem) / sizeof(float));
+    const Tensor workspace = torch::stable::new_empty(acc, {floats});
+    return cuda::conv_square(problem, workspace.mutable_data_ptr(), stream);
+  });
+}
 
 }  // namespace
 
 void conv_weight_grad_square(const Tensor& acc, const Tensor& grad, const Tensor& input, std::vector<int64_t> stride,
                              std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
                              double scale) {
-  check_dtype(kOp, "acc", acc, ScalarType::Float, "");
+  check_types(acc, grad, input);
   check(acc.dim() >= 3 && acc.dim() <= 5 && acc.is_contiguous(), kOp,
         ": acc must be [O, I / groups, ...] with one to three axes, contiguous (got ", list(acc.sizes()), ")");
   check_tensor("grad", grad, acc);
@@ -113,26 +165,9 @@ void conv_weight_grad_square(const Tensor& acc, const Tensor& grad, const Tensor
   const ConvShape shape = shape_of(acc, grad, input, stride, padding, dilation, groups);
   if (acc.numel() == 0 || grad.numel() == 0) return;
 
-  const ConvLayout layout(shape);
   const Tensor g = torch::stable::contiguous(grad), x = torch::stable::contiguous(input);
-  const int64_t examples = grad.size(0);
-  const int64_t each = layout.grad_elements(shape) + layout.input_elements();
-  const int64_t at_a_time = std::clamp<int64_t>(kPackedElements / each, 1, examples);
-  const Tensor packed = torch::stable::new_empty(acc, {at_a_time * each});
-  const int64_t grad_group = g.numel() / examples / groups, input_group = x.numel() / examples / groups;
-  for (int64_t group = 0; group < groups; ++group) {
-    const Work work{shape,
-                    layout,
-                    static_cast<const float*>(g.const_data_ptr()) + group * grad_group,
-                    static_cast<const float*>(x.const_data_ptr()) + group * input_group,
-                    grad_group * groups,
-                    input_group * groups,
-                    static_cast<float*>(acc.mutable_data_ptr()) + group * (acc.numel() / groups),
-                    static_cast<float>(scale)};
-    for (int64_t first = 0; first < examples; first += at_a_time) {
-      work.run(first, std::min(examples, first + at_a_time), static_cast<float*>(packed.mutable_data_ptr()));
-    }
-  }
+  const auto square = acc.is_cuda() ? square_on_cuda : square_on_cpu;
+  square(shape, acc, g, x, groups, static_cast<float>(scale));
 }
 
 }  // namespace timm_ext

@@ -46,13 +46,15 @@ STABLE_TORCH_LIBRARY(timm_ext, m) {
   // Its gradient; 0 for a ratio of 0.
   m.def("log_weights_backward(Tensor grad, Tensor logits, str mixing) -> Tensor");
 
-  // acc[i] += scale * grads[i]² for all i. acc[i] contiguous float32, or float64 for float64 gradients, no two
-  // overlapping; grads[i] of the same shape, float32, bfloat16, float16 or float64, all alike, all on one device.
+  // acc[i] += scale Σ_j grads[j n + i]² for all i, n being the length of acc: one gradient of each, or those of several
+  // examples one after another, added in their order. acc[i] contiguous float32, or float64 for float64 gradients, no
+  // two overlapping; gradients of the same shape, float32, bfloat16, float16 or float64, all alike, all on one device.
   m.def("square_accumulate_(Tensor(a!)[] acc, Tensor[] grads, float scale) -> ()");
 
   // acc += scale Σ_b G_b², G_b being the gradient of example b alone with respect to the weight of a convolution of
   // input [B, I, ...] to an output whose gradient is grad [B, O, ...]; acc [O, I / groups, ...] contiguous. All
-  // float32. CPU only. Its bits depend on the instruction set (fused multiply-add), not on the number of threads.
+  // float32; on CUDA grad and input may both be bfloat16 or float16. Arithmetic in IEEE float32 (on CUDA, sums of
+  // thousands of points in float64). On the CPU its bits depend on the instruction set (fused multiply-add).
   m.def(
       "conv_weight_grad_square_(Tensor(a!) acc, Tensor grad, Tensor input, int[] stride, int[] padding, int[] dilation,"
       " int groups, float scale) -> ()");
@@ -68,6 +70,7 @@ STABLE_TORCH_LIBRARY(timm_ext, m) {
 }
 
 #define TIMM_EXT_REGISTER_BOTH_DEVICES(m)                                                           \
+  m.impl("conv_weight_grad_square_", TORCH_BOX(&timm_ext::conv_weight_grad_square));                \
   m.impl("fused_merge", TORCH_BOX(&timm_ext::fused_merge));                                         \
   m.impl("fused_merge.out", TORCH_BOX(&timm_ext::fused_merge_out));                                 \
   m.impl("fused_merge_backward_log_weight", TORCH_BOX(&timm_ext::fused_merge_backward_log_weight)); \
@@ -79,7 +82,6 @@ STABLE_TORCH_LIBRARY_IMPL(timm_ext, CPU, m) {
   TIMM_EXT_REGISTER_BOTH_DEVICES(m);
   m.impl("log_weights", TORCH_BOX(&timm_ext::log_weights));
   m.impl("log_weights_backward", TORCH_BOX(&timm_ext::log_weights_backward));
-  m.impl("conv_weight_grad_square_", TORCH_BOX(&timm_ext::conv_weight_grad_square));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(timm_ext, CUDA, m) { TIMM_EXT_REGISTER_BOTH_DEVICES(m); }

@@ -42,6 +42,16 @@ def test_merges_of_up_to_sixteen_models_stay_in_registers(
         assert f"{kernel}_kernel: {element}, T={models}, no Fisher" in names
 
 
+def test_three_blocks_of_the_convolution_fit_on_a_multiprocessor(kernels: list[dict[str, Any]]) -> None:
+    rows = [row for row in kernels if row["kernel"].startswith("conv_square_kernel")]
+    assert {row["kernel"] for row in rows} == {
+        f"conv_square_kernel: {element}, window={window}"
+        for element in ("float32", "bfloat16", "float16")
+        for window in (1, 3)
+    }
+    assert all(3 * 128 * row["registers"] <= 65536 and row["shared_bytes"] == 0 for row in rows)
+
+
 def test_enough_bytes_are_on_their_way(kernels: list[dict[str, Any]]) -> None:
     bytes_in_flight = [row["bytes_in_flight_per_sm"] for row in kernels if "bytes_in_flight_per_sm" in row]
     assert bytes_in_flight

@@ -2,38 +2,13 @@
 
 import pytest
 import torch
+from conv_samples import case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
 import timm_ext
 from timm_ext import reference
-
-
-def case(
-    outputs: int,
-    inputs: int,
-    sizes: list[int],
-    kernel: list[int],
-    *,
-    stride: list[int] | None = None,
-    padding: list[int] | None = None,
-    dilation: list[int] | None = None,
-    groups: int = 1,
-    batch: int = 2,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, object]]:
-    """acc, grad, input and the geometry of a convolution, drawn at random."""
-    axes = len(sizes)
-    stride, padding, dilation = stride or [1] * axes, padding or [0] * axes, dilation or [1] * axes
-    out = [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(sizes, kernel, stride, padding, dilation, strict=True)
-    ]
-    geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    generator = torch.Generator().manual_seed(0)
-    grad = torch.randn(batch, outputs, *out, generator=generator)
-    input = torch.randn(batch, inputs, *sizes, generator=generator)
-    return torch.rand(outputs, inputs // groups, *kernel, generator=generator), grad, input, geometry
 
 
 def assert_close_to_reference(acc, grad, input, geometry, scale=1.0) -> None:
@@ -164,7 +139,11 @@ def test_an_empty_batch_adds_nothing() -> None:
         ({"stride": [2, 2]}, r"grad must have no larger sizes than the output"),
         ({"acc": torch.zeros(4, 2, 3, 3, dtype=torch.float64)}, r"acc must be float32 \(got float64\)"),
         ({"acc": torch.zeros(4, 2, 3, 6)[..., ::2]}, r"acc must be .* contiguous"),
-        ({"grad": torch.zeros(2, 4, 3, 3, dtype=torch.bfloat16)}, r"grad must be float32 \(got bfloat16\)"),
+        (
+            {"grad": torch.zeros(2, 4, 3, 3, dtype=torch.bfloat16)},
+            r"grad must be float32 on the CPU \(got bf",
+        ),
+        ({"input": torch.zeros(2, 2, 5, 5).double()}, r"input must be float32 like grad \(got float64\)"),
         ({"input": torch.zeros(2, 2, 5)}, r"input must have as many axes as acc, 4"),
     ],
 )

@@ -68,6 +68,23 @@ def test_many_tensors_and_strided_gradients(device: torch.device) -> None:
     assert all(torch.equal(a, g * g) for a, g in zip(acc, grads, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("examples", [2, 130])
+def test_gradients_of_several_examples_add_up_in_order(
+    dtype: torch.dtype, examples: int, device: torch.device
+) -> None:
+    acc, grads = lists(dtype, device)
+    grads += [torch.randn_like(grad) for _ in range(examples - 1) for grad in grads]
+    expected, wide = [a.clone() for a in acc], [a.cpu().double() for a in acc]
+    for first in range(0, len(grads), len(acc)):
+        timm_ext.square_accumulate_(expected, grads[first : first + len(acc)], 0.37)
+    timm_ext.square_accumulate_(acc, grads, 0.37)
+    assert all(torch.equal(a, e) for a, e in zip(acc, expected, strict=True))
+    reference.square_accumulate_(wide, [g.cpu().double() for g in grads], 0.37)
+    for a, w in zip(acc, wide, strict=True):
+        torch.testing.assert_close(a.cpu().double(), w, rtol=1e-5, atol=0)
+
+
 def test_nothing_to_do() -> None:
     acc: list[torch.Tensor] = []
     timm_ext.square_accumulate_(acc, [])
@@ -113,7 +130,17 @@ def spoiled(spoil: Callable[[list[torch.Tensor], list[torch.Tensor]], object]) -
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda acc, grads: grads.pop(), r"lists of the same length \(got 3 vs 2\)"),
+        (
+            lambda acc, grads: grads.pop(),
+            r"grads must be as long a list as acc, or several .* \(got 2 for 3\)",
+        ),
+        (lambda acc, grads: grads.clear(), r"several times as long \(got 0 for 3\)"),
+        (lambda acc, grads: acc.clear(), r"several times as long \(got 3 for 0\)"),
+        (lambda acc, grads: grads.extend([torch.ones(4)]), r"several times as long \(got 4 for 3\)"),
+        (
+            lambda acc, grads: grads.extend([torch.ones(4), torch.ones(5), torch.ones(4)]),
+            r"acc\[1\] must have the shape of grads\[4\]",
+        ),
         (
             lambda acc, grads: acc.__setitem__(1, torch.zeros(5)),
             r"acc\[1\] must have the shape of grads\[1\] \(got \[5\] vs",

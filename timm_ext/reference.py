@@ -50,10 +50,11 @@ def fused_merge(
 
 
 def square_accumulate_(acc: Sequence[Tensor], grads: Sequence[Tensor], scale: float = 1.0) -> None:
-    """Add scale · g² to each accumulator in place; see `timm_ext.square_accumulate_`."""
-    for total, grad in zip(acc, grads, strict=True):
-        wide = grad.to(total.dtype)
-        total += wide * scale * wide
+    """Add scale · Σ g² to each accumulator in place; see `timm_ext.square_accumulate_`."""
+    for first in range(0, len(grads), len(acc)):
+        for total, grad in zip(acc, grads[first : first + len(acc)], strict=True):
+            wide = grad.to(total.dtype)
+            total += wide * scale * wide
 
 
 def conv_weight_grad_square_(

@@ -74,7 +74,7 @@ pytest() {
   # The tests are copied: beside the sources, "import timm_ext" would find the source folder.
   rm -rf "$work/python_tests" && cp -r "$root/python_tests" "$root/pyproject.toml" "$work" || return 1
   FAIL_WITHOUT_CUDA=1 in_package "$python" -m pytest -q -p no:cacheprovider --junitxml="$out/pytest.xml" \
-    python_tests/test_ops*.py
+    python_tests/test_ops*.py python_tests/fisher/test_fused.py
 }
 
 resources() {
@@ -110,7 +110,10 @@ benchmark() {
   ln -sfn "$root/benchmarks" "$work/benchmarks"
   in_package "$python" -m benchmarks.merge "$out/merge_cuda.json" --device cuda --segments layers kernels unaligned &&
     in_package "$python" -m benchmarks.merge "$out/merge_cuda_bfloat16.json" --device cuda --dtype bfloat16 \
-      --elements 64000000 --rounds 10
+      --elements 64000000 --rounds 10 &&
+    in_package "$python" -m benchmarks.conv_square "$out/conv_square_cuda.json" --device cuda &&
+    in_package "$python" -m benchmarks.fisher "$out/fisher_cuda.json" --device cuda --base 16 --edge 32 128 --batch 2 \
+      --memory-batch 2 --rivals ours "ours one by one" loop
 }
 
 summary() {
@@ -143,6 +146,8 @@ result = {
     "sanitizers": verdicts,
     "merge_float32": read("merge_cuda.json"),
     "merge_bfloat16": read("merge_cuda_bfloat16.json"),
+    "conv_square": read("conv_square_cuda.json"),
+    "fisher": read("fisher_cuda.json"),
 }
 (out / "gpu_check.json").write_text(json.dumps(result, indent=2) + "\n")
 PY

@@ -1,28 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Weight gradients of single examples of a convolution, squared: sizes, and the form in which the kernels read grad and
-// input. One and two axes are three with sizes of 1; a transposed convolution is a plain one with the roles of grad and
-// input exchanged.
+// Weight gradients of single examples of a convolution, squared: the form in which the kernels read grad and input.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
+#include "../math/conv_shape.h"
 #include "../math/portable.h"
 
 namespace timm_ext::cpu {
 
-/// One group of a convolution.
-struct ConvShape {
-  int64_t outputs;  // channels
-  int64_t inputs;
-  int64_t out[3];  // sizes of grad
-  int64_t in[3];   // sizes of the input
-  int64_t kernel[3];
-  int64_t stride[3];
-  int64_t padding[3];
-  int64_t dilation[3];
-};
+using math::ConvShape;
 
 TIMM_EXT_FN constexpr int64_t round_up(int64_t count, int64_t multiple) {
   return (count + multiple - 1) / multiple * multiple;

@@ -33,7 +33,7 @@ enum class Mixing { kSigmoid, kSoftmax, kRatios };
 // `streamed`: the result is too large for the caches and goes past them.
 // backward_log_weight writes the rows of segments inside one block; the sums of cut segments go to `edges`
 // [blocks, 2, T], first the segment that enters the block, then the one that leaves it.
-// square_accumulate: acc[i] += scale * g[i]² for i in [begin, end).
+// square_accumulate: acc[i] += scale Σ g[i]² over `each` gradients for i in [begin, end).
 // sample_labels: a unit is a block of one example's voxels, example after example.
 // log_weights and its backward: rows of `models` logits, of Element kFloat32 or kFloat64.
 #define TIMM_EXT_KERNELS                                                                                         \
@@ -42,7 +42,8 @@ enum class Mixing { kSigmoid, kSoftmax, kRatios };
                                  int64_t first_block, int64_t last_block);                                       \
   void merge_backward_planes(const MergeInputs&, const MergeGradient&, const MergePlaneGradients&,               \
                              int64_t first_block, int64_t last_block);                                           \
-  void square_accumulate(const SquareAccumulateItem&, Element, double scale, int64_t begin, int64_t end);        \
+  void square_accumulate(const SquareAccumulateItem&, int64_t each, Element, double scale, int64_t begin,        \
+                         int64_t end);                                                                           \
   void conv_square(const ConvSquareProblem&, int64_t first_unit, int64_t last_unit);                             \
   void sample_labels(const SampleProblem&, int64_t first_unit, int64_t last_unit);                               \
   void log_weights(Mixing, Element, const void* logits, void* out, int64_t models, int64_t first_row,            \

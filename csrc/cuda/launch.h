@@ -6,20 +6,26 @@
 
 #include <cuda_runtime.h>
 
+#include <cstddef>
 #include <cstdint>
 
 namespace timm_ext::cuda {
 
 #ifdef __CUDACC__
 #define TIMM_EXT_SHARED(type, name, count) __shared__ type name[count]
+#define TIMM_EXT_DYNAMIC_SHARED(type, name) extern __shared__ type name[]
 #define TIMM_EXT_UNROLL _Pragma("unroll")
 #define TIMM_EXT_NO_UNROLL _Pragma("unroll 1")
+#define TIMM_EXT_UNROLL_BY_EIGHT _Pragma("unroll 8")
 #else
 #define TIMM_EXT_UNROLL
 #define TIMM_EXT_NO_UNROLL
+#define TIMM_EXT_UNROLL_BY_EIGHT
 #define TIMM_EXT_SHARED(type, name, count) \
   static const char name##_site = 0;       \
   type* const name = static_cast<type*>(::timm_ext::executor::shared_memory(&name##_site, sizeof(type) * (count)))
+#define TIMM_EXT_DYNAMIC_SHARED(type, name) \
+  type* const name = static_cast<type*>(::timm_ext::executor::dynamic_shared_memory())
 #endif
 
 constexpr int kWarp = 32;
@@ -40,16 +46,27 @@ inline unsigned grid_size(int64_t units, int64_t units_per_block) {
   return static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks);
 }
 
+/// Blocks, threads of each, and bytes of dynamic shared memory of each.
+struct Grid {
+  unsigned blocks, threads;
+  size_t shared_bytes = 0;
+};
+
 template <class... Parameters, class... Arguments>
-int launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, void* stream, Arguments... arguments) {
+int launch(void (*kernel)(Parameters...), const Grid& grid, void* stream, Arguments... arguments) {
 #ifdef __CUDACC__
-  kernel<<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(Parameters(arguments)...);
+  kernel<<<grid.blocks, grid.threads, grid.shared_bytes, static_cast<cudaStream_t>(stream)>>>(Parameters(arguments)...);
   return static_cast<int>(cudaGetLastError());
 #else
   (void)stream;
-  ::timm_ext::executor::run(blocks, threads, 0, [&] { kernel(Parameters(arguments)...); });
+  ::timm_ext::executor::run(grid.blocks, grid.threads, grid.shared_bytes, [&] { kernel(Parameters(arguments)...); });
   return 0;
 #endif
+}
+
+template <class... Parameters, class... Arguments>
+int launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, void* stream, Arguments... arguments) {
+  return launch(kernel, Grid{blocks, threads}, stream, arguments...);
 }
 
 }  // namespace timm_ext::cuda

@@ -9,14 +9,15 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kPacksPerThread = 4;
 
-/// The tensors of one launch, passed as a kernel parameter. Tensor i owns chunks [first_chunk[i], first_chunk[i + 1]).
+/// The tensors of one launch, passed as a kernel parameter. Accumulator i owns chunks [first_chunk[i], first_chunk[i +
+/// 1]) and the gradients from i · each on.
 struct Table {
-  void* accumulator[kSquareAccumulateItems];
-  const void* gradient[kSquareAccumulateItems];
-  int64_t elements[kSquareAccumulateItems];
-  int64_t first_chunk[kSquareAccumulateItems + 1];
+  void* accumulator[kSquareAccumulateGradients];
+  const void* gradient[kSquareAccumulateGradients];
+  int64_t elements[kSquareAccumulateGradients];
+  int64_t first_chunk[kSquareAccumulateGradients + 1];
   double scale;
-  int count;
+  int count, each;
 };
 static_assert(sizeof(Table) <= 4096, "kernel parameters are limited to 4 KiB");
 
@@ -55,9 +56,11 @@ __global__ void __launch_bounds__(kThreads, 1) square_accumulate_kernel(const __
   for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
     const int item = item_of(table, chunk);
     AccumulatorBits* const accumulator = static_cast<AccumulatorBits*>(table.accumulator[item]);
-    const auto* const gradient = static_cast<const typename P::Bits*>(table.gradient[item]);
-    const bool aligned = reinterpret_cast<uintptr_t>(accumulator) % sizeof(typename P::Accumulator) == 0 &&
-                         reinterpret_cast<uintptr_t>(gradient) % sizeof(typename P::Gradient) == 0;
+    const void* const* const gradients = table.gradient + item * table.each;
+    bool aligned = reinterpret_cast<uintptr_t>(accumulator) % sizeof(typename P::Accumulator) == 0;
+    for (int j = 0; j < table.each; ++j) {
+      aligned &= reinterpret_cast<uintptr_t>(gradients[j]) % sizeof(typename P::Gradient) == 0;
+    }
     const int64_t start = (chunk - table.first_chunk[item]) * P::kChunk;
     TIMM_EXT_UNROLL
     for (int i = 0; i < kPacksPerThread; ++i) {
@@ -66,11 +69,14 @@ __global__ void __launch_bounds__(kThreads, 1) square_accumulate_kernel(const __
       if (left <= 0) break;
       const bool whole = aligned && left >= P::kSize;
       const int count = left < P::kSize ? static_cast<int>(left) : P::kSize;
-      const auto g = whole ? P::Gradient::load(gradient + p) : P::Gradient::load_some(gradient + p, count);
       auto sum =
           whole ? P::Accumulator::load_written(accumulator + p) : P::Accumulator::load_some(accumulator + p, count);
-      TIMM_EXT_UNROLL
-      for (int e = 0; e < P::kSize; ++e) sum.set(e, math::square_accumulate(sum.get(e), g.get(e), scale));
+      for (int j = 0; j < table.each; ++j) {
+        const auto* const gradient = static_cast<const typename P::Bits*>(gradients[j]) + p;
+        const auto g = whole ? P::Gradient::load(gradient) : P::Gradient::load_some(gradient, count);
+        TIMM_EXT_UNROLL
+        for (int e = 0; e < P::kSize; ++e) sum.set(e, math::square_accumulate(sum.get(e), g.get(e), scale));
+      }
       if (whole) {
         sum.store(accumulator + p);
       } else {
@@ -104,21 +110,34 @@ int launch_element(Element element, Table& table, void* stream) {
   }
 }
 
-}  // namespace
-
-int square_accumulate(const SquareAccumulateItem* items, int64_t count, Element element, double scale, void* stream) {
+/// The gradients from `first` on of all items, `each` of one.
+int launch_share(const SquareAccumulateItem* items, int64_t count, int64_t first, int each, Element element,
+                 double scale, void* stream) {
   Table table = {};
   table.scale = scale;
+  table.each = each;
   for (int64_t i = 0; i < count; ++i) {
     if (items[i].elements == 0) continue;
     table.accumulator[table.count] = items[i].accumulator;
-    table.gradient[table.count] = items[i].gradient;
     table.elements[table.count] = items[i].elements;
-    if (++table.count < kSquareAccumulateItems) continue;
+    for (int j = 0; j < each; ++j) table.gradient[table.count * each + j] = items[i].gradients[first + j];
+    if (++table.count < kSquareAccumulateGradients / each) continue;
     if (const int error = launch_element(element, table, stream)) return error;
     table.count = 0;
   }
   return table.count ? launch_element(element, table, stream) : 0;
+}
+
+}  // namespace
+
+int square_accumulate(const SquareAccumulateItem* items, int64_t count, int64_t each, Element element, double scale,
+                      void* stream) {
+  for (int64_t first = 0; first < each; first += kSquareAccumulateGradients) {
+    const int64_t left = each - first;
+    const int share = left < kSquareAccumulateGradients ? static_cast<int>(left) : kSquareAccumulateGradients;
+    if (const int error = launch_share(items, count, first, share, element, scale, stream)) return error;
+  }
+  return 0;
 }
 
 }  // namespace timm_ext::cuda

@@ -9,18 +9,20 @@
 
 namespace timm_ext::cuda {
 
-/// One tensor of the list; both are contiguous device memory of `elements` entries.
+/// One accumulator; all is contiguous device memory of `elements` entries.
 struct SquareAccumulateItem {
-  void* accumulator;     // float, or double when the gradients are kFloat64
-  const void* gradient;  // element
-  int64_t elements;      // may be 0
+  void* accumulator;             // float, or double when the gradients are kFloat64
+  const void* const* gradients;  // [gradients of each] element; host memory
+  int64_t elements;              // may be 0
 };
 
-/// accumulator[i] += scale * gradient[i]² for every item, one launch per kSquareAccumulateItems non-empty items.
-/// `items` is host memory and may be freed when the call returns; no two accumulators may overlap.
-int square_accumulate(const SquareAccumulateItem* items, int64_t count, Element element, double scale, void* stream);
+/// accumulator[i] += scale Σ_j gradients[i][j]² with `each` >= 1 gradients for every item, in their order. One launch
+/// for every kSquareAccumulateGradients gradients of non-empty items. `items` and what they point to in host memory may
+/// be freed when the call returns; no two accumulators may overlap.
+int square_accumulate(const SquareAccumulateItem* items, int64_t count, int64_t each, Element element, double scale,
+                      void* stream);
 
-/// Tensors that fit in the 4 KiB of parameters of one launch.
-constexpr int kSquareAccumulateItems = 120;
+/// Gradients that fit in the 4 KiB of parameters of one launch.
+constexpr int kSquareAccumulateGradients = 120;
 
 }  // namespace timm_ext::cuda

@@ -92,6 +92,12 @@ __global__ void shared_overrun(float* out) {
   *out = slots[threadIdx.x + 1];
 }
 
+__global__ void dynamic_overrun(float* out) {
+  TIMM_EXT_DYNAMIC_SHARED(float, slots);
+  slots[threadIdx.x + 1] = 1;
+  *out = slots[threadIdx.x + 1];
+}
+
 std::string message(const std::function<void()>& run) {
   try {
     run();
@@ -131,6 +137,9 @@ void test_right_kernels() {
   launch(warp_sum, 1, 64, nullptr, values);
   for (int i = 0; i < 64; ++i) check(values[i] == (i < 32 ? 496 : 1520), "warp sum of lane %d is %g", i, values[i]);
   check(message([&] { launch(warp_sum, 0, 32, nullptr, values); }) == "invalid launch configuration", "empty grid");
+  const timm_ext::cuda::Grid greedy = {1, 32, (size_t{48} << 10) + 1};
+  check(message([&] { launch(warp_sum, greedy, nullptr, values); }).find("48 KiB") != std::string::npos,
+        "greedy block");
 }
 
 void test_wrong_results() {
@@ -157,6 +166,8 @@ void plant(const std::string& name) {
   if (name == "unguarded_tail") launch(unguarded_tail, 1, 64, nullptr, values.get(), &vector, kCount);
   if (name == "misaligned_vector") launch(misaligned_vector, 1, 32, nullptr, values.get(), &vector);
   if (name == "shared_overrun") launch(shared_overrun, 1, kThreads, nullptr, values.get());
+  const timm_ext::cuda::Grid grid = {1, kThreads, kThreads * sizeof(float)};
+  if (name == "dynamic_overrun") launch(dynamic_overrun, grid, nullptr, values.get());
 }
 
 }  // namespace

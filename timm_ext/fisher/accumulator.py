@@ -55,8 +55,8 @@ class FisherAccumulator:
         seed: of the sampled labels.
         strict: refuse frozen, tied and unused parameters; otherwise frozen ones are left out, tied ones
             counted once, unused ones get F = 0.
-        precision: `ieee` (the parameters' own type), `tf32`, `bf16-mixed` or `16-mixed`. Sums are float32, or
-            float64 for float64 parameters.
+        precision: `ieee` (the parameters' own type), `tf32` (on CUDA by cuDNN; the fused convolution kernel
+            is IEEE only), `bf16-mixed` or `16-mixed`. Sums are float32, or float64 for float64 parameters.
         micro_batch: examples of an update that go through the model at a time, None for all of them; `auto`
             is all of them on a GPU, and on a CPU as many as pay (see `examples_at_a_time`). It changes speed
             and memory, and the result by rounding alone.

@@ -5,8 +5,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from timm_ext.fisher import fused
 from timm_ext.fisher.convolution import Geometry
 from timm_ext.ops import conv_weight_grad_square_, square_accumulate_
+
+HELD_BYTES = 32 << 20  # of the gradients that wait to be squared in one launch
 
 
 class ExampleGradients:
@@ -22,9 +25,12 @@ class ExampleGradients:
         self.example = example
 
     def square_into(self, accumulator: Tensor, scale: float) -> None:
-        """Add scale · Σ_b g_b² to `accumulator`, which has the parameter's shape."""
-        for index in range(self.count):
-            square_accumulate_([accumulator], [self.example(index).contiguous()], scale)
+        """Add scale · Σ_b g_b² to `accumulator`, of the parameter's shape, `HELD_BYTES` of g at a time."""
+        one = accumulator.numel() * accumulator.element_size()
+        step = max(1, HELD_BYTES // max(one, 1))
+        for first in range(0, self.count, step):
+            indices = range(first, min(first + step, self.count))
+            square_accumulate_([accumulator], [self.example(index).contiguous() for index in indices], scale)
 
 
 class LinearWeightGradients(ExampleGradients):
@@ -70,13 +76,12 @@ class ConvolutionWeightGradients(ExampleGradients):
         super().__init__(len(input), example)
 
     def square_into(self, accumulator: Tensor, scale: float) -> None:
-        """Use the fused kernel where there is one; a pointwise convolution is a product of matrices."""
-        geometry, tensors = self._geometry, (self._input, self._grad, accumulator)
-        fused = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
-        if not fused or geometry.pointwise(accumulator):
+        """Use the fused kernel where it is faster; a pointwise convolution is a product of matrices."""
+        geometry = self._geometry
+        grad, input = (self._input, self._grad) if geometry.transposed else (self._grad, self._input)
+        if geometry.pointwise(accumulator) or not fused.serves(accumulator, grad, input, geometry.groups):
             super().square_into(accumulator, scale)
             return
-        grad, input = (self._input, self._grad) if geometry.transposed else (self._grad, self._input)
         conv_weight_grad_square_(
             accumulator,
             grad,

@@ -33,7 +33,8 @@ def precise(precision: str, device: torch.device) -> Iterator[None]:
     """Set products and convolutions to a precision; cuDNN's default TF32 would cost about 1e-3 of a Fisher.
 
     Args:
-        precision: `ieee` (the parameters' own type), `tf32` (on CUDA), `bf16-mixed` or `16-mixed` (autocast).
+        precision: `ieee` (the parameters' own type), `tf32` (on CUDA, all by cuDNN and cuBLAS: the fused
+            kernels know only IEEE arithmetic), `bf16-mixed` or `16-mixed` (autocast).
         device: of the model.
     """
     wanted = "tf32" if precision == "tf32" else "ieee"
@@ -47,6 +48,12 @@ def precise(precision: str, device: torch.device) -> Iterator[None]:
     finally:
         for backend, value in zip(backends, before, strict=True):
             backend.fp32_precision = value
+
+
+def products_are_ieee() -> bool:
+    """Tell whether cuDNN convolves float32 in IEEE arithmetic, as `precise` sets it but for `tf32`."""
+    cudnn: Any = torch.backends.cudnn
+    return bool(cudnn.conv.fp32_precision == "ieee")
 
 
 @contextmanager

@@ -9,10 +9,12 @@
 #include <memory>
 #include <vector>
 
+#include "../../cuda/conv_square.h"
 #include "../../cuda/merge.h"
 #include "../../cuda/sample_labels.h"
 #include "../../cuda/square_accumulate.h"
 #include "../check.h"
+#include "../conv_case.h"
 #include "../merge_case.h"
 #include "../merge_check.h"
 #include "../sample_case.h"
@@ -128,19 +130,23 @@ void check_case(const CaseSpec& spec, uint64_t seed, cudaStream_t stream) {
 }
 
 void check_square_accumulate(cudaStream_t stream) {
-  constexpr int kItems = 130;
+  constexpr int kItems = 130, kEach = 2;
   std::vector<std::unique_ptr<DeviceBuffer>> sums, gradients;
   std::vector<std::vector<float>> host(kItems);
-  std::vector<cuda::SquareAccumulateItem> items;
+  std::vector<const void*> addresses;
   for (int i = 0; i < kItems; ++i) {
     const int64_t size = i == 7 ? 50001 : i % 11;
     for (int64_t p = 0; p < size; ++p) host[i].push_back(static_cast<float>((p * 7 + i) % 64) / 32 - 1);
     const std::vector<float> ones(size, 1.0f);
     sums.push_back(std::make_unique<DeviceBuffer>(ones.data(), size * sizeof(float)));
     gradients.push_back(std::make_unique<DeviceBuffer>(host[i].data(), size * sizeof(float)));
-    items.push_back({sums.back()->data(), gradients.back()->data(), size});
+    addresses.insert(addresses.end(), kEach, gradients.back()->data());
   }
-  must(cuda::square_accumulate(items.data(), kItems, Element::kFloat32, 0.5, stream), "square_accumulate");
+  std::vector<cuda::SquareAccumulateItem> items;
+  for (int i = 0; i < kItems; ++i) {
+    items.push_back({sums[i]->data(), addresses.data() + kEach * i, static_cast<int64_t>(host[i].size())});
+  }
+  must(cuda::square_accumulate(items.data(), kItems, kEach, Element::kFloat32, 0.25, stream), "square_accumulate");
   must(cudaDeviceSynchronize(), "square_accumulate");
   for (int i = 0; i < kItems; ++i) {
     const auto bytes = sums[i]->to_host();
@@ -149,6 +155,35 @@ void check_square_accumulate(cudaStream_t stream) {
       check(decode(Element::kFloat32, bytes.data(), p) == truth, "square_accumulate, item %d, element %d", i, int(p));
     }
   }
+}
+
+/// Twice on the stream, the second time from a graph into another accumulator.
+void check_conv_square(const ConvSpec& spec, uint64_t seed, cudaStream_t stream) {
+  ConvCase c(spec, seed);
+  const size_t shift = spec.offset * element_bytes(spec.element), bytes = c.accumulator.size() * sizeof(float);
+  const DeviceBuffer grad(c.grad.data(), c.grad.size(), shift), input(c.input.data(), c.input.size(), shift);
+  const DeviceBuffer sums(c.accumulator.data(), bytes), again(c.accumulator.data(), bytes);
+  cuda::ConvSquareProblem problem = c.problem();
+  problem.grad = grad.data();
+  problem.input = input.data();
+  problem.accumulator = static_cast<float*>(sums.data());
+  const DeviceBuffer workspace(cuda::conv_square_workspace_bytes(problem));
+  must(cuda::conv_square(problem, workspace.data(), stream), "conv_square");
+  problem.accumulator = static_cast<float*>(again.data());
+  cudaGraph_t graph;
+  cudaGraphExec_t replay;
+  must(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "begin capture");
+  must(cuda::conv_square(problem, workspace.data(), stream), "conv_square");
+  must(cudaStreamEndCapture(stream, &graph), "end capture");
+  must(cudaGraphInstantiate(&replay, graph, 0), "instantiate graph");
+  must(cudaGraphLaunch(replay, stream), "replay");
+  must(cudaDeviceSynchronize(), "conv_square");
+  must(cudaGraphExecDestroy(replay), "destroy");
+  must(cudaGraphDestroy(graph), "destroy");
+  const auto found = sums.to_host();
+  check(again.to_host() == found, "%s: other bits in a second run", spec.name().c_str());
+  std::memcpy(c.accumulator.data(), found.data(), bytes);
+  c.check_result();
 }
 
 void check_sample_labels(const SampleSpec& spec, uint64_t seed, cudaStream_t stream) {
@@ -182,6 +217,8 @@ int main(int argc, char** argv) {
   check_square_accumulate(stream);
   const std::vector<SampleSpec> samples = sample_table();
   for (size_t i = 0; i < samples.size(); i += quick ? 7 : 1) check_sample_labels(samples[i], i, stream);
+  const std::vector<ConvSpec> convolutions = conv_table();
+  for (size_t i = 0; i < convolutions.size(); i += quick ? 5 : 1) check_conv_square(convolutions[i], i, stream);
   must(cudaStreamDestroy(stream), "cudaStreamDestroy");
   return result();
 }
