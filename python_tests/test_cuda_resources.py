@@ -44,11 +44,7 @@ def test_merges_of_up_to_sixteen_models_stay_in_registers(
 
 def test_three_blocks_of_the_convolution_fit_on_a_multiprocessor(kernels: list[dict[str, Any]]) -> None:
     rows = [row for row in kernels if row["kernel"].startswith("conv_square_kernel")]
-    assert {row["kernel"] for row in rows} == {
-        f"conv_square_kernel: {element}, window={window}"
-        for element in ("float32", "bfloat16", "float16")
-        for window in (1, 3)
-    }
+    assert {row["kernel"] for row in rows} == {f"conv_square_kernel: window={window}" for window in (1, 3)}
     assert all(3 * 128 * row["registers"] <= 65536 and row["shared_bytes"] == 0 for row in rows)
 
 

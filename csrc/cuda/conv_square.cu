@@ -25,6 +25,28 @@ __device__ __forceinline__ ConvSource<kElement> source_of(const void* tensor, co
   return {values + (example * groups + group) * each, size[0], size[1], size[2]};
 }
 
+template <Element kElement>
+__device__ __forceinline__ void stage(const ConvSquareProblem& problem, const ConvPlan& p, const ConvPlace& place,
+                                      const ConvOrigin& origin, int64_t example, float* grads, float* slab) {
+  const auto grad = source_of<kElement>(problem.grad, p.size.out, p.size.outputs, p.groups, place.group, example);
+  const auto input = source_of<kElement>(problem.input, p.size.in, p.size.inputs, p.groups, place.group, example);
+  p.grad_vectors ? stage_grad<4>(p, place, origin, grad, grads) : stage_grad<1>(p, place, origin, grad, grads);
+  p.input_vectors ? stage_input<4>(p, place, origin, input, slab) : stage_input<1>(p, place, origin, input, slab);
+}
+
+/// Brings a box into shared memory. The element type is looked at here alone: a kernel for each would take long to
+/// build.
+__device__ __forceinline__ void stage_box(const ConvSquareProblem& problem, const ConvPlan& p, const ConvPlace& place,
+                                          const ConvOrigin& origin, int64_t example, float* grads, float* slab) {
+  if (problem.element == Element::kBFloat16) {
+    stage<Element::kBFloat16>(problem, p, place, origin, example, grads, slab);
+  } else if (problem.element == Element::kFloat16) {
+    stage<Element::kFloat16>(problem, p, place, origin, example, grads, slab);
+  } else {
+    stage<Element::kFloat32>(problem, p, place, origin, example, grads, slab);
+  }
+}
+
 /// Where a tile's sum is squared into.
 __device__ __forceinline__ float* accumulator_of(const ConvSquareProblem& problem, const ConvPlan& p,
                                                  const ConvPlace& place, int output, int column) {
@@ -34,7 +56,7 @@ __device__ __forceinline__ float* accumulator_of(const ConvSquareProblem& proble
 }
 
 /// A block sums one slice of a tile for one example, or, where there is one slice, all of it for one after another.
-template <Element kElement, int kWindow>
+template <int kWindow>
 __global__ void __launch_bounds__(kConvThreads, kBlocksPerMultiprocessor)
     conv_square_kernel(const __grid_constant__ ConvSquareProblem problem, const __grid_constant__ ConvPlan p,
                        const __grid_constant__ Part part) {
@@ -50,15 +72,11 @@ __global__ void __launch_bounds__(kConvThreads, kBlocksPerMultiprocessor)
   ConvSums<kWindow> sums(p, place);
 
   for (int example = one; example < (part.workspace ? one + 1 : part.examples); ++example) {
-    const int64_t b = part.first_example + example;
-    const auto grad = source_of<kElement>(problem.grad, p.size.out, p.size.outputs, p.groups, place.group, b);
-    const auto input = source_of<kElement>(problem.input, p.size.in, p.size.inputs, p.groups, place.group, b);
     sums.clear();
     for (int box = first; box < last; ++box) {
       const ConvOrigin origin(p, box);
       __syncthreads();
-      p.grad_vectors ? stage_grad<4>(p, place, origin, grad, grads) : stage_grad<1>(p, place, origin, grad, grads);
-      p.input_vectors ? stage_input<4>(p, place, origin, input, slab) : stage_input<1>(p, place, origin, input, slab);
+      stage_box(problem, p, place, origin, part.first_example + example, grads, slab);
       wait_for_copies();
       __syncthreads();
       const int planes = p.size.out[0] - origin.point[0], lines = p.size.out[1] - origin.point[1];
@@ -118,20 +136,16 @@ __global__ void __launch_bounds__(kFinishWarps* kWarp, 1)
   }
 }
 
-template <Element kElement>
-int launch_element(const ConvSquareProblem& problem, const ConvPlan& p, const Part& part, void* stream) {
+int launch_sums(const ConvSquareProblem& problem, const ConvPlan& p, const Part& part, void* stream) {
   const int64_t runs = part.workspace ? static_cast<int64_t>(part.examples) * p.slices : 1;
   const Grid grid = {static_cast<unsigned>(part.tiles * runs), static_cast<unsigned>(p.threads),
                      static_cast<size_t>(p.shared_floats()) * sizeof(float)};
-  if (p.window == 3) return launch(conv_square_kernel<kElement, 3>, grid, stream, problem, p, part);
-  return launch(conv_square_kernel<kElement, 1>, grid, stream, problem, p, part);
+  if (p.window == 3) return launch(conv_square_kernel<3>, grid, stream, problem, p, part);
+  return launch(conv_square_kernel<1>, grid, stream, problem, p, part);
 }
 
 int launch_part(const ConvSquareProblem& problem, const ConvPlan& p, const Part& part, void* stream) {
-  const auto sum = problem.element == Element::kBFloat16  ? launch_element<Element::kBFloat16>
-                   : problem.element == Element::kFloat16 ? launch_element<Element::kFloat16>
-                                                          : launch_element<Element::kFloat32>;
-  const int error = sum(problem, p, part, stream);
+  const int error = launch_sums(problem, p, part, stream);
   if (error != 0 || !part.workspace) return error;
   const unsigned blocks = static_cast<unsigned>(part.tiles) * ((p.tile_floats() + kWarp - 1) / kWarp);
   return launch(conv_square_finish_kernel, blocks, kFinishWarps * kWarp, stream, problem, p, part);
