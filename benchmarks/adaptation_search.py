@@ -14,6 +14,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -78,19 +79,25 @@ def runs_of(settings: StudySettings) -> dict[tuple[int, int], Step]:
 
 
 def search(plan: Search, folder: Folder, workers: int, console: Console) -> list[Score]:
-    """Run all variants on the screen's seeds and draws, then the confirmed ones on the plan's."""
+    """Run all variants on the screen's seeds and draws, then the confirmed ones on the plan's.
+
+    With no worker nothing is run, and those runs are told that are finished.
+    """
     facts = environment()
     scores: dict[tuple[str, int, int], Score] = {}
     looks = [(name, plan.screen) for name in plan.variants] + [(name, {}) for name in plan.confirm]
-    with folder.lock():
+    with folder.lock() if workers else nullcontext():
         for name, changes in looks:
             runs = runs_of(plan.settings(name, **changes))
-            finish_steps(list(runs.values()), folder, workers=workers, console=console, facts=facts)
+            if workers:
+                finish_steps(list(runs.values()), folder, workers=workers, console=console, facts=facts)
             for (seed, draw), step in runs.items():
+                if folder.record(step) is None:
+                    continue
                 result = folder.result(step)
                 dice = dict(map(tuple, result["curve"]))[result["best_step"]]
                 scores[name, seed, draw] = Score(name, seed, draw, dice)
-            console.print(summary(list(scores.values()), plan.reference), highlight=False)
+    console.print(summary(list(scores.values()), plan.reference), highlight=False)
     return list(scores.values())
 
 
@@ -101,14 +108,14 @@ def summary(scores: Sequence[Score], reference: str) -> str:
         by_variant.setdefault(score.variant, {})[score.seed, score.draw] = score.dice
     lines = ["| variant | runs | Dice | − reference | standard error | better |", "|---|---|---|---|---|---|"]
     for name, values in by_variant.items():
-        line = f"| {name} | {len(values)} | {statistics.mean(values.values()):.3f} |"
         common = values.keys() & by_variant.get(reference, {}).keys()
         differences = [values[pair] - by_variant[reference][pair] for pair in sorted(common)]
+        compared = " | | "
         if name != reference and len(differences) > 1:
             error = statistics.stdev(differences) / math.sqrt(len(differences))
-            better = sum(d > 0 for d in differences)
-            line += f" {statistics.mean(differences):+.3f} | {error:.3f} | {better} of {len(differences)} |"
-        lines.append(line if line.count("|") == len("||||||") + 1 else f"{line} | | |")
+            better = f"{sum(d > 0 for d in differences)} of {len(differences)}"
+            compared = f"{statistics.mean(differences):+.3f} | {error:.3f} | {better}"
+        lines.append(f"| {name} | {len(values)} | {statistics.mean(values.values()):.3f} | {compared} |")
     return "\n".join(lines)
 
 
@@ -129,7 +136,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path)
     parser.add_argument("table", type=Path)
     parser.add_argument("--label-maps", type=Path)
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=1, help="0 only reads what is finished")
     options = parser.parse_args()
     plan = load_settings(Search, options.search)
     if options.label_maps is not None:

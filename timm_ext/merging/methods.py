@@ -194,7 +194,7 @@ METHODS: tuple[Method, ...] = (
         f"{_GEYER}: θ = θ*(α) + Δ, all trained together, with μ(t) ‖Δ‖² in the loss, which falls to 0",
         mode_imm,
         needs_fisher=True,
-        weight_pull=1e-1,
+        weight_pull=1e-2,
     ),
     Method(
         "medmerge",
