@@ -226,10 +226,23 @@ def plan_facts(plan: Plan) -> list[tuple[str, str]]:
             "Training",
             f"Adam, learning rate {s.lr:g}, batch {s.batch_size}, {s.steps} steps in all; adaptation takes "
             f"{s.adapt_steps} of them (logits' rate {s.logit_lr:g}); a run ends with the weights of its "
-            "lowest validation loss",
+            f"lowest validation loss; {_augmented(s)}",
         ),
         *_option_facts(s),
     ]
+
+
+def _augmented(settings: CommonSettings) -> str:
+    """Say which trainings vary their images at random."""
+    given = {
+        "source networks": settings.source_train,
+        "adaptations": settings.adapt_train,
+        "fine-tuning": settings.train,
+    }
+    told = [name for name, values in given.items() if values.get("augment")]
+    if len(told) == len(given):
+        return "all trainings turn, scale, mirror and recolour the images at random"
+    return f"images are augmented at random for {', '.join(told)} only" if told else "no augmentation"
 
 
 def _option_facts(settings: CommonSettings) -> list[tuple[str, str]]:
