@@ -48,6 +48,7 @@ def training_settings(seed: int, steps: int, lr: float) -> TrainSettings:
         schedule="cosine",
         seed=seed,
         keep="last",
+        augment=False,
         accelerator="cpu",
         tensorboard=False,
     )

@@ -9,12 +9,33 @@ from safetensors.torch import load_file
 
 from timm_ext.checkpoint import load_checkpoint
 from timm_ext.cli import run
+from timm_ext.cli.common import fit_volumes
+from timm_ext.config import RunSettings
+from timm_ext.data.layouts import read_cases
+from timm_ext.data.prepare import prepare_cases
+from timm_ext.data.tasks import task_from_dict
+from timm_ext.fisher import Fisher, estimate_fisher
+from timm_ext.networks.io import load_network
 
 
 def test_fisher_of_volumes_of_different_size(place, tmp_path):
     out = tmp_path / "F.safetensors"
     assert run(["fisher", sources(place)[0], str(place / "brains"), "--out", str(out)]) == 0
     assert load_checkpoint(out).metadata["fisher"]["count"] == 2
+
+
+def test_fisher_is_of_the_prepared_images_as_they_are(place, tmp_path):
+    network, checkpoint = load_network(place / "M1.safetensors")
+    task = task_from_dict(checkpoint.metadata["task"])
+    settings = fit_volumes(RunSettings(), network).prepare
+    cases = prepare_cases(
+        read_cases(place / "brains", task)[:1], task, settings, tmp_path, workers=0, progress=False
+    )
+    image = cases[0].image[None]
+    expected = estimate_fisher(network, [{"id": [cases[0].id], "image": torch.as_tensor(image)}])
+    given = Fisher.load(place / "F1.safetensors")
+    for name, value in expected.tensors.items():
+        torch.testing.assert_close(given.tensors[name], value, rtol=1e-5, atol=0, msg=name)
 
 
 def test_adapt_then_train_then_predict_then_evaluate(place, tmp_path, capsys):

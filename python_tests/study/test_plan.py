@@ -147,7 +147,7 @@ def test_ties_of_fine_tuning_come_from_plan_method_and_single_methods():
         methods=("scratch", "transfer-2", "transfer-2-l2", "transfer-2-drop", "transfer-1-l2"),
         seeds=(0,),
         train={"l2_transfer": 0.5},
-        method_train={"transfer-1-l2": {"l2_transfer": 0.25, "augment": True}},
+        method_train={"transfer-1-l2": {"l2_transfer": 0.25, "augment": False}},
     )
     runs = make_plan(settings).runs
     assert ties_of(runs["scratch", 0]) == {"l2_transfer": 0.0, "drop_transfer": 0.0}
@@ -155,7 +155,7 @@ def test_ties_of_fine_tuning_come_from_plan_method_and_single_methods():
     assert ties_of(runs["transfer-2-l2", 0]) == {"l2_transfer": 1e-2, "drop_transfer": 0.0}
     assert ties_of(runs["transfer-2-drop", 0]) == {"l2_transfer": 0.5, "drop_transfer": 0.5}
     assert ties_of(runs["transfer-1-l2", 0]) == {"l2_transfer": 0.25, "drop_transfer": 0.0}
-    assert [run.settings["train"]["augment"] for run in runs.values()] == [False] * 4 + [True]
+    assert [run.settings["train"]["augment"] for run in runs.values()] == [True] * 4 + [False]
 
 
 def test_forgetting_of_an_initialisation_is_scored_once():

@@ -7,7 +7,7 @@ import torch
 from timm_ext.data.generate import GenerateSettings
 from timm_ext.data.prepare import PrepareSettings
 from timm_ext.data.tasks import get_task, joint_task, task_to_dict
-from timm_ext.fisher import Fisher, FisherKind
+from timm_ext.fisher import Fisher, FisherKind, estimate_fisher
 from timm_ext.merging import MergedModel, get_method
 from timm_ext.networks.io import load_network, save_network
 from timm_ext.study import stages
@@ -20,6 +20,8 @@ from timm_ext.study.stages import (
     _in_source,
     adapt_start,
     make_cases,
+    prepared_cases,
+    source_fisher,
     train_source,
     tune_and_test,
 )
@@ -122,6 +124,21 @@ def test_a_joint_source_network_reads_the_cases_of_all_tasks(cases: Path, tmp_pa
     network, checkpoint = load_network(tmp_path / NETWORK)
     assert len(checkpoint.metadata["task"]["regions"]) == 14
     assert network.heads[0].weight.shape[0] == 14
+
+
+def test_a_source_fisher_is_of_the_prepared_images_as_they_are(
+    sources: Sources, cases: Path, tmp_path: Path
+) -> None:
+    save_network(tmp_path / NETWORK, sources.networks[0], task=task_to_dict(TASKS[0]))
+    settings = {"task": TASKS[0].name, "prepare": PREPARE, "fisher": {"seed": 3}}
+    made = context(tmp_path / "fisher")
+    source_fisher(settings, {"model": tmp_path, "train": cases}, made)
+    (case,) = prepared_cases(cases, TASKS[0], settings)
+    batch = {"id": [case.id], "image": torch.as_tensor(case.image[None])}
+    expected = estimate_fisher(load_network(tmp_path / NETWORK)[0], [batch], seed=3)
+    given = Fisher.load(made.folder / FISHER)
+    for name, value in expected.tensors.items():
+        torch.testing.assert_close(given.tensors[name], value, rtol=1e-5, atol=0, msg=name)
 
 
 @pytest.fixture(scope="module")

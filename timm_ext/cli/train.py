@@ -112,13 +112,12 @@ def fisher(
 
     Example: `timm-ext fisher M1.safetensors cases/ --out F1.safetensors --set fisher.samples=4`
     """
+    from timm_ext.data.dataset import CaseDataset
     from timm_ext.data.layouts import read_cases
     from timm_ext.data.tasks import task_to_dict
     from timm_ext.fisher import estimate_fisher, remove_partial
     from timm_ext.networks.io import load_network
     from timm_ext.training.device import keep_freed_memory
-    from timm_ext.training.settings import TrainSettings
-    from timm_ext.training.stages import make_sets
 
     check_output(out)
     keep_freed_memory()
@@ -127,7 +126,7 @@ def fisher(
     settings = fit_volumes(settings_from(config, overrides, checkpoint), model)
     every = read_cases(cases, chosen, require_labels=True)[:limit]
     prepared = prepare_labelled(every, chosen, settings, cache, workers)
-    data, _ = make_sets(prepared, (), chosen, TrainSettings())
+    data = CaseDataset(prepared, chosen, in_memory=True)
     partial = out.with_name(f"{out.name}.partial")
     options = settings.fisher.model_dump()
     estimate = estimate_fisher(model, data, **options, progress=True, partial=partial)

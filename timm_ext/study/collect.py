@@ -16,6 +16,7 @@ from timm_ext.study.records import Folder, Step, with_needs
 from timm_ext.study.settings import CommonSettings
 from timm_ext.study.stages import CASES, PREDICTIONS, TIMES
 from timm_ext.study.summary import Array, Example, ForgettingRow, MethodResult, Ratios, Summary
+from timm_ext.training.settings import TrainSettings
 
 BASELINE = "scratch"
 EXAMPLE_MODALITY = "FLAIR"
@@ -239,7 +240,7 @@ def _augmented(settings: CommonSettings) -> str:
         "adaptations": settings.adapt_train,
         "fine-tuning": settings.train,
     }
-    told = [name for name, values in given.items() if values.get("augment")]
+    told = [name for name, values in given.items() if values.get("augment", TrainSettings.augment)]
     if len(told) == len(given):
         return "all trainings turn, scale, mirror and recolour the images at random"
     return f"images are augmented at random for {', '.join(told)} only" if told else "no augmentation"

@@ -24,7 +24,6 @@ from timm_ext.study.summary import Summary
 
 CHECKPOINTS = "checkpoints"
 TITLE = "T-IMM demo: initialisations for a small tumour task"
-_AUGMENTED = {"augment": True}
 
 
 def demo_settings(*, seeds: int = 3, label_maps: Path | None = None, quick: bool = False) -> PlanSettings:
@@ -41,13 +40,7 @@ def demo_settings(*, seeds: int = 3, label_maps: Path | None = None, quick: bool
     if seeds < 1:
         raise InputError(f"seeds: expected at least 1 (got {seeds})")
     source = PHANTOM if label_maps is None else str(Path(label_maps).resolve())
-    settings = PlanSettings(
-        source=source,
-        seeds=tuple(range(seeds)),
-        source_train=_AUGMENTED,
-        train=_AUGMENTED,
-        adapt_train=_AUGMENTED,
-    )
+    settings = PlanSettings(source=source, seeds=tuple(range(seeds)))
     if not quick:
         return settings
     return replace(

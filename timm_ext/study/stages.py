@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from timm_ext.data.dataset import Sample
+from timm_ext.data.dataset import CaseDataset, Sample
 from timm_ext.data.generate import GenerateSettings, generate_cases
 from timm_ext.data.layouts import Case, read_cases
 from timm_ext.data.prepare import Prepared, PrepareSettings, prepare_case, prepare_cases
@@ -116,7 +116,7 @@ def source_fisher(settings: Settings, inputs: Inputs, context: Context) -> dict[
     task = get_task(settings["task"])
     model, checkpoint = load_network(inputs["model"] / NETWORK)
     cases = prepared_cases(inputs["train"], task, settings)
-    data, _ = make_sets(cases, (), task, TrainSettings())
+    data = CaseDataset(cases, task, in_memory=True)
     partial = context.folder / "partial"
     fisher = estimate_fisher(_placed(model, settings), data, **settings["fisher"], partial=partial)
     fisher.save(

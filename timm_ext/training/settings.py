@@ -46,7 +46,8 @@ class TrainSettings:
             Without validation cases it is always the last.
         patch: edges D, H, W of the patches that are trained on, None for whole volumes; validation then
             uses a sliding window of this size. The data set cuts the patches.
-        augment: whether the data set varies the training examples.
+        augment: whether the training examples are turned, scaled, mirrored and recoloured at random
+            (`timm_ext.data.augment`).
         precision: `32-true`, `bf16-mixed` or `16-mixed`; the last two are for GPUs.
         seed: decides the order of the examples, their augmentation and the dropout.
         accelerator: `auto`, `cpu`, `cuda`, ... (Lightning Fabric).
@@ -70,7 +71,7 @@ class TrainSettings:
     validate_every: int | None = None
     keep: Literal["best", "last"] = "best"
     patch: tuple[int, int, int] | None = None
-    augment: bool = False
+    augment: bool = True
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     seed: int = 0
     accelerator: str = "auto"
