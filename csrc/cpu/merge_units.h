@@ -69,11 +69,11 @@ TIMM_EXT_FN void fetch_ahead(const R& rows, int64_t unit) {
   }
 }
 
-/// Calls f(rows, unit) for the units of a view.
-template <class R, class F>
+/// Calls f(rows, unit) for the units of a view; `Many`: rows from which on they are fetched ahead.
+template <class R, int Many = kManyRows, class F>
 TIMM_EXT_FN void for_each_unit(const View<typename R::C>& view, const F& f) {
   R rows(view);
-  const bool fetches = R::kBlended || rows.models() * (R::kWeighted ? 2 : 1) >= kManyRows;
+  const bool fetches = R::kBlended || rows.models() * (R::kWeighted ? 2 : 1) >= Many;
   for (int64_t unit = 0; unit < view.count; unit += kUnit) {
     if (fetches) fetch_ahead(rows, unit);
     if constexpr (R::kBlended) rows.alpha.set_unit(view.begin + unit);
