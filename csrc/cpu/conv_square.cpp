@@ -34,21 +34,29 @@ template <int Vectors, int Inputs, bool Halves>
 class Block {
  public:
   Block(const ConvSquareProblem& p, int64_t first_value, int64_t first_input)
-      : p_(p), grad_(p.grad + first_value), input_(p.input + first_input * p.layout->halves) {}
+      : p_(p),
+        grad_(p.grad + first_value / kUnitValues * p.layout->grad_block(*p.shape) + first_value % kUnitValues),
+        input_(p.input + first_input / kUnitInputs * p.layout->input_block() +
+               first_input % kUnitInputs * p.layout->halves) {}
 
   /// sums[Inputs, Vectors] += Σ grad · input over a stretch.
-  void add_products(int64_t example, int64_t tap, const Stretch& rows, V* sums) const {
+  void add_products(int64_t example, const ConvTap& tap, const Stretch& rows, V* sums) const {
     const ConvShape& s = *p_.shape;
     const ConvLayout& layout = *p_.layout;
-    const int64_t point = layout.inputs * layout.halves;
+    const int64_t grad_point = layout.grad_point(), point = layout.input_point();
     const int64_t step = s.stride[2] * point, row_step = s.stride[1] * layout.size[2] * point;
     const int64_t plane_step = s.stride[0] * layout.size[1] * layout.size[2] * point;
-    const float* g = grad_ + example * layout.grad_elements(s) + rows.first * s.out[2] * layout.values;
-    const float* const from = input_ + example * layout.input_elements() + p_.taps[tap];
+    const int64_t begin = tap.first[2], count = tap.last[2] - begin;
+    const float* const grad = grad_ + example * layout.grad_elements(s) + begin * grad_point;
+    const float* const input = input_ + example * layout.input_elements() + tap.offset + begin * step;
+    int64_t d = rows.first / s.out[1], h = rows.first % s.out[1] - 1;
     V total[Inputs][Vectors] = {};
     for (int64_t row = rows.first; row < rows.last; ++row) {
-      const float* x = from + row / s.out[1] * plane_step + row % s.out[1] * row_step;
-      for (int64_t w = 0; w < s.out[2]; ++w, g += layout.values, x += step) {
+      if (++h == s.out[1]) ++d, h = 0;
+      if (h < tap.first[1] || h >= tap.last[1] || d < tap.first[0] || d >= tap.last[0]) continue;
+      const float* g = grad + row * s.out[2] * grad_point;
+      const float* x = input + d * plane_step + h * row_step;
+      for (int64_t w = 0; w < count; ++w, g += grad_point, x += step) {
         V factors[Vectors];
         for (int v = 0; v < Vectors; ++v) factors[v] = math::load<V>(g + v * kLanes);
         for (int i = 0; i < Inputs; ++i) {
@@ -107,7 +115,7 @@ void square_block(const ConvSquareProblem& p, int64_t first_value, int64_t first
     for (int64_t row = 0; row < rows; row += stretch) {
       const Stretch part{row, row + stretch < rows ? row + stretch : rows};
       for (int64_t tap = 0; tap < taps; ++tap) {
-        block.add_products(b, first_tap + tap, part, memory + tap * Inputs * Vectors);
+        block.add_products(b, p.taps[first_tap + tap], part, memory + tap * Inputs * Vectors);
       }
     }
     for (int64_t tap = 0; tap < taps; ++tap) {
@@ -140,7 +148,7 @@ void conv_square(const ConvSquareProblem& p, int64_t first_unit, int64_t last_un
   const ConvShape& s = *p.shape;
   const int64_t taps = s.kernel[1] * s.kernel[2];
   const Buffer<V> memory(2 * taps * 2 * kUnitInputs);
-  const int64_t input_blocks = round_up(s.inputs, kUnitInputs) / kUnitInputs;
+  const int64_t input_blocks = p.layout->input_blocks();
   for (int64_t unit = first_unit; unit < last_unit; ++unit) {
     const int64_t first_tap = unit % s.kernel[0] * taps;
     const int64_t first = unit / s.kernel[0] % input_blocks * kUnitInputs;

@@ -3,6 +3,7 @@
 // Weight gradients of single examples of a convolution, squared: the form in which the kernels read grad and input.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -20,22 +21,47 @@ TIMM_EXT_FN constexpr int64_t round_up(int64_t count, int64_t multiple) {
 constexpr int64_t kPointLanes = 16;  // values of grad at a point are padded to a multiple
 constexpr int64_t kPointInputs = 4;  // channels of the input likewise
 
-/// Where things lie in the packed form: channels last, the input zero-padded. With few outputs, the planes of grad are
-/// taken in two halves, whose values alternate, so that a vector holds both.
+/// A tap of the kernel.
+struct ConvTap {
+  int64_t offset;    // of its inputs, in the packed form
+  int64_t first[3];  // of the points of grad for which they are not padding; of two halves, all planes
+  int64_t last[3];   // one beyond
+};
+
+constexpr int64_t kUnitValues = 32;  // values of grad at a point in a unit of work
+constexpr int64_t kUnitInputs = 8;
+
+/// Where things lie in the packed form: blocks of the channels that a unit of work reads, in a block channels last, the
+/// input zero-padded. With few outputs, the planes of grad are taken in two halves, whose values alternate, so that a
+/// vector holds both.
 struct ConvLayout {
   explicit ConvLayout(const ConvShape& shape);
 
-  int64_t halves;             // 1 or 2
-  int64_t planes;             // of a half of grad
-  int64_t values;             // of grad at a point
-  int64_t inputs;             // channels, padded
-  int64_t size[3];            // of the zero-padded input that belongs to a half
-  std::vector<int64_t> taps;  // offsets into the input
+  int64_t halves;   // 1 or 2
+  int64_t planes;   // of a half of grad
+  int64_t values;   // of grad at a point
+  int64_t inputs;   // channels, padded
+  int64_t size[3];  // of the zero-padded input that belongs to a half
+  std::vector<ConvTap> taps;
+
+  /// Elements of a point in a block.
+  TIMM_EXT_FN int64_t grad_point() const { return values < kUnitValues ? values : kUnitValues; }
+  TIMM_EXT_FN int64_t input_point() const { return (inputs < kUnitInputs ? inputs : kUnitInputs) * halves; }
+
+  TIMM_EXT_FN int64_t grad_blocks() const { return round_up(values, kUnitValues) / kUnitValues; }
+  TIMM_EXT_FN int64_t input_blocks() const { return round_up(inputs, kUnitInputs) / kUnitInputs; }
 
   TIMM_EXT_FN int64_t grad_rows(const ConvShape& s) const { return planes * s.out[1]; }
-  TIMM_EXT_FN int64_t grad_elements(const ConvShape& s) const { return grad_rows(s) * s.out[2] * values; }
   TIMM_EXT_FN int64_t input_rows() const { return size[0] * size[1]; }
-  TIMM_EXT_FN int64_t input_elements() const { return input_rows() * size[2] * inputs * halves; }
+
+  TIMM_EXT_FN int64_t grad_block(const ConvShape& s) const { return grad_rows(s) * s.out[2] * grad_point(); }
+  TIMM_EXT_FN int64_t input_block() const { return input_rows() * size[2] * input_point(); }
+
+  TIMM_EXT_FN int64_t grad_elements(const ConvShape& s) const { return grad_blocks() * grad_block(s); }
+  TIMM_EXT_FN int64_t input_elements() const { return input_blocks() * input_block(); }
+
+ private:
+  ConvTap tap_at(const ConvShape& shape, const std::array<int64_t, 3>& at) const;
 };
 
 /// Packs rows of one example.
@@ -48,7 +74,7 @@ void pack_input(const ConvShape&, const ConvLayout&, const float* input, float* 
 struct ConvSquareProblem {
   const ConvShape* shape;
   const ConvLayout* layout;  // the kernels leave its vector alone: see buffer.h
-  const int64_t* taps;       // [tap_count]
+  const ConvTap* taps;       // [tap_count]
   int64_t tap_count;
   const float* grad;   // [examples, layout.grad_elements]
   const float* input;  // [examples, layout.input_elements]
@@ -59,8 +85,5 @@ struct ConvSquareProblem {
 
 /// Units of work: blocks of outputs × blocks of inputs × planes of the kernel. Each adds to elements of its own.
 int64_t conv_square_units(const ConvSquareProblem&);
-
-constexpr int64_t kUnitValues = 32;  // values of grad at a point in a unit
-constexpr int64_t kUnitInputs = 8;
 
 }  // namespace timm_ext::cpu
