@@ -8,19 +8,19 @@ import torch
 from timm_ext.fisher.convolution import Geometry
 
 CASES = [
-    (size, kernel, stride, dilation, padding)
-    for size, kernel, stride, dilation, padding in itertools.product(
-        [(8, 6, 7), (9, 5, 6)], [(3, 3, 3), (2, 3, 1), (1, 3, 3)], [1, 2], [1, 2], [0, 1]
+    (size, kernel, stride, dilation, padding, outputs)
+    for size, kernel, stride, dilation, padding, outputs in itertools.product(
+        [(8, 6, 7), (9, 5, 6)], [(3, 3, 3), (2, 3, 1), (1, 3, 3)], [1, 2], [1, 2], [0, 1], [4, 12]
     )
 ]
 
 
-@pytest.mark.parametrize(("size", "kernel", "stride", "dilation", "padding"), CASES)
-def test_one_small_example(size, kernel, stride, dilation, padding):
+@pytest.mark.parametrize(("size", "kernel", "stride", "dilation", "padding", "outputs"), CASES)
+def test_one_small_example(size, kernel, stride, dilation, padding, outputs):
     generator = torch.Generator().manual_seed(0)
     geometry = Geometry((stride,) * 3, (padding,) * 3, (dilation,) * 3, False, (0, 0, 0), 1)
     x = torch.randn(1, 3, *size, generator=generator)
-    weight, bias = torch.randn(4, 3, *kernel, generator=generator), torch.randn(4, generator=generator)
+    weight, bias = (torch.randn(outputs, *n, generator=generator) for n in ((3, *kernel), ()))
     assert geometry._would_be_slow(x, weight)
     wide = [t.double().requires_grad_() for t in (x, weight, bias)]
     expected = geometry.forward(*wide)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from timm_ext.fisher import gradients
-from timm_ext.fisher.gradients import ExampleGradients
+from timm_ext.fisher.gradients import ExampleGradients, SquareSums
 
 ELEMENTS = 1000
 BYTES = 8 * ELEMENTS
@@ -77,3 +77,21 @@ def test_no_more_gradients_live_than_may_be_held(monkeypatch) -> None:
     ExampleGradients(10, example).square_into(total, 1.0)
     assert total[0] == sum(i * i for i in range(10))
     assert (alive, most) == (0, 3)
+
+
+def test_small_parameters_are_squared_in_one_launch(monkeypatch) -> None:
+    recorded = Recorded(monkeypatch)
+    sizes = {"bias": 5, "norm": 7, "half": 3, "table": 5000}
+    values = {name: torch.randn(4, size, dtype=torch.float32) for name, size in sizes.items()}
+    values["half"] = values["half"].bfloat16()
+    sums = {name: torch.ones(size) for name, size in sizes.items()}
+    squares = SquareSums(sums, dict.fromkeys(sizes, 1), 0.5)
+    for name, rows in values.items():
+        squares.deposit(name, ExampleGradients(4, rows.__getitem__))
+    assert recorded.launches == [4]  # of the table
+    squares.finish()
+    assert recorded.launches == [4, 8, 4]  # bias and norm; half, of another type
+    squares.finish()
+    assert len(recorded.launches) == 3
+    for name, rows in values.items():
+        torch.testing.assert_close(sums[name], 1 + 0.5 * rows.float().square().sum(0), rtol=1e-6, atol=0)

@@ -3,6 +3,8 @@
 The others go by the library that the framework uses, one example at a time, and `square_accumulate_`.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -35,8 +37,8 @@ def serves(accumulator: Tensor, grad: Tensor, input: Tensor, groups: int) -> boo
         return False
     if grad.dtype not in _HALF and not (grad.dtype == torch.float32 and products_are_ieee()):
         return False
-    outputs, columns = accumulator.shape[0] // groups, accumulator[0].numel()
-    return prefers_fused(groups, outputs, columns, grad[0, 0].numel(), half=grad.dtype in _HALF)
+    outputs, columns = accumulator.shape[0] // groups, math.prod(accumulator.shape[1:])
+    return prefers_fused(groups, outputs, columns, math.prod(grad.shape[2:]), half=grad.dtype in _HALF)
 
 
 def prefers_fused(groups: int, outputs: int, columns: int, points: int, *, half: bool = False) -> bool:

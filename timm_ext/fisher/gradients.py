@@ -1,6 +1,7 @@
 """Gradients of one parameter for each example of a batch, made one example at a time and squared at once."""
 
 from collections.abc import Callable, Mapping
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from timm_ext.fisher.convolution import Geometry
 from timm_ext.ops import conv_weight_grad_square_, square_accumulate_
 
 HELD_BYTES = 32 << 20  # of the gradients that wait to be squared in one launch
+_SMALL = 4096  # elements of a parameter whose gradients wait for others': one launch squares them all
 
 
 class ExampleGradients:
@@ -108,6 +110,7 @@ class SquareSums:
         self._uses = uses
         self._scale = scale
         self._pending: dict[str, list[ExampleGradients]] = {}
+        self._small: dict[torch.dtype, list[tuple[Tensor, list[Tensor]]]] = {}
 
     def wants(self, name: str | None) -> bool:
         """Tell whether this parameter's gradients are needed at all."""
@@ -121,16 +124,25 @@ class SquareSums:
             self._square(name)
 
     def finish(self) -> None:
-        """Square what the backward left incomplete: a use that it did not reach adds nothing."""
+        """Square small gradients and incomplete ones: a use that the backward did not reach adds nothing."""
         for name in list(self._pending):
             self._square(name)
+        for waiting in self._small.values():
+            examples = zip(*(gradients for _, gradients in waiting), strict=True)
+            square_accumulate_([sums for sums, _ in waiting], list(chain(*examples)), self._scale)
+        self._small.clear()
 
     def _square(self, name: str) -> None:
         parts = self._pending.pop(name)
         whole = parts[0]
         if len(parts) > 1:
             whole = ExampleGradients(whole.count, lambda index: _add([p.example(index) for p in parts]))
-        whole.square_into(self._accumulators[name], self._scale)
+        accumulator = self._accumulators[name]
+        if type(whole) is ExampleGradients and accumulator.numel() <= _SMALL:
+            gradients = [whole.example(index) for index in range(whole.count)]
+            self._small.setdefault(gradients[0].dtype, []).append((accumulator, gradients))
+        else:
+            whole.square_into(accumulator, self._scale)
 
 
 def _add(tensors: list[Tensor]) -> Tensor:

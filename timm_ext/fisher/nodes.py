@@ -4,6 +4,7 @@ A node keeps the input of its layer. When the gradient of the layer's output arr
 gradients on, frees the input and passes the input's gradient down.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -158,11 +159,10 @@ class GroupNormNode(torch.autograd.Function):
     ) -> Tensor:
         """Normalise, at least in the type of the affine parameters."""
         batch, channels = input.shape[:2]
-        ctx.sizes = (1, batch * channels, input[0, 0].numel(), batch * groups)
+        ctx.sizes = (1, batch * channels, math.prod(input.shape[2:]), batch * groups)
         ctx.dtype, ctx.call = input.dtype, call
         wide = _norm_input(input, weight)
-        weights = weight.repeat(batch) if weight is not None else None
-        biases = bias.repeat(batch) if bias is not None else None
+        weights, biases = (p.repeat(batch) if p is not None and batch > 1 else p for p in (weight, bias))
         output, mean, deviation = torch.ops.aten.native_group_norm(wide, weights, biases, *ctx.sizes, eps)
         ctx.save_for_backward(wide, weights, mean, deviation)
         return _owned(output.to(input.dtype))

@@ -5,6 +5,7 @@ the autograd graph (see `nodes`). The parameters themselves are cut from the gra
 reachable in it is known to need the fallback.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -129,7 +130,7 @@ def _instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor | None:
-    if input.dim() < 3 or input[0, 0].numel() < 2 or (call := tape.claim(input, weight, bias)) is None:
+    if input.dim() < 3 or math.prod(input.shape[2:]) < 2 or (call := tape.claim(input, weight, bias)) is None:
         return None
     if not use_input_stats:
         if weight is None:
