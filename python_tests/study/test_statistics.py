@@ -10,6 +10,7 @@ from timm_ext.study.statistics import (
     holm,
     mean_spread,
     rank_biserial,
+    runs_test,
     wilcoxon,
 )
 
@@ -102,6 +103,25 @@ def test_rank_biserial_by_hand():
     assert rank_biserial([1.0, 2.0], [0.0, 0.0]) == 1.0
     assert rank_biserial([0.0, 0.0], [1.0, 1.0]) == -1.0
     assert rank_biserial([0.5], [0.5]) == 0.0
+
+
+def test_runs_test_by_hand():
+    # Mean 0.2, standard deviation 0.1: t = 2 √3 with two degrees of freedom, p = 1 − t / √(t² + 2).
+    t = 2 * np.sqrt(3)
+    assert runs_test([0.1, 0.2, 0.3]) == pytest.approx(1 - t / np.sqrt(t**2 + 2))
+    assert runs_test([0.2, 0.2]) == 0.0
+    assert runs_test([0.0, 0.0]) == 1.0
+    assert runs_test([0.2]) is None
+
+
+def test_runs_that_disagree_are_chance_however_many_cases_there_are():
+    cases = np.random.default_rng(0).normal(0.5, 0.1, size=60)
+    base = np.broadcast_to(cases, (3, 60))
+    gain = np.array([[0.02], [0.16], [0.03]])  # t = 1.54, p = 0.26
+    (found,) = compare({"a": base + gain, "b": base}, [("a", "b")])
+    assert found.p_holm < 1e-6
+    assert found.low > 0
+    assert not found.beyond_chance
 
 
 def test_compare_takes_draws_and_gives_the_effect():

@@ -74,17 +74,18 @@ def comparison_table(summary: Summary, comparisons: Sequence[Comparison]) -> Tab
             f"{c.seed_spread:.3f}",
             f"{c.p:.3g}",
             f"{c.p_holm:.3g}",
+            "–" if c.p_runs is None else f"{c.p_runs:.3g}",
             "yes" if c.beyond_chance else "no",
         )
         for c in comparisons
     )
     caption = (
         "Paired differences of mean Dice: bootstrap 95 % interval over cases and seeds, standard deviation "
-        "over seeds, Wilcoxon's signed-rank test over cases, and its p-value after Holm's correction over "
-        "all rows."
+        "over seeds, Wilcoxon's signed-rank test over cases, its p-value after Holm's correction over all "
+        "rows, and a t-test over seeds."
     )
-    head = ("Difference", "Mean", "95 % interval", "SD over seeds", "p", "p (Holm)", "Beyond chance")
-    return Table("comparisons", caption, head, rows)
+    head = ("Difference", "Mean", "95 % interval", "SD over seeds", "p", "p (Holm)", "p (seeds)")
+    return Table("comparisons", caption, (*head, "Beyond chance"), rows)
 
 
 def forgetting_table(results: Sequence[ForgettingRow]) -> Table:

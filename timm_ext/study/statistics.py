@@ -31,6 +31,7 @@ class Comparison:
         p_holm: the same after Holm's correction over all comparisons made together.
         seed_spread: standard deviation over runs of the difference of their means; 0 for one run.
         effect: matched-pairs rank-biserial correlation of a and b, see `rank_biserial`.
+        p_runs: p-value of a t-test over runs; None for one run, which says nothing of others.
     """
 
     a: str
@@ -42,12 +43,13 @@ class Comparison:
     p_holm: float
     seed_spread: float
     effect: float = 0.0
+    p_runs: float | None = None
 
     @property
     def beyond_chance(self) -> bool:
-        """Whether the corrected test, the interval and the spread over seeds all tell the methods apart."""
+        """Whether the corrected test over cases, the interval and the test over runs all tell a from b."""
         apart = self.low > 0 or self.high < 0
-        return self.p_holm < 0.05 and apart and abs(self.difference) > self.seed_spread
+        return self.p_holm < 0.05 and apart and (self.p_runs is None or self.p_runs < 0.05)
 
 
 def mean_spread(values: ArrayLike) -> tuple[float, float]:
@@ -72,6 +74,23 @@ def wilcoxon(a: ArrayLike, b: ArrayLike) -> float:
     if not difference.any():
         return 1.0
     return float(stats.wilcoxon(difference).pvalue)
+
+
+def runs_test(differences: ArrayLike) -> float | None:
+    """Two-sided t-test of the mean difference of runs against 0 (Student 1908).
+
+    Args:
+        differences: of the means of two methods, `[runs]`.
+
+    Returns:
+        The p-value; None for one run. Where all agree it is 0, or 1 without a difference.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    if values.size < 2:
+        return None
+    if not np.ptp(values):
+        return float(not values.any())
+    return float(stats.ttest_1samp(values, 0.0).pvalue)
 
 
 def rank_biserial(a: ArrayLike, b: ArrayLike) -> float:
@@ -170,6 +189,7 @@ def compare(scores: dict[str, Scores], pairs: Sequence[tuple[str, str]]) -> list
             )
         differences.append(first - second)
     per_case = [d.reshape(-1, d.shape[-1]).mean(axis=0) for d in differences]
+    per_run = [d.mean(axis=-1).ravel() for d in differences]
     p_values = [wilcoxon(d, np.zeros_like(d)) for d in per_case]
     return [
         Comparison(
@@ -179,11 +199,12 @@ def compare(scores: dict[str, Scores], pairs: Sequence[tuple[str, str]]) -> list
             *bootstrap_interval(d),
             p,
             p_holm,
-            mean_spread(d.mean(axis=-1).ravel())[1],
+            mean_spread(runs)[1],
             rank_biserial(cases, np.zeros_like(cases)),
+            runs_test(runs),
         )
-        for (a, b), d, cases, p, p_holm in zip(
-            pairs, differences, per_case, p_values, holm(p_values), strict=True
+        for (a, b), d, cases, runs, p, p_holm in zip(
+            pairs, differences, per_case, per_run, p_values, holm(p_values), strict=True
         )
     ]
 

@@ -81,6 +81,7 @@ def comparison_table(summary: StudySummary, rows: Sequence[Difference], stem: st
             f"{c.effect:+.2f}",
             f"{c.p:.3g}",
             f"{c.p_holm:.3g}",
+            "–" if c.p_runs is None else f"{c.p_runs:.3g}",
             "yes" if c.beyond_chance else "no",
         )
         for row in rows
@@ -89,10 +90,11 @@ def comparison_table(summary: StudySummary, rows: Sequence[Difference], stem: st
     caption = (
         "Paired differences per test case (Dice, or HD95 in mm): mean, bootstrap 95 % interval over cases, "
         "draws and seeds, standard deviation over runs, matched-pairs rank-biserial correlation, Wilcoxon's "
-        f"signed-rank test over cases, and its p-value after Holm's correction over the {len(rows)} rows."
+        f"signed-rank test over cases, its p-value after Holm's correction over the {len(rows)} rows, and a "
+        "t-test over runs."
     )
     head = ("Difference", "Training cases", "Of", "Mean", "95 % interval", "SD over runs", "Rank-biserial")
-    return Table(stem, caption, (*head, "p", "p (Holm)", "Beyond chance"), cells)
+    return Table(stem, caption, (*head, "p", "p (Holm)", "p (runs)", "Beyond chance"), cells)
 
 
 def region_table(summary: StudySummary) -> Table:
@@ -265,7 +267,7 @@ def limits(summary: StudySummary, comparisons: int) -> list[str]:
     sentences = [
         "A difference counts as beyond chance only if Wilcoxon's signed-rank test over cases is below 0.05 "
         f"after Holm's correction over all {comparisons} comparisons, the bootstrap interval over cases, "
-        "draws and seeds excludes zero, and it is larger than its own standard deviation over runs.",
+        "draws and seeds excludes zero, and a t-test over runs is below 0.05.",
         "All runs share their source networks: how much other source networks would change is not shown.",
     ]
     if smallest * comparisons >= 0.05:

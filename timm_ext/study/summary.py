@@ -176,7 +176,7 @@ def limits(summary: Summary) -> list[str]:
         "method runs and how large its effects are in this setting, not how it ranks on clinical data.",
         "A difference counts here as beyond chance only if Wilcoxon's signed-rank test over cases is below "
         f"0.05 after Holm's correction over all {pairs} pairs, the bootstrap interval over cases and seeds "
-        "excludes zero, and it is larger than its own standard deviation over seeds.",
+        "excludes zero, and a t-test over seeds is below 0.05.",
     ]
     if smallest * pairs >= 0.05:
         sentences.append(
