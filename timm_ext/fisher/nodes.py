@@ -6,6 +6,7 @@ gradients on, frees the input and passes the input's gradient down.
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,11 +112,12 @@ class ConvolutionNode(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Leave the parameters' gradients with the call, return the input's."""
         input, weight = ctx.saved_tensors
-        ctx.call.leave(
-            lambda: ConvolutionWeightGradients(input, grad, weight, ctx.geometry),
-            lambda: grad.flatten(2).sum(2, dtype=_wide(grad)),
-        )
-        below = ctx.geometry.input_gradient(grad, input, weight) if ctx.needs_input_grad[0] else None
+        with _unseen():
+            ctx.call.leave(
+                lambda: ConvolutionWeightGradients(input, grad, weight, ctx.geometry),
+                lambda: grad.flatten(2).sum(2, dtype=_wide(grad)),
+            )
+            below = ctx.geometry.input_gradient(grad, input, weight) if ctx.needs_input_grad[0] else None
         return below, None, None, None, None, None
 
 
@@ -135,11 +137,12 @@ class LinearNode(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Leave the parameters' gradients with the call, return the input's."""
         input, weight = ctx.saved_tensors
-        ctx.call.leave(
-            lambda: LinearWeightGradients(input, grad),
-            lambda: grad.reshape(len(grad), -1, grad.shape[-1]).sum(1, dtype=_wide(grad)),
-        )
-        below = grad @ weight if ctx.needs_input_grad[0] else None
+        with _unseen():
+            ctx.call.leave(
+                lambda: LinearWeightGradients(input, grad),
+                lambda: grad.reshape(len(grad), -1, grad.shape[-1]).sum(1, dtype=_wide(grad)),
+            )
+            below = grad @ weight if ctx.needs_input_grad[0] else None
         return below, None, None, None, None
 
 
@@ -172,15 +175,17 @@ class GroupNormNode(torch.autograd.Function):
         """Leave the parameters' gradients with the call, return the input's."""
         input, weights, mean, deviation = ctx.saved_tensors
         mask = (ctx.needs_input_grad[0], ctx.call.weight is not None, ctx.call.bias is not None)
-        below, for_weight, for_bias = torch.ops.aten.native_group_norm_backward(
-            grad.to(input.dtype).contiguous(), input, mean, deviation, weights, *ctx.sizes, mask
-        )
-        batch = len(input)
-        ctx.call.leave(
-            lambda: ExampleGradients(batch, for_weight.view(batch, -1).__getitem__),
-            lambda: for_bias.view(batch, -1),
-        )
-        return below.to(ctx.dtype) if ctx.needs_input_grad[0] else None, None, None, None, None, None, None
+        with _unseen():
+            below, for_weight, for_bias = torch.ops.aten.native_group_norm_backward(
+                grad.to(input.dtype).contiguous(), input, mean, deviation, weights, *ctx.sizes, mask
+            )
+            batch = len(input)
+            ctx.call.leave(
+                lambda: ExampleGradients(batch, for_weight.view(batch, -1).__getitem__),
+                lambda: for_bias.view(batch, -1),
+            )
+            below = below.to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        return below, None, None, None, None, None, None
 
 
 class AffineNode(torch.autograd.Function):
@@ -206,12 +211,22 @@ class AffineNode(torch.autograd.Function):
         def reduce(one: Tensor) -> Tensor:
             return one.sum(others, dtype=_wide(one)) if others else one
 
-        ctx.call.leave(
-            lambda: ExampleGradients(len(input), lambda index: reduce(grad[index] * input[index])),
-            lambda: grad.sum([axis + 1 for axis in others], dtype=_wide(grad)) if others else grad,
-        )
-        below = grad * _aligned(weight, input, ctx.axis) if ctx.needs_input_grad[0] else None
+        with _unseen():
+            ctx.call.leave(
+                lambda: ExampleGradients(len(input), lambda index: reduce(grad[index] * input[index])),
+                lambda: grad.sum([axis + 1 for axis in others], dtype=_wide(grad)) if others else grad,
+            )
+            below = grad * _aligned(weight, input, ctx.axis) if ctx.needs_input_grad[0] else None
         return below, None, None, None, None, None
+
+
+def _unseen() -> AbstractContextManager[None]:
+    """Return a context whose calls no mode sees: the rules have nothing to record there, and each costs.
+
+    Saved tensors are unpacked before it: for a checkpointed layer that runs its forward, under the rules.
+    """
+    unseen: AbstractContextManager[None] = torch._C.DisableTorchFunction()
+    return unseen
 
 
 def _aligned(parameter: Tensor, input: Tensor, axis: int) -> Tensor:
