@@ -88,7 +88,7 @@ struct Work {
 
   void run(int64_t first, int64_t last, float* packed) const {
     const int64_t examples = last - first;
-    const int64_t grad_rows = layout.grad_rows(shape), grad_elements = layout.grad_elements(shape);
+    const int64_t grad_rows = layout.grad_rows(), grad_elements = layout.grad_elements(shape);
     const int64_t input_rows = layout.input_rows(), input_elements = layout.input_elements();
     float* const packed_input = packed + examples * grad_elements;
     for (int64_t b = 0; b < examples; ++b) {
@@ -99,8 +99,7 @@ struct Work {
         pack_input(shape, layout, input + (first + b) * input_example, packed_input + b * input_elements, begin, end);
       });
     }
-    const int64_t taps = static_cast<int64_t>(layout.taps.size());
-    const cpu::ConvSquareProblem problem{&shape,       &layout,  layout.taps.data(), taps, packed,
+    const cpu::ConvSquareProblem problem{&shape,       &layout,  layout.taps.data(), packed,
                                          packed_input, examples, accumulator,        scale};
     parallel_for(0, conv_square_units(problem), 1,
                  [&](int64_t begin, int64_t end) { cpu::kernels().conv_square(problem, begin, end); });

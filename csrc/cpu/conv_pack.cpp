@@ -1,10 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <cstring>
 
 #include "conv_square.h"
 
 namespace timm_ext::cpu {
 namespace {
+
+typedef float Quad __attribute__((vector_size(16)));
+
+Quad load(const float* from) {
+  Quad quad;
+  std::memcpy(&quad, from, sizeof(quad));
+  return quad;
+}
+
+void store(float* to, Quad quad) { std::memcpy(to, &quad, sizeof(quad)); }
 
 /// The elements [first, last) of a row of `count` whose positions, element + start, lie in [0, length).
 void inside(int64_t length, int64_t start, int64_t count, int64_t& first, int64_t& last) {
@@ -12,69 +23,146 @@ void inside(int64_t length, int64_t start, int64_t count, int64_t& first, int64_
   last = std::clamp<int64_t>(length - start, first, count);
 }
 
-/// Brings a row of all channels to channels last, every `apart` values: to[q, c · apart] = from[c, q].
-void interleave(const float* from, int64_t channels, int64_t channel_stride, int64_t count, float* to, int64_t row,
-                int64_t apart) {
-  constexpr int64_t block = 16;  // points whose lines stay in the cache
-  for (int64_t first = 0; first < count; first += block) {
-    const int64_t last = std::min(count, first + block);
-    for (int64_t c = 0; c < channels; ++c) {
-      for (int64_t q = first; q < last; ++q) to[q * row + c * apart] = from[c * channel_stride + q];
+/// The first point at or after `position` of an axis of the input, among `count` of grad.
+int64_t first_point(int64_t position, int64_t stride, int64_t count) {
+  return std::min(round_up(std::max<int64_t>(position, 0), stride) / stride, count);
+}
+
+/// What the lanes of a row's points are read from: four channels at a time.
+struct Lanes {
+  const float* from[kUnitValues];
+
+  /// to[point, lane] = from[lane][point].
+  void transpose(int64_t lanes, int64_t points, float* to) const {
+    int64_t q = 0;
+    for (; q + 4 <= points; q += 4) {
+      for (int64_t lane = 0; lane < lanes; lane += 4) {
+        const Quad a = load(from[lane] + q), b = load(from[lane + 1] + q);
+        const Quad c = load(from[lane + 2] + q), d = load(from[lane + 3] + q);
+        const Quad ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab2 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+        const Quad cd = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd2 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+        float* const at = to + q * lanes + lane;
+        store(at, __builtin_shufflevector(ab, cd, 0, 1, 4, 5));
+        store(at + lanes, __builtin_shufflevector(ab, cd, 2, 3, 6, 7));
+        store(at + 2 * lanes, __builtin_shufflevector(ab2, cd2, 0, 1, 4, 5));
+        store(at + 3 * lanes, __builtin_shufflevector(ab2, cd2, 2, 3, 6, 7));
+      }
     }
+    for (; q < points; ++q) {
+      for (int64_t lane = 0; lane < lanes; ++lane) to[q * lanes + lane] = from[lane][q];
+    }
+  }
+};
+
+/// The channels of a block of one example: [channels, planes, rows, columns].
+class Channels {
+ public:
+  Channels(const float* first, int64_t channels, const int64_t (&size)[3], int64_t halves, int64_t half_planes)
+      : first_(first),
+        channels_(channels),
+        size_(size),
+        halves_(halves),
+        half_planes_(half_planes),
+        zeros_(static_cast<size_t>(size[2])) {}
+
+  /// The columns [begin, end) of a row of all halves, as to[column, lanes]; zeros outside.
+  void read(int64_t plane, int64_t row, int64_t begin, int64_t end, int64_t lanes, float* to) const {
+    Lanes from;
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const int64_t channel = lane / halves_, d = plane + lane % halves_ * half_planes_;
+      const bool there = channel < channels_ && d >= 0 && d < size_[0] && row >= 0 && row < size_[1];
+      from.from[lane] = there ? first_ + ((channel * size_[0] + d) * size_[1] + row) * size_[2] + begin : zeros_.data();
+    }
+    from.transpose(lanes, end - begin, to);
+  }
+
+ private:
+  const float* first_;
+  int64_t channels_;
+  const int64_t (&size_)[3];
+  int64_t halves_;
+  int64_t half_planes_;  // from a half to the other
+  std::vector<float> zeros_;
+};
+
+/// The forms of a pair's two rows, of which the first and the last lie there already.
+void finish_grad_forms(float* to, int64_t row, int64_t form) {
+  for (int64_t k = 0; k < row; ++k) {
+    const float first = to[k], second = to[3 * form + k];
+    to[form + k] = first + second;
+    to[2 * form + k] = first - second;
   }
 }
 
-/// The first point at or after `position` of an axis of the input, within the axis of grad.
-int64_t first_point(int64_t position, const ConvShape& s, int axis) {
-  const int64_t stride = s.stride[axis];
-  return std::min(round_up(std::max<int64_t>(position, 0), stride) / stride, s.out[axis]);
+/// The forms of a pair's four rows.
+void write_input_forms(const float* const (&rows)[kForms], int64_t row, float* to, int64_t form) {
+  for (int64_t k = 0; k < row; ++k) {
+    const float second = rows[1][k], third = rows[2][k];
+    to[k] = rows[0][k] - third;
+    to[form + k] = second + third;
+    to[2 * form + k] = third - second;
+    to[3 * form + k] = rows[3][k] - second;
+  }
+}
+
+/// Whether taking rows in pairs is possible, and less work.
+bool takes_pairs(const ConvShape& s) {
+  constexpr int64_t least = 6;
+  return s.kernel[1] == 3 && s.stride[1] == 1 && s.dilation[1] == 1 && s.out[1] >= least;
 }
 
 }  // namespace
 
 ConvLayout::ConvLayout(const ConvShape& s)
-    : halves(2 * s.outputs <= kPointLanes && s.out[0] > 1 ? 2 : 1),
+    : pairs(takes_pairs(s)),
+      halves(2 * s.outputs <= kPointLanes && s.out[0] > 1 ? 2 : 1),
       planes((s.out[0] + halves - 1) / halves),
+      rows(pairs ? (s.out[1] + 1) / 2 : s.out[1]),
+      row_taps(pairs ? kForms : s.kernel[1]),
       values(round_up(s.outputs * halves, kPointLanes)),
       inputs(round_up(s.inputs, kPointInputs)) {
   const int64_t out[3] = {planes, s.out[1], s.out[2]};
   for (int a = 0; a < 3; ++a) size[a] = (out[a] - 1) * s.stride[a] + (s.kernel[a] - 1) * s.dilation[a] + 1;
+  if (pairs) size[1] = rows;
   for (int64_t d = 0; d < s.kernel[0]; ++d) {
-    for (int64_t h = 0; h < s.kernel[1]; ++h) {
+    for (int64_t h = 0; h < row_taps; ++h) {
       for (int64_t w = 0; w < s.kernel[2]; ++w) taps.push_back(tap_at(s, {d, h, w}));
     }
   }
 }
 
 ConvTap ConvLayout::tap_at(const ConvShape& s, const std::array<int64_t, 3>& at) const {
-  ConvTap tap{0, {}, {}};
+  ConvTap tap{0, 0, {}, {}};
+  const int64_t rows_before = at[0] * s.dilation[0] * size[1] + (pairs ? 0 : at[1] * s.dilation[1]);
   for (int a = 0; a < 3; ++a) {
+    const bool all = (a == 0 && halves == 2) || (a == 1 && pairs);
+    const int64_t count = a == 0 ? planes : a == 1 ? rows : s.out[2];
     const int64_t shift = at[a] * s.dilation[a];
-    tap.offset = tap.offset * size[a] + shift;
-    tap.first[a] = first_point(s.padding[a] - shift, s, a);
-    tap.last[a] = first_point(s.in[a] + s.padding[a] - shift, s, a);
+    tap.first[a] = all ? 0 : first_point(s.padding[a] - shift, s.stride[a], count);
+    tap.last[a] = all ? count : first_point(s.in[a] + s.padding[a] - shift, s.stride[a], count);
   }
-  tap.offset *= input_point();
-  if (halves == 2) tap.first[0] = 0, tap.last[0] = planes;
+  tap.input = rows_before * input_row() + at[2] * s.dilation[2] * input_point();
+  if (pairs) tap.grad = at[1] * grad_form(s), tap.input += at[1] * input_form();
   return tap;
 }
 
 void pack_grad(const ConvShape& s, const ConvLayout& layout, const float* grad, float* packed, int64_t first_row,
                int64_t last_row) {
   const int64_t channel = s.out[0] * s.out[1] * s.out[2], point = layout.grad_point();
-  const int64_t channels = point / layout.halves;
+  const int64_t channels = point / layout.halves, row = layout.grad_row(s), form = layout.grad_form(s);
   for (int64_t block = 0; block < layout.grad_blocks(); ++block) {
-    float* const rows = packed + block * layout.grad_block(s);
-    const float* const first = grad + block * channels * channel;
-    const int64_t count = std::min(channels, s.outputs - block * channels);
-    std::fill(rows + first_row * s.out[2] * point, rows + last_row * s.out[2] * point, 0.0f);
-    for (int64_t row = first_row; row < last_row; ++row) {
-      for (int64_t half = 0; half < layout.halves; ++half) {
-        const int64_t plane = half * layout.planes + row / s.out[1];
-        if (plane >= s.out[0]) continue;
-        const float* const from = first + (plane * s.out[1] + row % s.out[1]) * s.out[2];
-        interleave(from, count, channel, s.out[2], rows + row * s.out[2] * point + half, point, layout.halves);
+    const Channels from(grad + block * channels * channel, std::min(channels, s.outputs - block * channels), s.out,
+                        layout.halves, layout.planes);
+    float* to = packed + block * layout.grad_block(s) + first_row * row;
+    for (int64_t r = first_row; r < last_row; ++r, to += row) {
+      const int64_t d = r / layout.rows, h = r % layout.rows;
+      if (!layout.pairs) {
+        from.read(d, h, 0, s.out[2], point, to);
+        continue;
       }
+      from.read(d, 2 * h, 0, s.out[2], point, to);
+      from.read(d, 2 * h + 1, 0, s.out[2], point, to + 3 * form);
+      finish_grad_forms(to, row, form);
     }
   }
 }
@@ -82,23 +170,33 @@ void pack_grad(const ConvShape& s, const ConvLayout& layout, const float* grad, 
 void pack_input(const ConvShape& s, const ConvLayout& layout, const float* input, float* packed, int64_t first_row,
                 int64_t last_row) {
   const int64_t channel = s.in[0] * s.in[1] * s.in[2], point = layout.input_point();
-  const int64_t channels = point / layout.halves, row_elements = layout.size[2] * point;
+  const int64_t channels = point / layout.halves, row = layout.input_row();
   int64_t first = 0, last = 0;
   inside(s.in[2], -s.padding[2], layout.size[2], first, last);
+  std::vector<float> memory(layout.pairs ? kForms * row : 0);
   for (int64_t block = 0; block < layout.input_blocks(); ++block) {
-    float* const rows = packed + block * layout.input_block();
-    const float* const begin = input + block * channels * channel + first - s.padding[2];
-    const int64_t count = std::min(channels, s.inputs - block * channels);
-    std::fill(rows + first_row * row_elements, rows + last_row * row_elements, 0.0f);
-    for (int64_t row = first_row; row < last_row; ++row) {
-      for (int64_t half = 0; half < layout.halves; ++half) {
-        const int64_t d = half * layout.planes * s.stride[0] + row / layout.size[1] - s.padding[0];
-        const int64_t h = row % layout.size[1] - s.padding[1];
-        if (d < 0 || d >= s.in[0] || h < 0 || h >= s.in[1]) continue;
-        const float* const from = begin + (d * s.in[1] + h) * s.in[2];
-        interleave(from, count, channel, last - first, rows + row * row_elements + first * point + half, point,
-                   layout.halves);
+    const Channels from(input + block * channels * channel, std::min(channels, s.inputs - block * channels), s.in,
+                        layout.halves, layout.planes * s.stride[0]);
+    const auto read = [&](int64_t d, int64_t h, float* to) {
+      std::fill(to, to + first * point, 0.0f);
+      from.read(d, h - s.padding[1], first - s.padding[2], last - s.padding[2], point, to + first * point);
+      std::fill(to + last * point, to + row, 0.0f);
+    };
+    float* to = packed + block * layout.input_block() + first_row * row;
+    for (int64_t r = first_row; r < last_row; ++r, to += row) {
+      const int64_t d = r / layout.size[1] - s.padding[0], h = r % layout.size[1];
+      if (!layout.pairs) {
+        read(d, h, to);
+        continue;
       }
+      const float* rows[kForms];
+      for (int64_t k = 0; k < kForms; ++k) {
+        float* const place = memory.data() + (2 * h + k) % kForms * row;
+        const bool known = k < 2 && h > 0 && r > first_row;  // from the pair before
+        if (!known) read(d, 2 * h + k, place);
+        rows[k] = place;
+      }
+      write_input_forms(rows, row, to, layout.input_form());
     }
   }
 }

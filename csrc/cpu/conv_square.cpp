@@ -21,7 +21,8 @@ struct Stretch {
 };
 
 int64_t stretch_rows(const ConvSquareProblem& p) {
-  const int64_t row = p.shape->out[2] * (p.layout->values + p.layout->inputs * p.layout->halves * p.shape->stride[2]);
+  const int64_t point = p.layout->values + p.layout->inputs * p.layout->halves * p.shape->stride[2];
+  const int64_t row = p.layout->forms() * p.shape->out[2] * point;
   return row < kStretch ? kStretch / row : 1;
 }
 
@@ -40,13 +41,13 @@ class Block {
     const ConvShape& s = *p_.shape;
     const ConvLayout& layout = *p_.layout;
     const RowPoints points = points_at(tap);
-    const int64_t grad_row = s.out[2] * points.grad_step, input_row = layout.size[2] * layout.input_point();
-    const float* const grad = grad_ + example * layout.grad_elements(s);
-    const float* const input = input_ + example * layout.input_elements() + tap.offset;
-    int64_t d = rows.first / s.out[1], h = rows.first % s.out[1] - 1;
+    const int64_t grad_row = layout.grad_row(s), input_row = layout.input_row();
+    const float* const grad = grad_ + example * layout.grad_elements(s) + tap.grad;
+    const float* const input = input_ + example * layout.input_elements() + tap.input;
+    int64_t d = rows.first / layout.rows, h = rows.first % layout.rows - 1;
     typename B::Sums sums = {};
     for (int64_t row = rows.first; row < rows.last; ++row) {
-      if (++h == s.out[1]) ++d, h = 0;
+      if (++h == layout.rows) ++d, h = 0;
       if (h < tap.first[1] || h >= tap.last[1] || d < tap.first[0] || d >= tap.last[0]) continue;
       const float* const x = input + (d * s.stride[0] * layout.size[1] + h * s.stride[1]) * input_row;
       if constexpr (B::kTaps == 3) {
@@ -59,6 +60,18 @@ class Block {
       for (int i = 0; i < B::kInputs; ++i) {
         for (int v = 0; v < B::kVectors; ++v, ++to) *to += sums[k][i][v];
       }
+    }
+  }
+
+  /// Brings the sums of forms, [forms, columns], to those of the kernel's rows; the last form's are 0 then.
+  static void combine(V* sums, int64_t columns) {
+    const int64_t next = columns * B::kSums;
+    for (int64_t k = 0; k < next; ++k, ++sums) {
+      const V half_sum = 0.5f * (sums[next] + sums[2 * next]), half_difference = 0.5f * (sums[next] - sums[2 * next]);
+      sums[0] += half_sum;
+      sums[next] = half_difference;
+      sums[2 * next] = half_sum + sums[3 * next];
+      sums[3 * next] = V{};
     }
   }
 
@@ -85,18 +98,19 @@ class Block {
   const float* input_;
 };
 
-/// Adds the squares of a block, [taps, inputs, vectors · lanes], to the accumulator.
+/// Adds the squares of a block at a plane of the kernel, [taps, inputs, vectors · lanes], to the accumulator.
 template <class B>
 void write_squares(const ConvSquareProblem& p, const V* squares, int64_t first_value, int64_t first_input,
-                   int64_t first_tap, int64_t taps) {
+                   int64_t plane) {
   const ConvShape& s = *p.shape;
+  const int64_t taps = s.kernel[1] * s.kernel[2];
   const int64_t halves = p.layout->halves;
   const float* const values = reinterpret_cast<const float*>(squares);
   for (int64_t lane = 0; lane < B::kVectors * kLanes; lane += halves) {
     const int64_t output = (first_value + lane) / halves;
     if (output >= s.outputs) break;
     for (int64_t i = 0; i < B::kInputs && first_input + i < s.inputs; ++i) {
-      float* const to = p.accumulator + (output * s.inputs + first_input + i) * p.tap_count + first_tap;
+      float* const to = p.accumulator + (output * s.inputs + first_input + i) * s.kernel[0] * taps + plane * taps;
       for (int64_t tap = 0; tap < taps; ++tap) {
         to[tap] += p.scale * values[(tap * B::kInputs + i) * B::kVectors * kLanes + lane];
       }
@@ -105,29 +119,31 @@ void write_squares(const ConvSquareProblem& p, const V* squares, int64_t first_v
 }
 
 template <class B>
-void square_block(const ConvSquareProblem& p, int64_t first_value, int64_t first_input, int64_t first_tap, V* memory) {
-  const int64_t taps = p.shape->kernel[1] * p.shape->kernel[2], sums = taps * B::kSums;
-  V* const squares = memory + sums;
-  std::memset(static_cast<void*>(memory), 0, 2 * sums * sizeof(V));
+void square_block(const ConvSquareProblem& p, int64_t first_value, int64_t first_input, int64_t plane, V* memory) {
+  const int64_t columns = p.shape->kernel[2], taps = p.shape->kernel[1] * columns;
+  const int64_t summed = p.layout->row_taps * columns;
+  V* const squares = memory + summed * B::kSums;
+  std::memset(static_cast<void*>(memory), 0, (summed + taps) * B::kSums * sizeof(V));
   const Block<B> block(p, first_value, first_input);
-  const int64_t rows = p.layout->grad_rows(*p.shape), stretch = stretch_rows(p);
+  const int64_t rows = p.layout->grad_rows(), stretch = stretch_rows(p);
   for (int64_t b = 0; b < p.examples; ++b) {
     for (int64_t row = 0; row < rows; row += stretch) {
       const Stretch part{row, row + stretch < rows ? row + stretch : rows};
-      for (int64_t tap = 0; tap < taps; tap += B::kTaps) {
-        block.add_products(b, p.taps[first_tap + tap], part, memory + tap * B::kSums);
+      for (int64_t tap = 0; tap < summed; tap += B::kTaps) {
+        block.add_products(b, p.taps[plane * summed + tap], part, memory + tap * B::kSums);
       }
     }
+    if (p.layout->pairs) block.combine(memory, columns);
     for (int64_t tap = 0; tap < taps; ++tap) block.square(memory + tap * B::kSums, squares + tap * B::kSums);
   }
-  write_squares<B>(p, squares, first_value, first_input, first_tap, taps);
+  write_squares<B>(p, squares, first_value, first_input, plane);
 }
 
 template <int Taps, int Vectors, int Inputs>
-void square_block(const ConvSquareProblem& p, int64_t first_value, int64_t first_input, int64_t first_tap, V* memory) {
+void square_block(const ConvSquareProblem& p, int64_t first_value, int64_t first_input, int64_t plane, V* memory) {
   p.layout->halves == 2
-      ? square_block<BlockOf<Taps, Vectors, Inputs, true>>(p, first_value, first_input, first_tap, memory)
-      : square_block<BlockOf<Taps, Vectors, Inputs, false>>(p, first_value, first_input, first_tap, memory);
+      ? square_block<BlockOf<Taps, Vectors, Inputs, true>>(p, first_value, first_input, plane, memory)
+      : square_block<BlockOf<Taps, Vectors, Inputs, false>>(p, first_value, first_input, plane, memory);
 }
 
 /// Whether three taps at a time pay: with 32 registers, and rows that are longer than what is lost at their ends.
@@ -138,7 +154,7 @@ bool takes_three(const ConvShape& s) {
 
 /// The inputs [first, last) of a unit, in blocks for which there are registers.
 template <int Vectors>
-void square_inputs(const ConvSquareProblem& p, int64_t first_value, int64_t first, int64_t last, int64_t tap,
+void square_inputs(const ConvSquareProblem& p, int64_t first_value, int64_t first, int64_t last, int64_t plane,
                    V* memory) {
   const bool three = takes_three(*p.shape);
   const int most = math::kVectorBytes < 64 || (three && Vectors == 2) ? 4 : 8;
@@ -146,14 +162,14 @@ void square_inputs(const ConvSquareProblem& p, int64_t first_value, int64_t firs
     const bool eight = most == 8 && last - i > 4;
     if constexpr (math::kVectorBytes == 64) {
       if (three && eight && Vectors == 1) {
-        square_block<3, 1, 8>(p, first_value, i, tap, memory);
+        square_block<3, 1, 8>(p, first_value, i, plane, memory);
       } else if (three) {
-        square_block<3, Vectors, 4>(p, first_value, i, tap, memory);
+        square_block<3, Vectors, 4>(p, first_value, i, plane, memory);
       } else if (eight) {
-        square_block<1, Vectors, 8>(p, first_value, i, tap, memory);
+        square_block<1, Vectors, 8>(p, first_value, i, plane, memory);
       }
     }
-    if (!three && !eight) square_block<1, Vectors, 4>(p, first_value, i, tap, memory);
+    if (!three && !eight) square_block<1, Vectors, 4>(p, first_value, i, plane, memory);
   }
 }
 
@@ -161,18 +177,17 @@ void square_inputs(const ConvSquareProblem& p, int64_t first_value, int64_t firs
 
 void conv_square(const ConvSquareProblem& p, int64_t first_unit, int64_t last_unit) {
   const ConvShape& s = *p.shape;
-  const int64_t taps = s.kernel[1] * s.kernel[2];
-  const Buffer<V> memory(2 * taps * 2 * kUnitInputs);
+  const Buffer<V> memory((p.layout->row_taps + s.kernel[1]) * s.kernel[2] * 2 * kUnitInputs);
   const int64_t input_blocks = p.layout->input_blocks();
   for (int64_t unit = first_unit; unit < last_unit; ++unit) {
-    const int64_t first_tap = unit % s.kernel[0] * taps;
+    const int64_t plane = unit % s.kernel[0];
     const int64_t first = unit / s.kernel[0] % input_blocks * kUnitInputs;
     const int64_t last = first + kUnitInputs < p.layout->inputs ? first + kUnitInputs : p.layout->inputs;
     const int64_t begin = unit / s.kernel[0] / input_blocks * kUnitValues;
     const int64_t end = begin + kUnitValues < p.layout->values ? begin + kUnitValues : p.layout->values;
     for (int64_t value = begin; value < end; value += 2 * kLanes) {
-      end - value > kLanes ? square_inputs<2>(p, value, first, last, first_tap, memory.get())
-                           : square_inputs<1>(p, value, first, last, first_tap, memory.get());
+      end - value > kLanes ? square_inputs<2>(p, value, first, last, plane, memory.get())
+                           : square_inputs<1>(p, value, first, last, plane, memory.get());
     }
   }
 }
