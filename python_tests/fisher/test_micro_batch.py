@@ -37,7 +37,8 @@ def test_the_fisher_is_that_of_the_whole_batch(micro_batch, parts, labels):
 @pytest.mark.parametrize(
     ("shape", "parameters", "count"),
     [
-        ((8, 4, 32, 32, 32), 2_070_000, 2),
+        ((8, 4, 32, 32, 32), 2_070_000, 1),
+        ((8, 4, 16, 16, 16), 2_070_000, 8),
         ((8, 4, 32, 32, 32), 8_270_000, 8),
         ((8, 4, 48, 48, 48), 8_270_000, 2),
         ((8, 4, 64, 64, 64), 8_270_000, 1),

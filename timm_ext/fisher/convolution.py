@@ -4,7 +4,6 @@ On the CPU, ATen gives float32 batches of one with channels x depth x height <= 
 is much slower than oneDNN. The functions here reach oneDNN for them, too.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,15 +69,16 @@ class Geometry:
         return self._backward(grad, input, weight, (False, True, False))[1]
 
     def _would_be_slow(self, input: Tensor, weight: Tensor) -> bool:
+        shape = input.shape
         return (
-            input.device.type == "cpu"
-            and input.dtype == weight.dtype == torch.float32
-            and input.dim() == 5
-            and len(input) == 1
+            len(shape) == 5
+            and shape[0] == 1
+            and shape[1] * shape[2] * shape[3] <= _SLOW_EXTENT
             and not self.transposed
             and self.groups == 1
-            and set(weight.shape[2:]) != {1}
-            and math.prod(input.shape[1:4]) <= _SLOW_EXTENT
+            and input.device.type == "cpu"
+            and input.dtype == weight.dtype == torch.float32
+            and weight.shape[2:] != (1, 1, 1)
             and torch.backends.mkldnn.is_available()
         )
 

@@ -287,6 +287,8 @@ def require_finite(tensor: Tensor, ids: Sequence[str], what: str) -> None:
     Raises:
         InputError: with every id whose part is not finite.
     """
+    if bool(tensor.sum().isfinite()):  # one pass; NaN and infinity stay in a sum, which may also overflow
+        return
     finite = tensor.isfinite().reshape(len(ids), -1).all(1)
     if not bool(finite.all()):
         bad = [id for id, ok in zip(ids, finite.tolist(), strict=True) if not ok]

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from timm_ext.errors import InputError
 
-# More examples at a time pay up to so many voxels for each parameter, and always up to so many;
-# `python -m benchmarks.fisher` times the choice beside one example at a time.
-_VOXELS_PER_PARAMETER = 1 / 32
+# More examples at a time pay up to so many voxels, and more where weights and sums are too large for a
+# last-level cache; `python -m benchmarks.fisher` times the choice beside one example at a time.
 _VOXELS = 32**3
+_CACHED_PARAMETERS = 2**22
+_VOXELS_PER_PARAMETER = 1 / 32
 
 MicroBatch = int | Literal["auto"] | None
 
@@ -51,9 +52,10 @@ def micro_batches(
 def examples_at_a_time(x: Tensor, parameters: int) -> int:
     """Return how many examples are fastest, as a function of sizes alone, so that a run can be repeated.
 
-    On a GPU all of them. On a CPU every pass costs the reading of the weights, the reading and writing of the
-    sums and the calls, which counts where examples are small; beyond that more examples only take memory. It
-    is max(parameters / 32, 32³) / (voxels of an example), at least 1.
+    On a GPU all of them. On a CPU every pass costs the calls, which count where examples are small, and the
+    reading of the weights, the reading and writing of the sums, which count where they do not stay in the
+    cache; beyond that more examples only take memory. It is v / (voxels of an example), at least 1, where v
+    is 32³, or parameters / 32 if that is more and the model has more than 2²² parameters.
 
     Args:
         x: `[B, C, ...]`.
@@ -62,4 +64,5 @@ def examples_at_a_time(x: Tensor, parameters: int) -> int:
     if x.device.type != "cpu":
         return len(x)
     voxels = x[0, 0].numel() if x.dim() > 1 else 1
-    return max(1, round(max(_VOXELS_PER_PARAMETER * parameters, _VOXELS) / max(voxels, 1)))
+    wanted = max(_VOXELS, _VOXELS_PER_PARAMETER * parameters if parameters > _CACHED_PARAMETERS else 0)
+    return max(1, round(wanted / max(voxels, 1)))
