@@ -1,21 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
-#include <cstring>
 
+#include "../math/simd.h"
 #include "conv_square.h"
 
 namespace timm_ext::cpu {
 namespace {
 
-typedef float Quad __attribute__((vector_size(16)));
-
-Quad load(const float* from) {
-  Quad quad;
-  std::memcpy(&quad, from, sizeof(quad));
-  return quad;
-}
-
-void store(float* to, Quad quad) { std::memcpy(to, &quad, sizeof(quad)); }
+using math::FloatQuad;
 
 /// The elements [first, last) of a row of `count` whose positions, element + start, lie in [0, length).
 void inside(int64_t length, int64_t start, int64_t count, int64_t& first, int64_t& last) {
@@ -37,15 +29,10 @@ struct Lanes {
     int64_t q = 0;
     for (; q + 4 <= points; q += 4) {
       for (int64_t lane = 0; lane < lanes; lane += 4) {
-        const Quad a = load(from[lane] + q), b = load(from[lane + 1] + q);
-        const Quad c = load(from[lane + 2] + q), d = load(from[lane + 3] + q);
-        const Quad ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab2 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-        const Quad cd = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd2 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-        float* const at = to + q * lanes + lane;
-        store(at, __builtin_shufflevector(ab, cd, 0, 1, 4, 5));
-        store(at + lanes, __builtin_shufflevector(ab, cd, 2, 3, 6, 7));
-        store(at + 2 * lanes, __builtin_shufflevector(ab2, cd2, 0, 1, 4, 5));
-        store(at + 3 * lanes, __builtin_shufflevector(ab2, cd2, 2, 3, 6, 7));
+        FloatQuad four[4];
+        for (int k = 0; k < 4; ++k) four[k] = math::load<FloatQuad>(from[lane + k] + q);
+        math::transpose(four);
+        for (int k = 0; k < 4; ++k) math::store(to + (q + k) * lanes + lane, four[k]);
       }
     }
     for (; q < points; ++q) {

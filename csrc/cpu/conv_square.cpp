@@ -98,21 +98,38 @@ class Block {
   const float* input_;
 };
 
+/// to += scale · values, of which there are up to four.
+TIMM_EXT_FN void add_scaled(math::FloatQuad values, float scale, int64_t count, float* to) {
+  if (count == 4) {
+    math::store(to, math::load<math::FloatQuad>(to) + scale * values);
+  } else {
+    for (int64_t k = 0; k < count; ++k) to[k] += scale * values[k];
+  }
+}
+
 /// Adds the squares of a block at a plane of the kernel, [taps, inputs, vectors · lanes], to the accumulator.
 template <class B>
 void write_squares(const ConvSquareProblem& p, const V* squares, int64_t first_value, int64_t first_input,
                    int64_t plane) {
   const ConvShape& s = *p.shape;
   const int64_t taps = s.kernel[1] * s.kernel[2];
-  const int64_t halves = p.layout->halves;
-  const float* const values = reinterpret_cast<const float*>(squares);
-  for (int64_t lane = 0; lane < B::kVectors * kLanes; lane += halves) {
+  constexpr int64_t halves = B::kHalves ? 2 : 1;
+  const int64_t row = s.inputs * s.kernel[0] * taps;  // of an output
+  const int64_t inputs = first_input + B::kInputs < s.inputs ? B::kInputs : s.inputs - first_input;
+  for (int64_t lane = 0; lane < B::kVectors * kLanes; lane += 4) {
     const int64_t output = (first_value + lane) / halves;
-    if (output >= s.outputs) break;
-    for (int64_t i = 0; i < B::kInputs && first_input + i < s.inputs; ++i) {
-      float* const to = p.accumulator + (output * s.inputs + first_input + i) * s.kernel[0] * taps + plane * taps;
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        to[tap] += p.scale * values[(tap * B::kInputs + i) * B::kVectors * kLanes + lane];
+    const int64_t outputs = output + 4 / halves < s.outputs ? 4 / halves : s.outputs - output;
+    float* const to = p.accumulator + output * row + (first_input * s.kernel[0] + plane) * taps;
+    for (int64_t i = 0; i < inputs; ++i) {
+      const float* const from = reinterpret_cast<const float*>(squares + i * B::kVectors) + lane;
+      for (int64_t tap = 0; tap < taps; tap += 4) {
+        const int64_t count = tap + 4 < taps ? 4 : taps - tap;
+        math::FloatQuad four[4] = {};
+        for (int64_t k = 0; k < count; ++k) four[k] = math::load<math::FloatQuad>(from + (tap + k) * B::kSums * kLanes);
+        math::transpose(four);
+        for (int64_t k = 0; k < outputs; ++k) {
+          add_scaled(four[k * halves], p.scale, count, to + k * row + i * s.kernel[0] * taps + tap);
+        }
       }
     }
   }

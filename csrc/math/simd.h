@@ -208,6 +208,20 @@ TIMM_EXT_FN FloatV pair_sums(FloatV x) {
 #endif
 }
 
+typedef float FloatQuad __attribute__((vector_size(16)));  // on every instruction set
+
+/// Rows become columns.
+TIMM_EXT_FN void transpose(FloatQuad (&rows)[4]) {
+  const FloatQuad a = __builtin_shufflevector(rows[0], rows[1], 0, 4, 1, 5);
+  const FloatQuad b = __builtin_shufflevector(rows[2], rows[3], 0, 4, 1, 5);
+  const FloatQuad c = __builtin_shufflevector(rows[0], rows[1], 2, 6, 3, 7);
+  const FloatQuad d = __builtin_shufflevector(rows[2], rows[3], 2, 6, 3, 7);
+  rows[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5);
+  rows[1] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
+  rows[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5);
+  rows[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
+}
+
 /// Lanes 0 and 1, 2 and 3, … exchanged.
 TIMM_EXT_FN DoubleV swap_pairs(DoubleV x) {
 #if defined(__AVX512F__)

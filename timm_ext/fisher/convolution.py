@@ -93,7 +93,7 @@ class Geometry:
     ) -> Tensor:
         sizes = zip(size, grad.shape[2:], self.stride, self.padding, reach, strict=True)
         missing = [whole - (part - 1) * step + 2 * pad - far - 1 for whole, part, step, pad, far in sizes]
-        result: Tensor = torch.ops.mkldnn._convolution_transpose_pointwise(
+        result: Tensor = torch.ops.mkldnn._convolution_transpose_pointwise.default(
             grad,
             weight.contiguous(),
             None,
