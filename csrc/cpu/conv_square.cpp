@@ -12,7 +12,7 @@
 namespace timm_ext::cpu::TIMM_EXT_ISA {
 namespace {
 
-constexpr int64_t kStretch = 1 << 16;  // elements of grad and input
+constexpr int64_t kStretch = 1 << 17;  // elements of grad and input
 
 /// Rows of points, counted through the planes of grad.
 struct Stretch {
