@@ -92,7 +92,7 @@ void write_input_forms(const float* const (&rows)[kForms], int64_t row, float* t
   }
 }
 
-/// Whether taking rows in pairs is possible, and less work.
+/// Whether taking rows in pairs is possible, and pays: of few rows, packing takes what it saves.
 bool takes_pairs(const ConvShape& s) {
   constexpr int64_t least = 6;
   return s.kernel[1] == 3 && s.stride[1] == 1 && s.dilation[1] == 1 && s.out[1] >= least;

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from timm_ext.errors import InputError
 
-# More examples at a time pay up to so many voxels, and more where weights and sums are too large for a
-# last-level cache; `python -m benchmarks.fisher` times the choice beside one example at a time.
+# More examples at a time are worth their memory up to so many voxels, and more where weights and sums are
+# too large for a last-level cache; `python -m benchmarks.fisher` times the choice beside one at a time.
 _VOXELS = 32**3
 _CACHED_PARAMETERS = 2**22
 _VOXELS_PER_PARAMETER = 1 / 32
@@ -50,12 +50,12 @@ def micro_batches(
 
 
 def examples_at_a_time(x: Tensor, parameters: int) -> int:
-    """Return how many examples are fastest, as a function of sizes alone, so that a run can be repeated.
+    """Return how many examples go together, as a function of sizes alone, so that a run can be repeated.
 
     On a GPU all of them. On a CPU every pass costs the calls, which count where examples are small, and the
     reading of the weights, the reading and writing of the sums, which count where they do not stay in the
-    cache; beyond that more examples only take memory. It is v / (voxels of an example), at least 1, where v
-    is 32³, or parameters / 32 if that is more and the model has more than 2²² parameters.
+    cache; beyond that more examples gain little and take their memory. It is v / (voxels of an example), at
+    least 1, where v is 32³, or parameters / 32 if that is more and the model has more than 2²² parameters.
 
     Args:
         x: `[B, C, ...]`.
