@@ -67,6 +67,10 @@ STABLE_TORCH_LIBRARY(timm_ext, m) {
   // the order of the logits' memory, depends on its example's key and its place alone (math/philox.h), also across
   // devices. CPU and CUDA may differ in the last bits of σ and softmax.
   m.def("sample_labels(Tensor logits, Tensor keys, str likelihood, bool labels_wanted) -> (Tensor, Tensor)");
+
+  // The convolution of stride 1 of input [B, I, D, H, W] with weight [O, I, 3, 3, K], zeros around; float32, on the CPU
+  // only. Its bits depend on the instruction set (fused multiply-add).
+  m.def("winograd_conv3d(Tensor input, Tensor weight, Tensor? bias, int[] padding) -> Tensor");
 }
 
 #define TIMM_EXT_REGISTER_BOTH_DEVICES(m)                                                           \
@@ -82,6 +86,7 @@ STABLE_TORCH_LIBRARY_IMPL(timm_ext, CPU, m) {
   TIMM_EXT_REGISTER_BOTH_DEVICES(m);
   m.impl("log_weights", TORCH_BOX(&timm_ext::log_weights));
   m.impl("log_weights_backward", TORCH_BOX(&timm_ext::log_weights_backward));
+  m.impl("winograd_conv3d", TORCH_BOX(&timm_ext::winograd_conv3d));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(timm_ext, CUDA, m) { TIMM_EXT_REGISTER_BOTH_DEVICES(m); }

@@ -33,4 +33,7 @@ std::tuple<Tensor, Tensor> sample_labels(const Tensor& logits, const Tensor& key
                                          bool labels_wanted);
 void square_accumulate(const std::vector<Tensor>& acc, const std::vector<Tensor>& grads, double scale);
 
+Tensor winograd_conv3d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                       std::vector<int64_t> padding);
+
 }  // namespace timm_ext

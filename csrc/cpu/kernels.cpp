@@ -12,8 +12,9 @@ namespace {
 #define TIMM_EXT_TABLE(isa)                                    \
   {isa::merge_forward,         isa::merge_backward_log_weight, \
    isa::merge_backward_planes, isa::square_accumulate,         \
-   isa::conv_square,           isa::sample_labels,             \
-   isa::log_weights,           isa::log_weights_backward}
+   isa::conv_square,           isa::winograd_conv,             \
+   isa::sample_labels,         isa::log_weights,               \
+   isa::log_weights_backward}
 
 Kernels choose() {
 #if defined(TIMM_EXT_X86)

@@ -2,8 +2,8 @@
 //
 // The CPU kernels as seen by the operators. Their files (kernel_sources of CMakeLists.txt) are compiled once per
 // instruction set, into a namespace of that name; kernels() gives the table of the set chosen when the library is
-// loaded. Every set gives the same bits, except in conv_square. A kernel works on a range of blocks, so that the caller
-// may hand blocks to threads in any way.
+// loaded. Every set gives the same bits, except in the convolutions. A kernel works on a range of blocks, so that the
+// caller may hand blocks to threads in any way.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +12,7 @@
 #include "../cuda/sample_labels.h"
 #include "../cuda/square_accumulate.h"
 #include "conv_square.h"
+#include "winograd.h"
 
 namespace timm_ext::cpu {
 
@@ -45,6 +46,7 @@ enum class Mixing { kSigmoid, kSoftmax, kRatios };
   void square_accumulate(const SquareAccumulateItem&, int64_t each, Element, double scale, int64_t begin,        \
                          int64_t end);                                                                           \
   void conv_square(const ConvSquareProblem&, int64_t first_unit, int64_t last_unit);                             \
+  void winograd_conv(const WinogradProblem&, int64_t first_unit, int64_t last_unit);                             \
   void sample_labels(const SampleProblem&, int64_t first_unit, int64_t last_unit);                               \
   void log_weights(Mixing, Element, const void* logits, void* out, int64_t models, int64_t first_row,            \
                    int64_t last_row);                                                                            \
@@ -69,6 +71,7 @@ struct Kernels {
   decltype(&baseline::merge_backward_planes) merge_backward_planes;
   decltype(&baseline::square_accumulate) square_accumulate;
   decltype(&baseline::conv_square) conv_square;
+  decltype(&baseline::winograd_conv) winograd_conv;
   decltype(&baseline::sample_labels) sample_labels;
   decltype(&baseline::log_weights) log_weights;
   decltype(&baseline::log_weights_backward) log_weights_backward;

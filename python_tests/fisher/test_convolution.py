@@ -1,4 +1,4 @@
-"""The roads around the slow kernel give what ATen gives."""
+"""The roads around ATen's own choices give what it gives."""
 
 import itertools
 
@@ -17,14 +17,32 @@ CASES = [
 
 @pytest.mark.parametrize(("size", "kernel", "stride", "dilation", "padding", "outputs"), CASES)
 def test_one_small_example(size, kernel, stride, dilation, padding, outputs):
-    generator = torch.Generator().manual_seed(0)
     geometry = Geometry((stride,) * 3, (padding,) * 3, (dilation,) * 3, False, (0, 0, 0), 1)
-    x = torch.randn(1, 3, *size, generator=generator)
-    weight, bias = (torch.randn(outputs, *n, generator=generator) for n in ((3, *kernel), ()))
+    x, weight, bias = tensors((1, 3, *size), (outputs, 3, *kernel), (outputs,))
     assert geometry._would_be_slow(x, weight)
+    assert not geometry._suits_winograd(x, weight)
+    assert_all_close(geometry, x, weight, bias)
+
+
+@pytest.mark.parametrize("padding", [(1, 1, 1), (0, 2, 1), (3, 0, 0)])
+@pytest.mark.parametrize(("batch", "columns"), [(1, 3), (2, 1)])
+def test_rows_that_suit_winograd(batch, columns, padding):
+    geometry = Geometry((1,) * 3, padding, (1,) * 3, False, (0, 0, 0), 1)
+    x, weight, bias = tensors((batch, 5, 9, 10, 21), (7, 5, 3, 3, columns), (7,))
+    assert geometry._suits_winograd(x, weight)
+    assert_all_close(geometry, x, weight, bias)
+
+
+def tensors(*shapes):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def assert_all_close(geometry, x, weight, bias):
+    """Forward and both gradients are those of float64."""
     wide = [t.double().requires_grad_() for t in (x, weight, bias)]
     expected = geometry.forward(*wide)
-    grad = torch.randn(expected.shape, generator=generator)
+    grad = tensors(expected.shape)[0]
     for_x, for_weight, _ = torch.autograd.grad(expected, wide, grad.double())
 
     def assert_close(got, wanted):
@@ -52,3 +70,25 @@ def test_other_calls_are_left_to_aten(change):
     assert geometry._would_be_slow(call["x"], call["weight"])
     call |= change
     assert not call["geometry"]._would_be_slow(call["x"], call["weight"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"x": torch.ones(1, 3, 16, 16, 16).double()},
+        {"x": torch.ones(1, 3, 32, 32, 13)},  # eleven columns of output
+        {"x": torch.ones(1, 3, 3, 32, 32)},  # one plane
+        {"x": torch.ones(1, 3, 5, 5, 32)},  # 270 points
+        {"geometry": Geometry((1,) * 3, (0,) * 3, (1,) * 3, True, (0,) * 3, 1)},
+        {"geometry": Geometry((1, 1, 2), (0,) * 3, (1,) * 3, False, (0,) * 3, 1)},
+        {"geometry": Geometry((1,) * 3, (0,) * 3, (1, 2, 1), False, (0,) * 3, 1)},
+        {"geometry": Geometry((1,) * 3, (0,) * 3, (1,) * 3, False, (0,) * 3, 2)},
+        {"weight": torch.ones(4, 3, 3, 1, 3)},
+    ],
+)
+def test_other_calls_do_not_suit_winograd(change):
+    geometry = Geometry((1,) * 3, (0,) * 3, (1,) * 3, False, (0,) * 3, 1)
+    call = {"geometry": geometry, "x": torch.ones(1, 3, 16, 16, 16), "weight": torch.ones(4, 3, 3, 3, 3)}
+    assert geometry._suits_winograd(call["x"], call["weight"])
+    call |= change
+    assert not call["geometry"]._suits_winograd(call["x"], call["weight"])

@@ -1,17 +1,23 @@
-"""Convolution and its gradients, around the slow kernel that ATen chooses for one small 3-D example.
+"""Convolution and its gradients, on the CPU by the fastest way there is for float32.
 
-On the CPU, ATen gives float32 batches of one with channels x depth x height <= 20480 to `slow_conv3d`, which
-is much slower than oneDNN. The functions here reach oneDNN for them, too.
+Kernels of 3 x 3 planes and rows at stride 1 go by `winograd_conv3d`, the input's gradient with mirrored
+weights. ATen gives batches of one with channels x depth x height <= 20480 to `slow_conv3d`, which is much
+slower than oneDNN; they reach oneDNN here, too.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from timm_ext.ops import winograd_conv3d
+
 _SLOW_EXTENT = 20480
 _FEW_OUTPUTS = 8  # up to which oneDNN is faster with mirrored weights than in its own input gradient
+_LONG_ROW = 12  # columns from which on most lanes of a vector work
+_MANY_POINTS = 1024  # of the output in all, from which on the forms of the weights are made in no time
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,8 @@ class Geometry:
 
     def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Convolve `[B, C, ...]`."""
+        if self._suits_winograd(input, weight):
+            return winograd_conv3d(input, weight, bias, padding=self.padding)
         if self._would_be_slow(input, weight):
             return self._onednn(input.contiguous(), weight, bias)
         return torch.convolution(
@@ -53,20 +61,42 @@ class Geometry:
 
     def input_gradient(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
         """Return the gradient with respect to the input `[B, C, ...]`."""
+        mirrored = self._mirrored(weight)
+        if mirrored is not None and mirrored._suits_winograd(grad, weight):
+            return winograd_conv3d(grad, _mirror(weight), padding=mirrored.padding)
         if not self._would_be_slow(input, weight):
             return self._backward(grad, input, weight, (True, False, False))[0]
-        reach = [gap * (size - 1) for gap, size in zip(self.dilation, weight.shape[2:], strict=True)]
-        around = tuple(far - pad for far, pad in zip(reach, self.padding, strict=True))
-        if len(weight) <= _FEW_OUTPUTS and set(self.stride) == {1} and min(around) >= 0:
-            mirrored = Geometry(self.stride, around, self.dilation, False, self.output_padding, 1)
-            return mirrored._onednn(grad.contiguous(), weight.flip(2, 3, 4).transpose(0, 1), None)
-        return self._onednn_transposed(grad.contiguous(), input.shape[2:], reach, weight)
+        if mirrored is not None and len(weight) <= _FEW_OUTPUTS:
+            return mirrored._onednn(grad.contiguous(), _mirror(weight), None)
+        return self._onednn_transposed(grad.contiguous(), input.shape[2:], weight)
 
     def weight_gradient(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
         """Return the gradient with respect to the weight, summed over the batch."""
         if len(grad) == 1 and self.pointwise(weight):
             return (grad[0].flatten(1) @ input[0].flatten(1).T).view(weight.shape)
         return self._backward(grad, input, weight, (False, True, False))[1]
+
+    def _mirrored(self, weight: Tensor) -> "Geometry | None":
+        """Return the convolution that makes the input's gradient of the output's, if there is one."""
+        if set(self.stride) != {1} or self.transposed or self.groups != 1:
+            return None
+        around = tuple(far - pad for far, pad in zip(self._reach(weight), self.padding, strict=True))
+        if min(around) < 0:
+            return None
+        return Geometry(self.stride, around, self.dilation, False, self.output_padding, 1)
+
+    def _reach(self, weight: Tensor) -> list[int]:
+        return [gap * (size - 1) for gap, size in zip(self.dilation, weight.shape[2:], strict=True)]
+
+    def _suits_winograd(self, input: Tensor, weight: Tensor) -> bool:
+        """Tell whether Winograd's way exists and pays."""
+        if len(input.shape) != 5 or weight.shape[2:4] != (3, 3) or not _single_on_cpu(input, weight):
+            return False
+        if self.transposed or self.groups != 1 or set(self.stride) != {1} or set(self.dilation) != {1}:
+            return False
+        sizes = zip(input.shape[2:], self.padding, weight.shape[2:], strict=True)
+        out = [size + 2 * pad - kernel + 1 for size, pad, kernel in sizes]
+        return min(out) >= 2 and out[2] >= _LONG_ROW and input.shape[0] * math.prod(out) >= _MANY_POINTS
 
     def _would_be_slow(self, input: Tensor, weight: Tensor) -> bool:
         shape = input.shape
@@ -76,8 +106,7 @@ class Geometry:
             and shape[1] * shape[2] * shape[3] <= _SLOW_EXTENT
             and not self.transposed
             and self.groups == 1
-            and input.device.type == "cpu"
-            and input.dtype == weight.dtype == torch.float32
+            and _single_on_cpu(input, weight)
             and weight.shape[2:] != (1, 1, 1)
             and torch.backends.mkldnn.is_available()
         )
@@ -88,10 +117,8 @@ class Geometry:
         )
         return output
 
-    def _onednn_transposed(
-        self, grad: Tensor, size: Sequence[int], reach: Sequence[int], weight: Tensor
-    ) -> Tensor:
-        sizes = zip(size, grad.shape[2:], self.stride, self.padding, reach, strict=True)
+    def _onednn_transposed(self, grad: Tensor, size: Sequence[int], weight: Tensor) -> Tensor:
+        sizes = zip(size, grad.shape[2:], self.stride, self.padding, self._reach(weight), strict=True)
         missing = [whole - (part - 1) * step + 2 * pad - far - 1 for whole, part, step, pad, far in sizes]
         result: Tensor = torch.ops.mkldnn._convolution_transpose_pointwise.default(
             grad,
@@ -125,3 +152,11 @@ class Geometry:
             mask,
         )
         return result
+
+
+def _single_on_cpu(input: Tensor, weight: Tensor) -> bool:
+    return input.device.type == "cpu" and input.dtype == weight.dtype == torch.float32
+
+
+def _mirror(weight: Tensor) -> Tensor:
+    return weight.flip(2, 3, 4).transpose(0, 1)

@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/kernels.h"
+#include "operators.h"
+#include "results.h"
+
+namespace timm_ext {
+namespace {
+
+using math::ConvShape;
+using torch::stable::parallel_for;
+
+constexpr const char* kOp = "winograd_conv3d";
+
+void check_tensor(const char* name, const Tensor& tensor, int64_t axes, const Tensor& input) {
+  check_same_device(kOp, name, tensor, "input", input);
+  check_dtype(kOp, name, tensor, ScalarType::Float, "");
+  check(tensor.dim() == axes, kOp, ": ", name, " must have ", axes, " axes (got ", list(tensor.sizes()), ")");
+}
+
+ConvShape shape_of(const Tensor& input, const Tensor& weight, const std::vector<int64_t>& padding) {
+  check(weight.size(1) == input.size(1) && weight.size(2) == 3 && weight.size(3) == 3 && weight.size(4) >= 1, kOp,
+        ": weight must be [O, ", input.size(1), ", 3, 3, K] for input ", list(input.sizes()), " (got ",
+        list(weight.sizes()), ")");
+  const bool fit = padding.size() == 3 && std::all_of(padding.begin(), padding.end(), [](int64_t p) { return p >= 0; });
+  check(fit, kOp, ": padding must hold 3 numbers >= 0 (got ", list(padding), ")");
+  ConvShape s{weight.size(0), weight.size(1), {}, {}, {}, {1, 1, 1}, {}, {1, 1, 1}};
+  for (int a = 0; a < 3; ++a) {
+    s.in[a] = input.size(a + 2);
+    s.kernel[a] = weight.size(a + 2);
+    s.padding[a] = padding[a];
+    s.out[a] = s.in[a] + 2 * s.padding[a] - s.kernel[a] + 1;
+    check(s.in[a] >= 1 && s.out[a] >= 1, kOp, ": input with its padding must be at least as large as the kernel (got ",
+          list(input.sizes()), " with padding ", list(padding), " for a kernel ", list(weight.sizes()), ")");
+  }
+  return s;
+}
+
+}  // namespace
+
+Tensor winograd_conv3d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                       std::vector<int64_t> padding) {
+  check_tensor("input", input, 5, input);
+  check_tensor("weight", weight, 5, input);
+  const ConvShape shape = shape_of(input, weight, padding);
+  if (bias) {
+    check_tensor("bias", *bias, 1, input);
+    check(bias->size(0) == shape.outputs && bias->is_contiguous(), kOp, ": bias must be [", shape.outputs,
+          "], contiguous (got ", list(bias->sizes()), ")");
+  }
+  const Tensor result = new_result(input, {input.size(0), shape.outputs, shape.out[0], shape.out[1], shape.out[2]});
+  if (result.numel() == 0) return result;
+
+  const Tensor x = torch::stable::contiguous(input), g = torch::stable::contiguous(weight);
+  const int64_t blocks = cpu::winograd_blocks(shape);
+  const Tensor forms = torch::stable::new_empty(x, {blocks * cpu::winograd_block_elements(shape)});
+  auto* const to = static_cast<float*>(forms.mutable_data_ptr());
+  const auto* const from = static_cast<const float*>(g.const_data_ptr());
+  parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) { cpu::winograd_weights(shape, from, to, first, last); });
+  const cpu::WinogradProblem problem{&shape,
+                                     static_cast<const float*>(x.const_data_ptr()),
+                                     to,
+                                     bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
+                                     static_cast<float*>(result.mutable_data_ptr()),
+                                     x.size(0)};
+  parallel_for(0, cpu::winograd_units(problem), 1,
+               [&](int64_t first, int64_t last) { cpu::kernels().winograd_conv(problem, first, last); });
+  return result;
+}
+
+}  // namespace timm_ext
