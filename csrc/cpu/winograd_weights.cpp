@@ -1,49 +1,51 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+
 #include "winograd.h"
 
 namespace timm_ext::cpu {
 namespace {
 
-/// Of three weights, the factors of the four products.
-void weight_forms(float g0, float g1, float g2, float (&to)[4]) {
-  const float outer = 0.5f * (g0 + g2), middle = 0.5f * g1;
-  to[0] = g0;
-  to[1] = outer + middle;
-  to[2] = outer - middle;
-  to[3] = g2;
+constexpr int64_t kO = kWinogradOutputs;
+
+/// Of three weights of each output, the factors of the four products.
+void weight_forms(const float (&g0)[kO], const float (&g1)[kO], const float (&g2)[kO], float* const (&to)[4]) {
+  for (int64_t o = 0; o < kO; ++o) {
+    const float outer = 0.5f * (g0[o] + g2[o]), middle = 0.5f * g1[o];
+    to[0][o] = g0[o];
+    to[1][o] = outer + middle;
+    to[2][o] = outer - middle;
+    to[3][o] = g2[o];
+  }
 }
 
-/// Of one column of an output's kernel, all forms, `form` elements apart.
-void write_forms(const float* weight, int64_t columns, float* to, int64_t form) {
-  float rows[3][4];  // [planes of the kernel, forms over its rows]
-  for (int64_t d = 0; d < 3; ++d) {
-    const float* const g = weight + d * 3 * columns;
-    weight_forms(g[0], g[columns], g[2 * columns], rows[d]);
+/// All forms, `form` elements apart, of one column of the kernels between an input and a block of outputs.
+void write_forms(const float (&g)[9][kO], float* to, int64_t form) {
+  float rows[3][4][kO];  // [planes of the kernel, forms over its rows]
+  for (int d = 0; d < 3; ++d) {
+    weight_forms(g[3 * d], g[3 * d + 1], g[3 * d + 2], {rows[d][0], rows[d][1], rows[d][2], rows[d][3]});
   }
   for (int64_t h = 0; h < 4; ++h) {
-    float forms[4];
-    weight_forms(rows[0][h], rows[1][h], rows[2][h], forms);
-    for (int64_t d = 0; d < 4; ++d) to[(4 * d + h) * form] = forms[d];
+    float* const first = to + h * form;
+    weight_forms(rows[0][h], rows[1][h], rows[2][h], {first, first + 4 * form, first + 8 * form, first + 12 * form});
   }
 }
 
 }  // namespace
 
 void winograd_weights(const ConvShape& s, const float* weight, float* forms, int64_t first_block, int64_t last_block) {
-  const int64_t columns = s.kernel[2], form = s.inputs * columns * kWinogradOutputs;
+  const int64_t columns = s.kernel[2], taps = 9 * columns;
   for (int64_t block = first_block; block < last_block; ++block) {
-    for (int64_t o = 0; o < kWinogradOutputs; ++o) {
-      const int64_t output = block * kWinogradOutputs + o;
-      float* to = forms + block * winograd_block_elements(s) + o;
-      for (int64_t i = 0; i < s.inputs; ++i) {
-        const float* const from = weight + (output * s.inputs + i) * 9 * columns;
-        for (int64_t w = 0; w < columns; ++w, to += kWinogradOutputs) {
-          if (output < s.outputs) {
-            write_forms(from + w, columns, to, form);
-          } else {
-            for (int64_t f = 0; f < kForms2; ++f) to[f * form] = 0.0f;
-          }
+    const int64_t first = block * kO, outputs = std::min(kO, s.outputs - first);
+    float* to = forms + block * winograd_block_elements(s);
+    for (int64_t i = 0; i < s.inputs; ++i) {
+      for (int64_t w = 0; w < columns; ++w, to += kO) {
+        float g[9][kO] = {};
+        for (int64_t o = 0; o < outputs; ++o) {
+          const float* const from = weight + ((first + o) * s.inputs + i) * taps + w;
+          for (int64_t tap = 0; tap < 9; ++tap) g[tap][o] = from[tap * columns];
         }
+        write_forms(g, to, s.inputs * columns * kO);
       }
     }
   }

@@ -184,6 +184,18 @@ TIMM_EXT_FN FloatV broadcast(const float* value) {
 #endif
 }
 
+/// Half a vector of values from each of two places.
+TIMM_EXT_FN FloatV load_halves(const float* first, const float* second) {
+  const auto a = load<HalfFloatV>(first), b = load<HalfFloatV>(second);
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7);
+#else
+  return __builtin_shufflevector(a, b, 0, 1, 2, 3);
+#endif
+}
+
 /// Two values in turn.
 TIMM_EXT_FN FloatV broadcast_pair(const float* values) {
 #if defined(TIMM_EXT_X86_VECTOR)

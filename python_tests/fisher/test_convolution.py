@@ -24,7 +24,7 @@ def test_one_small_example(size, kernel, stride, dilation, padding, outputs):
     assert_all_close(geometry, x, weight, bias)
 
 
-@pytest.mark.parametrize("padding", [(1, 1, 1), (0, 2, 1), (3, 0, 0)])
+@pytest.mark.parametrize("padding", [(1, 1, 1), (0, 2, 1), (3, 0, 1)])
 @pytest.mark.parametrize(("batch", "columns"), [(1, 3), (2, 1)])
 def test_rows_that_suit_winograd(batch, columns, padding):
     geometry = Geometry((1,) * 3, padding, (1,) * 3, False, (0, 0, 0), 1)
@@ -76,7 +76,8 @@ def test_other_calls_are_left_to_aten(change):
     "change",
     [
         {"x": torch.ones(1, 3, 16, 16, 16).double()},
-        {"x": torch.ones(1, 3, 32, 32, 13)},  # eleven columns of output
+        {"x": torch.ones(1, 3, 32, 32, 6)},  # four columns of output
+        {"x": torch.ones(1, 3, 32, 32, 19)},  # seventeen
         {"x": torch.ones(1, 3, 3, 32, 32)},  # one plane
         {"x": torch.ones(1, 3, 5, 5, 32)},  # 270 points
         {"geometry": Geometry((1,) * 3, (0,) * 3, (1,) * 3, True, (0,) * 3, 1)},

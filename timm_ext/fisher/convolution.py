@@ -16,8 +16,8 @@ from timm_ext.ops import winograd_conv3d
 
 _SLOW_EXTENT = 20480
 _FEW_OUTPUTS = 8  # up to which oneDNN is faster with mirrored weights than in its own input gradient
-_LONG_ROW = 12  # columns from which on most lanes of a vector work
-_MANY_POINTS = 1024  # of the output in all, from which on the forms of the weights are made in no time
+_WORKING_LANES = 0.6  # of vectors of 16 columns, or of two rows of up to 8: with fewer, oneDNN is faster
+_MANY_POINTS = 512  # of the output in all: with fewer, the weights take longer to prepare than they save
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,9 @@ class Geometry:
             return False
         sizes = zip(input.shape[2:], self.padding, weight.shape[2:], strict=True)
         out = [size + 2 * pad - kernel + 1 for size, pad, kernel in sizes]
-        return min(out) >= 2 and out[2] >= _LONG_ROW and input.shape[0] * math.prod(out) >= _MANY_POINTS
+        lanes = 8 if out[2] <= 8 else 16 * math.ceil(out[2] / 16)
+        many = input.shape[0] * math.prod(out) >= _MANY_POINTS
+        return many and min(out) >= 2 and out[2] >= _WORKING_LANES * lanes
 
     def _would_be_slow(self, input: Tensor, weight: Tensor) -> bool:
         shape = input.shape

@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The forms of the inputs of a few rows of the output, in the second-level cache: [16, inputs, pairs of rows, columns],
+// zero where the padding is.
+#pragma once
+
+#include "../math/simd.h"
+#include "winograd.h"
+
+namespace timm_ext::cpu::TIMM_EXT_ISA {
+
+using V = math::FloatV;
+constexpr int64_t kLanes = sizeof(V) / sizeof(float);
+
+TIMM_EXT_FN int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
+TIMM_EXT_FN int64_t larger_of(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/// What two vectors of the output cover.
+struct WinogradTile {
+  explicit WinogradTile(const ConvShape& s)
+      : vector_rows(2 * s.out[2] <= kLanes ? 2 : 1),
+        row_vectors((s.out[2] + kLanes - 1) / kLanes),
+        pairs(row_vectors == 1 ? 2 * vector_rows : 1),
+        pitch(larger_of(s.out[2], kLanes / vector_rows) + s.kernel[2] - 1) {}
+
+  int64_t vector_rows;  // two short rows share a vector
+  int64_t row_vectors;  // or some vectors a row, of which the last may overlap the one before
+  int64_t pairs;        // of rows whose forms are made at a time
+  int64_t pitch;        // from a row of a form to the next
+};
+
+class InputForms {
+ public:
+  static int64_t elements(const ConvShape& s) {
+    const WinogradTile tile(s);
+    return zeros(s) + kForms2 * s.inputs * tile.pairs * tile.pitch;
+  }
+
+  /// In memory that is zero.
+  InputForms(const ConvShape& s, const WinogradTile& tile, float* memory)
+      : s_(s), tile_(tile), zeros_(memory), forms_(memory + zeros(s)) {}
+
+  /// Makes those for rows of the output from a plane and a row on.
+  void make(const float* input, int64_t plane, int64_t row) const {
+    for (int64_t i = 0; i < s_.inputs; ++i) {
+      for (int64_t pair = 0; pair < tile_.pairs; ++pair) make_pair(input, i, plane, row, pair);
+    }
+  }
+
+  float* row(int64_t form, int64_t input, int64_t pair) const {
+    return forms_ + ((form * s_.inputs + input) * tile_.pairs + pair) * tile_.pitch;
+  }
+
+ private:
+  using Rows = const float* [4][4];
+
+  static int64_t zeros(const ConvShape& s) { return (s.in[2] + kLanes - 1) / kLanes * kLanes; }
+
+  /// A row of the input, or null where there is none.
+  const float* input_row(const float* input, int64_t channel, int64_t plane, int64_t row) const {
+    const int64_t d = plane - s_.padding[0], h = row - s_.padding[1];
+    const bool there = d >= 0 && d < s_.in[0] && h >= 0 && h < s_.in[1];
+    return there ? input + ((channel * s_.in[0] + d) * s_.in[1] + h) * s_.in[2] : nullptr;
+  }
+
+  /// Of one channel; the rows of the next one are fetched ahead.
+  void make_pair(const float* input, int64_t channel, int64_t plane, int64_t first_row, int64_t pair) const {
+    Rows rows;
+    const int64_t next = channel + 1 < s_.inputs ? s_.in[0] * s_.in[1] * s_.in[2] : 0;
+    for (int64_t d = 0; d < 4; ++d) {
+      for (int64_t h = 0; h < 4; ++h) {
+        const float* const from = input_row(input, channel, plane + d, first_row + 2 * pair + h);
+        rows[d][h] = from != nullptr ? from : zeros_;
+        for (int64_t w = 0; w < s_.in[2] && from != nullptr && next != 0; w += 16) __builtin_prefetch(from + next + w);
+      }
+    }
+    float* const to = row(0, channel, pair) + s_.padding[2];
+    if (s_.in[2] >= kLanes) {
+      make_row<V, kLanes>(rows, to);
+    } else if (2 * s_.in[2] >= kLanes) {
+      make_row<math::HalfFloatV, kLanes / 2>(rows, to);
+    } else {
+      make_row<float, 1>(rows, to);
+    }
+  }
+
+  /// At least C's lanes; the last of them may overlap those before.
+  template <class C, int64_t Lanes>
+  void make_row(const Rows& rows, float* to) const {
+    for (int64_t w = 0; w < s_.in[2]; w += Lanes) {
+      const int64_t at = smaller_of(w, s_.in[2] - Lanes);
+      make_at<C>(rows, at, to + at);
+    }
+  }
+
+  template <class C>
+  void make_at(const Rows& rows, int64_t w, float* to) const {
+    const int64_t form = row(1, 0, 0) - row(0, 0, 0);
+    C t[4][4];
+    for (int d = 0; d < 4; ++d) {
+      C x[4];
+      for (int h = 0; h < 4; ++h) x[h] = math::load<C>(rows[d][h] + w);
+      factors(x, t[d]);
+    }
+    for (int h = 0; h < 4; ++h) {
+      const C x[4] = {t[0][h], t[1][h], t[2][h], t[3][h]};
+      C f[4];
+      factors(x, f);
+      for (int d = 0; d < 4; ++d) math::store(to + (4 * d + h) * form, f[d]);
+    }
+  }
+
+  /// Of four inputs, those of the four products.
+  template <class C>
+  static TIMM_EXT_FN void factors(const C (&x)[4], C (&to)[4]) {
+    to[0] = x[0] - x[2];
+    to[1] = x[1] + x[2];
+    to[2] = x[2] - x[1];
+    to[3] = x[1] - x[3];
+  }
+
+  const ConvShape& s_;
+  const WinogradTile& tile_;
+  const float* zeros_;  // a row of the input
+  float* forms_;
+};
+
+}  // namespace timm_ext::cpu::TIMM_EXT_ISA
