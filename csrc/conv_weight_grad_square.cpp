@@ -21,6 +21,7 @@ using torch::stable::parallel_for;
 constexpr const char* kOp = "conv_weight_grad_square_";
 constexpr int64_t kPackedElements = int64_t{1} << 23;  // of the examples that are packed at a time
 constexpr int64_t kRowsPerThread = 16;
+constexpr int64_t kPairsPerThread = 4;
 
 /// Three numbers, of which missing leading ones are `missing`.
 void set_axes(int64_t (&to)[3], const int64_t* from, int64_t axes, int64_t missing) {
@@ -75,7 +76,7 @@ ConvShape shape_of(const Tensor& acc, const Tensor& grad, const Tensor& input, c
   return s;
 }
 
-/// One group of the examples [first, last), packed into `packed` and squared.
+/// One group of a convolution on the CPU.
 struct Work {
   const ConvShape& shape;
   const ConvLayout& layout;
@@ -85,24 +86,54 @@ struct Work {
   int64_t input_example;
   float* accumulator;
   float scale;
+  float* packed;  // of as many examples as go together
+  float* sums;    // over slabs
 
-  void run(int64_t first, int64_t last, float* packed) const {
-    const int64_t examples = last - first;
-    const int64_t grad_rows = layout.grad_rows(), grad_elements = layout.grad_elements(shape);
-    const int64_t input_rows = layout.input_rows(), input_elements = layout.input_elements();
-    float* const packed_input = packed + examples * grad_elements;
-    for (int64_t b = 0; b < examples; ++b) {
-      parallel_for(0, grad_rows, kRowsPerThread, [&](int64_t begin, int64_t end) {
-        pack_grad(shape, layout, grad + (first + b) * grad_example, packed + b * grad_elements, begin, end);
-      });
-      parallel_for(0, input_rows, kRowsPerThread, [&](int64_t begin, int64_t end) {
-        pack_input(shape, layout, input + (first + b) * input_example, packed_input + b * input_elements, begin, end);
-      });
+  /// The examples [first, last), packed and squared.
+  void run(int64_t first, int64_t last) const {
+    const cpu::ConvSquareProblem problem = problem_of(last - first, layout.grad_rows());
+    for (int64_t b = 0; b < last - first; ++b) pack(first + b, problem, b, 0);
+    for_units(cpu::kernels().conv_square, problem, conv_square_units(problem));
+  }
+
+  /// An example that takes several slabs.
+  void run_slabs(int64_t example) const {
+    std::fill_n(sums, conv_sums_elements(layout, shape), 0.0f);
+    for (int64_t slab = 0; slab < layout.grad_rows(); slab += layout.slab) {
+      const int64_t last = std::min(slab + layout.slab, layout.grad_rows());
+      const cpu::ConvSquareProblem problem = problem_of(1, last - slab);
+      pack(example, problem, 0, slab);
+      for_units(cpu::kernels().conv_square_add, problem, conv_square_add_units(problem));
     }
-    const cpu::ConvSquareProblem problem{&shape,       &layout,  layout.taps.data(), packed,
-                                         packed_input, examples, accumulator,        scale};
-    parallel_for(0, conv_square_units(problem), 1,
-                 [&](int64_t begin, int64_t end) { cpu::kernels().conv_square(problem, begin, end); });
+    const cpu::ConvSquareProblem problem = problem_of(1, 0);
+    for_units(cpu::kernels().conv_square_sums, problem, conv_square_units(problem));
+  }
+
+ private:
+  cpu::ConvSquareProblem problem_of(int64_t examples, int64_t rows) const {
+    const float* const input_packed = packed + examples * layout.grad_elements(shape);
+    return {&shape, &layout, layout.taps.data(), packed, input_packed, examples, rows, sums, accumulator, scale};
+  }
+
+  /// Packs the rows of an example from `slab` on.
+  void pack(int64_t example, const cpu::ConvSquareProblem& problem, int64_t place, int64_t slab) const {
+    const cpu::Kernels& kernels = cpu::kernels();
+    const int64_t grain = layout.pairs ? kPairsPerThread : kRowsPerThread;
+    const int64_t input_rows = layout.pairs ? problem.rows : layout.input_rows();
+    const float *const g = grad + example * grad_example, *const x = input + example * input_example;
+    float* const to_grad = packed + place * layout.grad_elements(shape);
+    float* const to_input = packed + problem.examples * layout.grad_elements(shape) + place * layout.input_elements();
+    parallel_for(slab, slab + problem.rows, grain, [&](int64_t begin, int64_t end) {
+      pack_grad(shape, layout, kernels.conv_grad_forms, g, to_grad, slab, begin, end);
+    });
+    parallel_for(slab, slab + input_rows, grain, [&](int64_t begin, int64_t end) {
+      pack_input(shape, layout, kernels.conv_input_forms, x, to_input, slab, begin, end);
+    });
+  }
+
+  template <class Kernel>
+  static void for_units(Kernel kernel, const cpu::ConvSquareProblem& problem, int64_t units) {
+    parallel_for(0, units, 1, [&](int64_t begin, int64_t end) { kernel(problem, begin, end); });
   }
 };
 
@@ -110,9 +141,11 @@ void square_on_cpu(const ConvShape& shape, const Tensor& acc, const Tensor& grad
                    float scale) {
   const ConvLayout layout(shape);
   const int64_t examples = grad.size(0);
+  const bool slabs = layout.slab < layout.grad_rows();
   const int64_t each = layout.grad_elements(shape) + layout.input_elements();
-  const int64_t at_a_time = std::clamp<int64_t>(kPackedElements / each, 1, examples);
+  const int64_t at_a_time = slabs ? 1 : std::clamp<int64_t>(kPackedElements / each, 1, examples);
   const Tensor packed = torch::stable::new_empty(acc, {at_a_time * each});
+  const Tensor sums = torch::stable::new_empty(acc, {slabs ? conv_sums_elements(layout, shape) : 0});
   const int64_t grad_group = grad.numel() / examples / groups, input_group = input.numel() / examples / groups;
   for (int64_t group = 0; group < groups; ++group) {
     const Work work{shape,
@@ -122,9 +155,11 @@ void square_on_cpu(const ConvShape& shape, const Tensor& acc, const Tensor& grad
                     grad_group * groups,
                     input_group * groups,
                     static_cast<float*>(acc.mutable_data_ptr()) + group * (acc.numel() / groups),
-                    scale};
+                    scale,
+                    static_cast<float*>(packed.mutable_data_ptr()),
+                    static_cast<float*>(sums.mutable_data_ptr())};
     for (int64_t first = 0; first < examples; first += at_a_time) {
-      work.run(first, std::min(examples, first + at_a_time), static_cast<float*>(packed.mutable_data_ptr()));
+      slabs ? work.run_slabs(first) : work.run(first, std::min(examples, first + at_a_time));
     }
   }
 }

@@ -6,162 +6,88 @@
 #include <cstring>
 
 #include "buffer.h"
-#include "conv_square_rows.h"
+#include "conv_square_block.h"
 #include "kernels.h"
 
 namespace timm_ext::cpu::TIMM_EXT_ISA {
 namespace {
 
-constexpr int64_t kStretch = 1 << 17;  // elements of grad and input
-
-/// Rows of points, counted through the planes of grad.
-struct Stretch {
+/// The planes of the kernel whose squares a unit writes.
+struct KernelPlanes {
   int64_t first;
-  int64_t last;
+  int64_t count;
 };
 
-int64_t stretch_rows(const ConvSquareProblem& p) {
-  const int64_t point = p.layout->values + p.layout->inputs * p.layout->halves * p.shape->stride[2];
-  const int64_t row = p.layout->forms() * p.shape->out[2] * point;
-  return row < kStretch ? kStretch / row : 1;
-}
+/// Whole examples, their squares added up before they are written.
+struct SquareExamples {
+  const ConvSquareProblem& p;
+  KernelPlanes planes;
+  V* memory;
 
-/// One block of one example.
-template <class B>
-class Block {
- public:
-  Block(const ConvSquareProblem& p, int64_t first_value, int64_t first_input)
-      : p_(p),
-        grad_(p.grad + first_value / kUnitValues * p.layout->grad_block(*p.shape) + first_value % kUnitValues),
-        input_(p.input + first_input / kUnitInputs * p.layout->input_block() +
-               first_input % kUnitInputs * p.layout->halves) {}
-
-  /// to[taps, inputs, vectors] += Σ grad · input over a stretch, from a tap on.
-  void add_products(int64_t example, const ConvTap& tap, const Stretch& rows, V* to) const {
-    const ConvShape& s = *p_.shape;
-    const ConvLayout& layout = *p_.layout;
-    const RowPoints points = points_at(tap);
-    const int64_t grad_row = layout.grad_row(s), input_row = layout.input_row();
-    const float* const grad = grad_ + example * layout.grad_elements(s) + tap.grad;
-    const float* const input = input_ + example * layout.input_elements() + tap.input;
-    int64_t d = rows.first / layout.rows, h = rows.first % layout.rows - 1;
-    typename B::Sums sums = {};
-    for (int64_t row = rows.first; row < rows.last; ++row) {
-      if (++h == layout.rows) ++d, h = 0;
-      if (h < tap.first[1] || h >= tap.last[1] || d < tap.first[0] || d >= tap.last[0]) continue;
-      const float* const x = input + (d * s.stride[0] * layout.size[1] + h * s.stride[1]) * input_row;
-      if constexpr (B::kTaps == 3) {
-        add_row_of_three<B>(grad + row * grad_row, x, points, sums);
-      } else {
-        add_row_of_one<B>(grad + row * grad_row, x, points, sums);
-      }
+  template <class B>
+  void run(int64_t first_value, int64_t first_input) const {
+    const ConvShape& s = *p.shape;
+    const int64_t columns = s.kernel[2], plane = s.kernel[1] * columns;
+    const int64_t plane_taps = p.layout->row_taps * columns;
+    const int64_t taps = (p.layout->pairs ? p.layout->plane_taps : 1) * plane_taps;
+    V* const squares = memory + taps * B::kSums;
+    std::memset(static_cast<void*>(memory), 0, (taps + planes.count * plane) * B::kSums * sizeof(V));
+    const Block<B> block(p, first_value, first_input);
+    for (int64_t b = 0; b < p.examples; ++b) {
+      block.add_taps(b, planes.first * plane_taps, planes.first * plane_taps + taps, memory);
+      if (p.layout->pairs) block.combine(memory);
+      block.square(memory, planes.count, squares);
     }
-    for (int k = 0; k < B::kTaps; ++k) {
-      for (int i = 0; i < B::kInputs; ++i) {
-        for (int v = 0; v < B::kVectors; ++v, ++to) *to += sums[k][i][v];
-      }
-    }
+    for (int64_t d = 0; d < planes.count; ++d) block.write(squares + d * plane * B::kSums, planes.first + d);
   }
 
-  /// Brings the sums of forms, [forms, columns], to those of the kernel's rows; the last form's are 0 then.
-  static void combine(V* sums, int64_t columns) {
-    const int64_t next = columns * B::kSums;
-    for (int64_t k = 0; k < next; ++k, ++sums) {
-      const V half_sum = 0.5f * (sums[next] + sums[2 * next]), half_difference = 0.5f * (sums[next] - sums[2 * next]);
-      sums[0] += half_sum;
-      sums[next] = half_difference;
-      sums[2 * next] = half_sum + sums[3 * next];
-      sums[3 * next] = V{};
-    }
+  static int64_t vectors(const ConvSquareProblem& p) {
+    const int64_t planes = p.layout->pairs ? p.layout->plane_taps : 1;
+    return planes * (p.layout->row_taps + p.shape->kernel[1]) * p.shape->kernel[2] * 2 * kUnitInputs;
   }
-
-  /// squares += sums², sums = 0, of one tap.
-  static void square(V* sums, V* squares) {
-    for (int k = 0; k < B::kSums; ++k) {
-      const V sum = B::kHalves ? math::pair_sums(sums[k]) : sums[k];
-      squares[k] += sum * sum;
-      sums[k] = V{};
-    }
-  }
-
- private:
-  RowPoints points_at(const ConvTap& tap) const {
-    const ConvShape& s = *p_.shape;
-    const int64_t grad_step = p_.layout->grad_point(), input_step = s.stride[2] * p_.layout->input_point();
-    if (B::kTaps == 1) return {s.out[2], tap.first[2], tap.last[2], grad_step, input_step};
-    const int64_t size = p_.layout->size[2], last = s.padding[2] + s.in[2];
-    return {s.out[2], s.padding[2] < size ? s.padding[2] : size, last < size ? last : size, grad_step, input_step};
-  }
-
-  const ConvSquareProblem& p_;
-  const float* grad_;
-  const float* input_;
 };
 
-/// to += scale · values, of which there are up to four.
-TIMM_EXT_FN void add_scaled(math::FloatQuad values, float scale, int64_t count, float* to) {
-  if (count == 4) {
-    math::store(to, math::load<math::FloatQuad>(to) + scale * values);
-  } else {
-    for (int64_t k = 0; k < count; ++k) to[k] += scale * values[k];
-  }
-}
-
-/// Adds the squares of a block at a plane of the kernel, [taps, inputs, vectors · lanes], to the accumulator.
+/// Where the sums of a block over slabs are, [plane forms, row forms, columns, inputs, vectors].
 template <class B>
-void write_squares(const ConvSquareProblem& p, const V* squares, int64_t first_value, int64_t first_input,
-                   int64_t plane) {
-  const ConvShape& s = *p.shape;
-  const int64_t taps = s.kernel[1] * s.kernel[2];
-  constexpr int64_t halves = B::kHalves ? 2 : 1;
-  const int64_t row = s.inputs * s.kernel[0] * taps;  // of an output
-  const int64_t inputs = first_input + B::kInputs < s.inputs ? B::kInputs : s.inputs - first_input;
-  for (int64_t lane = 0; lane < B::kVectors * kLanes; lane += 4) {
-    const int64_t output = (first_value + lane) / halves;
-    const int64_t outputs = output + 4 / halves < s.outputs ? 4 / halves : s.outputs - output;
-    float* const to = p.accumulator + output * row + (first_input * s.kernel[0] + plane) * taps;
-    for (int64_t i = 0; i < inputs; ++i) {
-      const float* const from = reinterpret_cast<const float*>(squares + i * B::kVectors) + lane;
-      for (int64_t tap = 0; tap < taps; tap += 4) {
-        const int64_t count = tap + 4 < taps ? 4 : taps - tap;
-        math::FloatQuad four[4] = {};
-        for (int64_t k = 0; k < count; ++k) four[k] = math::load<math::FloatQuad>(from + (tap + k) * B::kSums * kLanes);
-        math::transpose(four);
-        for (int64_t k = 0; k < outputs; ++k) {
-          add_scaled(four[k * halves], p.scale, count, to + k * row + i * s.kernel[0] * taps + tap);
-        }
-      }
-    }
-  }
+V* slab_sums(const ConvSquareProblem& p, int64_t first_value, int64_t first_input) {
+  const int64_t taps = p.layout->plane_taps * p.layout->row_taps * p.shape->kernel[2];
+  const int64_t before = first_value / kLanes * p.layout->inputs + first_input * B::kVectors;
+  return reinterpret_cast<V*>(p.sums) + taps * before;
 }
 
-template <class B>
-void square_block(const ConvSquareProblem& p, int64_t first_value, int64_t first_input, int64_t plane, V* memory) {
-  const int64_t columns = p.shape->kernel[2], taps = p.shape->kernel[1] * columns;
-  const int64_t summed = p.layout->row_taps * columns;
-  V* const squares = memory + summed * B::kSums;
-  std::memset(static_cast<void*>(memory), 0, (summed + taps) * B::kSums * sizeof(V));
-  const Block<B> block(p, first_value, first_input);
-  const int64_t rows = p.layout->grad_rows(), stretch = stretch_rows(p);
-  for (int64_t b = 0; b < p.examples; ++b) {
-    for (int64_t row = 0; row < rows; row += stretch) {
-      const Stretch part{row, row + stretch < rows ? row + stretch : rows};
-      for (int64_t tap = 0; tap < summed; tap += B::kTaps) {
-        block.add_products(b, p.taps[plane * summed + tap], part, memory + tap * B::kSums);
-      }
-    }
-    if (p.layout->pairs) block.combine(memory, columns);
-    for (int64_t tap = 0; tap < taps; ++tap) block.square(memory + tap * B::kSums, squares + tap * B::kSums);
-  }
-  write_squares<B>(p, squares, first_value, first_input, plane);
-}
+/// A slab of one example, at a plane form.
+struct AddSlab {
+  const ConvSquareProblem& p;
+  int64_t plane;
 
-template <int Taps, int Vectors, int Inputs>
-void square_block(const ConvSquareProblem& p, int64_t first_value, int64_t first_input, int64_t plane, V* memory) {
-  p.layout->halves == 2
-      ? square_block<BlockOf<Taps, Vectors, Inputs, true>>(p, first_value, first_input, plane, memory)
-      : square_block<BlockOf<Taps, Vectors, Inputs, false>>(p, first_value, first_input, plane, memory);
-}
+  template <class B>
+  void run(int64_t first_value, int64_t first_input) const {
+    const int64_t taps = p.layout->row_taps * p.shape->kernel[2];
+    V* const sums = slab_sums<B>(p, first_value, first_input) + plane * taps * B::kSums;
+    Block<B>(p, first_value, first_input).add_taps(0, plane * taps, (plane + 1) * taps, sums);
+  }
+};
+
+/// An example whose slabs were all added.
+struct SquareSums {
+  const ConvSquareProblem& p;
+  V* memory;
+
+  template <class B>
+  void run(int64_t first_value, int64_t first_input) const {
+    const int64_t planes = p.shape->kernel[0], plane = p.shape->kernel[1] * p.shape->kernel[2] * B::kSums;
+    std::memset(static_cast<void*>(memory), 0, planes * plane * sizeof(V));
+    V* const sums = slab_sums<B>(p, first_value, first_input);
+    const Block<B> block(p, first_value, first_input);
+    block.combine(sums);
+    block.square(sums, planes, memory);
+    for (int64_t d = 0; d < planes; ++d) block.write(memory + d * plane, d);
+  }
+
+  static int64_t vectors(const ConvSquareProblem& p) {
+    return p.shape->kernel[0] * p.shape->kernel[1] * p.shape->kernel[2] * 2 * kUnitInputs;
+  }
+};
 
 /// Whether three taps at a time pay: with 32 registers, and rows that are longer than what is lost at their ends.
 bool takes_three(const ConvShape& s) {
@@ -169,44 +95,70 @@ bool takes_three(const ConvShape& s) {
   return math::kVectorBytes == 64 && s.kernel[2] == 3 && s.stride[2] == 1 && s.dilation[2] == 1 && s.out[2] >= least;
 }
 
+template <int Taps, int Vectors, int Inputs, class Task>
+void run_block(const Task& task, int64_t first_value, int64_t first_input) {
+  if (task.p.layout->halves == 2) {
+    task.template run<BlockOf<Taps, Vectors, Inputs, true>>(first_value, first_input);
+  } else {
+    task.template run<BlockOf<Taps, Vectors, Inputs, false>>(first_value, first_input);
+  }
+}
+
 /// The inputs [first, last) of a unit, in blocks for which there are registers.
-template <int Vectors>
-void square_inputs(const ConvSquareProblem& p, int64_t first_value, int64_t first, int64_t last, int64_t plane,
-                   V* memory) {
-  const bool three = takes_three(*p.shape);
+template <int Vectors, class Task>
+void run_inputs(const Task& task, int64_t first_value, int64_t first, int64_t last) {
+  const bool three = takes_three(*task.p.shape);
   const int most = math::kVectorBytes < 64 || (three && Vectors == 2) ? 4 : 8;
   for (int64_t i = first; i < last; i += most) {
     const bool eight = most == 8 && last - i > 4;
     if constexpr (math::kVectorBytes == 64) {
       if (three && eight && Vectors == 1) {
-        square_block<3, 1, 8>(p, first_value, i, plane, memory);
+        run_block<3, 1, 8>(task, first_value, i);
       } else if (three) {
-        square_block<3, Vectors, 4>(p, first_value, i, plane, memory);
+        run_block<3, Vectors, 4>(task, first_value, i);
       } else if (eight) {
-        square_block<1, Vectors, 8>(p, first_value, i, plane, memory);
+        run_block<1, Vectors, 8>(task, first_value, i);
       }
     }
-    if (!three && !eight) square_block<1, Vectors, 4>(p, first_value, i, plane, memory);
+    if (!three && !eight) run_block<1, Vectors, 4>(task, first_value, i);
+  }
+}
+
+/// One block of values × one of inputs.
+template <class Task>
+void run_unit(const Task& task, int64_t unit) {
+  const ConvLayout& layout = *task.p.layout;
+  const int64_t first = unit % layout.input_blocks() * kUnitInputs;
+  const int64_t last = first + kUnitInputs < layout.inputs ? first + kUnitInputs : layout.inputs;
+  const int64_t begin = unit / layout.input_blocks() * kUnitValues;
+  const int64_t end = begin + kUnitValues < layout.values ? begin + kUnitValues : layout.values;
+  for (int64_t value = begin; value < end; value += 2 * kLanes) {
+    end - value > kLanes ? run_inputs<2>(task, value, first, last) : run_inputs<1>(task, value, first, last);
   }
 }
 
 }  // namespace
 
 void conv_square(const ConvSquareProblem& p, int64_t first_unit, int64_t last_unit) {
-  const ConvShape& s = *p.shape;
-  const Buffer<V> memory((p.layout->row_taps + s.kernel[1]) * s.kernel[2] * 2 * kUnitInputs);
-  const int64_t input_blocks = p.layout->input_blocks();
+  const Buffer<V> memory(SquareExamples::vectors(p));
+  const int64_t planes = p.shape->kernel[0];
   for (int64_t unit = first_unit; unit < last_unit; ++unit) {
-    const int64_t plane = unit % s.kernel[0];
-    const int64_t first = unit / s.kernel[0] % input_blocks * kUnitInputs;
-    const int64_t last = first + kUnitInputs < p.layout->inputs ? first + kUnitInputs : p.layout->inputs;
-    const int64_t begin = unit / s.kernel[0] / input_blocks * kUnitValues;
-    const int64_t end = begin + kUnitValues < p.layout->values ? begin + kUnitValues : p.layout->values;
-    for (int64_t value = begin; value < end; value += 2 * kLanes) {
-      end - value > kLanes ? square_inputs<2>(p, value, first, last, plane, memory.get())
-                           : square_inputs<1>(p, value, first, last, plane, memory.get());
+    if (p.layout->pairs) {
+      run_unit(SquareExamples{p, {0, planes}, memory.get()}, unit);
+    } else {
+      run_unit(SquareExamples{p, {unit % planes, 1}, memory.get()}, unit / planes);
     }
   }
+}
+
+void conv_square_add(const ConvSquareProblem& p, int64_t first_unit, int64_t last_unit) {
+  const int64_t planes = p.layout->plane_taps;
+  for (int64_t unit = first_unit; unit < last_unit; ++unit) run_unit(AddSlab{p, unit % planes}, unit / planes);
+}
+
+void conv_square_sums(const ConvSquareProblem& p, int64_t first_unit, int64_t last_unit) {
+  const Buffer<V> memory(SquareSums::vectors(p));
+  for (int64_t unit = first_unit; unit < last_unit; ++unit) run_unit(SquareSums{p, memory.get()}, unit);
 }
 
 }  // namespace timm_ext::cpu::TIMM_EXT_ISA

@@ -21,6 +21,11 @@ TIMM_EXT_FN constexpr int64_t round_up(int64_t count, int64_t multiple) {
 constexpr int64_t kPointLanes = 16;  // values of grad at a point are padded to a multiple
 constexpr int64_t kPointInputs = 4;  // channels of the input likewise
 
+constexpr int64_t kUnitValues = 32;  // values of grad at a point in a unit of work
+constexpr int64_t kUnitInputs = 8;
+constexpr int64_t kForms = 4;     // of an axis
+constexpr int64_t kFormGap = 80;  // elements between forms, which are written side by side: no multiple of a page apart
+
 /// A place of the kernel, or of a form.
 struct ConvTap {
   int64_t grad;      // where its factors begin in the packed form of an example
@@ -29,32 +34,30 @@ struct ConvTap {
   int64_t last[3];   // one beyond
 };
 
-constexpr int64_t kUnitValues = 32;  // values of grad at a point in a unit of work
-constexpr int64_t kUnitInputs = 8;
-constexpr int64_t kForms = 4;
-constexpr int64_t kFormGap = 80;  // elements between forms, which are written side by side: no multiple of a page apart
-
 /// Where things lie in the packed form: blocks of the channels that a unit of work reads, in a block channels last, the
 /// input zero-padded. With few outputs, the planes of grad are taken in two halves, whose values alternate, so that a
 /// vector holds both.
 ///
-/// A kernel of three rows meets the rows of grad in pairs (Winograd's F(2, 3), turned round): of g0, g1 and the input's
-/// rows x0 … x3 there are four forms, whose products m0 … m3, summed over all pairs, give the gradients at the three
-/// rows: four multiplications in place of six.
+/// A kernel of three planes and three rows meets those of grad in pairs (Winograd's F(2, 3), turned round, on both
+/// axes). On one axis, of g0, g1 and the input's x0 … x3 there are four forms, whose products m0 … m3, summed over all
+/// pairs, give the gradients at the three places of the kernel: four multiplications in place of six.
 ///     m0 = g0 (x0 − x2)    m1 = (g0 + g1) (x1 + x2)    m2 = (g0 − g1) (x2 − x1)    m3 = g1 (x3 − x1)
 ///     m0 + (m1 + m2) / 2,  (m1 − m2) / 2,  (m1 + m2) / 2 + m3
+/// Forms take four times the memory, so that an example goes through in slabs.
 struct ConvLayout {
   explicit ConvLayout(const ConvShape& shape);
 
-  bool pairs;                 // of rows
+  bool pairs;                 // of planes and rows
   int64_t halves;             // 1 or 2
-  int64_t planes;             // of a half of grad
+  int64_t planes;             // of a half of grad, or pairs of them
   int64_t rows;               // of a plane of grad, or pairs of them
+  int64_t plane_taps;         // planes of the kernel, or forms
   int64_t row_taps;           // rows of the kernel, or forms
   int64_t values;             // of grad at a point
   int64_t inputs;             // channels, padded
-  int64_t size[3];            // of the zero-padded input that belongs to a half; pairs in place of rows
-  std::vector<ConvTap> taps;  // [planes of the kernel, row_taps, columns of the kernel]
+  int64_t size[3];            // of the zero-padded input that belongs to a half; pairs in place of planes and rows
+  int64_t slab;               // rows of grad, counted through its planes, that are packed at a time; else all
+  std::vector<ConvTap> taps;  // [plane_taps, row_taps, columns of the kernel]
 
   /// Elements of a point in a block.
   TIMM_EXT_FN int64_t grad_point() const { return values < kUnitValues ? values : kUnitValues; }
@@ -64,16 +67,17 @@ struct ConvLayout {
   TIMM_EXT_FN int64_t input_blocks() const { return round_up(inputs, kUnitInputs) / kUnitInputs; }
 
   TIMM_EXT_FN int64_t grad_rows() const { return planes * rows; }
-  TIMM_EXT_FN int64_t input_rows() const { return size[0] * size[1]; }
+  TIMM_EXT_FN int64_t input_rows() const { return size[0] * size[1]; }  // with pairs, those of grad
+  TIMM_EXT_FN int64_t slabs() const { return (grad_rows() + slab - 1) / slab; }
 
   TIMM_EXT_FN int64_t grad_row(const ConvShape& s) const { return s.out[2] * grad_point(); }
   TIMM_EXT_FN int64_t input_row() const { return size[2] * input_point(); }
 
   /// Elements from a form of a block to the next.
-  TIMM_EXT_FN int64_t grad_form(const ConvShape& s) const { return grad_rows() * grad_row(s) + kFormGap; }
-  TIMM_EXT_FN int64_t input_form() const { return input_rows() * input_row() + kFormGap; }
+  TIMM_EXT_FN int64_t grad_form(const ConvShape& s) const { return slab * grad_row(s) + kFormGap; }
+  TIMM_EXT_FN int64_t input_form() const { return (pairs ? slab : input_rows()) * input_row() + kFormGap; }
 
-  TIMM_EXT_FN int64_t forms() const { return pairs ? kForms : 1; }
+  TIMM_EXT_FN int64_t forms() const { return pairs ? kForms * kForms : 1; }
   TIMM_EXT_FN int64_t grad_block(const ConvShape& s) const { return forms() * grad_form(s); }
   TIMM_EXT_FN int64_t input_block() const { return forms() * input_form(); }
 
@@ -84,11 +88,14 @@ struct ConvLayout {
   ConvTap tap_at(const ConvShape& shape, const std::array<int64_t, 3>& at) const;
 };
 
-/// Packs rows, or pairs, of one example.
-void pack_grad(const ConvShape&, const ConvLayout&, const float* grad, float* packed, int64_t first_row,
-               int64_t last_row);
-void pack_input(const ConvShape&, const ConvLayout&, const float* input, float* packed, int64_t first_row,
-                int64_t last_row);
+/// Writes the forms of two by two rows of grad, or of four by four of the input, `form` elements apart.
+using WriteForms = void (*)(const float* const* rows, int64_t row, float* to, int64_t form);
+
+/// Packs rows [first_row, last_row) of one example, or pairs of them, of a slab that begins at row `slab`.
+void pack_grad(const ConvShape&, const ConvLayout&, WriteForms, const float* grad, float* packed, int64_t slab,
+               int64_t first_row, int64_t last_row);
+void pack_input(const ConvShape&, const ConvLayout&, WriteForms, const float* input, float* packed, int64_t slab,
+                int64_t first_row, int64_t last_row);
 
 /// accumulator[o, i, tap] += scale Σ_b (Σ_points grad · input)².
 struct ConvSquareProblem {
@@ -97,12 +104,19 @@ struct ConvSquareProblem {
   const ConvTap* taps;
   const float* grad;   // [examples, layout.grad_elements]
   const float* input;  // [examples, layout.input_elements]
-  int64_t examples;
+  int64_t examples;    // one, where it takes several slabs
+  int64_t rows;        // of the slab
+  float* sums;         // of one example over its slabs, [conv_sums_elements], aligned, 0 at first
   float* accumulator;  // [outputs, inputs, taps]
   float scale;
 };
 
-/// Units of work: blocks of outputs × blocks of inputs × planes of the kernel. Each adds to elements of its own.
+/// Elements of the sums.
+int64_t conv_sums_elements(const ConvLayout&, const ConvShape&);
+
+/// Units of work: blocks of outputs × blocks of inputs, × planes of the kernel where those have sums of their own, or
+/// plane forms for adding slabs. Each adds to elements of its own.
 int64_t conv_square_units(const ConvSquareProblem&);
+int64_t conv_square_add_units(const ConvSquareProblem&);
 
 }  // namespace timm_ext::cpu

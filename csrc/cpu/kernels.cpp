@@ -12,7 +12,9 @@ namespace {
 #define TIMM_EXT_TABLE(isa)                                    \
   {isa::merge_forward,         isa::merge_backward_log_weight, \
    isa::merge_backward_planes, isa::square_accumulate,         \
-   isa::conv_square,           isa::winograd_conv,             \
+   isa::conv_square,           isa::conv_square_add,           \
+   isa::conv_square_sums,      isa::conv_grad_forms,           \
+   isa::conv_input_forms,      isa::winograd_conv,             \
    isa::sample_labels,         isa::log_weights,               \
    isa::log_weights_backward}
 

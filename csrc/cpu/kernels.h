@@ -35,6 +35,7 @@ enum class Mixing { kSigmoid, kSoftmax, kRatios };
 // backward_log_weight writes the rows of segments inside one block; the sums of cut segments go to `edges`
 // [blocks, 2, T], first the segment that enters the block, then the one that leaves it.
 // square_accumulate: acc[i] += scale Σ g[i]² over `each` gradients for i in [begin, end).
+// conv_square: whole examples; conv_square_add: a slab of one, then conv_square_sums: its squares.
 // sample_labels: a unit is a block of one example's voxels, example after example.
 // log_weights and its backward: rows of `models` logits, of Element kFloat32 or kFloat64.
 #define TIMM_EXT_KERNELS                                                                                         \
@@ -46,6 +47,10 @@ enum class Mixing { kSigmoid, kSoftmax, kRatios };
   void square_accumulate(const SquareAccumulateItem&, int64_t each, Element, double scale, int64_t begin,        \
                          int64_t end);                                                                           \
   void conv_square(const ConvSquareProblem&, int64_t first_unit, int64_t last_unit);                             \
+  void conv_square_add(const ConvSquareProblem&, int64_t first_unit, int64_t last_unit);                         \
+  void conv_square_sums(const ConvSquareProblem&, int64_t first_unit, int64_t last_unit);                        \
+  void conv_grad_forms(const float* const* rows, int64_t row, float* to, int64_t form);                          \
+  void conv_input_forms(const float* const* rows, int64_t row, float* to, int64_t form);                         \
   void winograd_conv(const WinogradProblem&, int64_t first_unit, int64_t last_unit);                             \
   void sample_labels(const SampleProblem&, int64_t first_unit, int64_t last_unit);                               \
   void log_weights(Mixing, Element, const void* logits, void* out, int64_t models, int64_t first_row,            \
@@ -71,6 +76,10 @@ struct Kernels {
   decltype(&baseline::merge_backward_planes) merge_backward_planes;
   decltype(&baseline::square_accumulate) square_accumulate;
   decltype(&baseline::conv_square) conv_square;
+  decltype(&baseline::conv_square_add) conv_square_add;
+  decltype(&baseline::conv_square_sums) conv_square_sums;
+  decltype(&baseline::conv_grad_forms) conv_grad_forms;
+  decltype(&baseline::conv_input_forms) conv_input_forms;
   decltype(&baseline::winograd_conv) winograd_conv;
   decltype(&baseline::sample_labels) sample_labels;
   decltype(&baseline::log_weights) log_weights;
