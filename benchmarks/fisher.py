@@ -150,6 +150,7 @@ def main(arguments: list[str]) -> None:
                 write_json(options.output, result)
             result["memory"].append(memory_row(options, (base, edge, options.memory_batch)))
             print(json.dumps(result["memory"][-1]), flush=True)
+            write_json(options.output, result)
     if not options.add:
         result["sampling"] = sampling_row(options)
         print(json.dumps(result["sampling"]), flush=True)
