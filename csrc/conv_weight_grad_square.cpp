@@ -139,9 +139,9 @@ struct Work {
 
 void square_on_cpu(const ConvShape& shape, const Tensor& acc, const Tensor& grad, const Tensor& input, int64_t groups,
                    float scale) {
-  const ConvLayout layout(shape);
+  const ConvLayout layout(shape, torch::stable::get_num_threads());
   const int64_t examples = grad.size(0);
-  const bool slabs = layout.slab < layout.grad_rows();
+  const bool slabs = layout.group < layout.grad_rows();
   const int64_t each = layout.grad_elements(shape) + layout.input_elements();
   const int64_t at_a_time = slabs ? 1 : std::clamp<int64_t>(kPackedElements / each, 1, examples);
   const Tensor packed = torch::stable::new_empty(acc, {at_a_time * each});

@@ -82,11 +82,12 @@ bool takes_pairs(const ConvShape& s) {
   return true;
 }
 
-constexpr int64_t kSlab = 1 << 18;  // elements of the forms of grad and input
+constexpr int64_t kGroup = 1 << 18;      // elements of the forms of grad and input: they stay in a core's cache
+constexpr int64_t kGroupsPerThread = 4;  // of several threads, so that they seldom wait for one another
 
 }  // namespace
 
-ConvLayout::ConvLayout(const ConvShape& s)
+ConvLayout::ConvLayout(const ConvShape& s, int64_t threads)
     : pairs(takes_pairs(s)),
       halves(2 * s.outputs <= kPointLanes && s.out[0] > 1 ? 2 : 1),
       planes(((pairs ? (s.out[0] + 1) / 2 : s.out[0]) + halves - 1) / halves),
@@ -95,13 +96,15 @@ ConvLayout::ConvLayout(const ConvShape& s)
       row_taps(pairs ? kForms : s.kernel[1]),
       values(round_up(s.outputs * halves, kPointLanes)),
       inputs(round_up(s.inputs, kPointInputs)),
-      slab(planes * rows) {
+      group(planes * rows),
+      slab(group) {
   const int64_t out[3] = {planes, s.out[1], s.out[2]};
   for (int a = 0; a < 3; ++a) size[a] = (out[a] - 1) * s.stride[a] + (s.kernel[a] - 1) * s.dilation[a] + 1;
   if (pairs) {
     size[0] = planes, size[1] = rows;
     const int64_t row = forms() * (s.out[2] * values + size[2] * inputs * halves);
-    slab = std::clamp<int64_t>(kSlab / row, 1, slab);
+    group = std::clamp<int64_t>(kGroup / row, 1, group);
+    slab = std::min(slab, threads > 1 ? kGroupsPerThread * threads * group : group);
   }
   for (int64_t d = 0; d < plane_taps; ++d) {
     for (int64_t h = 0; h < row_taps; ++h) {

@@ -45,7 +45,7 @@ struct ConvTap {
 ///     m0 + (m1 + m2) / 2,  (m1 − m2) / 2,  (m1 + m2) / 2 + m3
 /// Forms take four times the memory, so that an example goes through in slabs.
 struct ConvLayout {
-  explicit ConvLayout(const ConvShape& shape);
+  ConvLayout(const ConvShape& shape, int64_t threads);
 
   bool pairs;                 // of planes and rows
   int64_t halves;             // 1 or 2
@@ -56,7 +56,8 @@ struct ConvLayout {
   int64_t values;             // of grad at a point
   int64_t inputs;             // channels, padded
   int64_t size[3];            // of the zero-padded input that belongs to a half; pairs in place of planes and rows
-  int64_t slab;               // rows of grad, counted through its planes, that are packed at a time; else all
+  int64_t group;              // rows of grad, counted through its planes, that are summed together; else all
+  int64_t slab;               // those packed at a time, some groups
   std::vector<ConvTap> taps;  // [plane_taps, row_taps, columns of the kernel]
 
   /// Elements of a point in a block.
@@ -68,7 +69,6 @@ struct ConvLayout {
 
   TIMM_EXT_FN int64_t grad_rows() const { return planes * rows; }
   TIMM_EXT_FN int64_t input_rows() const { return size[0] * size[1]; }  // with pairs, those of grad
-  TIMM_EXT_FN int64_t slabs() const { return (grad_rows() + slab - 1) / slab; }
 
   TIMM_EXT_FN int64_t grad_row(const ConvShape& s) const { return s.out[2] * grad_point(); }
   TIMM_EXT_FN int64_t input_row() const { return size[2] * input_point(); }

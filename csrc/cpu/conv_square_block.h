@@ -15,6 +15,11 @@ TIMM_EXT_FN int64_t stretch_rows(const ConvSquareProblem& p) {
   return row < kStretch ? kStretch / row : 1;
 }
 
+TIMM_EXT_FN int64_t smallest(int64_t a, int64_t b, int64_t c) {
+  const int64_t ab = a < b ? a : b;
+  return ab < c ? ab : c;
+}
+
 /// to += scale · values, of which there are up to four.
 TIMM_EXT_FN void add_scaled(math::FloatQuad values, float scale, int64_t count, float* to) {
   if (count == 4) {
@@ -37,9 +42,10 @@ class Block {
 
   /// sums[taps, inputs, vectors] += Σ grad · input over the packed rows of an example.
   void add_taps(int64_t example, int64_t first_tap, int64_t last_tap, V* sums) const {
-    const int64_t stretch = stretch_rows(p_);
-    for (int64_t row = 0; row < p_.rows; row += stretch) {
-      const int64_t last = row + stretch < p_.rows ? row + stretch : p_.rows;
+    const int64_t stretch = stretch_rows(p_), group = p_.layout->group;
+    for (int64_t row = 0, last = 0; row < p_.rows; row = last) {
+      const int64_t group_end = row / group * group + group;
+      last = smallest(row + stretch, group_end, p_.rows);
       for (int64_t tap = first_tap; tap < last_tap; tap += B::kTaps) {
         add_products(example, p_.taps[tap], row, last, sums + (tap - first_tap) * B::kSums);
       }

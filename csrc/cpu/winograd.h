@@ -17,8 +17,9 @@ namespace timm_ext::cpu {
 
 using math::ConvShape;
 
-constexpr int64_t kForms2 = 16;
+constexpr int64_t kWinogradForms = 16;
 constexpr int64_t kWinogradOutputs = 8;  // channels of the output that are computed together
+constexpr int64_t kWinogradRows = 8;     // of the output in a unit of work, a multiple of those in two vectors
 
 struct WinogradProblem {
   const ConvShape* shape;  // kernel [3, 3, any], stride and dilation 1
@@ -35,13 +36,16 @@ TIMM_EXT_FN int64_t winograd_blocks(const ConvShape& s) {
 
 /// Elements of the weights' forms [blocks of outputs, 16, inputs, columns of the kernel, outputs of a block].
 TIMM_EXT_FN int64_t winograd_block_elements(const ConvShape& s) {
-  return kForms2 * s.inputs * s.kernel[2] * kWinogradOutputs;
+  return kWinogradForms * s.inputs * s.kernel[2] * kWinogradOutputs;
 }
 
 /// Forms of the weights [outputs, inputs, 3, 3, columns] of blocks of outputs.
 void winograd_weights(const ConvShape&, const float* weight, float* forms, int64_t first_block, int64_t last_block);
 
-/// Units of work: two planes of the output of one example.
-TIMM_EXT_FN int64_t winograd_units(const WinogradProblem& p) { return p.examples * ((p.shape->out[0] + 1) / 2); }
+/// Units of work: two planes × kWinogradRows rows of the output of one example.
+TIMM_EXT_FN int64_t winograd_row_groups(const ConvShape& s) { return (s.out[1] + kWinogradRows - 1) / kWinogradRows; }
+TIMM_EXT_FN int64_t winograd_units(const WinogradProblem& p) {
+  return p.examples * ((p.shape->out[0] + 1) / 2) * winograd_row_groups(*p.shape);
+}
 
 }  // namespace timm_ext::cpu

@@ -21,19 +21,25 @@ struct Place {
   int64_t column;  // the first
 };
 
-/// A pair of planes of the output of one example.
+/// Some rows of two planes of the output of one example.
 class Planes {
  public:
   Planes(const WinogradProblem& p, float* memory)
-      : s_(*p.shape), p_(p), tile_(s_), pairs_of_planes_((s_.out[0] + 1) / 2), forms_(s_, tile_, memory) {}
+      : s_(*p.shape),
+        p_(p),
+        tile_(s_),
+        row_groups_(winograd_row_groups(s_)),
+        plane_pairs_((s_.out[0] + 1) / 2),
+        forms_(s_, tile_, memory) {}
 
   void write(int64_t unit) const {
-    const int64_t plane = unit % pairs_of_planes_ * 2, example = unit / pairs_of_planes_;
+    const int64_t first = unit % row_groups_ * kWinogradRows, last = smaller_of(first + kWinogradRows, s_.out[1]);
+    const int64_t plane = unit / row_groups_ % plane_pairs_ * 2, example = unit / row_groups_ / plane_pairs_;
     const float* const input = p_.input + example * s_.inputs * s_.in[0] * s_.in[1] * s_.in[2];
     float* const output = p_.output + example * s_.outputs * s_.out[0] * s_.out[1] * s_.out[2];
-    for (int64_t row = 0; row < s_.out[1]; row += 2 * tile_.pairs) {
+    for (int64_t row = first; row < last; row += 2 * tile_.pairs) {
       forms_.make(input, plane, row);
-      for (int64_t first = 0; first < s_.outputs; first += kOutputs) write_rows(first, plane, row, output);
+      for (int64_t o = 0; o < s_.outputs; o += kOutputs) write_rows(o, plane, row, output);
     }
   }
 
@@ -59,9 +65,9 @@ class Planes {
 
   template <int Vectors, bool Halves>
   void write_vectors(const Place (&places)[Vectors], int64_t first, int64_t plane, int64_t row, float* output) const {
-    V products[kForms2][kOutputs][Vectors];
+    V products[kWinogradForms][kOutputs][Vectors];
     const float* weights = p_.forms + first / kWinogradOutputs * winograd_block_elements(s_) + first % kWinogradOutputs;
-    for (int64_t form = 0; form < kForms2; ++form) {
+    for (int64_t form = 0; form < kWinogradForms; ++form) {
       for (int64_t i = 0; i < s_.inputs; i += kChain) {
         const float* x[Vectors];
         for (int v = 0; v < Vectors; ++v) x[v] = forms_.row(form, i, places[v].pair) + places[v].column;
@@ -144,7 +150,8 @@ class Planes {
   const ConvShape& s_;
   const WinogradProblem& p_;
   WinogradTile tile_;
-  int64_t pairs_of_planes_;
+  int64_t row_groups_;
+  int64_t plane_pairs_;
   InputForms forms_;
 };
 

@@ -33,7 +33,7 @@ class InputForms {
  public:
   static int64_t elements(const ConvShape& s) {
     const WinogradTile tile(s);
-    return zeros(s) + kForms2 * s.inputs * tile.pairs * tile.pitch;
+    return zeros(s) + kWinogradForms * s.inputs * tile.pairs * tile.pitch;
   }
 
   /// In memory that is zero.

@@ -44,7 +44,9 @@ class Geometry:
     def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Convolve `[B, C, ...]`."""
         if self._suits_winograd(input, weight):
-            return winograd_conv3d(input, weight, bias, padding=self.padding)
+            return winograd_conv3d(
+                input, weight, None if bias is None else bias.contiguous(), padding=self.padding
+            )
         if self._would_be_slow(input, weight):
             return self._onednn(input.contiguous(), weight, bias)
         return torch.convolution(
