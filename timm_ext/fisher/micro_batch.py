@@ -54,8 +54,9 @@ def examples_at_a_time(x: Tensor, parameters: int) -> int:
 
     On a GPU all of them. On a CPU every pass costs the calls, which count where examples are small, and the
     reading of the weights, the reading and writing of the sums, which count where they do not stay in the
-    cache; beyond that more examples gain little and take their memory. It is v / (voxels of an example), at
-    least 1, where v is 32³, or parameters / 32 if that is more and the model has more than 2²² parameters.
+    cache; each further example gains less and takes its memory. It is v / (voxels of an example), at least 1,
+    where v is 32³, or parameters / 32 if that is more and the model has more than 2²² parameters. Where
+    memory is plenty and images are small, a larger count is faster.
 
     Args:
         x: `[B, C, ...]`.
