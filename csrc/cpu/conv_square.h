@@ -41,7 +41,7 @@ struct ConvTap {
 /// A kernel of three planes and three rows meets those of grad in pairs (Winograd's F(2, 3), turned round, on both
 /// axes). On one axis, of g0, g1 and the input's x0 … x3 there are four forms, whose products m0 … m3, summed over all
 /// pairs, give the gradients at the three places of the kernel: four multiplications in place of six.
-///     m0 = g0 (x0 − x2)    m1 = (g0 + g1) (x1 + x2)    m2 = (g0 − g1) (x2 − x1)    m3 = g1 (x3 − x1)
+///     m0 = g0 (x0 − x2)    m1 = (g0 + g1) (x1 + x2)    m2 = (g0 − g1) (x2 − x1)    m3 = −g1 (x1 − x3)
 ///     m0 + (m1 + m2) / 2,  (m1 − m2) / 2,  (m1 + m2) / 2 + m3
 /// Forms take four times the memory, so that an example goes through in slabs.
 struct ConvLayout {

@@ -4,7 +4,7 @@
 // zero where the padding is.
 #pragma once
 
-#include "../math/simd.h"
+#include "row_forms.h"
 #include "winograd.h"
 
 namespace timm_ext::cpu::TIMM_EXT_ISA {
@@ -52,7 +52,7 @@ class InputForms {
   }
 
  private:
-  using Rows = const float* [4][4];
+  using Rows = const float* [kWinogradForms];  // four planes of four
 
   static int64_t zeros(const ConvShape& s) { return (s.in[2] + kLanes - 1) / kLanes * kLanes; }
 
@@ -70,7 +70,7 @@ class InputForms {
     for (int64_t d = 0; d < 4; ++d) {
       for (int64_t h = 0; h < 4; ++h) {
         const float* const from = input_row(input, channel, plane + d, first_row + 2 * pair + h);
-        rows[d][h] = from != nullptr ? from : zeros_;
+        rows[4 * d + h] = from != nullptr ? from : zeros_;
         for (int64_t w = 0; w < s_.in[2] && from != nullptr && next != 0; w += 16) __builtin_prefetch(from + next + w);
       }
     }
@@ -87,36 +87,11 @@ class InputForms {
   /// At least C's lanes; the last of them may overlap those before.
   template <class C, int64_t Lanes>
   void make_row(const Rows& rows, float* to) const {
+    const int64_t form = row(1, 0, 0) - row(0, 0, 0);
     for (int64_t w = 0; w < s_.in[2]; w += Lanes) {
       const int64_t at = smaller_of(w, s_.in[2] - Lanes);
-      make_at<C>(rows, at, to + at);
+      write_input_forms<C>(rows, at, to + at, form);
     }
-  }
-
-  template <class C>
-  void make_at(const Rows& rows, int64_t w, float* to) const {
-    const int64_t form = row(1, 0, 0) - row(0, 0, 0);
-    C t[4][4];
-    for (int d = 0; d < 4; ++d) {
-      C x[4];
-      for (int h = 0; h < 4; ++h) x[h] = math::load<C>(rows[d][h] + w);
-      factors(x, t[d]);
-    }
-    for (int h = 0; h < 4; ++h) {
-      const C x[4] = {t[0][h], t[1][h], t[2][h], t[3][h]};
-      C f[4];
-      factors(x, f);
-      for (int d = 0; d < 4; ++d) math::store(to + (4 * d + h) * form, f[d]);
-    }
-  }
-
-  /// Of four inputs, those of the four products.
-  template <class C>
-  static TIMM_EXT_FN void factors(const C (&x)[4], C (&to)[4]) {
-    to[0] = x[0] - x[2];
-    to[1] = x[1] + x[2];
-    to[2] = x[2] - x[1];
-    to[3] = x[1] - x[3];
   }
 
   const ConvShape& s_;
