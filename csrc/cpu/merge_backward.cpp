@@ -52,8 +52,8 @@ struct SumUnits {
     C* to = sums;
     set_rows(lanes, [](int, int) { return V{}; });
     SegmentEnds ends(view);
-    for_each_unit<R, 0>(view, [&](const R& rows, int64_t unit) {
-      __builtin_prefetch(gradient + unit + kAhead);
+    for_each_unit<R>(view, [&](const R& rows, int64_t unit) {
+      __builtin_prefetch(gradient + unit + elements_ahead(rows));
       set_unit_terms(rows, unit, terms);
       if constexpr (R::kBlended) {
         ends.in_unit(view.begin + unit, [&](int64_t cut) {

@@ -56,26 +56,28 @@ struct Rows {
   }
 };
 
-/// Elements ahead of the work that are fetched where the CPU's own prefetching falls behind: with many rows, or with
-/// much work between the loads, as narrow vectors have.
-constexpr int64_t kAhead = 64;
-constexpr int kManyRows = math::kVectorBytes == 64 ? 8 : 4;
+/// Elements ahead of the work that are fetched: some 8 KiB on the way at a time, whatever the number of rows. The CPU's
+/// own prefetching comes later and ends with each page.
+template <class R>
+TIMM_EXT_FN int64_t elements_ahead(const R& rows) {
+  return rows.models() * (R::kWeighted ? 2 : 1) <= 4 ? 512 : 256;
+}
 
 template <class R>
 TIMM_EXT_FN void fetch_ahead(const R& rows, int64_t unit) {
+  const int64_t ahead = unit + elements_ahead(rows);
   for (int t = 0; t < rows.models(); ++t) {
-    __builtin_prefetch(rows.theta[t] + unit + kAhead);
-    if constexpr (R::kWeighted) __builtin_prefetch(rows.fisher[t] + unit + kAhead);
+    __builtin_prefetch(rows.theta[t] + ahead);
+    if constexpr (R::kWeighted) __builtin_prefetch(rows.fisher[t] + ahead);
   }
 }
 
-/// Calls f(rows, unit) for the units of a view; `Many`: rows from which on they are fetched ahead.
-template <class R, int Many = kManyRows, class F>
+/// Calls f(rows, unit) for the units of a view.
+template <class R, class F>
 TIMM_EXT_FN void for_each_unit(const View<typename R::C>& view, const F& f) {
   R rows(view);
-  const bool fetches = R::kBlended || rows.models() * (R::kWeighted ? 2 : 1) >= Many;
   for (int64_t unit = 0; unit < view.count; unit += kUnit) {
-    if (fetches) fetch_ahead(rows, unit);
+    fetch_ahead(rows, unit);
     if constexpr (R::kBlended) rows.alpha.set_unit(view.begin + unit);
     f(rows, unit);
   }
