@@ -69,6 +69,26 @@ def test_the_instruction_set_does_not_matter() -> None:
     assert set(digests.values()) == {digest()}, digests
 
 
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_results_written_past_the_caches_have_the_same_bits(dtype: torch.dtype, shift: int) -> None:
+    """From 4 MiB on results do not go through the caches, as far as they are aligned; those of parts do."""
+    size = 2**22 // dtype.itemsize + 5_000
+    first, middle = 70_001, 1_000_003
+    generator = torch.Generator().manual_seed(3)
+    theta, fisher = torch.randn(2, size, generator=generator).to(dtype), torch.rand(2, size).to(dtype)
+    logits = torch.randn(2, 2, generator=generator)
+    out = torch.full((size + shift,), torch.nan, dtype=dtype)[shift:]
+    timm_ext.fused_merge(theta, fisher, logits, torch.tensor([0, first, size]), out=out)
+    parts = [
+        timm_ext.fused_merge(theta[:, :middle], fisher[:, :middle], logits, torch.tensor([0, first, middle])),
+        timm_ext.fused_merge(
+            theta[:, middle:], fisher[:, middle:], logits[1:], torch.tensor([0, size - middle])
+        ),
+    ]
+    assert torch.equal(out, torch.cat(parts))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_storage_rounds_as_torch_does(dtype: torch.dtype) -> None:
     """With one model the merge only reads and writes: every bit pattern of the type must come back."""

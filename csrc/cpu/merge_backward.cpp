@@ -5,6 +5,7 @@
 #include "../math/row_sums.h"
 #include "dispatch.h"
 #include "merge_units.h"
+#include "merge_walk.h"
 
 namespace timm_ext::cpu::TIMM_EXT_ISA {
 namespace {
@@ -40,9 +41,10 @@ struct SumUnits {
   using V = typename math::VectorOf<C>::type;
 
   const C* gradient;
-  C* terms_memory;  // [models, kUnit]
-  C* lanes_memory;  // [models, kUnit]
-  C* sums;          // [segments, models, kUnit]
+  const char* stored_gradient;  // if half as wide, else null
+  C* terms_memory;              // [models, kUnit]
+  C* lanes_memory;              // [models, kUnit]
+  C* sums;                      // [segments, models, kUnit]
 
   template <class R>
   void run(const View<C>& view) const {
@@ -53,7 +55,11 @@ struct SumUnits {
     set_rows(lanes, [](int, int) { return V{}; });
     SegmentEnds ends(view);
     for_each_unit<R>(view, [&](const R& rows, int64_t unit) {
-      __builtin_prefetch(gradient + unit + elements_ahead(rows));
+      if (stored_gradient == nullptr) {
+        __builtin_prefetch(gradient + unit + elements_ahead(rows));
+      } else {
+        __builtin_prefetch(stored_gradient + (unit + kChunk) * sizeof(C) / 2);
+      }
       set_unit_terms(rows, unit, terms);
       if constexpr (R::kBlended) {
         ends.in_unit(view.begin + unit, [&](int64_t cut) {
@@ -122,7 +128,10 @@ class BackwardVisitor {
 
   void view(const View<C>& view) {
     const C* const gradient = gradient_row<S>(gradient_, view, row_.get());
-    with_rows(view, SumUnits<C>{gradient, terms_.get(), lanes_.get(), view_lanes_.get()});
+    const char* const stored = std::is_same_v<S, C> || gradient_.stride == 0
+                                   ? nullptr
+                                   : static_cast<const char*>(gradient_.values) + view.begin * sizeof(S);
+    with_rows(view, SumUnits<C>{gradient, stored, terms_.get(), lanes_.get(), view_lanes_.get()});
     sum_lanes(view_lanes_.get(), view.segments * summed(view), view_sums_.get());
   }
 

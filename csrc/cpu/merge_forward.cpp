@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "dispatch.h"
 #include "merge_units.h"
+#include "merge_walk.h"
 
 namespace timm_ext::cpu::TIMM_EXT_ISA {
 namespace {
@@ -49,6 +50,7 @@ struct ForwardVisitor {
   S* merged;
   bool streamed;
   Buffer<C> scratch{kChunk};
+  Buffer<S> narrowed{kChunk};
 
   void block_begins(int64_t) {}
 
@@ -56,13 +58,29 @@ struct ForwardVisitor {
     S* const to = merged + view.begin;
     if constexpr (std::is_same_v<S, C>) {
       if (view.count % kUnit == 0) {
-        const bool aligned = reinterpret_cast<uintptr_t>(to) % math::kVectorBytes == 0;
-        return with_rows(view, MergeUnits<C>{to, streamed && aligned});
+        return with_rows(view, MergeUnits<C>{to, streamed && is_aligned(to)});
       }
     }
     with_rows(view, MergeUnits<C>{scratch.get(), false});
-    narrow(to, scratch.get(), view.count);
+    if (streamed && view.count == kChunk && is_aligned(to)) {
+      narrow(narrowed.get(), scratch.get(), kChunk);
+      stream_chunk(to);
+    } else {
+      narrow(to, scratch.get(), view.count);
+    }
   }
+
+  void stream_chunk(S* to) const {
+    using V = math::FloatV;
+    constexpr int64_t lanes = sizeof(V) / sizeof(float);
+    float* const words = reinterpret_cast<float*>(to);
+    const float* const from = reinterpret_cast<const float*>(narrowed.get());
+    for (int64_t i = 0; i < kChunk * int64_t{sizeof(S)} / int64_t{sizeof(float)}; i += lanes) {
+      math::stream(words + i, math::load<V>(from + i));
+    }
+  }
+
+  static bool is_aligned(const S* to) { return reinterpret_cast<uintptr_t>(to) % math::kVectorBytes == 0; }
 
   void piece(const View<C>&, int64_t) {}
   void whole_segments(const View<C>&, int64_t, int64_t) {}

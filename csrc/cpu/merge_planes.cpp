@@ -3,6 +3,7 @@
 // Gradients of θ and F, a value per element and model.
 #include "dispatch.h"
 #include "merge_units.h"
+#include "merge_walk.h"
 
 namespace timm_ext::cpu::TIMM_EXT_ISA {
 namespace {

@@ -1,15 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// How the kernels of the merge walk the flat buffer. A block is cut into chunks of kChunk elements that stay in the
-// first-level cache, at fixed places of the buffer; a chunk is worked in units of kUnit elements, whatever the vectors'
-// width, so that every instruction set makes the same decisions. A chunk inside one segment has one weight α_t per
-// model; in a chunk of several segments each has a row of them, from which a unit blends its own.
+// What the kernels of the merge see of the flat buffer at a time: part of a chunk in arithmetic type. A chunk is worked
+// in units of kUnit elements, whatever the vectors' width, so that every instruction set makes the same decisions. A
+// chunk inside one segment has one weight α_t per model; in a chunk of several segments each has a row of them, from
+// which a unit blends its own.
 #pragma once
 
 #include <cstring>
 
 #include "../math/exp.h"
-#include "../math/tiles.h"
 #include "buffer.h"
 #include "kernels.h"
 #include "storage.h"
@@ -30,11 +29,12 @@ struct View {
   int64_t segments;
   const int64_t* ends;  // of the segments in the buffer, the last one beyond the view; null for one segment
   int models;
-  const int64_t* index;    // [models], of the models in the planes; null where they are all there
-  const C* const* theta;   // [models] rows
-  const C* const* fisher;  // [models] rows, or null
-  const C* alpha;          // [segments, models]
-  C* unit_alpha;           // [models, kUnit], room for those of a unit
+  const int64_t* index;       // [models], of the models in the planes; null where they are all there
+  const C* const* theta;      // [models] rows
+  const C* const* fisher;     // [models] rows, or null
+  const C* alpha;             // [segments, models]
+  C* unit_alpha;              // [models, kUnit], room for those of a unit
+  const char* const* stored;  // [models, 2] rows of θ and F in storage, where that is half as wide; else null
 
   int64_t model(int k) const { return index == nullptr ? k : index[k]; }
 };
@@ -46,7 +46,7 @@ const C* padded_row(const S* from, int64_t count, C* scratch, C padding) {
     if (count % kUnit == 0) return from;
     std::memcpy(scratch, from, count * sizeof(C));
   } else {
-    for (int64_t i = 0; i < count; ++i) scratch[i] = to_float(from[i]);
+    widen(from, count, scratch);
   }
   for (int64_t i = count; i < whole_units(count); ++i) scratch[i] = padding;
   return scratch;
@@ -60,6 +60,7 @@ class ViewReader {
       : in_(in),
         scratch_(2 * in.models * kChunk),
         rows_(2 * in.models),
+        stored_(2 * in.models),
         index_(in.models),
         alpha_(in.models),
         unit_alpha_(in.models * kUnit),
@@ -70,8 +71,8 @@ class ViewReader {
   View<C> of_segment(int64_t segment, int64_t begin, int64_t count) {
     set_weights(segment);
     set_rows(index_.get(), active_, begin, count);
-    return {begin,       count,         segment,      1,      nullptr, active_, index_.get(),
-            rows_.get(), fisher_rows(), alpha_.get(), nullptr};
+    return {begin,       count,         segment,      1,       nullptr,      active_, index_.get(),
+            rows_.get(), fisher_rows(), alpha_.get(), nullptr, stored_rows()};
   }
 
   /// Sets a view of a chunk with pieces of the segments [first, last]; false where a weight is 0 or NaN.
@@ -79,13 +80,15 @@ class ViewReader {
     if (!set_relative_weights(first, last)) return false;
     const int64_t* const ends = in_.offsets + first + 1;
     set_rows(nullptr, in_.models, begin, count);
-    view = {begin,       count,         first,           last - first + 1, ends, int(in_.models), nullptr,
-            rows_.get(), fisher_rows(), relative_.get(), unit_alpha_.get()};
+    view = {begin,       count,         first,           last - first + 1,  ends,         int(in_.models), nullptr,
+            rows_.get(), fisher_rows(), relative_.get(), unit_alpha_.get(), stored_rows()};
     return true;
   }
 
  private:
   const C* const* fisher_rows() const { return in_.fisher == nullptr ? nullptr : rows_.get() + in_.models; }
+
+  const char* const* stored_rows() const { return std::is_same_v<S, C> ? nullptr : stored_.get(); }
 
   void set_weights(int64_t segment) {
     if (segment == segment_) return;
@@ -112,7 +115,9 @@ class ViewReader {
   }
 
   const C* row(const void* plane, int64_t offset, int64_t count, int64_t slot, C padding) const {
-    return padded_row(static_cast<const S*>(plane) + offset, count, scratch_.get() + slot * kChunk, padding);
+    const S* const from = static_cast<const S*>(plane) + offset;
+    stored_.get()[slot] = reinterpret_cast<const char*>(from);
+    return padded_row(from, count, scratch_.get() + slot * kChunk, padding);
   }
 
   /// Weights of the segments [first, last], up to a factor of their row; false where one is 0.
@@ -156,6 +161,7 @@ class ViewReader {
   const MergeInputs& in_;
   Buffer<C> scratch_;
   Buffer<const C*> rows_;
+  Buffer<const char*> stored_;
   Buffer<int64_t> index_;
   Buffer<C> alpha_;
   Buffer<C> unit_alpha_;
@@ -174,77 +180,5 @@ const C* gradient_row(const MergeGradient& gradient, const View<C>& view, C* scr
   for (int64_t i = 0; i < whole_units(view.count); ++i) scratch[i] = value;
   return scratch;
 }
-
-/// Walks the blocks and calls, in order:
-///   visitor.block_begins(begin)
-///   visitor.view(view)                          elements of one segment, or of several
-///   visitor.piece(view, segment)                for a segment that the view holds in part
-///   visitor.whole_segments(view, first, last)   for the segments [first, last) that it holds whole
-///   visitor.segment_ends(segment, cut)          after its last piece in this block; cut: others lie in other blocks
-template <class S, class C, class Visitor>
-class Walk {
- public:
-  Walk(const MergeInputs& in, Visitor& visitor) : in_(in), visitor_(visitor), reader_(in) {}
-
-  void blocks(int64_t first_block, int64_t last_block) {
-    for (int64_t block = first_block; block < last_block; ++block) {
-      begin_ = block * kBlock;
-      end_ = begin_ + kBlock < in_.elements ? begin_ + kBlock : in_.elements;
-      visitor_.block_begins(begin_);
-      int64_t segment = math::find_segment(in_.offsets, in_.segments, begin_);
-      for (int64_t begin = begin_; begin < end_; begin += kChunk) {
-        segment = chunk(segment, begin, begin + kChunk < end_ ? begin + kChunk : end_);
-      }
-    }
-  }
-
- private:
-  /// Visits [begin, end), which starts in `segment`, and returns the segment of what follows.
-  int64_t chunk(int64_t segment, int64_t begin, int64_t end) {
-    int64_t last = segment;
-    while (in_.offsets[last + 1] < end) ++last;
-    if (last > segment && reader_.of_segments(segment, last, begin, end - begin, view_)) {
-      segments(segment, last, begin, end);
-    } else {
-      for (int64_t s = segment; s <= last; ++s) {
-        const int64_t from = in_.offsets[s] > begin ? in_.offsets[s] : begin;
-        const int64_t to = in_.offsets[s + 1] < end ? in_.offsets[s + 1] : end;
-        view_ = reader_.of_segment(s, from, to - from);
-        visitor_.view(view_);
-        visitor_.piece(view_, s);
-        end_segment(s, end);
-      }
-    }
-    return in_.offsets[last + 1] <= end ? last + 1 : last;
-  }
-
-  void segments(int64_t segment, int64_t last, int64_t begin, int64_t end) {
-    const int64_t first_whole = in_.offsets[segment] < begin ? segment + 1 : segment;
-    const int64_t last_whole = in_.offsets[last + 1] > end ? last : last + 1;
-    visitor_.view(view_);
-    if (first_whole > segment) {
-      visitor_.piece(view_, segment);
-      end_segment(segment, end);
-    }
-    visitor_.whole_segments(view_, first_whole, last_whole);
-    if (last_whole == last) {
-      visitor_.piece(view_, last);
-      end_segment(last, end);
-    }
-  }
-
-  /// Tells when nothing of the segment lies behind `end` in this block.
-  void end_segment(int64_t segment, int64_t end) {
-    if (in_.offsets[segment + 1] > end && end < end_) return;
-    visitor_.segment_ends(segment, in_.offsets[segment] < begin_ || in_.offsets[segment + 1] > end_);
-  }
-
-  const MergeInputs& in_;
-  Visitor& visitor_;
-  ViewReader<S, C> reader_;
-  View<C> view_;
-  int64_t begin_ = 0;
-  int64_t end_ = 0;
-};
 
 }  // namespace timm_ext::cpu::TIMM_EXT_ISA

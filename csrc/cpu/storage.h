@@ -5,7 +5,12 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
 
 #include "../math/scalar.h"
 
@@ -54,13 +59,32 @@ TIMM_EXT_FN void from_float(Float16& to, float from) {
   to.bits = static_cast<uint16_t>((magnitude >= 0x47800000 ? special : finite) | ((bits & 0x80000000) >> 16));
 }
 
+/// Brings values to arithmetic type.
+template <class C, class S>
+TIMM_EXT_FN void widen_to(C* to, const S* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i]);
+}
+
+#if defined(__F16C__)
+/// In one instruction; only the payload of a NaN may differ.
+TIMM_EXT_FN void widen_to(float* to, const Float16* from, int64_t count) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    __m128i bits;
+    std::memcpy(&bits, from + i, sizeof(bits));
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(bits));
+  }
+  for (; i < count; ++i) to[i] = to_float(from[i]);
+}
+#endif
+
 /// A row of arithmetic type for a chunk: the storage itself, or `scratch` after conversion.
 template <class C, class S>
 TIMM_EXT_FN const C* widen(const S* from, int64_t count, C* scratch) {
   if constexpr (std::is_same_v<S, C>) {
     return from;
   } else {
-    for (int64_t i = 0; i < count; ++i) scratch[i] = to_float(from[i]);
+    widen_to(scratch, from, count);
     return scratch;
   }
 }
