@@ -67,10 +67,10 @@ class Planes {
   void write_vectors(const Place (&places)[Vectors], int64_t first, int64_t plane, int64_t row, float* output) const {
     V products[kWinogradForms][kOutputs][Vectors];
     const float* weights = p_.forms + first / kWinogradOutputs * winograd_block_elements(s_) + first % kWinogradOutputs;
+    const float* x[Vectors];  // from form to form
+    for (int v = 0; v < Vectors; ++v) x[v] = forms_.row(0, 0, places[v].pair) + places[v].column;
     for (int64_t form = 0; form < kWinogradForms; ++form) {
       for (int64_t i = 0; i < s_.inputs; i += kChain) {
-        const float* x[Vectors];
-        for (int v = 0; v < Vectors; ++v) x[v] = forms_.row(form, i, places[v].pair) + places[v].column;
         V sums[kOutputs][Vectors] = {};
         weights = add_products<Halves>(weights, smaller_of(kChain, s_.inputs - i), x, sums);
         for (int o = 0; o < kOutputs; ++o) {
@@ -81,12 +81,15 @@ class Planes {
       }
     }
     const int64_t outputs = smaller_of(kOutputs, s_.outputs - first);
-    for (int64_t o = 0; o < outputs; ++o) {
-      const V bias = p_.bias != nullptr ? math::broadcast(p_.bias + first + o) : V{};
-      for (int v = 0; v < Vectors; ++v) {
+    const int64_t channel = s_.out[0] * s_.out[1] * s_.out[2];
+    for (int v = 0; v < Vectors; ++v) {
+      const int64_t first_row = row + 2 * places[v].pair;
+      float* const to = output + first * channel + (plane * s_.out[1] + first_row) * s_.out[2] + places[v].column;
+      for (int64_t o = 0; o < outputs; ++o) {
+        const V bias = p_.bias != nullptr ? math::broadcast(p_.bias + first + o) : V{};
         V four[2][2];
         combine([&](int form) { return products[form][o][v]; }, bias, four);
-        write_four(four, output, first + o, plane, row + 2 * places[v].pair, places[v].column);
+        write_four(four, to + o * channel, plane, first_row);
       }
     }
   }
@@ -126,15 +129,14 @@ class Planes {
     }
   }
 
-  void write_four(const V (&four)[2][2], float* output, int64_t channel, int64_t plane, int64_t row,
-                  int64_t column) const {
+  void write_four(const V (&four)[2][2], float* to, int64_t plane, int64_t row) const {
     for (int64_t d = 0; d < 2 && plane + d < s_.out[0]; ++d) {
       for (int64_t h = 0; h < 2 && row + h < s_.out[1]; ++h) {
-        float* const to = output + ((channel * s_.out[0] + plane + d) * s_.out[1] + row + h) * s_.out[2] + column;
+        float* const at = to + (d * s_.out[1] + h) * s_.out[2];
         if (s_.out[2] >= kLanes) {
-          math::store(to, four[d][h]);
+          math::store(at, four[d][h]);
         } else {
-          write_short(four[d][h], to, row + h);
+          write_short(four[d][h], at, row + h);
         }
       }
     }

@@ -42,9 +42,7 @@ class InputForms {
 
   /// Makes those for rows of the output from a plane and a row on.
   void make(const float* input, int64_t plane, int64_t row) const {
-    for (int64_t i = 0; i < s_.inputs; ++i) {
-      for (int64_t pair = 0; pair < tile_.pairs; ++pair) make_pair(input, i, plane, row, pair);
-    }
+    for (int64_t pair = 0; pair < tile_.pairs; ++pair) make_pair(input, plane, row + 2 * pair, pair);
   }
 
   float* row(int64_t form, int64_t input, int64_t pair) const {
@@ -56,39 +54,42 @@ class InputForms {
 
   static int64_t zeros(const ConvShape& s) { return (s.in[2] + kLanes - 1) / kLanes * kLanes; }
 
-  /// A row of the input, or null where there is none.
-  const float* input_row(const float* input, int64_t channel, int64_t plane, int64_t row) const {
+  /// A row of the first channel of the input, or null where there is none.
+  const float* input_row(const float* input, int64_t plane, int64_t row) const {
     const int64_t d = plane - s_.padding[0], h = row - s_.padding[1];
     const bool there = d >= 0 && d < s_.in[0] && h >= 0 && h < s_.in[1];
-    return there ? input + ((channel * s_.in[0] + d) * s_.in[1] + h) * s_.in[2] : nullptr;
+    return there ? input + (d * s_.in[1] + h) * s_.in[2] : nullptr;
   }
 
-  /// Of one channel; the rows of the next one are fetched ahead.
-  void make_pair(const float* input, int64_t channel, int64_t plane, int64_t first_row, int64_t pair) const {
+  /// Of all channels; the rows of the next one are fetched ahead.
+  void make_pair(const float* input, int64_t plane, int64_t first_row, int64_t pair) const {
+    const int64_t channel = s_.in[0] * s_.in[1] * s_.in[2];
     Rows rows;
-    const int64_t next = channel + 1 < s_.inputs ? s_.in[0] * s_.in[1] * s_.in[2] : 0;
-    for (int64_t d = 0; d < 4; ++d) {
-      for (int64_t h = 0; h < 4; ++h) {
-        const float* const from = input_row(input, channel, plane + d, first_row + 2 * pair + h);
-        rows[4 * d + h] = from != nullptr ? from : zeros_;
-        for (int64_t w = 0; w < s_.in[2] && from != nullptr && next != 0; w += 16) __builtin_prefetch(from + next + w);
-      }
+    int64_t steps[kWinogradForms];
+    for (int64_t r = 0; r < kWinogradForms; ++r) {
+      const float* const from = input_row(input, plane + r / 4, first_row + r % 4);
+      rows[r] = from != nullptr ? from : zeros_;
+      steps[r] = from != nullptr ? channel : 0;
     }
-    float* const to = row(0, channel, pair) + s_.padding[2];
-    if (s_.in[2] >= kLanes) {
-      make_row<V, kLanes>(rows, to);
-    } else if (2 * s_.in[2] >= kLanes) {
-      make_row<math::HalfFloatV, kLanes / 2>(rows, to);
-    } else {
-      make_row<float, 1>(rows, to);
+    for (int64_t i = 0; i < s_.inputs; ++i) {
+      float* const to = row(0, i, pair) + s_.padding[2];
+      if (s_.in[2] >= kLanes) {
+        make_row<V, kLanes>(rows, steps, to);
+      } else if (2 * s_.in[2] >= kLanes) {
+        make_row<math::HalfFloatV, kLanes / 2>(rows, steps, to);
+      } else {
+        make_row<float, 1>(rows, steps, to);
+      }
+      for (int64_t r = 0; r < kWinogradForms; ++r) rows[r] += steps[r];
     }
   }
 
   /// At least C's lanes; the last of them may overlap those before.
   template <class C, int64_t Lanes>
-  void make_row(const Rows& rows, float* to) const {
+  void make_row(const Rows& rows, const int64_t (&steps)[kWinogradForms], float* to) const {
     const int64_t form = row(1, 0, 0) - row(0, 0, 0);
     for (int64_t w = 0; w < s_.in[2]; w += Lanes) {
+      for (int64_t r = 0; r < kWinogradForms; ++r) __builtin_prefetch(rows[r] + steps[r] + w);
       const int64_t at = smaller_of(w, s_.in[2] - Lanes);
       write_input_forms<C>(rows, at, to + at, form);
     }

@@ -19,8 +19,17 @@ CASES = [
 def test_one_small_example(size, kernel, stride, dilation, padding, outputs):
     geometry = Geometry((stride,) * 3, (padding,) * 3, (dilation,) * 3, False, (0, 0, 0), 1)
     x, weight, bias = tensors((1, 3, *size), (outputs, 3, *kernel), (outputs,))
-    assert geometry._would_be_slow(x, weight)
+    points = geometry.forward(x.double(), weight.double(), None)[0, 0].numel()
+    assert geometry._would_be_slow(x, weight) == (points > 27)  # some are, some are not
     assert not geometry._suits_winograd(x, weight)
+    assert_all_close(geometry, x, weight, bias)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_pointwise(dtype, batch):
+    geometry = Geometry((1,) * 3, (0,) * 3, (1,) * 3, False, (0, 0, 0), 1)
+    x, weight, bias = (t.to(dtype) for t in tensors((batch, 5, 4, 3, 6), (7, 5, 1, 1, 1), (7,)))
     assert_all_close(geometry, x, weight, bias)
 
 
@@ -50,6 +59,7 @@ def assert_all_close(geometry, x, weight, bias):
         assert (got - wanted).abs().max() < 1e-5 * max(1, wanted.abs().max())
 
     assert_close(geometry.forward(x, weight, bias), expected)
+    grad = grad.to(x.dtype)
     assert_close(geometry.input_gradient(grad, x, weight), for_x)
     assert_close(geometry.weight_gradient(grad, x, weight), for_weight)
 

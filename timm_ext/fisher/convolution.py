@@ -2,7 +2,8 @@
 
 Kernels of 3 x 3 planes and rows at stride 1 go by `winograd_conv3d`, the input's gradient with mirrored
 weights. ATen gives batches of one with channels x depth x height <= 20480 to `slow_conv3d`, which is much
-slower than oneDNN; they reach oneDNN here, too.
+slower than oneDNN but for small outputs, whose weights oneDNN takes longer to reorder; the larger ones reach
+oneDNN here, too.
 """
 
 import math
@@ -15,6 +16,7 @@ from torch import Tensor
 from timm_ext.ops import winograd_conv3d
 
 _SLOW_EXTENT = 20480
+_FEW_POINTS = 27  # of the output, up to which `slow_conv3d` is faster than oneDNN
 _FEW_OUTPUTS = 8  # up to which oneDNN is faster with mirrored weights than in its own input gradient
 _WORKING_LANES = 0.6  # of vectors of 16 columns, or of two rows of up to 8: with fewer, oneDNN is faster
 _MANY_POINTS = 512  # of the output in all: with fewer, the weights take longer to prepare than they save
@@ -63,6 +65,8 @@ class Geometry:
 
     def input_gradient(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
         """Return the gradient with respect to the input `[B, C, ...]`."""
+        if self.pointwise(weight) and grad.device.type == "cpu":
+            return (weight.flatten(1).T @ grad.flatten(2)).view(input.shape)
         mirrored = self._mirrored(weight)
         if mirrored is not None and mirrored._suits_winograd(grad, weight):
             return winograd_conv3d(grad, _mirror(weight), padding=mirrored.padding)
@@ -90,14 +94,17 @@ class Geometry:
     def _reach(self, weight: Tensor) -> list[int]:
         return [gap * (size - 1) for gap, size in zip(self.dilation, weight.shape[2:], strict=True)]
 
+    def _output_size(self, input: Tensor, weight: Tensor) -> list[int]:
+        sizes = zip(input.shape[2:], self.padding, self._reach(weight), self.stride, strict=True)
+        return [(size + 2 * pad - reach - 1) // step + 1 for size, pad, reach, step in sizes]
+
     def _suits_winograd(self, input: Tensor, weight: Tensor) -> bool:
         """Tell whether Winograd's way exists and pays."""
         if len(input.shape) != 5 or weight.shape[2:4] != (3, 3) or not _single_on_cpu(input, weight):
             return False
         if self.transposed or self.groups != 1 or set(self.stride) != {1} or set(self.dilation) != {1}:
             return False
-        sizes = zip(input.shape[2:], self.padding, weight.shape[2:], strict=True)
-        out = [size + 2 * pad - kernel + 1 for size, pad, kernel in sizes]
+        out = self._output_size(input, weight)
         lanes = 8 if out[2] <= 8 else 16 * math.ceil(out[2] / 16)
         many = input.shape[0] * math.prod(out) >= _MANY_POINTS
         return many and min(out) >= 2 and out[2] >= _WORKING_LANES * lanes
@@ -112,6 +119,7 @@ class Geometry:
             and self.groups == 1
             and _single_on_cpu(input, weight)
             and weight.shape[2:] != (1, 1, 1)
+            and math.prod(self._output_size(input, weight)) > _FEW_POINTS
             and torch.backends.mkldnn.is_available()
         )
 
