@@ -37,11 +37,6 @@ def median_ratio(one: Sequence[float], other: Sequence[float]) -> float:
     return round(statistics.median(a / b for a, b in zip(one, other, strict=False)), 3)
 
 
-def release_free_memory() -> None:
-    """Return memory that is free and still resident to the system."""
-    ctypes.CDLL(None).malloc_trim(0)
-
-
 def peak_bytes(call: Callable[[], Any], device: str) -> int:
     """Peak memory of a call beyond what is there."""
     if device == "cuda":
@@ -49,7 +44,7 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before
-    release_free_memory()  # it would not be counted
+    ctypes.CDLL(None).malloc_trim(0)  # what is free and still resident would not be counted
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = _memory("VmRSS")
     call()
