@@ -4,8 +4,8 @@
 //
 // Common to all, unless said otherwise: the result depends on the arguments only, bit for bit, not on the number of
 // threads or the CPU's instruction set; inputs are never changed unless marked (a!); sizes and offsets are 64-bit; a
-// call with nothing to do returns at once. Autograd and fake kernels are in timm_ext/ops.py, definitions in plain
-// PyTorch in timm_ext/reference.py.
+// call with nothing to do returns at once. Autograd and fake kernels are in timm_ext/ops.py (of single layers in
+// layer_ops.py), definitions in plain PyTorch in timm_ext/reference.py.
 #include <torch/csrc/stable/library.h>
 
 #include "operators.h"
@@ -68,6 +68,22 @@ STABLE_TORCH_LIBRARY(timm_ext, m) {
   // devices. CPU and CUDA may differ in the last bits of σ and softmax.
   m.def("sample_labels(Tensor logits, Tensor keys, str likelihood, bool labels_wanted) -> (Tensor, Tensor)");
 
+  // (grad_input, grad_weight [B, C], grad_bias [B, C]), the gradients, example by example, of an instance norm with its
+  // LeakyReLU: of leaky(weight (input - mean) deviation + bias), where leaky(a) = a above zero and slope a elsewhere.
+  // grad, input [B, C, ...]; mean, deviation [B C], of each channel of input and, reciprocal, with epsilon; weight,
+  // bias [C], None stands for 1 and 0. float32, sums of more than 256 terms in float64; on the CPU only.
+  m.def(
+      "instance_norm_backward(Tensor grad, Tensor input, Tensor mean, Tensor deviation, Tensor? weight, Tensor? bias,"
+      " float slope) -> (Tensor, Tensor, Tensor)");
+
+  // The convolution of input [B, I, D, H, W] with weight [O, I, ...], for outputs of few points: memory for
+  // I · taps · B · points numbers. Mirrored: with weight [I, O, ...], its taps taken backwards, which makes the
+  // gradient of the input of that of the output where the stride is 1. float32, on the CPU only; its bits depend on the
+  // instruction set (fused multiply-add).
+  m.def(
+      "small_conv3d(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation,"
+      " bool mirrored) -> Tensor");
+
   // The convolution of stride 1 of input [B, I, D, H, W] with weight [O, I, 3, 3, K], zeros around; float32, on the CPU
   // only. Its bits depend on the instruction set (fused multiply-add).
   m.def("winograd_conv3d(Tensor input, Tensor weight, Tensor? bias, int[] padding) -> Tensor");
@@ -84,8 +100,10 @@ STABLE_TORCH_LIBRARY(timm_ext, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(timm_ext, CPU, m) {
   TIMM_EXT_REGISTER_BOTH_DEVICES(m);
+  m.impl("instance_norm_backward", TORCH_BOX(&timm_ext::instance_norm_backward));
   m.impl("log_weights", TORCH_BOX(&timm_ext::log_weights));
   m.impl("log_weights_backward", TORCH_BOX(&timm_ext::log_weights_backward));
+  m.impl("small_conv3d", TORCH_BOX(&timm_ext::small_conv3d));
   m.impl("winograd_conv3d", TORCH_BOX(&timm_ext::winograd_conv3d));
 }
 

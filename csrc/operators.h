@@ -33,6 +33,13 @@ std::tuple<Tensor, Tensor> sample_labels(const Tensor& logits, const Tensor& key
                                          bool labels_wanted);
 void square_accumulate(const std::vector<Tensor>& acc, const std::vector<Tensor>& grads, double scale);
 
+std::tuple<Tensor, Tensor, Tensor> instance_norm_backward(const Tensor& grad, const Tensor& input, const Tensor& mean,
+                                                          const Tensor& deviation, const std::optional<Tensor>& weight,
+                                                          const std::optional<Tensor>& bias, double slope);
+
+Tensor small_conv3d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                    std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                    bool mirrored);
 Tensor winograd_conv3d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                        std::vector<int64_t> padding);
 

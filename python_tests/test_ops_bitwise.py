@@ -11,12 +11,13 @@ import torch
 from merge_samples import SAMPLES, Sample, extreme_inputs, make_inputs
 
 import timm_ext
+from timm_ext.layer_ops import instance_norm_backward
 
 DIGEST = "import sys; sys.path.insert(0, sys.argv[1]); from test_ops_bitwise import digest; print(digest())"
 
 
 def digest(threads: int = 1) -> str:
-    """Hash values and gradients of the samples, a large merge, the mixings, squares and sampled labels."""
+    """Hash values and gradients of merges, mixings, squares, sampled labels and an instance norm."""
     torch.set_num_threads(1)  # torch's own functions that make the inputs depend on it
     large = Sample("large", models=3, lengths=(33, 70_001, 5, 16_384, 27, 30_000))
     merges = [*(make_inputs(sample) for sample in [*SAMPLES, large]), extreme_inputs(5, 50_000)]
@@ -47,6 +48,9 @@ def digest(threads: int = 1) -> str:
         for likelihood in ("bernoulli", "categorical"):
             z = 9 * gradient[: 2 * 3 * 33_331].view(2, 3, -1).to(dtype)
             results += timm_ext.sample_labels(z, torch.tensor([3, -4]), likelihood)
+    planes = gradient[:198_000].view(2, 2, 3, -1)
+    statistics = torch.linspace(0.1, 2, 12).view(2, 6)
+    results += instance_norm_backward(*planes, *statistics, *statistics[:, :3], slope=0.1)
     hasher = hashlib.sha256()
     for tensor in results:
         hasher.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())

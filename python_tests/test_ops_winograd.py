@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.library import opcheck
 from torch.nn.functional import conv3d
 
-from timm_ext.ops import winograd_conv3d
+from timm_ext.layer_ops import winograd_conv3d
 
 
 def arguments(batch: int, inputs: int, outputs: int, sizes: list[int], columns: int = 3) -> list[Tensor]:

@@ -380,34 +380,3 @@ def _fake_sample_labels(
 
 
 register_fake("timm_ext::sample_labels", _fake_sample_labels)
-
-
-def winograd_conv3d(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, padding: Sequence[int]
-) -> Tensor:
-    """Convolve with stride 1 by Winograd's F(2 x 2, 3 x 3) over planes and rows, on the CPU.
-
-    Four multiplications in place of nine for each column of the kernel (Lavin and Gray, CVPR 2016), in IEEE
-    float32; errors are those of the direct sum. The same bits for any number of threads. Not differentiable.
-
-    Args:
-        input: `[B, I, D, H, W]` float32.
-        weight: `[O, I, 3, 3, K]` float32.
-        bias: `[O]` float32, contiguous.
-        padding: zeros on both sides of each axis.
-
-    Returns:
-        `[B, O, D', H', W']`.
-    """
-    with torch.no_grad():
-        output: Tensor = _ops.winograd_conv3d.default(input, weight, bias, list(padding))
-    return output
-
-
-def _fake_winograd_conv3d(input: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int]) -> Tensor:
-    reach = zip(input.shape[2:], padding, weight.shape[2:], strict=True)
-    sizes = [size + 2 * pad - kernel + 1 for size, pad, kernel in reach]
-    return input.new_empty((input.shape[0], weight.shape[0], *sizes))
-
-
-register_fake("timm_ext::winograd_conv3d", _fake_winograd_conv3d)

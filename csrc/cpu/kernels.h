@@ -12,6 +12,8 @@
 #include "../cuda/sample_labels.h"
 #include "../cuda/square_accumulate.h"
 #include "conv_square.h"
+#include "instance_norm.h"
+#include "small_conv.h"
 #include "winograd.h"
 
 namespace timm_ext::cpu {
@@ -36,6 +38,8 @@ enum class Mixing { kSigmoid, kSoftmax, kRatios };
 // [blocks, 2, T], first the segment that enters the block, then the one that leaves it.
 // square_accumulate: acc[i] += scale Σ g[i]² over `each` gradients for i in [begin, end).
 // conv_square: whole examples; conv_square_add: a slab of one, then conv_square_sums: its squares.
+// instance_norm_backward: a plane is one channel of one example.
+// small_conv_columns: of some channels of the input; then small_conv: blocks of channels of the output.
 // sample_labels: a unit is a block of one example's voxels, example after example.
 // log_weights and its backward: rows of `models` logits, of Element kFloat32 or kFloat64.
 #define TIMM_EXT_KERNELS                                                                                         \
@@ -52,6 +56,9 @@ enum class Mixing { kSigmoid, kSoftmax, kRatios };
   void conv_grad_forms(const float* const* rows, int64_t row, float* to, int64_t form);                          \
   void conv_input_forms(const float* const* rows, int64_t row, float* to, int64_t form);                         \
   void winograd_conv(const WinogradProblem&, int64_t first_unit, int64_t last_unit);                             \
+  void instance_norm_backward(const InstanceNormProblem&, int64_t first_plane, int64_t last_plane);              \
+  void small_conv_columns(const SmallConvProblem&, int64_t first_input, int64_t last_input);                     \
+  void small_conv(const SmallConvProblem&, int64_t first_block, int64_t last_block);                             \
   void sample_labels(const SampleProblem&, int64_t first_unit, int64_t last_unit);                               \
   void log_weights(Mixing, Element, const void* logits, void* out, int64_t models, int64_t first_row,            \
                    int64_t last_row);                                                                            \
@@ -81,6 +88,9 @@ struct Kernels {
   decltype(&baseline::conv_grad_forms) conv_grad_forms;
   decltype(&baseline::conv_input_forms) conv_input_forms;
   decltype(&baseline::winograd_conv) winograd_conv;
+  decltype(&baseline::instance_norm_backward) instance_norm_backward;
+  decltype(&baseline::small_conv_columns) small_conv_columns;
+  decltype(&baseline::small_conv) small_conv;
   decltype(&baseline::sample_labels) sample_labels;
   decltype(&baseline::log_weights) log_weights;
   decltype(&baseline::log_weights_backward) log_weights_backward;

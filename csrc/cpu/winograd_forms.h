@@ -14,6 +14,7 @@ constexpr int64_t kLanes = sizeof(V) / sizeof(float);
 
 TIMM_EXT_FN int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
 TIMM_EXT_FN int64_t larger_of(int64_t a, int64_t b) { return a > b ? a : b; }
+TIMM_EXT_FN int64_t whole_vectors(int64_t elements) { return (elements + kLanes - 1) / kLanes * kLanes; }
 
 /// What two vectors of the output cover.
 struct WinogradTile {
@@ -21,24 +22,28 @@ struct WinogradTile {
       : vector_rows(2 * s.out[2] <= kLanes ? 2 : 1),
         row_vectors((s.out[2] + kLanes - 1) / kLanes),
         pairs(row_vectors == 1 ? 2 * vector_rows : 1),
-        pitch(larger_of(s.out[2], kLanes / vector_rows) + s.kernel[2] - 1) {}
+        lead(whole_vectors(s.padding[2])),
+        pitch(whole_vectors(
+            larger_of(larger_of(s.out[2], kLanes / vector_rows) + s.kernel[2] - 1, s.in[2] + 2 * s.padding[2]) -
+            s.padding[2])) {}
 
   int64_t vector_rows;  // two short rows share a vector
   int64_t row_vectors;  // or some vectors a row, of which the last may overlap the one before
   int64_t pairs;        // of rows whose forms are made at a time
-  int64_t pitch;        // from a row of a form to the next
+  int64_t lead;         // zeros in front of a row's first column
+  int64_t pitch;        // from a row of a form to the next: of whole vectors, whose zeros at the end lead the next one
 };
 
 class InputForms {
  public:
   static int64_t elements(const ConvShape& s) {
     const WinogradTile tile(s);
-    return zeros(s) + kWinogradForms * s.inputs * tile.pairs * tile.pitch;
+    return zeros(s) + tile.lead + kWinogradForms * s.inputs * tile.pairs * tile.pitch + tile.lead + kLanes;
   }
 
   /// In memory that is zero.
   InputForms(const ConvShape& s, const WinogradTile& tile, float* memory)
-      : s_(s), tile_(tile), zeros_(memory), forms_(memory + zeros(s)) {}
+      : s_(s), tile_(tile), zeros_(memory), forms_(memory + zeros(s) + tile.lead - s.padding[2]) {}
 
   /// Makes those for rows of the output from a plane and a row on.
   void make(const float* input, int64_t plane, int64_t row) const {
@@ -74,11 +79,11 @@ class InputForms {
     for (int64_t i = 0; i < s_.inputs; ++i) {
       float* const to = row(0, i, pair) + s_.padding[2];
       if (s_.in[2] >= kLanes) {
-        make_row<V, kLanes>(rows, steps, to);
+        make_row<V, kLanes>(rows, to);
       } else if (2 * s_.in[2] >= kLanes) {
-        make_row<math::HalfFloatV, kLanes / 2>(rows, steps, to);
+        make_row<math::HalfFloatV, kLanes / 2>(rows, to);
       } else {
-        make_row<float, 1>(rows, steps, to);
+        make_row<float, 1>(rows, to);
       }
       for (int64_t r = 0; r < kWinogradForms; ++r) rows[r] += steps[r];
     }
@@ -86,10 +91,10 @@ class InputForms {
 
   /// At least C's lanes; the last of them may overlap those before.
   template <class C, int64_t Lanes>
-  void make_row(const Rows& rows, const int64_t (&steps)[kWinogradForms], float* to) const {
-    const int64_t form = row(1, 0, 0) - row(0, 0, 0);
+  void make_row(const Rows& rows, float* to) const {
+    const int64_t form = row(1, 0, 0) - row(0, 0, 0), channel = s_.in[0] * s_.in[1] * s_.in[2];
     for (int64_t w = 0; w < s_.in[2]; w += Lanes) {
-      for (int64_t r = 0; r < kWinogradForms; ++r) __builtin_prefetch(rows[r] + steps[r] + w);
+      for (int64_t r = 0; r < kWinogradForms; ++r) __builtin_prefetch(rows[r] + channel + w);
       const int64_t at = smaller_of(w, s_.in[2] - Lanes);
       write_input_forms<C>(rows, at, to + at, form);
     }

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from timm_ext.fisher.convolution import Geometry
+from timm_ext.fisher.convolution import Geometry, forward_way, gradient_way
 
 CASES = [
     (size, kernel, stride, dilation, padding, outputs)
@@ -20,8 +20,7 @@ def test_one_small_example(size, kernel, stride, dilation, padding, outputs):
     geometry = Geometry((stride,) * 3, (padding,) * 3, (dilation,) * 3, False, (0, 0, 0), 1)
     x, weight, bias = tensors((1, 3, *size), (outputs, 3, *kernel), (outputs,))
     points = geometry.forward(x.double(), weight.double(), None)[0, 0].numel()
-    assert geometry._would_be_slow(x, weight) == (points > 27)  # some are, some are not
-    assert not geometry._suits_winograd(x, weight)
+    assert forward_way(geometry, x.shape, weight.shape) == ("onednn" if points > 64 else "small")  # some are
     assert_all_close(geometry, x, weight, bias)
 
 
@@ -38,7 +37,7 @@ def test_pointwise(dtype, batch):
 def test_rows_that_suit_winograd(batch, columns, padding):
     geometry = Geometry((1,) * 3, padding, (1,) * 3, False, (0, 0, 0), 1)
     x, weight, bias = tensors((batch, 5, 9, 10, 21), (7, 5, 3, 3, columns), (7,))
-    assert geometry._suits_winograd(x, weight)
+    assert forward_way(geometry, x.shape, weight.shape) == "winograd"
     assert_all_close(geometry, x, weight, bias)
 
 
@@ -64,42 +63,66 @@ def assert_all_close(geometry, x, weight, bias):
     assert_close(geometry.weight_gradient(grad, x, weight), for_weight)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"x": torch.ones(2, 3, 8, 8, 8)},
-        {"x": torch.ones(1, 3, 8, 8, 8).double()},
-        {"x": torch.ones(1, 3, 100, 100, 2)},
-        {"geometry": Geometry((1,) * 3, (0,) * 3, (1,) * 3, True, (0,) * 3, 1)},
-        {"weight": torch.ones(4, 3, 1, 1, 1)},
-    ],
-)
-def test_other_calls_are_left_to_aten(change):
-    geometry = Geometry((1,) * 3, (0,) * 3, (1,) * 3, False, (0,) * 3, 1)
-    call = {"geometry": geometry, "x": torch.ones(1, 3, 8, 8, 8), "weight": torch.ones(4, 3, 3, 3, 3)}
-    assert geometry._would_be_slow(call["x"], call["weight"])
-    call |= change
-    assert not call["geometry"]._would_be_slow(call["x"], call["weight"])
+SIZES = {
+    "geometry": Geometry((1,) * 3, (1,) * 3, (1,) * 3, False, (0,) * 3, 1),
+    "input": (1, 3, 16, 16, 16),
+    "weight": (4, 3, 3, 3, 3),
+}
+
+
+def ways(**change):
+    """The way forward and back."""
+    call = SIZES | change
+    geometry, x, weight = call["geometry"], call["input"], call["weight"]
+    grad = geometry.forward(torch.empty(x, device="meta"), torch.empty(weight, device="meta"), None)
+    return forward_way(geometry, x, weight), gradient_way(geometry, grad.shape, x, weight)[0]
+
+
+def changed(**options):
+    fields = {"stride": (1,) * 3, "padding": (1,) * 3, "dilation": (1,) * 3} | options
+    return Geometry(
+        **{"transposed": False, "output_padding": (0,) * 3, "groups": 1} | fields,
+    )
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "expected"),
     [
-        {"x": torch.ones(1, 3, 16, 16, 16).double()},
-        {"x": torch.ones(1, 3, 32, 32, 6)},  # four columns of output
-        {"x": torch.ones(1, 3, 32, 32, 19)},  # seventeen
-        {"x": torch.ones(1, 3, 3, 32, 32)},  # one plane
-        {"x": torch.ones(1, 3, 5, 5, 32)},  # 270 points
-        {"geometry": Geometry((1,) * 3, (0,) * 3, (1,) * 3, True, (0,) * 3, 1)},
-        {"geometry": Geometry((1, 1, 2), (0,) * 3, (1,) * 3, False, (0,) * 3, 1)},
-        {"geometry": Geometry((1,) * 3, (0,) * 3, (1, 2, 1), False, (0,) * 3, 1)},
-        {"geometry": Geometry((1,) * 3, (0,) * 3, (1,) * 3, False, (0,) * 3, 2)},
-        {"weight": torch.ones(4, 3, 3, 1, 3)},
+        ({}, ("winograd", "winograd")),
+        ({"input": (1, 3, 32, 32, 4)}, ("onednn", "onednn")),  # four columns
+        ({"input": (1, 3, 32, 32, 19)}, ("onednn", "onednn")),
+        ({"input": (1, 3, 1, 32, 32)}, ("onednn", "onednn")),  # one plane
+        ({"input": (1, 3, 5, 5, 16)}, ("onednn", "onednn")),  # 400 points
+        ({"geometry": changed(stride=(1, 1, 2))}, ("onednn", "transposed")),
+        ({"geometry": changed(dilation=(1, 2, 1))}, ("onednn", "onednn")),
+        ({"geometry": changed(padding=(0, 1, 3))}, ("winograd", "transposed")),  # around by a negative number
+        ({"geometry": changed(padding=(0, 1, 3)), "weight": (12, 3, 3, 3, 3)}, ("winograd", "transposed")),
+        ({"weight": (4, 3, 3, 1, 3), "geometry": changed(padding=(1, 0, 1))}, ("onednn", "onednn")),
+        ({"weight": (12, 3, 3, 1, 3), "geometry": changed(padding=(1, 0, 1))}, ("onednn", "transposed")),
+        ({"input": (1, 3, 4, 4, 4)}, ("small", "small")),
+        ({"input": (2, 3, 2, 4, 4)}, ("small", "small")),
+        ({"input": (1, 3, 8, 8, 8), "geometry": changed(stride=(2, 2, 2))}, ("small", "transposed")),
+        ({"input": (2, 3, 4, 4, 5)}, ("aten", "aten")),  # two examples
+        ({"input": (1, 3, 100, 100, 2), "weight": (4, 3, 1, 3, 3)}, ("aten", "aten")),
+        ({"weight": (4, 3, 1, 1, 1), "geometry": changed(padding=(0, 0, 0))}, ("aten", "aten")),
+        ({"geometry": changed(groups=3), "weight": (3, 1, 3, 3, 3)}, ("aten", "aten")),
+        ({"geometry": changed(transposed=True), "weight": (3, 4, 3, 3, 3)}, ("aten", "aten")),
+        (
+            {
+                "input": (1, 3, 16, 16),
+                "weight": (4, 3, 3, 3),
+                "geometry": Geometry((1, 1), (1, 1), (1, 1), False, (0, 0), 1),
+            },
+            ("aten", "aten"),
+        ),
     ],
 )
-def test_other_calls_do_not_suit_winograd(change):
-    geometry = Geometry((1,) * 3, (0,) * 3, (1,) * 3, False, (0,) * 3, 1)
-    call = {"geometry": geometry, "x": torch.ones(1, 3, 16, 16, 16), "weight": torch.ones(4, 3, 3, 3, 3)}
-    assert geometry._suits_winograd(call["x"], call["weight"])
-    call |= change
-    assert not call["geometry"]._suits_winograd(call["x"], call["weight"])
+def test_the_way_goes_by_sizes(change, expected):
+    assert ways(**change) == expected
+
+
+def test_other_types_are_left_to_aten():
+    """Float64 has no other way: the same sizes in float32 go by Winograd's."""
+    x, weight, bias = (t.double() for t in tensors(SIZES["input"], SIZES["weight"], (4,)))
+    expected = torch.conv3d(x, weight, bias, padding=1)
+    assert torch.equal(SIZES["geometry"].forward(x, weight, bias), expected)

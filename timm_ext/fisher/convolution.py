@@ -1,22 +1,26 @@
 """Convolution and its gradients, on the CPU by the fastest way there is for float32.
 
 Kernels of 3 x 3 planes and rows at stride 1 go by `winograd_conv3d`, the input's gradient with mirrored
-weights. ATen gives batches of one with channels x depth x height <= 20480 to `slow_conv3d`, which is much
-slower than oneDNN but for small outputs, whose weights oneDNN takes longer to reorder; the larger ones reach
-oneDNN here, too.
+weights, outputs of few points by `small_conv3d`. ATen gives batches of one with channels x depth x height <=
+20480 to `slow_conv3d`, which is much slower than oneDNN; they reach oneDNN here, too.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from timm_ext.ops import winograd_conv3d
+from timm_ext.layer_ops import small_conv3d, winograd_conv3d
+
+Way = Literal["aten", "onednn", "small", "transposed", "winograd"]
+Sizes = tuple[int, ...]
 
 _SLOW_EXTENT = 20480
-_FEW_POINTS = 27  # of the output, up to which `slow_conv3d` is faster than oneDNN
+_FEW_POINTS = 64  # of the output in all, up to which oneDNN reorders weights for too long
 _FEW_OUTPUTS = 8  # up to which oneDNN is faster with mirrored weights than in its own input gradient
 _WORKING_LANES = 0.6  # of vectors of 16 columns, or of two rows of up to 8: with fewer, oneDNN is faster
 _MANY_POINTS = 512  # of the output in all: with fewer, the weights take longer to prepare than they save
@@ -45,11 +49,12 @@ class Geometry:
 
     def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Convolve `[B, C, ...]`."""
-        if self._suits_winograd(input, weight):
-            return winograd_conv3d(
-                input, weight, None if bias is None else bias.contiguous(), padding=self.padding
-            )
-        if self._would_be_slow(input, weight):
+        way = forward_way(self, input.shape, weight.shape) if _single_on_cpu(input, weight) else "aten"
+        if way == "winograd":
+            return winograd_conv3d(input, weight, _contiguous(bias), padding=self.padding)
+        if way == "small":
+            return self._small(input, weight, _contiguous(bias), mirrored=False)
+        if way == "onednn":
             return self._onednn(input.contiguous(), weight, bias)
         return torch.convolution(
             input,
@@ -67,14 +72,18 @@ class Geometry:
         """Return the gradient with respect to the input `[B, C, ...]`."""
         if self.pointwise(weight) and grad.device.type == "cpu":
             return (weight.flatten(1).T @ grad.flatten(2)).view(input.shape)
-        mirrored = self._mirrored(weight)
-        if mirrored is not None and mirrored._suits_winograd(grad, weight):
+        way, mirrored = "aten", self
+        if _single_on_cpu(input, weight):
+            way, mirrored = gradient_way(self, grad.shape, input.shape, weight.shape)
+        if way == "winograd":
             return winograd_conv3d(grad, _mirror(weight), padding=mirrored.padding)
-        if not self._would_be_slow(input, weight):
-            return self._backward(grad, input, weight, (True, False, False))[0]
-        if mirrored is not None and len(weight) <= _FEW_OUTPUTS:
+        if way == "small":
+            return mirrored._small(grad, weight, None, mirrored=True)
+        if way == "onednn":
             return mirrored._onednn(grad.contiguous(), _mirror(weight), None)
-        return self._onednn_transposed(grad.contiguous(), input.shape[2:], weight)
+        if way == "transposed":
+            return self._onednn_transposed(grad.contiguous(), input.shape[2:], weight)
+        return self._backward(grad, input, weight, (True, False, False))[0]
 
     def weight_gradient(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
         """Return the gradient with respect to the weight, summed over the batch."""
@@ -82,45 +91,19 @@ class Geometry:
             return (grad[0].flatten(1) @ input[0].flatten(1).T).view(weight.shape)
         return self._backward(grad, input, weight, (False, True, False))[1]
 
-    def _mirrored(self, weight: Tensor) -> "Geometry | None":
-        """Return the convolution that makes the input's gradient of the output's, if there is one."""
-        if set(self.stride) != {1} or self.transposed or self.groups != 1:
-            return None
-        around = tuple(far - pad for far, pad in zip(self._reach(weight), self.padding, strict=True))
-        if min(around) < 0:
-            return None
-        return Geometry(self.stride, around, self.dilation, False, self.output_padding, 1)
+    def reach(self, weight: Sizes) -> list[int]:
+        """Return how far apart on each axis the first and last tap of a weight `[O, I, ...]` lie."""
+        return [gap * (size - 1) for gap, size in zip(self.dilation, weight[2:], strict=True)]
 
-    def _reach(self, weight: Tensor) -> list[int]:
-        return [gap * (size - 1) for gap, size in zip(self.dilation, weight.shape[2:], strict=True)]
-
-    def _output_size(self, input: Tensor, weight: Tensor) -> list[int]:
-        sizes = zip(input.shape[2:], self.padding, self._reach(weight), self.stride, strict=True)
-        return [(size + 2 * pad - reach - 1) // step + 1 for size, pad, reach, step in sizes]
-
-    def _suits_winograd(self, input: Tensor, weight: Tensor) -> bool:
-        """Tell whether Winograd's way exists and pays."""
-        if len(input.shape) != 5 or weight.shape[2:4] != (3, 3) or not _single_on_cpu(input, weight):
-            return False
-        if self.transposed or self.groups != 1 or set(self.stride) != {1} or set(self.dilation) != {1}:
-            return False
-        out = self._output_size(input, weight)
-        lanes = 8 if out[2] <= 8 else 16 * math.ceil(out[2] / 16)
-        many = input.shape[0] * math.prod(out) >= _MANY_POINTS
-        return many and min(out) >= 2 and out[2] >= _WORKING_LANES * lanes
-
-    def _would_be_slow(self, input: Tensor, weight: Tensor) -> bool:
-        shape = input.shape
-        return (
-            len(shape) == 5
-            and shape[0] == 1
-            and shape[1] * shape[2] * shape[3] <= _SLOW_EXTENT
-            and not self.transposed
-            and self.groups == 1
-            and _single_on_cpu(input, weight)
-            and weight.shape[2:] != (1, 1, 1)
-            and math.prod(self._output_size(input, weight)) > _FEW_POINTS
-            and torch.backends.mkldnn.is_available()
+    def _small(self, input: Tensor, weight: Tensor, bias: Tensor | None, *, mirrored: bool) -> Tensor:
+        return small_conv3d(
+            input,
+            weight,
+            bias,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            mirrored=mirrored,
         )
 
     def _onednn(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -130,7 +113,7 @@ class Geometry:
         return output
 
     def _onednn_transposed(self, grad: Tensor, size: Sequence[int], weight: Tensor) -> Tensor:
-        sizes = zip(size, grad.shape[2:], self.stride, self.padding, self._reach(weight), strict=True)
+        sizes = zip(size, grad.shape[2:], self.stride, self.padding, self.reach(weight.shape), strict=True)
         missing = [whole - (part - 1) * step + 2 * pad - far - 1 for whole, part, step, pad, far in sizes]
         result: Tensor = torch.ops.mkldnn._convolution_transpose_pointwise.default(
             grad,
@@ -166,8 +149,91 @@ class Geometry:
         return result
 
 
+@lru_cache(maxsize=4096)
+def forward_way(geometry: Geometry, input: Sizes, weight: Sizes) -> Way:
+    """Return the fastest way of a float32 convolution on the CPU, by sizes alone.
+
+    Args:
+        geometry: of the convolution.
+        input: `[B, C, ...]`.
+        weight: of the convolution.
+    """
+    if len(input) != 5 or geometry.transposed or geometry.groups != 1:
+        return "aten"
+    out = _output_size(geometry, input, weight)
+    if _suits_winograd(geometry, input[0], out, weight):
+        return "winograd"
+    if input[0] * math.prod(out) <= _FEW_POINTS:
+        return "small"
+    return "onednn" if _would_be_slow(input, weight) else "aten"
+
+
+@lru_cache(maxsize=4096)
+def gradient_way(geometry: Geometry, grad: Sizes, input: Sizes, weight: Sizes) -> tuple[Way, Geometry]:
+    """Return the fastest way to the input's gradient in float32 on the CPU, by sizes alone.
+
+    Args:
+        geometry: of the convolution.
+        grad: `[B, O, ...]`.
+        input: `[B, I, ...]`.
+        weight: of the convolution.
+
+    Returns:
+        The way, and the convolution that makes the input's gradient of the output's, where the way is one.
+    """
+    if len(input) != 5 or geometry.transposed or geometry.groups != 1:
+        return "aten", geometry
+    mirrored = _mirrored(geometry, weight)
+    if mirrored is not None and _suits_winograd(mirrored, input[0], input[2:], weight):
+        return "winograd", mirrored
+    if mirrored is not None and input[0] * math.prod(input[2:]) <= _FEW_POINTS:
+        return "small", mirrored
+    if not _would_be_slow(input, weight):
+        return "aten", geometry
+    if mirrored is not None and weight[0] <= _FEW_OUTPUTS:
+        return "onednn", mirrored
+    return "transposed", geometry
+
+
+def _mirrored(geometry: Geometry, weight: Sizes) -> Geometry | None:
+    """Return the convolution that makes the input's gradient of the output's, if there is one."""
+    if set(geometry.stride) != {1}:
+        return None
+    around = tuple(far - pad for far, pad in zip(geometry.reach(weight), geometry.padding, strict=True))
+    if min(around) < 0:
+        return None
+    return Geometry(geometry.stride, around, geometry.dilation, False, geometry.output_padding, 1)
+
+
+def _output_size(geometry: Geometry, input: Sizes, weight: Sizes) -> list[int]:
+    sizes = zip(input[2:], geometry.padding, geometry.reach(weight), geometry.stride, strict=True)
+    return [(size + 2 * pad - reach - 1) // step + 1 for size, pad, reach, step in sizes]
+
+
+def _suits_winograd(geometry: Geometry, batch: int, out: Sequence[int], weight: Sizes) -> bool:
+    """Tell whether Winograd's way exists and pays."""
+    if weight[2:4] != (3, 3) or set(geometry.stride) != {1} or set(geometry.dilation) != {1}:
+        return False
+    lanes = 8 if out[2] <= 8 else 16 * math.ceil(out[2] / 16)
+    many = batch * math.prod(out) >= _MANY_POINTS
+    return many and min(out) >= 2 and out[2] >= _WORKING_LANES * lanes
+
+
+def _would_be_slow(input: Sizes, weight: Sizes) -> bool:
+    return (
+        input[0] == 1
+        and input[1] * input[2] * input[3] <= _SLOW_EXTENT
+        and weight[2:] != (1, 1, 1)
+        and torch.backends.mkldnn.is_available()
+    )
+
+
 def _single_on_cpu(input: Tensor, weight: Tensor) -> bool:
     return input.device.type == "cpu" and input.dtype == weight.dtype == torch.float32
+
+
+def _contiguous(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
 
 
 def _mirror(weight: Tensor) -> Tensor:

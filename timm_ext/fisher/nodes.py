@@ -21,6 +21,7 @@ from timm_ext.fisher.gradients import (
     LinearWeightGradients,
     SquareSums,
 )
+from timm_ext.layer_ops import instance_norm_backward
 
 
 class Tape:
@@ -34,6 +35,7 @@ class Tape:
     Attributes:
         squares: where the backward leaves its per-example gradients; set before it runs.
         refused: parameters used where the first axis is not the batch; they need the fallback.
+        normalised: the norm that ran last, while no other function has been called since.
     """
 
     def __init__(self, batch: int, names: dict[int, str], device: torch.device, refused: set[str]):
@@ -42,20 +44,17 @@ class Tape:
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self.refused = refused
         self.squares: SquareSums | None = None
+        self.normalised: Call | None = None
 
     def claim(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> "Call | None":
         """Return the call to record, or None where the function must run as it is."""
-        known = [self.names.get(id(p)) if p is not None else None for p in (weight, bias)]
-        names = {name for name in known if name is not None}
-        if not input.dim() or input.shape[0] != self.batch:
-            self.refused |= names
-        foreign = any(
-            p is not None and name is None and p.requires_grad
-            for p, name in zip((weight, bias), known, strict=True)
-        )
-        if foreign or names & self.refused or input.shape[0] != self.batch or not torch.is_grad_enabled():
+        call = Call(self, self.names.get(id(weight)), self.names.get(id(bias)))
+        whole = input.dim() > 0 and input.shape[0] == self.batch
+        if not whole:
+            self.refused.update(call.names)
+        if not whole or not self.refused.isdisjoint(call.names) or not torch.is_grad_enabled():
             return None
-        return Call(self, known[0], known[1])
+        return None if _is_foreign(weight, call.weight) or _is_foreign(bias, call.bias) else call
 
 
 @dataclass
@@ -147,7 +146,10 @@ class LinearNode(torch.autograd.Function):
 
 
 class GroupNormNode(torch.autograd.Function):
-    """Group norm of a batch as of one example with B·C channels: its affine gradients are per example."""
+    """Group norm of a batch as of one example with B·C channels: its affine gradients are per example.
+
+    An instance norm in float32 on the CPU may take the LeakyReLU behind it into its backward (`activate`).
+    """
 
     @staticmethod
     def forward(
@@ -163,29 +165,48 @@ class GroupNormNode(torch.autograd.Function):
         """Normalise, at least in the type of the affine parameters."""
         batch, channels = input.shape[:2]
         ctx.sizes = (1, batch * channels, math.prod(input.shape[2:]), batch * groups)
-        ctx.dtype, ctx.call = input.dtype, call
+        ctx.dtype, ctx.call, ctx.slope = input.dtype, call, 1.0
         wide = _norm_input(input, weight)
+        each = groups == channels and wide.dim() > 2
+        ctx.fused = each and wide.dtype == torch.float32 and wide.device.type == "cpu"
         weights, biases = (p.repeat(batch) if p is not None and batch > 1 else p for p in (weight, bias))
         output, mean, deviation = torch.ops.aten.native_group_norm(wide, weights, biases, *ctx.sizes, eps)
-        ctx.save_for_backward(wide, weights, mean, deviation)
+        affine = (weight, bias) if ctx.fused else (weights, None)
+        ctx.save_for_backward(wide, mean, deviation, *affine)
         return _owned(output.to(input.dtype))
+
+    @staticmethod
+    def activate(output: Tensor, call: Call, slope: float) -> bool:
+        """Apply LeakyReLU in place to what `call` made; False, and nothing done, where it has to stay."""
+        node: Any = output.grad_fn
+        if getattr(node, "call", None) is not call or not node.fused or node.dtype != torch.float32:
+            return False
+        functional.leaky_relu(output.detach(), slope, inplace=True)
+        node.slope = slope
+        return True
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Leave the parameters' gradients with the call, return the input's."""
-        input, weights, mean, deviation = ctx.saved_tensors
-        mask = (ctx.needs_input_grad[0], ctx.call.weight is not None, ctx.call.bias is not None)
+        input, mean, deviation, weight, bias = ctx.saved_tensors
+        grad = grad.to(input.dtype)
         with _unseen():
-            below, for_weight, for_bias = torch.ops.aten.native_group_norm_backward(
-                grad.to(input.dtype).contiguous(), input, mean, deviation, weights, *ctx.sizes, mask
-            )
-            batch = len(input)
+            if ctx.fused:
+                below, for_weight, for_bias = instance_norm_backward(
+                    grad, input, mean, deviation, weight, bias, slope=ctx.slope
+                )
+            else:
+                mask = (ctx.needs_input_grad[0], ctx.call.weight is not None, ctx.call.bias is not None)
+                below, for_weight, for_bias = torch.ops.aten.native_group_norm_backward(
+                    grad.contiguous(), input, mean, deviation, weight, *ctx.sizes, mask
+                )
+            batch = input.shape[0]
             ctx.call.leave(
                 lambda: ExampleGradients(batch, for_weight.view(batch, -1).__getitem__),
                 lambda: for_bias.view(batch, -1),
             )
-            below = below.to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        return below, None, None, None, None, None, None
+            wanted = below.to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        return wanted, None, None, None, None, None, None
 
 
 class AffineNode(torch.autograd.Function):
@@ -218,6 +239,10 @@ class AffineNode(torch.autograd.Function):
             )
             below = grad * _aligned(weight, input, ctx.axis) if ctx.needs_input_grad[0] else None
         return below, None, None, None, None, None
+
+
+def _is_foreign(parameter: Tensor | None, name: str | None) -> bool:
+    return parameter is not None and name is None and parameter.requires_grad
 
 
 def _unseen() -> AbstractContextManager[None]:

@@ -160,7 +160,22 @@ def _group_norm(
 def _normalise(
     input: Tensor, tape: Tape, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, call: Call
 ) -> Tensor:
-    return _record(GroupNormNode, input, tape.anchor, _detach(weight), _detach(bias), groups, eps, call)
+    output = _record(GroupNormNode, input, tape.anchor, _detach(weight), _detach(bias), groups, eps, call)
+    tape.normalised = call
+    return output
+
+
+def _leaky_relu(
+    tape: Tape, input: Tensor, negative_slope: float = 0.01, inplace: bool = False
+) -> Tensor | None:
+    """Leave the activation to the norm right before it, whose output nobody else has seen nor will."""
+    norm, tape.normalised = tape.normalised, None
+    taken = inplace and norm is not None and GroupNormNode.activate(input, norm, negative_slope)
+    return input if taken else None
+
+
+def _relu(tape: Tape, input: Tensor, inplace: bool = False) -> Tensor | None:
+    return _leaky_relu(tape, input, 0.0, inplace)
 
 
 def _layer_norm(
@@ -221,6 +236,8 @@ RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     functional.group_norm: _group_norm,
     functional.layer_norm: _layer_norm,
     functional.batch_norm: _batch_norm,
+    functional.leaky_relu: _leaky_relu,
+    functional.relu: _relu,
 }
 
 
@@ -239,6 +256,7 @@ class Rules(TorchFunctionMode):
         rule = RULES.get(func)
         if rule is not None and (output := rule(self._tape, *args, **kwargs)) is not None:
             return output
+        self._tape.normalised = None
         return func(*args, **kwargs)
 
 

@@ -1,0 +1,147 @@
+"""Operators of single layers for Fishers of float32 networks on the CPU, each with its fake kernel.
+
+Argument errors are `RuntimeError`s that read "op: X must ... (got ...)".
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.library import register_fake
+
+_ops = torch.ops.timm_ext
+
+
+def instance_norm_backward(
+    grad: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    deviation: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    slope: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of an instance norm and the LeakyReLU behind it, example by example, on the CPU.
+
+        y = leaky(γ x̂ + β),   x̂ = (x − μ) ρ,   leaky(a) = a for a > 0, else slope · a
+
+    in two passes over the input, for which the activation's own output is not needed. The same bits for any
+    number of threads and any instruction set. Not differentiable.
+
+    Args:
+        grad: of y, `[B, C, ...]` float32.
+        input: x `[B, C, ...]` float32.
+        mean: μ of each channel of each example, B·C elements.
+        deviation: ρ = 1 / sqrt(variance + ε), B·C elements.
+        weight: γ `[C]`; None stands for 1.
+        bias: β `[C]`; None stands for 0.
+        slope: of LeakyReLU below zero; 0 for ReLU, 1 for none.
+
+    Returns:
+        The gradients of x `[B, C, ...]`, of γ and of β, `[B, C]` each.
+    """
+    with torch.no_grad():
+        gradients: tuple[Tensor, Tensor, Tensor] = _ops.instance_norm_backward.default(
+            grad, input, mean, deviation, weight, bias, slope
+        )
+    return gradients
+
+
+def _fake_instance_norm_backward(
+    grad: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    deviation: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = input.shape[:2]
+    return input.new_empty(input.shape), input.new_empty(rows), input.new_empty(rows)
+
+
+register_fake("timm_ext::instance_norm_backward", _fake_instance_norm_backward)
+
+
+def small_conv3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    mirrored: bool = False,
+) -> Tensor:
+    """Convolve to few points, on the CPU: the weights are read once, as they lie.
+
+    Takes memory for I · taps · B · points numbers. IEEE float32, the same bits for any number of threads. Not
+    differentiable.
+
+    Args:
+        input: `[B, I, D, H, W]` float32.
+        weight: `[O, I, ...]` float32; mirrored `[I, O, ...]`, its taps taken backwards, which makes the
+            input's gradient of that of the output where the stride is 1.
+        bias: `[O]` float32, contiguous.
+        stride: of each axis.
+        padding: zeros on both sides of each axis.
+        dilation: of each axis.
+        mirrored: how the weight is meant.
+
+    Returns:
+        `[B, O, D', H', W']`.
+    """
+    with torch.no_grad():
+        output: Tensor = _ops.small_conv3d.default(
+            input, weight, bias, list(stride), list(padding), list(dilation), mirrored
+        )
+    return output
+
+
+def _fake_small_conv3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    mirrored: bool,
+) -> Tensor:
+    axes = zip(input.shape[2:], padding, weight.shape[2:], dilation, stride, strict=True)
+    sizes = [(size + 2 * pad - gap * (kernel - 1) - 1) // step + 1 for size, pad, kernel, gap, step in axes]
+    return input.new_empty((input.shape[0], weight.shape[1 if mirrored else 0], *sizes))
+
+
+register_fake("timm_ext::small_conv3d", _fake_small_conv3d)
+
+
+def winograd_conv3d(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, padding: Sequence[int]
+) -> Tensor:
+    """Convolve with stride 1 by Winograd's F(2 x 2, 3 x 3) over planes and rows, on the CPU.
+
+    Four multiplications in place of nine for each column of the kernel (Lavin and Gray, CVPR 2016), in IEEE
+    float32; errors are those of the direct sum. The same bits for any number of threads. Not differentiable.
+
+    Args:
+        input: `[B, I, D, H, W]` float32.
+        weight: `[O, I, 3, 3, K]` float32.
+        bias: `[O]` float32, contiguous.
+        padding: zeros on both sides of each axis.
+
+    Returns:
+        `[B, O, D', H', W']`.
+    """
+    with torch.no_grad():
+        output: Tensor = _ops.winograd_conv3d.default(input, weight, bias, list(padding))
+    return output
+
+
+def _fake_winograd_conv3d(input: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int]) -> Tensor:
+    reach = zip(input.shape[2:], padding, weight.shape[2:], strict=True)
+    sizes = [size + 2 * pad - kernel + 1 for size, pad, kernel in reach]
+    return input.new_empty((input.shape[0], weight.shape[0], *sizes))
+
+
+register_fake("timm_ext::winograd_conv3d", _fake_winograd_conv3d)
