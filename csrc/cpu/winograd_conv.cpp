@@ -72,7 +72,9 @@ class Planes {
     for (int64_t form = 0; form < kWinogradForms; ++form) {
       for (int64_t i = 0; i < s_.inputs; i += kChain) {
         V sums[kOutputs][Vectors] = {};
-        weights = add_products<Halves>(weights, smaller_of(kChain, s_.inputs - i), x, sums);
+        const int64_t inputs = smaller_of(kChain, s_.inputs - i);
+        weights = s_.kernel[2] == 3 ? add_products<Halves, 3>(weights, inputs, x, sums)
+                                    : add_products<Halves, 0>(weights, inputs, x, sums);
         for (int o = 0; o < kOutputs; ++o) {
           for (int v = 0; v < Vectors; ++v) {
             products[form][o][v] = i == 0 ? sums[o][v] : products[form][o][v] + sums[o][v];
@@ -95,11 +97,11 @@ class Planes {
   }
 
   /// sums += weights · inputs of some channels; returns where the next ones' weights are.
-  template <bool Halves, int Vectors>
+  template <bool Halves, int Columns, int Vectors>
   const float* add_products(const float* weights, int64_t inputs, const float* (&x)[Vectors],
                             V (&sums)[kOutputs][Vectors]) const {
     for (int64_t i = 0; i < inputs; ++i) {
-      for (int64_t w = 0; w < s_.kernel[2]; ++w, weights += kWinogradOutputs) {
+      for (int64_t w = 0; w < (Columns > 0 ? Columns : s_.kernel[2]); ++w, weights += kWinogradOutputs) {
         V factors[Vectors];
         for (int v = 0; v < Vectors; ++v) {
           factors[v] = Halves ? math::load_halves(x[v] + w, x[v] + tile_.pitch + w) : math::load<V>(x[v] + w);
