@@ -56,10 +56,13 @@ class Channels {
   /// The columns [begin, end) of a row of all halves, as to[column, lanes]; zeros outside.
   void read(int64_t plane, int64_t row, int64_t begin, int64_t end, int64_t lanes, float* to) const {
     Lanes from;
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      const int64_t channel = lane / halves_, d = plane + lane % halves_ * half_planes_;
-      const bool there = channel < channels_ && d >= 0 && d < size_[0] && row >= 0 && row < size_[1];
-      from.from[lane] = there ? first_ + ((channel * size_[0] + d) * size_[1] + row) * size_[2] + begin : zeros_.data();
+    for (int64_t half = 0; half < halves_; ++half) {
+      const int64_t d = plane + half * half_planes_;
+      const bool there = d >= 0 && d < size_[0] && row >= 0 && row < size_[1];
+      const float* channel = first_ + (d * size_[1] + row) * size_[2] + begin;
+      for (int64_t lane = half; lane < lanes; lane += halves_, channel += size_[0] * size_[1] * size_[2]) {
+        from.from[lane] = there && lane < channels_ * halves_ ? channel : zeros_.data();
+      }
     }
     from.transpose(lanes, end - begin, to);
   }
