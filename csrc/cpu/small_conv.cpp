@@ -17,6 +17,7 @@ namespace {
 using V = math::FloatV;
 constexpr int kLanes = sizeof(V) / sizeof(float);
 constexpr int64_t kChain = 16;  // channels of the input that are summed by themselves: long chains round more
+constexpr int64_t kCachedColumns = 1 << 18;                 // elements
 constexpr int kOutputs = math::kVectorBytes == 64 ? 8 : 4;  // for which, times two vectors, there are registers
 
 /// Some outputs at all points of all examples.
@@ -28,11 +29,14 @@ class Block {
       weights_[o] = p.weight + std::min(first + o, p.shape->outputs - 1) * p.output_step;
   }
 
-  /// Some inputs, summed by themselves, to the sums at all points.
+  /// Some inputs to the sums at all points.
   void add(int64_t first, int64_t last) const {
-    int64_t v = 0;
-    for (; v + 2 <= vectors(); v += 2) add<2>(first, last, v);
-    if (v < vectors()) add<1>(first, last, v);
+    for (int64_t i = first; i < last; i += kChain) {
+      const int64_t end = std::min(i + kChain, last);
+      int64_t v = 0;
+      for (; v + 2 <= vectors(); v += 2) add_chain<2>(i, end, v);
+      if (v < vectors()) add_chain<1>(i, end, v);
+    }
   }
 
   void write() const {
@@ -43,7 +47,7 @@ class Block {
   int64_t vectors() const { return p_.width / kLanes; }
 
   template <int Vectors>
-  void add(int64_t first, int64_t last, int64_t vector) const {
+  void add_chain(int64_t first, int64_t last, int64_t vector) const {
     V chain[kOutputs][Vectors] = {};
     for (int64_t i = first; i < last; ++i) {
       const float* const x = p_.columns + i * p_.taps * p_.width + vector * kLanes;
@@ -91,6 +95,13 @@ class Block {
   const float* weights_[kOutputs];
 };
 
+/// Inputs that all outputs meet before the next ones: all of them where the weights of an output lie together and the
+/// columns stay in the second-level cache, so that weights are read in the order of their memory; else one chain.
+int64_t inputs_in_turn(const SmallConvProblem& p) {
+  const int64_t columns = p.shape->inputs * p.taps * p.width;
+  return p.input_step < p.output_step && columns <= kCachedColumns ? p.shape->inputs : kChain;
+}
+
 /// One channel of all examples, with zeros around.
 void pad(const SmallConvProblem& p, int64_t channel, float* to) {
   const ConvShape& s = *p.shape;
@@ -129,8 +140,9 @@ void small_conv(const SmallConvProblem& p, int64_t first_block, int64_t last_blo
   const auto each_block = [&](const auto& f) {
     for (int64_t o = first; o < last; o += kOutputs) f(Block(p, o, sums.get() + (o - first) * vectors));
   };
-  for (int64_t i = 0; i < p.shape->inputs; i += kChain) {
-    each_block([&](const Block& block) { block.add(i, std::min(i + kChain, p.shape->inputs)); });
+  const int64_t inputs = p.shape->inputs, step = inputs_in_turn(p);
+  for (int64_t i = 0; i < inputs; i += step) {
+    each_block([&](const Block& block) { block.add(i, std::min(i + step, inputs)); });
   }
   each_block([](const Block& block) { block.write(); });
 }
