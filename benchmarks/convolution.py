@@ -1,0 +1,133 @@
+"""Times the Fisher's convolutions and input gradients in float32 on the CPU, layer by layer, beside the framework's.
+
+    python -m benchmarks.convolution benchmarks/results/convolution_cpu.json
+
+Layers: all 3³ convolutions of `isensee2017` on 4 × edge³ images, equal ones once. Rivals: what PyTorch takes,
+and oneDNN by force. All are checked against float64 before they are timed. A round visits every layer once, so
+that weights and images come from far memory as in a pass of the network; medians count.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.conv_square import Layer, layers
+from benchmarks.machine import environment, median_ratio, milliseconds
+from timm_ext.files import write_json
+from timm_ext.fisher.convolution import Geometry, forward_way, gradient_way
+
+ERROR_BOUND = 1e-5  # of the largest element
+OURS = "timm_ext"
+
+Calls = dict[str, Callable[[], Tensor]]
+
+
+def forwards(geometry: Geometry, input: Tensor, weight: Tensor) -> Calls:
+    """Return the ways to the output."""
+    arguments = geometry.stride, geometry.padding, geometry.dilation
+    return {
+        OURS: lambda: geometry.forward(input, weight, None),
+        "PyTorch": lambda: torch.conv3d(input, weight, None, *arguments),
+        "oneDNN": lambda: torch.mkldnn_convolution(
+            input, weight, None, geometry.padding, geometry.stride, geometry.dilation, 1
+        ),
+    }
+
+
+def gradients(geometry: Geometry, grad: Tensor, input: Tensor, weight: Tensor) -> Calls:
+    """Return the ways to the input's gradient."""
+    return {
+        OURS: lambda: geometry.input_gradient(grad, input, weight),
+        "PyTorch": lambda: geometry._backward(grad, input, weight, (True, False, False))[0],
+        "oneDNN": lambda: geometry._onednn_transposed(grad, input.shape[2:], weight),
+    }
+
+
+def check(name: str, calls: Calls, exact: Tensor) -> dict[str, float]:
+    """Return the largest error of each way, relative to the largest element."""
+    errors = {way: float((call() - exact).abs().max() / exact.abs().max()) for way, call in calls.items()}
+    if not max(errors.values()) <= ERROR_BOUND:
+        raise SystemExit(f"benchmarks.convolution: {name}: further off than {ERROR_BOUND}: {errors}")
+    return errors
+
+
+class Case:
+    """One layer, forward or back: what is called, and the times so far."""
+
+    def __init__(self, row: dict[str, Any], calls: Calls, exact: Tensor):
+        errors = check(f"{row['pass']} of {row}", calls, exact)
+        self._row = row | {"errors": errors}
+        self._calls = calls
+        self._times: dict[str, list[float]] = {name: [] for name in calls}
+
+    def time(self) -> None:
+        """Call every way once."""
+        for name, call in self._calls.items():
+            self._times[name].append(milliseconds(call, "cpu"))
+
+    def row(self) -> dict[str, Any]:
+        """Return medians, and the rivals' times over ours."""
+        medians = {name: round(statistics.median(values), 4) for name, values in self._times.items()}
+        rivals = [name for name in self._times if name != OURS]
+        over = {name: median_ratio(self._times[name], self._times[OURS]) for name in rivals}
+        return self._row | {"milliseconds": medians, "over_ours": over}
+
+
+def cases(layer: Layer, batch: int) -> list[Case]:
+    """Return a layer's forward and way back."""
+    generator = torch.Generator().manual_seed(0)
+    input = torch.randn(batch, layer.inputs, *[layer.edge] * 3, generator=generator)
+    grad = torch.randn(batch, layer.outputs, *[layer.out_edge] * 3, generator=generator)
+    weight = torch.randn(layer.outputs, layer.inputs, *[layer.kernel] * 3, generator=generator)
+    geometry = Geometry((layer.stride,) * 3, (layer.kernel // 2,) * 3, (1, 1, 1), False, (0, 0, 0), 1)
+    wide = input.double(), weight.double()
+    exact = geometry.forward(*wide, None), geometry.input_gradient(grad.double(), *wide)
+    way = forward_way(geometry, input.shape, weight.shape)
+    way_back = gradient_way(geometry, grad.shape, input.shape, weight.shape)[0]
+    sizes = vars(layer) | {"batch": batch}
+    return [
+        Case(sizes | {"pass": "forward", "way": way}, forwards(geometry, input, weight), exact[0]),
+        Case(sizes | {"pass": "back", "way": way_back}, gradients(geometry, grad, input, weight), exact[1]),
+    ]
+
+
+def main(arguments: list[str]) -> None:
+    """Time all layers and write the result."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--base", type=int, nargs="+", default=[8, 16], help="filters of the first level")
+    parser.add_argument("--edge", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    result: dict[str, Any] = {
+        "environment": environment("cpu"),
+        "edge": options.edge,
+        "threads": options.threads,
+        "rows": [],
+    }
+    with torch.no_grad():
+        for base in options.base:
+            found = [case for layer in layers(base, options.edge) for case in cases(layer, options.batch)]
+            for _ in range(options.rounds):
+                for case in found:
+                    case.time()
+            for case in found:
+                result["rows"].append({"base": base, **case.row()})
+                print(json.dumps(result["rows"][-1]), flush=True)
+            write_json(options.output, result)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
