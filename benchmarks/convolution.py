@@ -1,10 +1,11 @@
-"""Times the Fisher's convolutions and input gradients in float32 on the CPU, layer by layer, beside the framework's.
+"""Times the convolutions of the Fisher's pass on the CPU, layer by layer, beside the framework's own.
 
     python -m benchmarks.convolution benchmarks/results/convolution_cpu.json
 
-Layers: all 3³ convolutions of `isensee2017` on 4 × edge³ images, equal ones once. Rivals: what PyTorch takes,
-and oneDNN by force. All are checked against float64 before they are timed. A round visits every layer once, so
-that weights and images come from far memory as in a pass of the network; medians count.
+Layers: all 3³ convolutions of `isensee2017` on 4 × edge³ images in float32, equal ones once, and their way
+back to the input's gradient. Rivals: what PyTorch takes, and oneDNN by force. All are checked against float64
+before they are timed. A round visits every layer once, so that weights and images come from far memory as in a
+pass of the network, and each time another of the ways is the first to fetch them; medians count.
 """
 
 import argparse
@@ -67,10 +68,12 @@ class Case:
         self._calls = calls
         self._times: dict[str, list[float]] = {name: [] for name in calls}
 
-    def time(self) -> None:
-        """Call every way once."""
-        for name, call in self._calls.items():
-            self._times[name].append(milliseconds(call, "cpu"))
+    def time(self, turn: int) -> None:
+        """Call every way once, in another order each turn."""
+        names = list(self._calls)
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            self._times[name].append(milliseconds(self._calls[name], "cpu"))
 
     def row(self) -> dict[str, Any]:
         """Return medians, and the rivals' times over ours."""
@@ -120,9 +123,9 @@ def main(arguments: list[str]) -> None:
     with torch.no_grad():
         for base in options.base:
             found = [case for layer in layers(base, options.edge) for case in cases(layer, options.batch)]
-            for _ in range(options.rounds):
+            for turn in range(options.rounds):
                 for case in found:
-                    case.time()
+                    case.time(turn)
             for case in found:
                 result["rows"].append({"base": base, **case.row()})
                 print(json.dumps(result["rows"][-1]), flush=True)

@@ -17,7 +17,7 @@ namespace {
 using V = math::FloatV;
 constexpr int kLanes = sizeof(V) / sizeof(float);
 constexpr int64_t kChain = 16;  // channels of the input that are summed by themselves: long chains round more
-constexpr int64_t kCachedColumns = 1 << 18;                 // elements
+constexpr int64_t kCachedColumns = 1 << 18;                 // elements that stay in the second-level cache
 constexpr int kOutputs = math::kVectorBytes == 64 ? 8 : 4;  // for which, times two vectors, there are registers
 
 /// Some outputs at all points of all examples.

@@ -188,7 +188,7 @@ def gradient_way(geometry: Geometry, grad: Sizes, input: Sizes, weight: Sizes) -
         return "winograd", mirrored
     if mirrored is not None and input[0] * math.prod(input[2:]) <= _FEW_POINTS:
         return "small", mirrored
-    if not _would_be_slow(input, weight):
+    if not _would_be_slow(input, weight) or math.prod(grad[2:]) <= _FEW_POINTS:
         return "aten", geometry
     if mirrored is not None and weight[0] <= _FEW_OUTPUTS:
         return "onednn", mirrored
