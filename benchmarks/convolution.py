@@ -4,8 +4,8 @@
 
 Layers: all 3³ convolutions of `isensee2017` on 4 × edge³ images in float32, equal ones once, and their way
 back to the input's gradient. Rivals: what PyTorch takes, and oneDNN by force. All are checked against float64
-before they are timed. A round visits every layer once, so that weights and images come from far memory as in a
-pass of the network, and each time another of the ways is the first to fetch them; medians count.
+before they are timed. A round visits every layer once, so that weights and images come from far memory as in
+a pass of the network, and each time another of the ways is the first to fetch them; medians count.
 """
 
 import argparse
