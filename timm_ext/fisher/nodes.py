@@ -48,6 +48,7 @@ class Tape:
 
     def claim(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> "Call | None":
         """Return the call to record, or None where the function must run as it is."""
+        self.normalised = None
         call = Call(self, self.names.get(id(weight)), self.names.get(id(bias)))
         whole = input.dim() > 0 and input.shape[0] == self.batch
         if not whole:
