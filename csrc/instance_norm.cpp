@@ -54,7 +54,6 @@ std::tuple<Tensor, Tensor, Tensor> instance_norm_backward(const Tensor& grad, co
                                          static_cast<float*>(for_weight.mutable_data_ptr()),
                                          static_cast<float*>(for_bias.mutable_data_ptr()),
                                          static_cast<float>(slope),
-                                         planes,
                                          channels,
                                          input.numel() / planes};
   torch::stable::parallel_for(

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <limits>
 #include <vector>
 
-#include "checks.h"
+#include "conv3d_checks.h"
 #include "cpu/kernels.h"
 #include "operators.h"
 #include "results.h"
@@ -18,27 +17,15 @@ using torch::stable::parallel_for;
 
 constexpr const char* kOp = "small_conv3d";
 
-void check_tensor(const char* name, const Tensor& tensor, int64_t axes, const Tensor& input) {
-  check_same_device(kOp, name, tensor, "input", input);
-  check_dtype(kOp, name, tensor, ScalarType::Float, "");
-  check(tensor.dim() == axes, kOp, ": ", name, " must have ", axes, " axes (got ", list(tensor.sizes()), ")");
-}
-
-void check_axes(const char* name, const std::vector<int64_t>& values, int64_t least) {
-  const bool fit =
-      values.size() == 3 && std::all_of(values.begin(), values.end(), [&](int64_t value) { return value >= least; });
-  check(fit, kOp, ": ", name, " must hold 3 numbers >= ", least, " (got ", list(values), ")");
-}
-
 /// The shape of the convolution; a mirrored weight is [inputs, outputs, ...].
 ConvShape shape_of(const Tensor& input, const Tensor& weight, const std::vector<int64_t>& stride,
                    const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, bool mirrored) {
   check(weight.size(mirrored ? 0 : 1) == input.size(1) && weight.numel() > 0, kOp, ": weight must be ",
         mirrored ? "[" : "[O, ", input.size(1), mirrored ? ", O, ...], mirrored," : ", ...]", " for input ",
         list(input.sizes()), " (got ", list(weight.sizes()), ")");
-  check_axes("stride", stride, 1);
-  check_axes("padding", padding, 0);
-  check_axes("dilation", dilation, 1);
+  check_three(kOp, "stride", stride, 1);
+  check_three(kOp, "padding", padding, 0);
+  check_three(kOp, "dilation", dilation, 1);
   ConvShape s{weight.size(mirrored ? 1 : 0), input.size(1), {}, {}, {}, {}, {}, {}};
   for (int a = 0; a < 3; ++a) {
     s.in[a] = input.size(a + 2);
@@ -78,14 +65,10 @@ std::vector<int32_t> places_of(const ConvShape& s, int64_t examples, int64_t wid
 Tensor small_conv3d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                     std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
                     bool mirrored) {
-  check_tensor("input", input, 5, input);
-  check_tensor("weight", weight, 5, input);
+  check_volume(kOp, "input", input, 5, input);
+  check_volume(kOp, "weight", weight, 5, input);
   const ConvShape s = shape_of(input, weight, stride, padding, dilation, mirrored);
-  if (bias) {
-    check_tensor("bias", *bias, 1, input);
-    check(bias->size(0) == s.outputs && bias->is_contiguous(), kOp, ": bias must be [", s.outputs,
-          "], contiguous (got ", list(bias->sizes()), ")");
-  }
+  check_bias(kOp, bias, s.outputs, input);
   const int64_t examples = input.size(0), points = s.out[0] * s.out[1] * s.out[2];
   const Tensor result = new_result(input, {examples, s.outputs, s.out[0], s.out[1], s.out[2]});
   if (result.numel() == 0) return result;

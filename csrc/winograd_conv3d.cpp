@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <vector>
 
-#include "checks.h"
+#include "conv3d_checks.h"
 #include "cpu/kernels.h"
 #include "operators.h"
 #include "results.h"
@@ -17,18 +16,11 @@ using torch::stable::parallel_for;
 
 constexpr const char* kOp = "winograd_conv3d";
 
-void check_tensor(const char* name, const Tensor& tensor, int64_t axes, const Tensor& input) {
-  check_same_device(kOp, name, tensor, "input", input);
-  check_dtype(kOp, name, tensor, ScalarType::Float, "");
-  check(tensor.dim() == axes, kOp, ": ", name, " must have ", axes, " axes (got ", list(tensor.sizes()), ")");
-}
-
 ConvShape shape_of(const Tensor& input, const Tensor& weight, const std::vector<int64_t>& padding) {
   check(weight.size(1) == input.size(1) && weight.size(2) == 3 && weight.size(3) == 3 && weight.size(4) >= 1, kOp,
         ": weight must be [O, ", input.size(1), ", 3, 3, K] for input ", list(input.sizes()), " (got ",
         list(weight.sizes()), ")");
-  const bool fit = padding.size() == 3 && std::all_of(padding.begin(), padding.end(), [](int64_t p) { return p >= 0; });
-  check(fit, kOp, ": padding must hold 3 numbers >= 0 (got ", list(padding), ")");
+  check_three(kOp, "padding", padding, 0);
   ConvShape s{weight.size(0), weight.size(1), {}, {}, {}, {1, 1, 1}, {}, {1, 1, 1}};
   for (int a = 0; a < 3; ++a) {
     s.in[a] = input.size(a + 2);
@@ -45,14 +37,10 @@ ConvShape shape_of(const Tensor& input, const Tensor& weight, const std::vector<
 
 Tensor winograd_conv3d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                        std::vector<int64_t> padding) {
-  check_tensor("input", input, 5, input);
-  check_tensor("weight", weight, 5, input);
+  check_volume(kOp, "input", input, 5, input);
+  check_volume(kOp, "weight", weight, 5, input);
   const ConvShape shape = shape_of(input, weight, padding);
-  if (bias) {
-    check_tensor("bias", *bias, 1, input);
-    check(bias->size(0) == shape.outputs && bias->is_contiguous(), kOp, ": bias must be [", shape.outputs,
-          "], contiguous (got ", list(bias->sizes()), ")");
-  }
+  check_bias(kOp, bias, shape.outputs, input);
   const Tensor result = new_result(input, {input.size(0), shape.outputs, shape.out[0], shape.out[1], shape.out[2]});
   if (result.numel() == 0) return result;
 

@@ -17,7 +17,6 @@ struct InstanceNormProblem {
   float* grad_weight;      // [planes]
   float* grad_bias;        // [planes]
   float slope;             // of what lies below zero
-  int64_t planes;
   int64_t channels;
   int64_t points;
 };
