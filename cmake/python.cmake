@@ -14,8 +14,7 @@ add_library(timm_ext MODULE
   csrc/square_accumulate.cpp
   csrc/winograd_conv3d.cpp
   csrc/cpu/conv_pack.cpp
-  csrc/cpu/kernels.cpp
-  csrc/cpu/winograd_weights.cpp)
+  csrc/cpu/kernels.cpp)
 set(torch_library_dir ${TIMM_EXT_TORCH_DIR}/lib)
 target_include_directories(timm_ext SYSTEM PRIVATE ${TIMM_EXT_TORCH_DIR}/include)
 target_compile_definitions(timm_ext PRIVATE TORCH_TARGET_VERSION=0x020a000000000000)

@@ -84,9 +84,10 @@ STABLE_TORCH_LIBRARY(timm_ext, m) {
       "small_conv3d(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation,"
       " bool mirrored) -> Tensor");
 
-  // The convolution of stride 1 of input [B, I, D, H, W] with weight [O, I, 3, 3, K], zeros around; float32, on the CPU
-  // only. Its bits depend on the instruction set (fused multiply-add).
-  m.def("winograd_conv3d(Tensor input, Tensor weight, Tensor? bias, int[] padding) -> Tensor");
+  // The convolution of stride 1 of input [B, I, D, H, W] with weight [O, I, 3, 3, K] or, mirrored as above,
+  // [I, O, 3, 3, K], zeros around; float32, on the CPU only. Its bits depend on the instruction set (fused
+  // multiply-add).
+  m.def("winograd_conv3d(Tensor input, Tensor weight, Tensor? bias, int[] padding, bool mirrored) -> Tensor");
 }
 
 #define TIMM_EXT_REGISTER_BOTH_DEVICES(m)                                                           \

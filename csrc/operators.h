@@ -41,6 +41,6 @@ Tensor small_conv3d(const Tensor& input, const Tensor& weight, const std::option
                     std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
                     bool mirrored);
 Tensor winograd_conv3d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                       std::vector<int64_t> padding);
+                       std::vector<int64_t> padding, bool mirrored);
 
 }  // namespace timm_ext

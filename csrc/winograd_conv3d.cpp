@@ -16,12 +16,14 @@ using torch::stable::parallel_for;
 
 constexpr const char* kOp = "winograd_conv3d";
 
-ConvShape shape_of(const Tensor& input, const Tensor& weight, const std::vector<int64_t>& padding) {
-  check(weight.size(1) == input.size(1) && weight.size(2) == 3 && weight.size(3) == 3 && weight.size(4) >= 1, kOp,
-        ": weight must be [O, ", input.size(1), ", 3, 3, K] for input ", list(input.sizes()), " (got ",
-        list(weight.sizes()), ")");
+/// The shape of the convolution; a mirrored weight is [inputs, outputs, 3, 3, K].
+ConvShape shape_of(const Tensor& input, const Tensor& weight, const std::vector<int64_t>& padding, bool mirrored) {
+  check(weight.size(mirrored ? 0 : 1) == input.size(1) && weight.size(2) == 3 && weight.size(3) == 3 &&
+            weight.size(4) >= 1,
+        kOp, ": weight must be ", mirrored ? "[" : "[O, ", input.size(1), mirrored ? ", O" : "", ", 3, 3, K]",
+        mirrored ? ", mirrored," : "", " for input ", list(input.sizes()), " (got ", list(weight.sizes()), ")");
   check_three(kOp, "padding", padding, 0);
-  ConvShape s{weight.size(0), weight.size(1), {}, {}, {}, {1, 1, 1}, {}, {1, 1, 1}};
+  ConvShape s{weight.size(mirrored ? 1 : 0), input.size(1), {}, {}, {}, {1, 1, 1}, {}, {1, 1, 1}};
   for (int a = 0; a < 3; ++a) {
     s.in[a] = input.size(a + 2);
     s.kernel[a] = weight.size(a + 2);
@@ -36,10 +38,10 @@ ConvShape shape_of(const Tensor& input, const Tensor& weight, const std::vector<
 }  // namespace
 
 Tensor winograd_conv3d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                       std::vector<int64_t> padding) {
+                       std::vector<int64_t> padding, bool mirrored) {
   check_volume(kOp, "input", input, 5, input);
   check_volume(kOp, "weight", weight, 5, input);
-  const ConvShape shape = shape_of(input, weight, padding);
+  const ConvShape shape = shape_of(input, weight, padding, mirrored);
   check_bias(kOp, bias, shape.outputs, input);
   const Tensor result = new_result(input, {input.size(0), shape.outputs, shape.out[0], shape.out[1], shape.out[2]});
   if (result.numel() == 0) return result;
@@ -48,8 +50,15 @@ Tensor winograd_conv3d(const Tensor& input, const Tensor& weight, const std::opt
   const int64_t blocks = cpu::winograd_blocks(shape);
   const Tensor forms = torch::stable::new_empty(x, {blocks * cpu::winograd_block_elements(shape)});
   auto* const to = static_cast<float*>(forms.mutable_data_ptr());
-  const auto* const from = static_cast<const float*>(g.const_data_ptr());
-  parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) { cpu::winograd_weights(shape, from, to, first, last); });
+  const int64_t taps = 9 * shape.kernel[2];
+  const cpu::WinogradWeights weights{&shape,
+                                     static_cast<const float*>(g.const_data_ptr()),
+                                     mirrored ? taps : shape.inputs * taps,
+                                     mirrored ? shape.outputs * taps : taps,
+                                     mirrored,
+                                     to};
+  parallel_for(0, blocks, 1,
+               [&](int64_t first, int64_t last) { cpu::kernels().winograd_weights(weights, first, last); });
   const cpu::WinogradProblem problem{&shape,
                                      static_cast<const float*>(x.const_data_ptr()),
                                      to,

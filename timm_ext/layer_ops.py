@@ -117,7 +117,12 @@ register_fake("timm_ext::small_conv3d", _fake_small_conv3d)
 
 
 def winograd_conv3d(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, padding: Sequence[int]
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    padding: Sequence[int],
+    mirrored: bool = False,
 ) -> Tensor:
     """Convolve with stride 1 by Winograd's F(2 x 2, 3 x 3) over planes and rows, on the CPU.
 
@@ -126,22 +131,26 @@ def winograd_conv3d(
 
     Args:
         input: `[B, I, D, H, W]` float32.
-        weight: `[O, I, 3, 3, K]` float32.
+        weight: `[O, I, 3, 3, K]` float32; mirrored `[I, O, 3, 3, K]`, its taps taken backwards, which makes
+            the input's gradient of that of the output.
         bias: `[O]` float32, contiguous.
         padding: zeros on both sides of each axis.
+        mirrored: how the weight is meant.
 
     Returns:
         `[B, O, D', H', W']`.
     """
     with torch.no_grad():
-        output: Tensor = _ops.winograd_conv3d.default(input, weight, bias, list(padding))
+        output: Tensor = _ops.winograd_conv3d.default(input, weight, bias, list(padding), mirrored)
     return output
 
 
-def _fake_winograd_conv3d(input: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int]) -> Tensor:
+def _fake_winograd_conv3d(
+    input: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int], mirrored: bool
+) -> Tensor:
     reach = zip(input.shape[2:], padding, weight.shape[2:], strict=True)
     sizes = [size + 2 * pad - kernel + 1 for size, pad, kernel in reach]
-    return input.new_empty((input.shape[0], weight.shape[0], *sizes))
+    return input.new_empty((input.shape[0], weight.shape[1 if mirrored else 0], *sizes))
 
 
 register_fake("timm_ext::winograd_conv3d", _fake_winograd_conv3d)

@@ -39,6 +39,7 @@ enum class Mixing { kSigmoid, kSoftmax, kRatios };
 // square_accumulate: acc[i] += scale Σ g[i]² over `each` gradients for i in [begin, end).
 // conv_square: whole examples; conv_square_add: a slab of one, then conv_square_sums: its squares.
 // instance_norm_backward: a plane is one channel of one example.
+// winograd_weights: blocks of channels of the output; then winograd_conv: units as winograd.h says.
 // small_conv_columns: of some channels of the input; then small_conv: blocks of channels of the output.
 // sample_labels: a unit is a block of one example's voxels, example after example.
 // log_weights and its backward: rows of `models` logits, of Element kFloat32 or kFloat64.
@@ -55,6 +56,7 @@ enum class Mixing { kSigmoid, kSoftmax, kRatios };
   void conv_square_sums(const ConvSquareProblem&, int64_t first_unit, int64_t last_unit);                        \
   void conv_grad_forms(const float* const* rows, int64_t row, float* to, int64_t form);                          \
   void conv_input_forms(const float* const* rows, int64_t row, float* to, int64_t form);                         \
+  void winograd_weights(const WinogradWeights&, int64_t first_block, int64_t last_block);                        \
   void winograd_conv(const WinogradProblem&, int64_t first_unit, int64_t last_unit);                             \
   void instance_norm_backward(const InstanceNormProblem&, int64_t first_plane, int64_t last_plane);              \
   void small_conv_columns(const SmallConvProblem&, int64_t first_input, int64_t last_input);                     \
@@ -87,6 +89,7 @@ struct Kernels {
   decltype(&baseline::conv_square_sums) conv_square_sums;
   decltype(&baseline::conv_grad_forms) conv_grad_forms;
   decltype(&baseline::conv_input_forms) conv_input_forms;
+  decltype(&baseline::winograd_weights) winograd_weights;
   decltype(&baseline::winograd_conv) winograd_conv;
   decltype(&baseline::instance_norm_backward) instance_norm_backward;
   decltype(&baseline::small_conv_columns) small_conv_columns;

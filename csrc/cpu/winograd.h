@@ -39,8 +39,15 @@ TIMM_EXT_FN int64_t winograd_block_elements(const ConvShape& s) {
   return kWinogradForms * s.inputs * s.kernel[2] * kWinogradOutputs;
 }
 
-/// Forms of the weights [outputs, inputs, 3, 3, columns] of blocks of outputs.
-void winograd_weights(const ConvShape&, const float* weight, float* forms, int64_t first_block, int64_t last_block);
+/// Weights [outputs, inputs, 3, 3, columns] at these steps; mirrored: the last tap first.
+struct WinogradWeights {
+  const ConvShape* shape;
+  const float* from;
+  int64_t output_step;
+  int64_t input_step;
+  bool mirrored;
+  float* forms;
+};
 
 /// Units of work: two planes × kWinogradRows rows of the output of one example.
 TIMM_EXT_FN int64_t winograd_row_groups(const ConvShape& s) { return (s.out[1] + kWinogradRows - 1) / kWinogradRows; }

@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <algorithm>
+#include "../math/simd.h"
+#include "buffer.h"
+#include "kernels.h"
 
-#include "winograd.h"
-
-namespace timm_ext::cpu {
+namespace timm_ext::cpu::TIMM_EXT_ISA {
 namespace {
+
+using math::FloatQuad;
 
 constexpr int64_t kO = kWinogradOutputs;
 
 /// Of three weights of each output, the factors of the four products.
-void weight_forms(const float (&g0)[kO], const float (&g1)[kO], const float (&g2)[kO], float* const (&to)[4]) {
+TIMM_EXT_FN void weight_forms(const float* g0, const float* g1, const float* g2, float* const (&to)[4]) {
   for (int64_t o = 0; o < kO; ++o) {
     const float outer = 0.5f * (g0[o] + g2[o]), middle = 0.5f * g1[o];
     to[0][o] = g0[o];
@@ -19,11 +21,12 @@ void weight_forms(const float (&g0)[kO], const float (&g1)[kO], const float (&g2
   }
 }
 
-/// All forms, `form` elements apart, of one column of the kernels between an input and a block of outputs.
-void write_forms(const float (&g)[9][kO], float* to, int64_t form) {
+/// All forms, `form` elements apart, of the places g[0 … 8 · step] of a column of the kernels.
+TIMM_EXT_FN void write_forms(const float* g, int64_t step, float* to, int64_t form) {
   float rows[3][4][kO];  // [planes of the kernel, forms over its rows]
-  for (int d = 0; d < 3; ++d) {
-    weight_forms(g[3 * d], g[3 * d + 1], g[3 * d + 2], {rows[d][0], rows[d][1], rows[d][2], rows[d][3]});
+  for (int64_t d = 0; d < 3; ++d) {
+    const float* const plane = g + 3 * d * step;
+    weight_forms(plane, plane + step, plane + 2 * step, {rows[d][0], rows[d][1], rows[d][2], rows[d][3]});
   }
   for (int64_t h = 0; h < 4; ++h) {
     float* const first = to + h * form;
@@ -31,24 +34,42 @@ void write_forms(const float (&g)[9][kO], float* to, int64_t form) {
   }
 }
 
-}  // namespace
-
-void winograd_weights(const ConvShape& s, const float* weight, float* forms, int64_t first_block, int64_t last_block) {
-  const int64_t columns = s.kernel[2], taps = 9 * columns;
-  for (int64_t block = first_block; block < last_block; ++block) {
-    const int64_t first = block * kO, outputs = std::min(kO, s.outputs - first);
-    float* to = forms + block * winograd_block_elements(s);
-    for (int64_t i = 0; i < s.inputs; ++i) {
-      for (int64_t w = 0; w < columns; ++w, to += kO) {
-        float g[9][kO] = {};
-        for (int64_t o = 0; o < outputs; ++o) {
-          const float* const from = weight + ((first + o) * s.inputs + i) * taps + w;
-          for (int64_t tap = 0; tap < 9; ++tap) g[tap][o] = from[tap * columns];
-        }
-        write_forms(g, to, s.inputs * columns * kO);
+/// g[tap, output] = from[output][tap] or, mirrored, from[output][taps - 1 - tap].
+TIMM_EXT_FN void transpose_taps(const float* const (&from)[kO], int64_t taps, bool mirrored, float* g) {
+  for (int64_t o = 0; o < kO; o += 4) {
+    for (int64_t next = 0; next < taps; next += 4) {
+      const int64_t first = next + 4 <= taps ? next : taps - 4;  // the last four may overlap those before
+      FloatQuad four[4];
+      for (int k = 0; k < 4; ++k) four[k] = math::load<FloatQuad>(from[o + k] + first);
+      math::transpose(four);
+      for (int k = 0; k < 4; ++k) {
+        const int64_t tap = mirrored ? taps - 1 - first - k : first + k;
+        math::store(g + tap * kO + o, four[k]);
       }
     }
   }
 }
 
-}  // namespace timm_ext::cpu
+}  // namespace
+
+void winograd_weights(const WinogradWeights& w, int64_t first_block, int64_t last_block) {
+  const ConvShape& s = *w.shape;
+  const int64_t columns = s.kernel[2], taps = 9 * columns;
+  const Buffer<float> g(taps * kO);
+  for (int64_t block = first_block; block < last_block; ++block) {
+    const float* from[kO];  // beyond the last output, its own, which nobody reads
+    for (int64_t o = 0; o < kO; ++o) {
+      const int64_t output = block * kO + o;
+      from[o] = w.from + (output < s.outputs ? output : s.outputs - 1) * w.output_step;
+    }
+    float* to = w.forms + block * winograd_block_elements(s);
+    for (int64_t i = 0; i < s.inputs; ++i) {
+      transpose_taps(from, taps, w.mirrored, g.get());
+      for (int64_t column = 0; column < columns; ++column, to += kO)
+        write_forms(g.get() + column * kO, columns * kO, to, s.inputs * columns * kO);
+      for (int64_t o = 0; o < kO; ++o) from[o] += w.input_step;
+    }
+  }
+}
+
+}  // namespace timm_ext::cpu::TIMM_EXT_ISA

@@ -76,7 +76,7 @@ class Geometry:
         if _single_on_cpu(input, weight):
             way, mirrored = gradient_way(self, grad.shape, input.shape, weight.shape)
         if way == "winograd":
-            return winograd_conv3d(grad, _mirror(weight), padding=mirrored.padding)
+            return winograd_conv3d(grad, weight, padding=mirrored.padding, mirrored=True)
         if way == "small":
             return mirrored._small(grad, weight, None, mirrored=True)
         if way == "onednn":
