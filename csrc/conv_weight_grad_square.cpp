@@ -6,6 +6,7 @@
 
 #include "checks.h"
 #include "cpu/conv_square.h"
+#include "cpu/doubled.h"
 #include "cpu/kernels.h"
 #include "cuda/conv_square.h"
 #include "cuda_launch.h"
@@ -139,7 +140,12 @@ struct Work {
 
 void square_on_cpu(const ConvShape& shape, const Tensor& acc, const Tensor& grad, const Tensor& input, int64_t groups,
                    float scale) {
-  const ConvLayout layout(shape, torch::stable::get_num_threads());
+  ConvLayout layout(shape, torch::stable::get_num_threads());
+  const auto* const volumes = static_cast<const float*>(input.const_data_ptr());
+  if (layout.pairs && cpu::may_come_doubled(shape) &&
+      cpu::comes_doubled(volumes, input.size(0) * input.size(1), shape.in)) {
+    layout.leave_out_doubled();
+  }
   const int64_t examples = grad.size(0);
   const bool slabs = layout.group < layout.grad_rows();
   const int64_t each = layout.grad_elements(shape) + layout.input_elements();

@@ -76,6 +76,9 @@ STABLE_TORCH_LIBRARY(timm_ext, m) {
       "instance_norm_backward(Tensor grad, Tensor input, Tensor mean, Tensor deviation, Tensor? weight, Tensor? bias,"
       " float slope) -> (Tensor, Tensor, Tensor)");
 
+  // input [B, C, D, H, W] enlarged to [B, C, 2 D, 2 H, 2 W], every voxel to 2 x 2 x 2; float32, on the CPU only.
+  m.def("nearest_doubling3d(Tensor input) -> Tensor");
+
   // The convolution of input [B, I, D, H, W] with weight [O, I, ...], for outputs of few points: memory for
   // I · taps · B · points numbers. Mirrored: with weight [I, O, ...], its taps taken backwards, which makes the
   // gradient of the input of that of the output where the stride is 1. float32, on the CPU only; its bits depend on the
@@ -85,9 +88,11 @@ STABLE_TORCH_LIBRARY(timm_ext, m) {
       " bool mirrored) -> Tensor");
 
   // The convolution of stride 1 of input [B, I, D, H, W] with weight [O, I, 3, 3, K] or, mirrored as above,
-  // [I, O, 3, 3, K], zeros around; float32, on the CPU only. Its bits depend on the instruction set (fused
-  // multiply-add).
-  m.def("winograd_conv3d(Tensor input, Tensor weight, Tensor? bias, int[] padding, bool mirrored) -> Tensor");
+  // [I, O, 3, 3, K], zeros around. Halved: the sums of 2 x 2 x 2 neighbours of the output, whose sizes are even; no
+  // bias. float32, on the CPU only. Its bits depend on the instruction set (fused multiply-add).
+  m.def(
+      "winograd_conv3d(Tensor input, Tensor weight, Tensor? bias, int[] padding, bool mirrored, bool halved)"
+      " -> Tensor");
 }
 
 #define TIMM_EXT_REGISTER_BOTH_DEVICES(m)                                                           \
@@ -104,6 +109,7 @@ STABLE_TORCH_LIBRARY_IMPL(timm_ext, CPU, m) {
   m.impl("instance_norm_backward", TORCH_BOX(&timm_ext::instance_norm_backward));
   m.impl("log_weights", TORCH_BOX(&timm_ext::log_weights));
   m.impl("log_weights_backward", TORCH_BOX(&timm_ext::log_weights_backward));
+  m.impl("nearest_doubling3d", TORCH_BOX(&timm_ext::nearest_doubling3d));
   m.impl("small_conv3d", TORCH_BOX(&timm_ext::small_conv3d));
   m.impl("winograd_conv3d", TORCH_BOX(&timm_ext::winograd_conv3d));
 }

@@ -37,10 +37,11 @@ std::tuple<Tensor, Tensor, Tensor> instance_norm_backward(const Tensor& grad, co
                                                           const Tensor& deviation, const std::optional<Tensor>& weight,
                                                           const std::optional<Tensor>& bias, double slope);
 
+Tensor nearest_doubling3d(const Tensor& input);
 Tensor small_conv3d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                     std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
                     bool mirrored);
 Tensor winograd_conv3d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                       std::vector<int64_t> padding, bool mirrored);
+                       std::vector<int64_t> padding, bool mirrored, bool halved);
 
 }  // namespace timm_ext

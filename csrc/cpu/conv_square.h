@@ -32,6 +32,7 @@ struct ConvTap {
   int64_t input;     // likewise
   int64_t first[3];  // of the points of grad for which the inputs are not padding; of two halves, all planes
   int64_t last[3];   // one beyond
+  bool vanishes;     // a form that is 0 everywhere
 };
 
 /// Where things lie in the packed form: blocks of the channels that a unit of work reads, in a block channels last, the
@@ -43,11 +44,15 @@ struct ConvTap {
 /// pairs, give the gradients at the three places of the kernel: four multiplications in place of six.
 ///     m0 = g0 (x0 − x2)    m1 = (g0 + g1) (x1 + x2)    m2 = (g0 − g1) (x2 − x1)    m3 = −g1 (x1 − x3)
 ///     m0 + (m1 + m2) / 2,  (m1 − m2) / 2,  (m1 + m2) / 2 + m3
-/// Forms take four times the memory, so that an example goes through in slabs.
+/// Forms take four times the memory, so that an example goes through in slabs. Of a doubled input, m2 is 0 on both axes.
 struct ConvLayout {
   ConvLayout(const ConvShape& shape, int64_t threads);
 
+  /// Leaves out the forms that vanish where planes and rows of the input come in equal pairs (`comes_doubled`).
+  void leave_out_doubled();
+
   bool pairs;                 // of planes and rows
+  bool doubled;               // whether some of their forms are left out
   int64_t halves;             // 1 or 2
   int64_t planes;             // of a half of grad, or pairs of them
   int64_t rows;               // of a plane of grad, or pairs of them
@@ -89,7 +94,7 @@ struct ConvLayout {
 };
 
 /// Writes the forms of two by two rows of grad, or of four by four of the input, `form` elements apart.
-using WriteForms = void (*)(const float* const* rows, int64_t row, float* to, int64_t form);
+using WriteForms = void (*)(const float* const* rows, int64_t row, float* to, int64_t form, bool doubled);
 
 /// Packs rows [first_row, last_row) of one example, or pairs of them, of a slab that begins at row `slab`.
 void pack_grad(const ConvShape&, const ConvLayout&, WriteForms, const float* grad, float* packed, int64_t slab,

@@ -47,6 +47,7 @@ class Block {
       const int64_t group_end = row / group * group + group;
       last = smallest(row + stretch, group_end, p_.rows);
       for (int64_t tap = first_tap; tap < last_tap; tap += B::kTaps) {
+        if (p_.taps[tap].vanishes) continue;
         add_products(example, p_.taps[tap], row, last, sums + (tap - first_tap) * B::kSums);
       }
     }

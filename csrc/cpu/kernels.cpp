@@ -19,6 +19,7 @@ namespace {
    isa::conv_square_sums,          \
    isa::conv_grad_forms,           \
    isa::conv_input_forms,          \
+   isa::double_planes,             \
    isa::winograd_weights,          \
    isa::winograd_conv,             \
    isa::instance_norm_backward,    \

@@ -12,6 +12,7 @@
 #include "../cuda/sample_labels.h"
 #include "../cuda/square_accumulate.h"
 #include "conv_square.h"
+#include "doubled.h"
 #include "instance_norm.h"
 #include "small_conv.h"
 #include "winograd.h"
@@ -39,6 +40,7 @@ enum class Mixing { kSigmoid, kSoftmax, kRatios };
 // square_accumulate: acc[i] += scale Σ g[i]² over `each` gradients for i in [begin, end).
 // conv_square: whole examples; conv_square_add: a slab of one, then conv_square_sums: its squares.
 // instance_norm_backward: a plane is one channel of one example.
+// double_planes: planes of the input, of all channels.
 // winograd_weights: blocks of channels of the output; then winograd_conv: units as winograd.h says.
 // small_conv_columns: of some channels of the input; then small_conv: blocks of channels of the output.
 // sample_labels: a unit is a block of one example's voxels, example after example.
@@ -54,8 +56,9 @@ enum class Mixing { kSigmoid, kSoftmax, kRatios };
   void conv_square(const ConvSquareProblem&, int64_t first_unit, int64_t last_unit);                             \
   void conv_square_add(const ConvSquareProblem&, int64_t first_unit, int64_t last_unit);                         \
   void conv_square_sums(const ConvSquareProblem&, int64_t first_unit, int64_t last_unit);                        \
-  void conv_grad_forms(const float* const* rows, int64_t row, float* to, int64_t form);                          \
-  void conv_input_forms(const float* const* rows, int64_t row, float* to, int64_t form);                         \
+  void conv_grad_forms(const float* const* rows, int64_t row, float* to, int64_t form, bool doubled);            \
+  void conv_input_forms(const float* const* rows, int64_t row, float* to, int64_t form, bool doubled);           \
+  void double_planes(const DoublingProblem&, int64_t first_plane, int64_t last_plane);                           \
   void winograd_weights(const WinogradWeights&, int64_t first_block, int64_t last_block);                        \
   void winograd_conv(const WinogradProblem&, int64_t first_unit, int64_t last_unit);                             \
   void instance_norm_backward(const InstanceNormProblem&, int64_t first_plane, int64_t last_plane);              \
@@ -89,6 +92,7 @@ struct Kernels {
   decltype(&baseline::conv_square_sums) conv_square_sums;
   decltype(&baseline::conv_grad_forms) conv_grad_forms;
   decltype(&baseline::conv_input_forms) conv_input_forms;
+  decltype(&baseline::double_planes) double_planes;
   decltype(&baseline::winograd_weights) winograd_weights;
   decltype(&baseline::winograd_conv) winograd_conv;
   decltype(&baseline::instance_norm_backward) instance_norm_backward;

@@ -85,6 +85,18 @@ class Geometry:
             return self._onednn_transposed(grad.contiguous(), input.shape[2:], weight)
         return self._backward(grad, input, weight, (True, False, False))[0]
 
+    def halves(self, input: Tensor, weight: Tensor) -> bool:
+        """Tell whether `halved_gradient` serves for an input `[B, C, ...]`."""
+        if not _single_on_cpu(input, weight) or input.dim() != 5 or torch.is_autocast_enabled("cpu"):
+            return False
+        grad = input.shape[0], weight.shape[0], *_output_size(self, input.shape, weight.shape)
+        return gradient_way(self, grad, input.shape, weight.shape)[0] == "winograd"
+
+    def halved_gradient(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+        """Return the gradient of what nearest-neighbour doubling enlarged to the input, half of each size."""
+        mirrored = gradient_way(self, grad.shape, input.shape, weight.shape)[1]
+        return winograd_conv3d(grad, weight, padding=mirrored.padding, mirrored=True, halved=True)
+
     def weight_gradient(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
         """Return the gradient with respect to the weight, summed over the batch."""
         if len(grad) == 1 and self.pointwise(weight):

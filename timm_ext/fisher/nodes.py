@@ -21,7 +21,7 @@ from timm_ext.fisher.gradients import (
     LinearWeightGradients,
     SquareSums,
 )
-from timm_ext.layer_ops import instance_norm_backward
+from timm_ext.layer_ops import instance_norm_backward, nearest_doubling3d
 
 
 class Tape:
@@ -36,6 +36,7 @@ class Tape:
         squares: where the backward leaves its per-example gradients; set before it runs.
         refused: parameters used where the first axis is not the batch; they need the fallback.
         normalised: the norm that ran last, while no other function has been called since.
+        doubled: output and input of the nearest-neighbour doubling that ran last, likewise.
     """
 
     def __init__(self, batch: int, names: dict[int, str], device: torch.device, refused: set[str]):
@@ -45,10 +46,15 @@ class Tape:
         self.refused = refused
         self.squares: SquareSums | None = None
         self.normalised: Call | None = None
+        self.doubled: tuple[Tensor, Tensor] | None = None
+
+    def forget(self) -> None:
+        """Take notice that another function was called."""
+        self.normalised = self.doubled = None
 
     def claim(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> "Call | None":
         """Return the call to record, or None where the function must run as it is."""
-        self.normalised = None
+        self.forget()
         call = Call(self, self.names.get(id(weight)), self.names.get(id(bias)))
         whole = input.dim() > 0 and input.shape[0] == self.batch
         if not whole:
@@ -97,15 +103,25 @@ class Call:
 
 
 class ConvolutionNode(torch.autograd.Function):
-    """Convolution or transposed convolution, `[B, C, ...]` to `[B, O, ...]`."""
+    """Convolution or transposed convolution, `[B, C, ...]` to `[B, O, ...]`.
+
+    Right behind nearest-neighbour doubling, the node stands for both: `below` is then what was doubled to `input`.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, call: Call
+        ctx: Any,
+        below: Tensor,
+        anchor: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        g: Geometry,
+        call: Call,
+        input: Tensor,
     ) -> Tensor:
-        """Convolve."""
+        """Convolve `input`."""
         ctx.save_for_backward(input, weight)
-        ctx.geometry, ctx.call = g, call
+        ctx.geometry, ctx.call, ctx.doubled = g, call, below.shape != input.shape
         return _owned(g.forward(input, weight, bias))
 
     @staticmethod
@@ -117,8 +133,26 @@ class ConvolutionNode(torch.autograd.Function):
                 lambda: ConvolutionWeightGradients(input, grad, weight, ctx.geometry),
                 lambda: grad.flatten(2).sum(2, dtype=_wide(grad)),
             )
-            below = ctx.geometry.input_gradient(grad, input, weight) if ctx.needs_input_grad[0] else None
-        return below, None, None, None, None, None
+            gradient = ctx.geometry.halved_gradient if ctx.doubled else ctx.geometry.input_gradient
+            below = gradient(grad, input, weight) if ctx.needs_input_grad[0] else None
+        return below, None, None, None, None, None, None
+
+
+class DoublingNode(torch.autograd.Function):
+    """Nearest-neighbour doubling of float32 volumes on the CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor) -> Tensor:
+        """Double."""
+        ctx.sizes = tuple(input.shape)
+        return nearest_doubling3d(input)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """Return the input's gradient."""
+        with _unseen():
+            below: Tensor = torch.ops.aten.upsample_nearest3d_backward(grad, grad.shape[2:], ctx.sizes)
+        return below
 
 
 class LinearNode(torch.autograd.Function):

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from timm_ext.errors import InputError
 from timm_ext.fisher.convolution import Geometry
-from timm_ext.fisher.nodes import AffineNode, Call, ConvolutionNode, GroupNormNode, LinearNode, Tape
+from timm_ext.fisher.nodes import AffineNode, Call, ConvolutionNode, DoublingNode, GroupNormNode, LinearNode, Tape
 
 
 def _record(function: Any, *arguments: Any) -> Tensor:
@@ -58,6 +58,7 @@ def _convolution(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor | None:
+    doubled = tape.doubled
     if input.dim() != weight.dim() or (call := tape.claim(input, weight, bias)) is None:
         return None
     axes = weight.dim() - 2
@@ -68,6 +69,17 @@ def _convolution(
         pads = _each(padding, axes)
     call.rule, call.shifts = "convolution", True
     geometry = Geometry(steps, pads, gaps, False, (0,) * axes, groups)
+    if doubled is not None and input is doubled[0] and geometry.halves(input, weight):
+        return _record(
+            ConvolutionNode,
+            doubled[1],
+            tape.anchor,
+            _detach(weight),
+            _detach(bias),
+            geometry,
+            call,
+            input.detach(),
+        )
     return _convolve(input, tape, weight, bias, geometry, call)
 
 
@@ -107,8 +119,28 @@ def _convolve(
 ) -> Tensor:
     input = _autocast(input)
     return _record(
-        ConvolutionNode, input, tape.anchor, _detach(weight, input), _detach(bias, input), geometry, call
+        ConvolutionNode, input, tape.anchor, _detach(weight, input), _detach(bias, input), geometry, call, input
     )
+
+
+def _interpolate(
+    tape: Tape,
+    input: Tensor,
+    size: int | Sequence[int] | None = None,
+    scale_factor: float | Sequence[float] | None = None,
+    mode: str = "nearest",
+    *_: Any,
+    **__: Any,
+) -> Tensor | None:
+    """Let a convolution right behind nearest-neighbour doubling take in its gradient."""
+    tape.forget()
+    factors = scale_factor if isinstance(scale_factor, Sequence) else (scale_factor,)
+    doubling = mode == "nearest" and input.dim() == 5 and size is None and set(factors) == {2}
+    if not doubling or input.dtype != torch.float32 or input.device.type != "cpu":
+        return None
+    output = _record(DoublingNode, input)
+    tape.doubled = output, input
+    return output
 
 
 def _linear(tape: Tape, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
@@ -169,7 +201,8 @@ def _leaky_relu(
     tape: Tape, input: Tensor, negative_slope: float = 0.01, inplace: bool = False
 ) -> Tensor | None:
     """Leave the activation to the norm right before it, whose output nobody else has seen nor will."""
-    norm, tape.normalised = tape.normalised, None
+    norm = tape.normalised
+    tape.forget()
     taken = inplace and norm is not None and GroupNormNode.activate(input, norm, negative_slope)
     return input if taken else None
 
@@ -231,6 +264,7 @@ RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     torch.conv_transpose1d: _transposed_convolution,
     torch.conv_transpose2d: _transposed_convolution,
     torch.conv_transpose3d: _transposed_convolution,
+    functional.interpolate: _interpolate,
     functional.linear: _linear,
     functional.instance_norm: _instance_norm,
     functional.group_norm: _group_norm,
@@ -256,7 +290,7 @@ class Rules(TorchFunctionMode):
         rule = RULES.get(func)
         if rule is not None and (output := rule(self._tape, *args, **kwargs)) is not None:
             return output
-        self._tape.normalised = None
+        self._tape.forget()
         return func(*args, **kwargs)
 
 
