@@ -16,9 +16,8 @@ Tensor nearest_doubling3d(const Tensor& input) {
   const Tensor x = torch::stable::contiguous(input);
   const cpu::DoublingProblem problem{static_cast<const float*>(x.const_data_ptr()),
                                      static_cast<float*>(result.mutable_data_ptr()), rows, columns};
-  torch::stable::parallel_for(0, x.numel() / (rows * columns), 1, [&](int64_t first, int64_t last) {
-    cpu::kernels().double_planes(problem, first, last);
-  });
+  torch::stable::parallel_for(0, x.numel() / (rows * columns), 1,
+                              [&](int64_t first, int64_t last) { cpu::kernels().double_planes(problem, first, last); });
   return result;
 }
 

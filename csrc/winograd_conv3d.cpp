@@ -48,8 +48,8 @@ Tensor winograd_conv3d(const Tensor& input, const Tensor& weight, const std::opt
   check(!halved || (even && !bias), kOp, ": halved, the output must have even sizes, and bias must be None (got ",
         list({shape.out[0], shape.out[1], shape.out[2]}), ", bias ", bias ? "given" : "None", ")");
   const int64_t part = halved ? 2 : 1;
-  const Tensor result = new_result(
-      input, {input.size(0), shape.outputs, shape.out[0] / part, shape.out[1] / part, shape.out[2] / part});
+  const Tensor result =
+      new_result(input, {input.size(0), shape.outputs, shape.out[0] / part, shape.out[1] / part, shape.out[2] / part});
   if (result.numel() == 0) return result;
 
   const Tensor x = torch::stable::contiguous(input), g = torch::stable::contiguous(weight);

@@ -43,6 +43,26 @@ def test_squares_are_those_of_the_reference(outputs, inputs, sizes, kernel, opti
     assert_close_to_reference(*case(outputs, inputs, sizes, kernel, **options))
 
 
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "sizes", "padding"),
+    [
+        (16, 8, [12, 14, 16], [1, 1, 1]),
+        (6, 5, [16, 12, 6], [1, 1, 1]),
+        (33, 17, [6, 8, 4], [1, 1, 1]),
+        (8, 9, [8, 8, 9], [3, 1, 0]),
+        (8, 9, [8, 8, 8], [0, 2, 1]),
+    ],
+)
+@pytest.mark.parametrize("changed", [None, (0, 0, 0, 1, 0), (-1, -1, -1, -1, -1)])
+def test_an_input_that_was_doubled(outputs, inputs, sizes, padding, changed) -> None:
+    """With one voxel changed, it is an input like any other."""
+    acc, grad, input, geometry = case(outputs, inputs, sizes, [3, 3, 3], padding=padding, batch=2)
+    repeated = input[:, :, ::2, ::2].repeat_interleave(2, 2).repeat_interleave(2, 3)
+    if changed is not None:
+        repeated[changed] += 1
+    assert_close_to_reference(acc, grad, repeated, geometry)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_any_geometry(data: st.DataObject) -> None:

@@ -150,9 +150,9 @@ def winograd_conv3d(
 ) -> Tensor:
     """Convolve with stride 1 by Winograd's F(2 x 2, 3 x 3) over planes and rows, on the CPU.
 
-    Four multiplications in place of nine for each column of the kernel (Lavin and Gray, CVPR 2016), 2.25 where
-    the input comes from nearest-neighbour doubling or the output is halved, in IEEE float32; errors are those
-    of the direct sum. The same bits for any number of threads. Not differentiable.
+    Four multiplications in place of nine for each column of the kernel (Lavin and Gray, CVPR 2016), and 2.25
+    where the input comes from nearest-neighbour doubling or the output is halved, in IEEE float32; errors are
+    those of the direct sum. The same bits for any number of threads. Not differentiable.
 
     Args:
         input: `[B, I, D, H, W]` float32.
@@ -161,8 +161,8 @@ def winograd_conv3d(
         bias: `[O]` float32, contiguous.
         padding: zeros on both sides of each axis.
         mirrored: how the weight is meant.
-        halved: sum 2 x 2 x 2 neighbours of the output, whose sizes must be even, without a bias; mirrored, that
-            makes the gradient of what nearest-neighbour doubling enlarged to the input.
+        halved: sum 2 x 2 x 2 neighbours of the output, whose sizes must be even, without a bias; mirrored,
+            that makes the gradient of what nearest-neighbour doubling enlarged to the input.
 
     Returns:
         `[B, O, D', H', W']`, halved half of each size.

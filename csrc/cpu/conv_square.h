@@ -44,7 +44,8 @@ struct ConvTap {
 /// pairs, give the gradients at the three places of the kernel: four multiplications in place of six.
 ///     m0 = g0 (x0 − x2)    m1 = (g0 + g1) (x1 + x2)    m2 = (g0 − g1) (x2 − x1)    m3 = −g1 (x1 − x3)
 ///     m0 + (m1 + m2) / 2,  (m1 − m2) / 2,  (m1 + m2) / 2 + m3
-/// Forms take four times the memory, so that an example goes through in slabs. Of a doubled input, m2 is 0 on both axes.
+/// Forms take four times the memory, so that an example goes through in slabs. Of a doubled input, m2 is 0 on both
+/// axes.
 struct ConvLayout {
   ConvLayout(const ConvShape& shape, int64_t threads);
 

@@ -105,7 +105,7 @@ class Call:
 class ConvolutionNode(torch.autograd.Function):
     """Convolution or transposed convolution, `[B, C, ...]` to `[B, O, ...]`.
 
-    Right behind nearest-neighbour doubling, the node stands for both: `below` is then what was doubled to `input`.
+    Right behind nearest-neighbour doubling the node stands for both: `below` is then what was doubled.
     """
 
     @staticmethod

@@ -16,7 +16,15 @@ from torch.overrides import TorchFunctionMode
 
 from timm_ext.errors import InputError
 from timm_ext.fisher.convolution import Geometry
-from timm_ext.fisher.nodes import AffineNode, Call, ConvolutionNode, DoublingNode, GroupNormNode, LinearNode, Tape
+from timm_ext.fisher.nodes import (
+    AffineNode,
+    Call,
+    ConvolutionNode,
+    DoublingNode,
+    GroupNormNode,
+    LinearNode,
+    Tape,
+)
 
 
 def _record(function: Any, *arguments: Any) -> Tensor:
@@ -70,16 +78,8 @@ def _convolution(
     call.rule, call.shifts = "convolution", True
     geometry = Geometry(steps, pads, gaps, False, (0,) * axes, groups)
     if doubled is not None and input is doubled[0] and geometry.halves(input, weight):
-        return _record(
-            ConvolutionNode,
-            doubled[1],
-            tape.anchor,
-            _detach(weight),
-            _detach(bias),
-            geometry,
-            call,
-            input.detach(),
-        )
+        weight, bias, input = weight.detach(), _detach(bias), input.detach()
+        return _record(ConvolutionNode, doubled[1], tape.anchor, weight, bias, geometry, call, input)
     return _convolve(input, tape, weight, bias, geometry, call)
 
 
@@ -119,7 +119,14 @@ def _convolve(
 ) -> Tensor:
     input = _autocast(input)
     return _record(
-        ConvolutionNode, input, tape.anchor, _detach(weight, input), _detach(bias, input), geometry, call, input
+        ConvolutionNode,
+        input,
+        tape.anchor,
+        _detach(weight, input),
+        _detach(bias, input),
+        geometry,
+        call,
+        input,
     )
 
 

@@ -1,0 +1,163 @@
+"""Convolutions behind nearest-neighbour doubling, which take in its gradient if nothing is called between."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from timm_ext.fisher import FisherAccumulator
+from timm_ext.fisher.nodes import DoublingNode, Tape
+from timm_ext.fisher.rules import Rules
+
+
+class Layers(nn.Module):
+    """A convolution, one behind an enlargement by `join`, and a head."""
+
+    def __init__(self, join: Callable[[nn.Module, Tensor], Tensor], **options: int) -> None:
+        super().__init__()
+        self.first = nn.Conv3d(2, 4, 3, padding=1)
+        self.second = nn.Conv3d(4, 5, **({"kernel_size": 3, "padding": 1} | options))
+        self.head = nn.Conv3d(5, 2, 1)
+        self.join = join
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(functional.leaky_relu(self.join(self.second, self.first(x).sin()), 0.2))
+
+
+def double(x: Tensor) -> Tensor:
+    return functional.interpolate(x, scale_factor=2)
+
+
+def plain(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(double(x))
+
+
+def module(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(nn.Upsample(scale_factor=(2.0, 2.0, 2.0), mode="nearest")(x))
+
+
+def read_after(layer: nn.Module, x: Tensor) -> Tensor:
+    large = double(x)
+    return layer(large) * large.sum(1, keepdim=True)
+
+
+def twice(layer: nn.Module, x: Tensor) -> Tensor:
+    large = double(x)
+    return layer(large) + layer(large)
+
+
+def changed(layer: nn.Module, x: Tensor) -> Tensor:
+    large = double(x)
+    large.mul_(1 + x[:, :1, :1, :1, :1])
+    return layer(large)
+
+
+def of_another(layer: nn.Module, x: Tensor) -> Tensor:
+    large, other = double(x), double(x.cos())
+    return layer(large) + other[:, :1]
+
+
+def checkpointed(layer: nn.Module, x: Tensor) -> Tensor:
+    return checkpoint(lambda z: layer(double(z)), x, use_reentrant=False)
+
+
+def by_size(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(functional.interpolate(x, size=[2 * size for size in x.shape[2:]]))
+
+
+def by_another_factor(layer: nn.Module, x: Tensor) -> Tensor:
+    """Sizes are doubled, but not every voxel is."""
+    return layer(functional.interpolate(x, scale_factor=2.1)[:, :, :8, :10, :16])
+
+
+def on_one_axis(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(functional.interpolate(x, scale_factor=(1.0, 2.0, 2.0)))
+
+
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(functional.interpolate(x, scale_factor=2, mode="trilinear"))
+
+
+# How many doublings are left in the graph.
+CASES = {
+    "plain": (plain, {}, 0),
+    "module": (module, {}, 0),
+    "even padding": (plain, {"padding": 2}, 0),
+    "checkpointed": (checkpointed, {}, 0),
+    "read after": (read_after, {}, 1),
+    "twice": (twice, {}, 1),
+    "changed": (changed, {}, 1),
+    "of another": (of_another, {}, 2),
+    "strided": (plain, {"stride": 2}, 1),
+    "pointwise": (plain, {"kernel_size": 1, "padding": 0}, 1),
+    "wide kernel": (plain, {"kernel_size": 5, "padding": 2}, 1),
+    "by size": (by_size, {}, 0),
+    "by another factor": (by_another_factor, {}, 0),
+    "on one axis": (on_one_axis, {}, 0),
+    "linear": (linear, {}, 0),
+}
+
+
+def make(name: str) -> Layers:
+    generator = torch.Generator().manual_seed(5)
+    join, options, _ = CASES[name]
+    model = Layers(join, **options).eval()
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    return model
+
+
+def doublings(tensor: Tensor) -> int:
+    waiting, seen = [tensor.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting.extend(below for below, _ in node.next_functions)
+    return sum(node.name() == f"{DoublingNode.__name__}Backward" for node in seen)
+
+
+def run(model: nn.Module, x: Tensor) -> Tensor:
+    tape = Tape(len(x), {id(p): name for name, p in model.named_parameters()}, x.device, set())
+    with Rules(tape):
+        return model(x)
+
+
+def batch(model: nn.Module) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(2, 2, 4, 5, 8, generator=generator)
+    return x, (torch.rand(model(x).shape, generator=generator) < 0.5).float()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_fisher_is_that_of_the_loop(name, single_example_loop, assert_same_fisher) -> None:
+    model = make(name)
+    x, y = batch(model)
+    accumulator = FisherAccumulator(model, labels="true")
+    with accumulator:
+        accumulator.update(x, y, ["a", "b"])
+    expected = single_example_loop(model.double(), x.double(), y.double())
+    assert_same_fisher(accumulator.result().tensors, expected, relative=2e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_forward_is_the_models_own(name) -> None:
+    model = make(name)
+    x, _ = batch(model)
+    assert torch.allclose(run(model, x), model(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_which_doublings_stay_in_the_graph(name) -> None:
+    model = make(name)
+    assert doublings(run(model, batch(model)[0])) == CASES[name][2]
+
+
+def test_in_float64_nothing_is_taken_in() -> None:
+    model = make("plain").double()
+    output = run(model, batch(make("plain"))[0].double())
+    assert doublings(output) == 0
+    assert output.dtype == torch.float64
