@@ -224,8 +224,8 @@ class GroupNormNode(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Leave the parameters' gradients with the call, return the input's."""
         input, mean, deviation, weight, bias = ctx.saved_tensors
-        grad = grad.to(input.dtype)
         with _unseen():
+            grad = grad.to(input.dtype)
             if ctx.fused:
                 below, for_weight, for_bias = instance_norm_backward(
                     grad, input, mean, deviation, weight, bias, slope=ctx.slope

@@ -136,13 +136,15 @@ def _interpolate(
     size: int | Sequence[int] | None = None,
     scale_factor: float | Sequence[float] | None = None,
     mode: str = "nearest",
-    *_: Any,
-    **__: Any,
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    antialias: bool = False,
 ) -> Tensor | None:
     """Let a convolution right behind nearest-neighbour doubling take in its gradient."""
     tape.forget()
     factors = scale_factor if isinstance(scale_factor, Sequence) else (scale_factor,)
-    doubling = mode == "nearest" and input.dim() == 5 and size is None and set(factors) == {2}
+    plain = mode == "nearest" and size is None and align_corners is None and not antialias
+    doubling = plain and input.dim() == 5 and set(factors) == {2}
     if not doubling or input.dtype != torch.float32 or input.device.type != "cpu":
         return None
     output = _record(DoublingNode, input)
