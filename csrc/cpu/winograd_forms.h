@@ -21,7 +21,7 @@ struct WinogradTile {
   explicit WinogradTile(const ConvShape& s)
       : vector_rows(2 * s.out[2] <= kLanes ? 2 : 1),
         row_vectors((s.out[2] + kLanes - 1) / kLanes),
-        pairs(row_vectors == 1 ? 2 * vector_rows : 1),
+        pairs(row_vectors % 2 == 1 ? 2 * vector_rows : 1),
         lead(whole_vectors(s.padding[2])),
         pitch(whole_vectors(
             larger_of(larger_of(s.out[2], kLanes / vector_rows) + s.kernel[2] - 1, s.in[2] + 2 * s.padding[2]) -
