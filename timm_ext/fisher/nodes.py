@@ -105,24 +105,25 @@ class Call:
 class ConvolutionNode(torch.autograd.Function):
     """Convolution or transposed convolution, `[B, C, ...]` to `[B, O, ...]`.
 
-    Right behind nearest-neighbour doubling the node stands for both: `below` is then what was doubled.
+    Right behind nearest-neighbour doubling, the node may stand for both; `doubled` is then what is convolved.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        below: Tensor,
+        input: Tensor,
         anchor: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         g: Geometry,
         call: Call,
-        input: Tensor,
+        doubled: Tensor | None,
     ) -> Tensor:
-        """Convolve `input`."""
-        ctx.save_for_backward(input, weight)
-        ctx.geometry, ctx.call, ctx.doubled = g, call, below.shape != input.shape
-        return _owned(g.forward(input, weight, bias))
+        """Convolve."""
+        convolved = input if doubled is None else doubled
+        ctx.save_for_backward(convolved, weight)
+        ctx.geometry, ctx.call, ctx.doubled = g, call, doubled is not None
+        return _owned(g.forward(convolved, weight, bias))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

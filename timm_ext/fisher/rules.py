@@ -78,8 +78,10 @@ def _convolution(
     call.rule, call.shifts = "convolution", True
     geometry = Geometry(steps, pads, gaps, False, (0,) * axes, groups)
     if doubled is not None and input is doubled[0] and geometry.halves(input, weight):
-        weight, bias, input = weight.detach(), _detach(bias), input.detach()
-        return _record(ConvolutionNode, doubled[1], tape.anchor, weight, bias, geometry, call, input)
+        small, large = doubled[1], input.detach()
+        return _record(
+            ConvolutionNode, small, tape.anchor, _detach(weight), _detach(bias), geometry, call, large
+        )
     return _convolve(input, tape, weight, bias, geometry, call)
 
 
@@ -126,7 +128,7 @@ def _convolve(
         _detach(bias, input),
         geometry,
         call,
-        input,
+        None,
     )
 
 
