@@ -5,15 +5,15 @@ find_package(pybind11 CONFIG REQUIRED)
 # One library for every torch >= 2.10: the stable ABI at version 2.10, and libtorch by name, without a path.
 add_library(timm_ext MODULE
   csrc/conv_weight_grad_square.cpp
-  csrc/doubled.cpp
+  csrc/doubling3d.cpp
   csrc/instance_norm.cpp
   csrc/library.cpp
   csrc/log_weights.cpp
   csrc/merge.cpp
-  csrc/nearest_doubling3d.cpp
   csrc/sample_labels.cpp
   csrc/small_conv3d.cpp
   csrc/square_accumulate.cpp
+  csrc/strided_conv3d.cpp
   csrc/winograd_conv3d.cpp
   csrc/cpu/conv_pack.cpp
   csrc/cpu/kernels.cpp)

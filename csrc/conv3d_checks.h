@@ -30,4 +30,10 @@ inline void check_three(const char* op, const char* name, const std::vector<int6
   check(fit, op, ": ", name, " must hold 3 numbers >= ", least, " (got ", list(values), ")");
 }
 
+/// Sums of neighbours, one more on each axis than the volume of even sizes whose they are.
+inline void check_sums(const char* op, const Tensor& sums) {
+  const bool odd = sums.size(2) % 2 == 1 && sums.size(3) % 2 == 1 && sums.size(4) % 2 == 1;
+  check(odd, op, ": sums must have odd sizes (got ", list(sums.sizes()), ")");
+}
+
 }  // namespace timm_ext

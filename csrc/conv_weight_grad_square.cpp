@@ -4,9 +4,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "checks.h"
+#include "conv3d_checks.h"
 #include "cpu/conv_square.h"
-#include "cpu/doubled.h"
 #include "cpu/kernels.h"
 #include "cuda/conv_square.h"
 #include "cuda_launch.h"
@@ -86,6 +85,8 @@ struct Work {
   int64_t grad_example;  // elements from one example to the next
   int64_t input_example;
   float* accumulator;
+  int64_t output_step;  // of the accumulator
+  int64_t input_step;
   float scale;
   float* packed;  // of as many examples as go together
   float* sums;    // over slabs
@@ -113,7 +114,8 @@ struct Work {
  private:
   cpu::ConvSquareProblem problem_of(int64_t examples, int64_t rows) const {
     const float* const input_packed = packed + examples * layout.grad_elements(shape);
-    return {&shape, &layout, layout.taps.data(), packed, input_packed, examples, rows, sums, accumulator, scale};
+    return {&shape, &layout, layout.taps.data(), packed,      input_packed, examples,
+            rows,   sums,    accumulator,        output_step, input_step,   scale};
   }
 
   /// Packs the rows of an example from `slab` on.
@@ -138,15 +140,11 @@ struct Work {
   }
 };
 
+/// Exchanged: acc is [inputs, outputs, taps], its taps taken backwards.
 void square_on_cpu(const ConvShape& shape, const Tensor& acc, const Tensor& grad, const Tensor& input, int64_t groups,
-                   float scale) {
-  ConvLayout layout(shape, torch::stable::get_num_threads());
-  const auto* const volumes = static_cast<const float*>(input.const_data_ptr());
-  if (layout.pairs && cpu::may_come_doubled(shape) &&
-      cpu::comes_doubled(volumes, input.size(0) * input.size(1), shape.in)) {
-    layout.leave_out_doubled();
-  }
-  const int64_t examples = grad.size(0);
+                   float scale, bool exchanged) {
+  const ConvLayout layout(shape, torch::stable::get_num_threads(), exchanged);
+  const int64_t examples = grad.size(0), taps = shape.kernel[0] * shape.kernel[1] * shape.kernel[2];
   const bool slabs = layout.group < layout.grad_rows();
   const int64_t each = layout.grad_elements(shape) + layout.input_elements();
   const int64_t at_a_time = slabs ? 1 : std::clamp<int64_t>(kPackedElements / each, 1, examples);
@@ -161,6 +159,8 @@ void square_on_cpu(const ConvShape& shape, const Tensor& acc, const Tensor& grad
                     grad_group * groups,
                     input_group * groups,
                     static_cast<float*>(acc.mutable_data_ptr()) + group * (acc.numel() / groups),
+                    exchanged ? taps : shape.inputs * taps,
+                    exchanged ? shape.outputs * taps : taps,
                     scale,
                     static_cast<float*>(packed.mutable_data_ptr()),
                     static_cast<float*>(sums.mutable_data_ptr())};
@@ -206,8 +206,31 @@ void conv_weight_grad_square(const Tensor& acc, const Tensor& grad, const Tensor
   if (acc.numel() == 0 || grad.numel() == 0) return;
 
   const Tensor g = torch::stable::contiguous(grad), x = torch::stable::contiguous(input);
-  const auto square = acc.is_cuda() ? square_on_cuda : square_on_cpu;
-  square(shape, acc, g, x, groups, static_cast<float>(scale));
+  if (acc.is_cuda()) {
+    square_on_cuda(shape, acc, g, x, groups, static_cast<float>(scale));
+  } else {
+    square_on_cpu(shape, acc, g, x, groups, static_cast<float>(scale), false);
+  }
+}
+
+void doubled_conv3d_weight_grad_square(const Tensor& acc, const Tensor& sums, const Tensor& input, double scale) {
+  constexpr const char* op = "doubled_conv3d_weight_grad_square_";
+  check_volume(op, "acc", acc, 5, acc);
+  check_volume(op, "sums", sums, 5, acc);
+  check_volume(op, "input", input, 5, acc);
+  check_sums(op, sums);
+  bool fit = sums.size(0) == input.size(0) && acc.size(0) == sums.size(1) && acc.size(1) == input.size(1);
+  for (int a = 2; a < 5; ++a) fit &= acc.size(a) == 3 && sums.size(a) / 2 == input.size(a);
+  check(fit && acc.is_contiguous(), op,
+        ": acc, sums and input must be [O, I, 3, 3, 3], contiguous, [B, O, 2 D + 1, 2 H + 1, 2 W + 1] and "
+        "[B, I, D, H, W] (got ",
+        list(acc.sizes()), ", ", list(sums.sizes()), " and ", list(input.sizes()), ")");
+  check(!overlap(acc, sums) && !overlap(acc, input), op, ": acc must not share memory with sums or input");
+  if (acc.numel() == 0 || input.numel() == 0) return;
+  ConvShape shape{input.size(1), acc.size(0), {}, {}, {3, 3, 3}, {2, 2, 2}, {0, 0, 0}, {1, 1, 1}};
+  for (int a = 0; a < 3; ++a) shape.out[a] = input.size(a + 2), shape.in[a] = sums.size(a + 2);
+  const Tensor x = torch::stable::contiguous(input), h = torch::stable::contiguous(sums);
+  square_on_cpu(shape, acc, x, h, 1, static_cast<float>(scale), true);
 }
 
 }  // namespace timm_ext

@@ -87,12 +87,25 @@ STABLE_TORCH_LIBRARY(timm_ext, m) {
       "small_conv3d(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation,"
       " bool mirrored) -> Tensor");
 
+  // The gradient of an input of that size, of the output of a convolution of stride 2 with weight [O, I, 3, 3, 3], one
+  // zero around; its own gradient is grad [B, O, D, H, W]. float32, on the CPU only; bits as above.
+  m.def("strided_conv3d_input_gradient(Tensor grad, Tensor weight, int[] size) -> Tensor");
+
+  // The convolution of stride 1 with weight [O, I, 3, 3, 3], one zero around, of what nearest_doubling3d makes of input
+  // [B, I, D, H, W]. float32, on the CPU only; bits as above.
+  m.def("doubled_conv3d(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
+
+  // Of its output's gradient [B, O, 2 D, 2 H, 2 W], neighbour_sums3d makes [B, O, 2 D + 1, 2 H + 1, 2 W + 1]: the sums
+  // of 2 x 2 x 2 neighbours, with zeros around. They give the gradient of input [B, I, D, H, W], and acc +=
+  // scale Σ_b G_b² as above for the weight's.
+  m.def("neighbour_sums3d(Tensor input) -> Tensor");
+  m.def("doubled_conv3d_input_gradient(Tensor sums, Tensor weight) -> Tensor");
+  m.def("doubled_conv3d_weight_grad_square_(Tensor(a!) acc, Tensor sums, Tensor input, float scale) -> ()");
+
   // The convolution of stride 1 of input [B, I, D, H, W] with weight [O, I, 3, 3, K] or, mirrored as above,
-  // [I, O, 3, 3, K], zeros around. Halved: the sums of 2 x 2 x 2 neighbours of the output, whose sizes are even; no
-  // bias. float32, on the CPU only. Its bits depend on the instruction set (fused multiply-add).
-  m.def(
-      "winograd_conv3d(Tensor input, Tensor weight, Tensor? bias, int[] padding, bool mirrored, bool halved)"
-      " -> Tensor");
+  // [I, O, 3, 3, K], zeros around. float32, on the CPU only. Its bits depend on the instruction set (fused
+  // multiply-add).
+  m.def("winograd_conv3d(Tensor input, Tensor weight, Tensor? bias, int[] padding, bool mirrored) -> Tensor");
 }
 
 #define TIMM_EXT_REGISTER_BOTH_DEVICES(m)                                                           \
@@ -106,11 +119,16 @@ STABLE_TORCH_LIBRARY(timm_ext, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(timm_ext, CPU, m) {
   TIMM_EXT_REGISTER_BOTH_DEVICES(m);
+  m.impl("doubled_conv3d", TORCH_BOX(&timm_ext::doubled_conv3d));
+  m.impl("doubled_conv3d_input_gradient", TORCH_BOX(&timm_ext::doubled_conv3d_input_gradient));
+  m.impl("doubled_conv3d_weight_grad_square_", TORCH_BOX(&timm_ext::doubled_conv3d_weight_grad_square));
   m.impl("instance_norm_backward", TORCH_BOX(&timm_ext::instance_norm_backward));
   m.impl("log_weights", TORCH_BOX(&timm_ext::log_weights));
   m.impl("log_weights_backward", TORCH_BOX(&timm_ext::log_weights_backward));
   m.impl("nearest_doubling3d", TORCH_BOX(&timm_ext::nearest_doubling3d));
+  m.impl("neighbour_sums3d", TORCH_BOX(&timm_ext::neighbour_sums3d));
   m.impl("small_conv3d", TORCH_BOX(&timm_ext::small_conv3d));
+  m.impl("strided_conv3d_input_gradient", TORCH_BOX(&timm_ext::strided_conv3d_input_gradient));
   m.impl("winograd_conv3d", TORCH_BOX(&timm_ext::winograd_conv3d));
 }
 

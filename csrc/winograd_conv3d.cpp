@@ -4,7 +4,6 @@
 #include <vector>
 
 #include "conv3d_checks.h"
-#include "cpu/doubled.h"
 #include "cpu/kernels.h"
 #include "operators.h"
 #include "results.h"
@@ -39,17 +38,12 @@ ConvShape shape_of(const Tensor& input, const Tensor& weight, const std::vector<
 }  // namespace
 
 Tensor winograd_conv3d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                       std::vector<int64_t> padding, bool mirrored, bool halved) {
+                       std::vector<int64_t> padding, bool mirrored) {
   check_volume(kOp, "input", input, 5, input);
   check_volume(kOp, "weight", weight, 5, input);
   const ConvShape shape = shape_of(input, weight, padding, mirrored);
   check_bias(kOp, bias, shape.outputs, input);
-  const bool even = shape.out[0] % 2 == 0 && shape.out[1] % 2 == 0 && shape.out[2] % 2 == 0;
-  check(!halved || (even && !bias), kOp, ": halved, the output must have even sizes, and bias must be None (got ",
-        list({shape.out[0], shape.out[1], shape.out[2]}), ", bias ", bias ? "given" : "None", ")");
-  const int64_t part = halved ? 2 : 1;
-  const Tensor result =
-      new_result(input, {input.size(0), shape.outputs, shape.out[0] / part, shape.out[1] / part, shape.out[2] / part});
+  const Tensor result = new_result(input, {input.size(0), shape.outputs, shape.out[0], shape.out[1], shape.out[2]});
   if (result.numel() == 0) return result;
 
   const Tensor x = torch::stable::contiguous(input), g = torch::stable::contiguous(weight);
@@ -65,16 +59,12 @@ Tensor winograd_conv3d(const Tensor& input, const Tensor& weight, const std::opt
                                      to};
   parallel_for(0, blocks, 1,
                [&](int64_t first, int64_t last) { cpu::kernels().winograd_weights(weights, first, last); });
-  const auto* const volumes = static_cast<const float*>(x.const_data_ptr());
-  const bool doubled = cpu::may_come_doubled(shape) && cpu::comes_doubled(volumes, x.size(0) * x.size(1), shape.in);
   const cpu::WinogradProblem problem{&shape,
-                                     volumes,
+                                     static_cast<const float*>(x.const_data_ptr()),
                                      to,
                                      bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
                                      static_cast<float*>(result.mutable_data_ptr()),
-                                     x.size(0),
-                                     doubled,
-                                     halved};
+                                     x.size(0)};
   parallel_for(0, cpu::winograd_units(problem), 1,
                [&](int64_t first, int64_t last) { cpu::kernels().winograd_conv(problem, first, last); });
   return result;

@@ -64,29 +64,6 @@ def _fake_instance_norm_backward(
 register_fake("timm_ext::instance_norm_backward", _fake_instance_norm_backward)
 
 
-def nearest_doubling3d(input: Tensor) -> Tensor:
-    """Enlarge every voxel to 2 x 2 x 2, on the CPU: nearest-neighbour interpolation by a factor of two.
-
-    Not differentiable.
-
-    Args:
-        input: `[B, C, D, H, W]` float32.
-
-    Returns:
-        `[B, C, 2 D, 2 H, 2 W]`.
-    """
-    with torch.no_grad():
-        output: Tensor = _ops.nearest_doubling3d.default(input)
-    return output
-
-
-def _fake_nearest_doubling3d(input: Tensor) -> Tensor:
-    return input.new_empty((*input.shape[:2], *(2 * size for size in input.shape[2:])))
-
-
-register_fake("timm_ext::nearest_doubling3d", _fake_nearest_doubling3d)
-
-
 def small_conv3d(
     input: Tensor,
     weight: Tensor,
@@ -139,6 +116,32 @@ def _fake_small_conv3d(
 register_fake("timm_ext::small_conv3d", _fake_small_conv3d)
 
 
+def strided_conv3d_input_gradient(grad: Tensor, weight: Tensor, size: Sequence[int]) -> Tensor:
+    """Return the gradient of the input of a convolution of stride 2, on the CPU.
+
+    Kernels of 3 x 3 x 3, one zero around. IEEE float32, the same bits for any number of threads. Not
+    differentiable.
+
+    Args:
+        grad: of the output, `[B, O, D', H', W']` float32, of half of the input's sizes, rounded up.
+        weight: `[O, I, 3, 3, 3]` float32.
+        size: of the input, D, H, W.
+
+    Returns:
+        `[B, I, D, H, W]`.
+    """
+    with torch.no_grad():
+        output: Tensor = _ops.strided_conv3d_input_gradient.default(grad, weight, list(size))
+    return output
+
+
+def _fake_strided_conv3d_input_gradient(grad: Tensor, weight: Tensor, size: list[int]) -> Tensor:
+    return grad.new_empty((grad.shape[0], weight.shape[1], *size))
+
+
+register_fake("timm_ext::strided_conv3d_input_gradient", _fake_strided_conv3d_input_gradient)
+
+
 def winograd_conv3d(
     input: Tensor,
     weight: Tensor,
@@ -146,13 +149,11 @@ def winograd_conv3d(
     *,
     padding: Sequence[int],
     mirrored: bool = False,
-    halved: bool = False,
 ) -> Tensor:
     """Convolve with stride 1 by Winograd's F(2 x 2, 3 x 3) over planes and rows, on the CPU.
 
-    Four multiplications in place of nine for each column of the kernel (Lavin and Gray, CVPR 2016), and 2.25
-    where the input comes from nearest-neighbour doubling or the output is halved, in IEEE float32; errors are
-    those of the direct sum. The same bits for any number of threads. Not differentiable.
+    Four multiplications in place of nine for each column of the kernel (Lavin and Gray, CVPR 2016), in IEEE
+    float32; errors are those of the direct sum. The same bits for any number of threads. Not differentiable.
 
     Args:
         input: `[B, I, D, H, W]` float32.
@@ -161,22 +162,20 @@ def winograd_conv3d(
         bias: `[O]` float32, contiguous.
         padding: zeros on both sides of each axis.
         mirrored: how the weight is meant.
-        halved: sum 2 x 2 x 2 neighbours of the output, whose sizes must be even, without a bias; mirrored,
-            that makes the gradient of what nearest-neighbour doubling enlarged to the input.
 
     Returns:
-        `[B, O, D', H', W']`, halved half of each size.
+        `[B, O, D', H', W']`.
     """
     with torch.no_grad():
-        output: Tensor = _ops.winograd_conv3d.default(input, weight, bias, list(padding), mirrored, halved)
+        output: Tensor = _ops.winograd_conv3d.default(input, weight, bias, list(padding), mirrored)
     return output
 
 
 def _fake_winograd_conv3d(
-    input: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int], mirrored: bool, halved: bool
+    input: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int], mirrored: bool
 ) -> Tensor:
     reach = zip(input.shape[2:], padding, weight.shape[2:], strict=True)
-    sizes = [(size + 2 * pad - kernel + 1) // (2 if halved else 1) for size, pad, kernel in reach]
+    sizes = [size + 2 * pad - kernel + 1 for size, pad, kernel in reach]
     return input.new_empty((input.shape[0], weight.shape[1 if mirrored else 0], *sizes))
 
 

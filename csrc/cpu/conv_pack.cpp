@@ -90,9 +90,8 @@ constexpr int64_t kGroupsPerThread = 4;  // of several threads, so that they sel
 
 }  // namespace
 
-ConvLayout::ConvLayout(const ConvShape& s, int64_t threads)
+ConvLayout::ConvLayout(const ConvShape& s, int64_t threads, bool mirrored)
     : pairs(takes_pairs(s)),
-      doubled(false),
       halves(2 * s.outputs <= kPointLanes && s.out[0] > 1 ? 2 : 1),
       planes(((pairs ? (s.out[0] + 1) / 2 : s.out[0]) + halves - 1) / halves),
       rows(pairs ? (s.out[1] + 1) / 2 : s.out[1]),
@@ -115,20 +114,11 @@ ConvLayout::ConvLayout(const ConvShape& s, int64_t threads)
       for (int64_t w = 0; w < s.kernel[2]; ++w) taps.push_back(tap_at(s, {d, h, w}));
     }
   }
-}
-
-void ConvLayout::leave_out_doubled() {
-  constexpr int64_t difference = 2;  // m2
-  doubled = true;
-  const int64_t columns = static_cast<int64_t>(taps.size()) / (kForms * kForms);
-  for (size_t k = 0; k < taps.size(); ++k) {
-    const int64_t form = static_cast<int64_t>(k) / columns;
-    taps[k].vanishes = form / kForms == difference || form % kForms == difference;
-  }
+  if (mirrored) std::reverse(taps.begin(), taps.end());
 }
 
 ConvTap ConvLayout::tap_at(const ConvShape& s, const std::array<int64_t, 3>& at) const {
-  ConvTap tap{0, 0, {}, {}, false};
+  ConvTap tap{0, 0, {}, {}};
   for (int a = 0; a < 3; ++a) {
     const bool all = (a == 0 && halves == 2) || (a < 2 && pairs);
     const int64_t count = a == 0 ? planes : a == 1 ? rows : s.out[2];
@@ -166,7 +156,7 @@ void pack_grad(const ConvShape& s, const ConvLayout& layout, WriteForms write_fo
       for (int64_t k = 0; k < 4; ++k) {
         from.read(2 * d + k / 2, 2 * h + k % 2, 0, s.out[2], point, memory.data() + k * row);
       }
-      write_forms(rows, row, to, layout.grad_form(s), layout.doubled);
+      write_forms(rows, row, to, layout.grad_form(s));
     }
   }
 }
@@ -202,7 +192,7 @@ void pack_input(const ConvShape& s, const ConvLayout& layout, WriteForms write_f
         if (!known) read(2 * d + plane, 2 * h + at, place);
         rows[k] = place;
       }
-      write_forms(rows, row, to, layout.input_form(), layout.doubled);
+      write_forms(rows, row, to, layout.input_form());
     }
   }
 }

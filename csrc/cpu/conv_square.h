@@ -32,7 +32,6 @@ struct ConvTap {
   int64_t input;     // likewise
   int64_t first[3];  // of the points of grad for which the inputs are not padding; of two halves, all planes
   int64_t last[3];   // one beyond
-  bool vanishes;     // a form that is 0 everywhere
 };
 
 /// Where things lie in the packed form: blocks of the channels that a unit of work reads, in a block channels last, the
@@ -44,16 +43,12 @@ struct ConvTap {
 /// pairs, give the gradients at the three places of the kernel: four multiplications in place of six.
 ///     m0 = g0 (x0 − x2)    m1 = (g0 + g1) (x1 + x2)    m2 = (g0 − g1) (x2 − x1)    m3 = −g1 (x1 − x3)
 ///     m0 + (m1 + m2) / 2,  (m1 − m2) / 2,  (m1 + m2) / 2 + m3
-/// Forms take four times the memory, so that an example goes through in slabs. Of a doubled input, m2 is 0 on both
-/// axes.
+/// Forms take four times the memory, so that an example goes through in slabs.
 struct ConvLayout {
-  ConvLayout(const ConvShape& shape, int64_t threads);
-
-  /// Leaves out the forms that vanish where planes and rows of the input come in equal pairs (`comes_doubled`).
-  void leave_out_doubled();
+  /// Mirrored: the last tap first; for strides that are not 1.
+  ConvLayout(const ConvShape& shape, int64_t threads, bool mirrored);
 
   bool pairs;                 // of planes and rows
-  bool doubled;               // whether some of their forms are left out
   int64_t halves;             // 1 or 2
   int64_t planes;             // of a half of grad, or pairs of them
   int64_t rows;               // of a plane of grad, or pairs of them
@@ -95,7 +90,7 @@ struct ConvLayout {
 };
 
 /// Writes the forms of two by two rows of grad, or of four by four of the input, `form` elements apart.
-using WriteForms = void (*)(const float* const* rows, int64_t row, float* to, int64_t form, bool doubled);
+using WriteForms = void (*)(const float* const* rows, int64_t row, float* to, int64_t form);
 
 /// Packs rows [first_row, last_row) of one example, or pairs of them, of a slab that begins at row `slab`.
 void pack_grad(const ConvShape&, const ConvLayout&, WriteForms, const float* grad, float* packed, int64_t slab,
@@ -113,7 +108,9 @@ struct ConvSquareProblem {
   int64_t examples;    // one, where it takes several slabs
   int64_t rows;        // of the slab
   float* sums;         // of one example over its slabs, [conv_sums_elements], aligned, 0 at first
-  float* accumulator;  // [outputs, inputs, taps]
+  float* accumulator;
+  int64_t output_step;  // of the accumulator, whose taps lie side by side
+  int64_t input_step;
   float scale;
 };
 

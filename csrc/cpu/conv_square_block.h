@@ -47,7 +47,6 @@ class Block {
       const int64_t group_end = row / group * group + group;
       last = smallest(row + stretch, group_end, p_.rows);
       for (int64_t tap = first_tap; tap < last_tap; tap += B::kTaps) {
-        if (p_.taps[tap].vanishes) continue;
         add_products(example, p_.taps[tap], row, last, sums + (tap - first_tap) * B::kSums);
       }
     }
@@ -78,12 +77,11 @@ class Block {
     const ConvShape& s = *p_.shape;
     const int64_t taps = s.kernel[1] * s.kernel[2];
     constexpr int64_t halves = B::kHalves ? 2 : 1;
-    const int64_t row = s.inputs * s.kernel[0] * taps;  // of an output
     const int64_t inputs = first_input_ + B::kInputs < s.inputs ? B::kInputs : s.inputs - first_input_;
     for (int64_t lane = 0; lane < B::kVectors * kLanes; lane += 4) {
       const int64_t output = (first_value_ + lane) / halves;
       const int64_t outputs = output + 4 / halves < s.outputs ? 4 / halves : s.outputs - output;
-      float* const to = p_.accumulator + output * row + (first_input_ * s.kernel[0] + plane) * taps;
+      float* const to = p_.accumulator + output * p_.output_step + first_input_ * p_.input_step + plane * taps;
       for (int64_t i = 0; i < inputs; ++i) {
         const float* const from = reinterpret_cast<const float*>(squares + i * B::kVectors) + lane;
         for (int64_t tap = 0; tap < taps; tap += 4) {
@@ -94,7 +92,7 @@ class Block {
           }
           math::transpose(four);
           for (int64_t k = 0; k < outputs; ++k) {
-            add_scaled(four[k * halves], p_.scale, count, to + k * row + i * s.kernel[0] * taps + tap);
+            add_scaled(four[k * halves], p_.scale, count, to + k * p_.output_step + i * p_.input_step + tap);
           }
         }
       }

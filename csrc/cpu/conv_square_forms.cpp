@@ -2,13 +2,11 @@
 //
 // The forms of rows that are taken in pairs: see conv_square.h.
 #include "kernels.h"
+#include "lanes.h"
 #include "row_forms.h"
 
 namespace timm_ext::cpu::TIMM_EXT_ISA {
 namespace {
-
-using V = math::FloatV;
-constexpr int64_t kLanes = sizeof(V) / sizeof(float);
 
 /// Of two values of grad.
 template <class C>
@@ -19,44 +17,31 @@ TIMM_EXT_FN void forms_of_two(C g0, C g1, C (&to)[4]) {
   to[3] = -g1;
 }
 
-template <class C, bool Partly>
+template <class C>
 TIMM_EXT_FN void write_grad_forms(const float* const* rows, int64_t place, float* to, int64_t form) {
   C over_rows[2][4];
   for (int d = 0; d < 2; ++d) {
     forms_of_two(math::load<C>(rows[2 * d] + place), math::load<C>(rows[2 * d + 1] + place), over_rows[d]);
   }
   for (int h = 0; h < 4; ++h) {
-    if (Partly && h == 2) continue;
     C forms[4];
     forms_of_two(over_rows[0][h], over_rows[1][h], forms);
-    for (int d = 0; d < 4; ++d) {
-      if (!Partly || d != 2) math::store(to + (4 * d + h) * form, forms[d]);
-    }
+    for (int d = 0; d < 4; ++d) math::store(to + (4 * d + h) * form, forms[d]);
   }
-}
-
-template <bool Partly>
-void grad_forms(const float* const* rows, int64_t row, float* to, int64_t form) {
-  int64_t k = 0;
-  for (; k + kLanes <= row; k += kLanes) write_grad_forms<V, Partly>(rows, k, to + k, form);
-  for (; k < row; ++k) write_grad_forms<float, Partly>(rows, k, to + k, form);
-}
-
-template <bool Partly>
-void input_forms(const float* const* rows, int64_t row, float* to, int64_t form) {
-  int64_t k = 0;
-  for (; k + kLanes <= row; k += kLanes) write_input_forms<V, Partly>(rows, k, to + k, form);
-  for (; k < row; ++k) write_input_forms<float, Partly>(rows, k, to + k, form);
 }
 
 }  // namespace
 
-void conv_grad_forms(const float* const* rows, int64_t row, float* to, int64_t form, bool doubled) {
-  doubled ? grad_forms<true>(rows, row, to, form) : grad_forms<false>(rows, row, to, form);
+void conv_grad_forms(const float* const* rows, int64_t row, float* to, int64_t form) {
+  int64_t k = 0;
+  for (; k + kLanes <= row; k += kLanes) write_grad_forms<V>(rows, k, to + k, form);
+  for (; k < row; ++k) write_grad_forms<float>(rows, k, to + k, form);
 }
 
-void conv_input_forms(const float* const* rows, int64_t row, float* to, int64_t form, bool doubled) {
-  doubled ? input_forms<true>(rows, row, to, form) : input_forms<false>(rows, row, to, form);
+void conv_input_forms(const float* const* rows, int64_t row, float* to, int64_t form) {
+  int64_t k = 0;
+  for (; k + kLanes <= row; k += kLanes) write_input_forms<V>(rows, k, to + k, form);
+  for (; k < row; ++k) write_input_forms<float>(rows, k, to + k, form);
 }
 
 }  // namespace timm_ext::cpu::TIMM_EXT_ISA

@@ -12,9 +12,10 @@
 #include "../cuda/sample_labels.h"
 #include "../cuda/square_accumulate.h"
 #include "conv_square.h"
-#include "doubled.h"
+#include "doubling.h"
 #include "instance_norm.h"
 #include "small_conv.h"
+#include "strided_conv.h"
 #include "winograd.h"
 
 namespace timm_ext::cpu {
@@ -41,7 +42,10 @@ enum class Mixing { kSigmoid, kSoftmax, kRatios };
 // conv_square: whole examples; conv_square_add: a slab of one, then conv_square_sums: its squares.
 // instance_norm_backward: a plane is one channel of one example.
 // double_planes: planes of the input, of all channels.
+// neighbour_sums: planes of the output, of all channels.
 // winograd_weights: blocks of channels of the output; then winograd_conv: units as winograd.h says.
+// strided_weights: blocks of channels of the output; then strided_gather or strided_spread: units as strided_conv.h
+// says.
 // small_conv_columns: of some channels of the input; then small_conv: blocks of channels of the output.
 // sample_labels: a unit is a block of one example's voxels, example after example.
 // log_weights and its backward: rows of `models` logits, of Element kFloat32 or kFloat64.
@@ -56,14 +60,18 @@ enum class Mixing { kSigmoid, kSoftmax, kRatios };
   void conv_square(const ConvSquareProblem&, int64_t first_unit, int64_t last_unit);                             \
   void conv_square_add(const ConvSquareProblem&, int64_t first_unit, int64_t last_unit);                         \
   void conv_square_sums(const ConvSquareProblem&, int64_t first_unit, int64_t last_unit);                        \
-  void conv_grad_forms(const float* const* rows, int64_t row, float* to, int64_t form, bool doubled);            \
-  void conv_input_forms(const float* const* rows, int64_t row, float* to, int64_t form, bool doubled);           \
+  void conv_grad_forms(const float* const* rows, int64_t row, float* to, int64_t form);                          \
+  void conv_input_forms(const float* const* rows, int64_t row, float* to, int64_t form);                         \
   void double_planes(const DoublingProblem&, int64_t first_plane, int64_t last_plane);                           \
+  void neighbour_sums(const NeighbourSumsProblem&, int64_t first_plane, int64_t last_plane);                     \
   void winograd_weights(const WinogradWeights&, int64_t first_block, int64_t last_block);                        \
   void winograd_conv(const WinogradProblem&, int64_t first_unit, int64_t last_unit);                             \
   void instance_norm_backward(const InstanceNormProblem&, int64_t first_plane, int64_t last_plane);              \
   void small_conv_columns(const SmallConvProblem&, int64_t first_input, int64_t last_input);                     \
   void small_conv(const SmallConvProblem&, int64_t first_block, int64_t last_block);                             \
+  void strided_weights(const StridedWeights&, int64_t first_block, int64_t last_block);                          \
+  void strided_gather(const StridedConvProblem&, int64_t first_unit, int64_t last_unit);                         \
+  void strided_spread(const StridedConvProblem&, int64_t first_unit, int64_t last_unit);                         \
   void sample_labels(const SampleProblem&, int64_t first_unit, int64_t last_unit);                               \
   void log_weights(Mixing, Element, const void* logits, void* out, int64_t models, int64_t first_row,            \
                    int64_t last_row);                                                                            \
@@ -93,11 +101,15 @@ struct Kernels {
   decltype(&baseline::conv_grad_forms) conv_grad_forms;
   decltype(&baseline::conv_input_forms) conv_input_forms;
   decltype(&baseline::double_planes) double_planes;
+  decltype(&baseline::neighbour_sums) neighbour_sums;
   decltype(&baseline::winograd_weights) winograd_weights;
   decltype(&baseline::winograd_conv) winograd_conv;
   decltype(&baseline::instance_norm_backward) instance_norm_backward;
   decltype(&baseline::small_conv_columns) small_conv_columns;
   decltype(&baseline::small_conv) small_conv;
+  decltype(&baseline::strided_weights) strided_weights;
+  decltype(&baseline::strided_gather) strided_gather;
+  decltype(&baseline::strided_spread) strided_spread;
   decltype(&baseline::sample_labels) sample_labels;
   decltype(&baseline::log_weights) log_weights;
   decltype(&baseline::log_weights_backward) log_weights_backward;

@@ -16,9 +16,8 @@ TIMM_EXT_FN void input_factors(const C (&x)[4], C (&to)[4]) {
   to[3] = x[1] - x[3];
 }
 
-/// Of four by four rows at `place`, 16 of C, `form` elements apart; partly: without those of a
-/// difference of the inner two.
-template <class C, bool Partly>
+/// Of four by four rows at `place`, 16 of C, `form` elements apart.
+template <class C>
 TIMM_EXT_FN void write_input_forms(const float* const* rows, int64_t place, float* to, int64_t form) {
   C over_rows[4][4];
   for (int d = 0; d < 4; ++d) {
@@ -27,13 +26,10 @@ TIMM_EXT_FN void write_input_forms(const float* const* rows, int64_t place, floa
     input_factors(x, over_rows[d]);
   }
   for (int h = 0; h < 4; ++h) {
-    if (Partly && h == 2) continue;
     const C x[4] = {over_rows[0][h], over_rows[1][h], over_rows[2][h], over_rows[3][h]};
     C factors[4];
     input_factors(x, factors);
-    for (int d = 0; d < 4; ++d) {
-      if (!Partly || d != 2) math::store(to + (4 * d + h) * form, factors[d]);
-    }
+    for (int d = 0; d < 4; ++d) math::store(to + (4 * d + h) * form, factors[d]);
   }
 }
 

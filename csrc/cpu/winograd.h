@@ -5,8 +5,7 @@
 // kernel g0 … g2:
 //     m0 = g0 (x0 − x2)    m1 = (g0 + g1 + g2) / 2 (x1 + x2)    m2 = (g0 − g1 + g2) / 2 (x2 − x1)    m3 = g2 (x1 − x3)
 //     y0 = m0 + m1 + m2    y1 = m1 − m2 − m3
-// and of two axes likewise, one after the other. Of a doubled input (see doubled.h), x1 = x2 and m2 = 0; where only the
-// sums of pairs of outputs are wanted, y0 + y1 = m0 + 2 m1 − m3: either way 9 of the 16 are left.
+// and of two axes likewise, one after the other.
 #pragma once
 
 #include <cstdint>
@@ -27,16 +26,8 @@ struct WinogradProblem {
   const float* input;      // [examples, inputs, in]
   const float* forms;      // of the weights, by winograd_weights
   const float* bias;       // [outputs], or null for none
-  float* output;           // [examples, outputs, out], or half of each size
+  float* output;           // [examples, outputs, out]
   int64_t examples;
-  bool doubled;  // the input comes in pairs of equal planes and rows
-  bool halved;   // of the output, whose sizes are even, the sums of 2 × 2 × 2 neighbours are wanted
-
-  /// Whether the products of a form are 0 or not needed.
-  TIMM_EXT_FN bool leaves_out(int64_t form) const {
-    constexpr int64_t difference = 2;  // m2
-    return (doubled || halved) && (form / 4 == difference || form % 4 == difference);
-  }
 };
 
 TIMM_EXT_FN int64_t winograd_blocks(const ConvShape& s) {

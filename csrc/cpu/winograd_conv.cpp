@@ -30,7 +30,7 @@ class Planes {
         tile_(s_),
         row_groups_(winograd_row_groups(s_)),
         plane_pairs_((s_.out[0] + 1) / 2),
-        channel_(s_.out[0] * s_.out[1] * s_.out[2] / (p.halved ? 8 : 1)),
+        channel_(s_.out[0] * s_.out[1] * s_.out[2]),
         forms_(s_, tile_, memory) {}
 
   void write(int64_t unit) const {
@@ -39,7 +39,7 @@ class Planes {
     const float* const input = p_.input + example * s_.inputs * s_.in[0] * s_.in[1] * s_.in[2];
     float* const output = p_.output + example * s_.outputs * channel_;
     for (int64_t row = first; row < last; row += 2 * tile_.pairs) {
-      forms_.make(input, plane, row, p_.doubled || p_.halved);
+      forms_.make(input, plane, row);
       for (int64_t o = 0; o < s_.outputs; o += kOutputs) write_rows(o, plane, row, output);
     }
   }
@@ -71,12 +71,6 @@ class Planes {
     const float* x[Vectors];  // from form to form
     for (int v = 0; v < Vectors; ++v) x[v] = forms_.row(0, 0, places[v].pair) + places[v].column;
     for (int64_t form = 0; form < kWinogradForms; ++form) {
-      if (p_.leaves_out(form)) {
-        weights += s_.inputs * s_.kernel[2] * kWinogradOutputs;
-        for (int v = 0; v < Vectors; ++v) x[v] += s_.inputs * tile_.pairs * tile_.pitch;
-        std::memset(static_cast<void*>(products[form]), 0, sizeof(products[form]));
-        continue;
-      }
       for (int64_t i = 0; i < s_.inputs; i += kChain) {
         V sums[kOutputs][Vectors] = {};
         const int64_t inputs = smaller_of(kChain, s_.inputs - i);
@@ -95,14 +89,10 @@ class Planes {
       for (int64_t o = 0; o < outputs; ++o) {
         const auto product = [&](int form) { return products[form][o][v]; };
         float* const to = output + (first + o) * channel_;
-        if (p_.halved) {
-          write_half(sum_of_four(product), to, plane, first_row, places[v].column);
-        } else {
-          const V bias = p_.bias != nullptr ? math::broadcast(p_.bias + first + o) : V{};
-          V four[2][2];
-          combine(product, bias, four);
-          write_four(four, to + (plane * s_.out[1] + first_row) * s_.out[2] + places[v].column, plane, first_row);
-        }
+        const V bias = p_.bias != nullptr ? math::broadcast(p_.bias + first + o) : V{};
+        V four[2][2];
+        combine(product, bias, four);
+        write_four(four, to + (plane * s_.out[1] + first_row) * s_.out[2] + places[v].column, plane, first_row);
       }
     }
   }
@@ -139,28 +129,6 @@ class Planes {
     for (int d = 0; d < 2; ++d) {
       to[d][0] = y[d][0] + y[d][1] + y[d][2] + bias;
       to[d][1] = y[d][1] - y[d][2] - y[d][3] + bias;
-    }
-  }
-
-  /// Their sum.
-  template <class Product>
-  static TIMM_EXT_FN V sum_of_four(const Product& product) {
-    V y[4] = {};
-    for (int h = 0; h < 4; ++h) {
-      if (h != 2) y[h] = product(h) + 2.0f * product(4 + h) - product(12 + h);
-    }
-    return y[0] + 2.0f * y[1] - y[3];
-  }
-
-  /// Neighbours added, as half a row of half a plane, or of two.
-  void write_half(V sums, float* to, int64_t plane, int64_t row, int64_t column) const {
-    const int64_t width = s_.out[2] / 2;
-    const float* const from = reinterpret_cast<const float*>(&sums);
-    for (int64_t part = 0; part < tile_.vector_rows && row + 2 * part < s_.out[1]; ++part) {
-      float* const at = to + (plane / 2 * (s_.out[1] / 2) + row / 2 + part) * width + column / 2;
-      const float* const pairs = from + part * kLanes / 2;
-      const int64_t count = smaller_of(width, kLanes / 2 / tile_.vector_rows);
-      for (int64_t w = 0; w < count; ++w) at[w] = pairs[2 * w] + pairs[2 * w + 1];
     }
   }
 

@@ -4,17 +4,11 @@
 // zero where the padding is.
 #pragma once
 
+#include "lanes.h"
 #include "row_forms.h"
 #include "winograd.h"
 
 namespace timm_ext::cpu::TIMM_EXT_ISA {
-
-using V = math::FloatV;
-constexpr int64_t kLanes = sizeof(V) / sizeof(float);
-
-TIMM_EXT_FN int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
-TIMM_EXT_FN int64_t larger_of(int64_t a, int64_t b) { return a > b ? a : b; }
-TIMM_EXT_FN int64_t whole_vectors(int64_t elements) { return (elements + kLanes - 1) / kLanes * kLanes; }
 
 /// What two vectors of the output cover.
 struct WinogradTile {
@@ -45,13 +39,9 @@ class InputForms {
   InputForms(const ConvShape& s, const WinogradTile& tile, float* memory)
       : s_(s), tile_(tile), zeros_(memory), forms_(memory + zeros(s) + tile.lead - s.padding[2]) {}
 
-  /// Makes those for rows of the output from a plane and a row on; `partly`: without those that
-  /// may be left out.
-  void make(const float* input, int64_t plane, int64_t row, bool partly) const {
-    for (int64_t pair = 0; pair < tile_.pairs; ++pair) {
-      partly ? make_pair<true>(input, plane, row + 2 * pair, pair)
-             : make_pair<false>(input, plane, row + 2 * pair, pair);
-    }
+  /// Makes those for rows of the output from a plane and a row on.
+  void make(const float* input, int64_t plane, int64_t row) const {
+    for (int64_t pair = 0; pair < tile_.pairs; ++pair) make_pair(input, plane, row + 2 * pair, pair);
   }
 
   float* row(int64_t form, int64_t input, int64_t pair) const {
@@ -71,7 +61,6 @@ class InputForms {
   }
 
   /// Of all channels; the rows of the next one are fetched ahead.
-  template <bool Partly>
   void make_pair(const float* input, int64_t plane, int64_t first_row, int64_t pair) const {
     const int64_t channel = s_.in[0] * s_.in[1] * s_.in[2];
     Rows rows;
@@ -84,24 +73,24 @@ class InputForms {
     for (int64_t i = 0; i < s_.inputs; ++i) {
       float* const to = row(0, i, pair) + s_.padding[2];
       if (s_.in[2] >= kLanes) {
-        make_row<V, kLanes, Partly>(rows, to);
+        make_row<V, kLanes>(rows, to);
       } else if (2 * s_.in[2] >= kLanes) {
-        make_row<math::HalfFloatV, kLanes / 2, Partly>(rows, to);
+        make_row<math::HalfFloatV, kLanes / 2>(rows, to);
       } else {
-        make_row<float, 1, Partly>(rows, to);
+        make_row<float, 1>(rows, to);
       }
       for (int64_t r = 0; r < kWinogradForms; ++r) rows[r] += steps[r];
     }
   }
 
   /// At least C's lanes; the last of them may overlap those before.
-  template <class C, int64_t Lanes, bool Partly>
+  template <class C, int64_t Lanes>
   void make_row(const Rows& rows, float* to) const {
     const int64_t form = row(1, 0, 0) - row(0, 0, 0), channel = s_.in[0] * s_.in[1] * s_.in[2];
     for (int64_t w = 0; w < s_.in[2]; w += Lanes) {
       for (int64_t r = 0; r < kWinogradForms; ++r) __builtin_prefetch(rows[r] + channel + w);
       const int64_t at = smaller_of(w, s_.in[2] - Lanes);
-      write_input_forms<C, Partly>(rows, at, to + at, form);
+      write_input_forms<C>(rows, at, to + at, form);
     }
   }
 

@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "../math/simd.h"
 #include "buffer.h"
 #include "kernels.h"
+#include "transpose_taps.h"
 
 namespace timm_ext::cpu::TIMM_EXT_ISA {
 namespace {
 
-using math::FloatQuad;
-
 constexpr int64_t kO = kWinogradOutputs;
+static_assert(kO == kTapOutputs);
 
 /// Of three weights of each output, the factors of the four products.
 TIMM_EXT_FN void weight_forms(const float* g0, const float* g1, const float* g2, float* const (&to)[4]) {
@@ -34,22 +33,6 @@ TIMM_EXT_FN void write_forms(const float* g, int64_t step, float* to, int64_t fo
   }
 }
 
-/// g[tap, output] = from[output][tap] or, mirrored, from[output][taps - 1 - tap].
-TIMM_EXT_FN void transpose_taps(const float* const (&from)[kO], int64_t taps, bool mirrored, float* g) {
-  for (int64_t o = 0; o < kO; o += 4) {
-    for (int64_t next = 0; next < taps; next += 4) {
-      const int64_t first = next + 4 <= taps ? next : taps - 4;  // the last four may overlap those before
-      FloatQuad four[4];
-      for (int k = 0; k < 4; ++k) four[k] = math::load<FloatQuad>(from[o + k] + first);
-      math::transpose(four);
-      for (int k = 0; k < 4; ++k) {
-        const int64_t tap = mirrored ? taps - 1 - first - k : first + k;
-        math::store(g + tap * kO + o, four[k]);
-      }
-    }
-  }
-}
-
 }  // namespace
 
 void winograd_weights(const WinogradWeights& w, int64_t first_block, int64_t last_block) {
@@ -57,14 +40,11 @@ void winograd_weights(const WinogradWeights& w, int64_t first_block, int64_t las
   const int64_t columns = s.kernel[2], taps = 9 * columns;
   const Buffer<float> g(taps * kO);
   for (int64_t block = first_block; block < last_block; ++block) {
-    const float* from[kO];  // beyond the last output, its own, which nobody reads
-    for (int64_t o = 0; o < kO; ++o) {
-      const int64_t output = block * kO + o;
-      from[o] = w.from + (output < s.outputs ? output : s.outputs - 1) * w.output_step;
-    }
+    const float* from[kO];
+    first_weights(w.from, block, s.outputs, w.output_step, from);
     float* to = w.forms + block * winograd_block_elements(s);
     for (int64_t i = 0; i < s.inputs; ++i) {
-      transpose_taps(from, taps, w.mirrored, g.get());
+      transpose_taps(from, taps, w.mirrored, g.get(), kO);
       for (int64_t column = 0; column < columns; ++column, to += kO)
         write_forms(g.get() + column * kO, columns * kO, to, s.inputs * columns * kO);
       for (int64_t o = 0; o < kO; ++o) from[o] += w.input_step;

@@ -85,7 +85,7 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
 CASES = {
     "plain": (plain, {}, 0),
     "module": (module, {}, 0),
-    "even padding": (plain, {"padding": 2}, 0),
+    "even padding": (plain, {"padding": 2}, 1),
     "checkpointed": (checkpointed, {}, 0),
     "read after": (read_after, {}, 1),
     "twice": (twice, {}, 1),

@@ -1,8 +1,9 @@
 """Convolution and its gradients, on the CPU by the fastest way there is for float32.
 
 Kernels of 3 x 3 planes and rows at stride 1 go by `winograd_conv3d`, the input's gradient with mirrored
-weights, outputs of few points by `small_conv3d`. ATen gives batches of one with channels x depth x height <=
-20480 to `slow_conv3d`, which is much slower than oneDNN; they reach oneDNN here, too.
+weights, outputs of few points by `small_conv3d`, gradients through a stride of 2 by an operator of their own.
+ATen gives batches of one with channels x depth x height <= 20480 to `slow_conv3d`, which is much slower than
+oneDNN; they reach oneDNN here, too.
 """
 
 import math
@@ -14,16 +15,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from timm_ext.layer_ops import small_conv3d, winograd_conv3d
+from timm_ext.doubling_ops import doubled_conv3d_input_gradient
+from timm_ext.layer_ops import small_conv3d, strided_conv3d_input_gradient, winograd_conv3d
 
-Way = Literal["aten", "onednn", "small", "transposed", "winograd"]
+Way = Literal["aten", "onednn", "small", "strided", "transposed", "winograd"]
 Sizes = tuple[int, ...]
 
 _SLOW_EXTENT = 20480
 _FEW_POINTS = 64  # of the output in all, up to which oneDNN reorders weights for too long
 _FEW_OUTPUTS = 8  # up to which oneDNN is faster with mirrored weights than in its own input gradient
 _WORKING_LANES = 0.6  # of vectors of 16 columns, or of two rows of up to 8: with fewer, oneDNN is faster
-_MANY_POINTS = 512  # of the output in all: with fewer, the weights take longer to prepare than they save
+_MANY_POINTS = 512  # of the output: with fewer, the weights take longer to prepare than they save
 
 
 @dataclass(frozen=True)
@@ -81,21 +83,17 @@ class Geometry:
             return mirrored._small(grad, weight, None, mirrored=True)
         if way == "onednn":
             return mirrored._onednn(grad.contiguous(), _mirror(weight), None)
+        if way == "strided":
+            return strided_conv3d_input_gradient(grad, weight, input.shape[2:])
         if way == "transposed":
             return self._onednn_transposed(grad.contiguous(), input.shape[2:], weight)
         return self._backward(grad, input, weight, (True, False, False))[0]
 
-    def halves(self, input: Tensor, weight: Tensor) -> bool:
-        """Tell whether `halved_gradient` serves for an input `[B, C, ...]`."""
-        if not _single_on_cpu(input, weight) or input.dim() != 5 or torch.is_autocast_enabled("cpu"):
-            return False
-        grad = input.shape[0], weight.shape[0], *_output_size(self, input.shape, weight.shape)
-        return gradient_way(self, grad, input.shape, weight.shape)[0] == "winograd"
-
-    def halved_gradient(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
-        """Return the gradient of what nearest-neighbour doubling enlarged to the input, half of each size."""
-        mirrored = gradient_way(self, grad.shape, input.shape, weight.shape)[1]
-        return winograd_conv3d(grad, weight, padding=mirrored.padding, mirrored=True, halved=True)
+    def takes_doubled(self, weight: Tensor) -> bool:
+        """Tell whether the operators for what nearest-neighbour doubling has enlarged compute this."""
+        around = self.stride, self.padding, self.dilation
+        plain = around == ((1, 1, 1),) * 3 and self.groups == 1 and not self.transposed
+        return plain and weight.shape[2:] == (3, 3, 3) and _single_on_cpu(weight, weight)
 
     def weight_gradient(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
         """Return the gradient with respect to the weight, summed over the batch."""
@@ -200,6 +198,8 @@ def gradient_way(geometry: Geometry, grad: Sizes, input: Sizes, weight: Sizes) -
         return "winograd", mirrored
     if mirrored is not None and input[0] * math.prod(input[2:]) <= _FEW_POINTS:
         return "small", mirrored
+    if _suits_strided(geometry, grad, weight):
+        return "strided", geometry
     if not _would_be_slow(input, weight) or math.prod(grad[2:]) <= _FEW_POINTS:
         return "aten", geometry
     if mirrored is not None and weight[0] <= _FEW_OUTPUTS:
@@ -229,6 +229,25 @@ def _suits_winograd(geometry: Geometry, batch: int, out: Sequence[int], weight: 
     lanes = 8 if out[2] <= 8 else 16 * math.ceil(out[2] / 16)
     many = batch * math.prod(out) >= _MANY_POINTS
     return many and min(out) >= 2 and out[2] >= _WORKING_LANES * lanes
+
+
+def _suits_strided(geometry: Geometry, grad: Sizes, weight: Sizes) -> bool:
+    """Tell whether the way back through a stride of 2 exists and pays."""
+    around = geometry.stride, geometry.padding, geometry.dilation
+    fits = weight[2:] == (3, 3, 3) and around == ((2, 2, 2), (1, 1, 1), (1, 1, 1))
+    return fits and math.prod(grad[2:]) >= _MANY_POINTS
+
+
+def doubled_gradient(sums: Tensor, weight: Tensor) -> Tensor:
+    """Return the gradient of what nearest-neighbour doubling enlarged before a convolution.
+
+    Args:
+        sums: `neighbour_sums3d` of the gradient of its output, `[B, O, 2 D + 1, 2 H + 1, 2 W + 1]`.
+        weight: `[O, I, 3, 3, 3]`.
+    """
+    if sums.shape[0] * math.prod(size // 2 for size in sums.shape[2:]) > _FEW_POINTS:
+        return doubled_conv3d_input_gradient(sums, weight)
+    return small_conv3d(sums, weight, stride=(2, 2, 2), padding=(0, 0, 0), dilation=(1, 1, 1), mirrored=True)
 
 
 def _would_be_slow(input: Sizes, weight: Sizes) -> bool:

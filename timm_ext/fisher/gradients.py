@@ -6,11 +6,13 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from timm_ext.doubling_ops import doubled_conv3d_weight_grad_square_
 from timm_ext.fisher import fused
 from timm_ext.fisher.convolution import Geometry
 from timm_ext.ops import conv_weight_grad_square_, square_accumulate_
 
 HELD_BYTES = 32 << 20  # of the gradients that wait to be squared in one launch
+_STRIDED = Geometry((2, 2, 2), (0, 0, 0), (1, 1, 1), False, (0, 0, 0), 1)
 _SMALL = 4096  # elements of a parameter whose gradients wait for others': one launch squares them all
 
 
@@ -94,6 +96,30 @@ class ConvolutionWeightGradients(ExampleGradients):
             groups=geometry.groups,
             scale=scale,
         )
+
+
+class DoubledConvolutionWeightGradients(ExampleGradients):
+    """Weight gradients of a convolution right behind nearest-neighbour doubling.
+
+    Args:
+        input: what is doubled, `[B, I, D, H, W]`.
+        sums: `neighbour_sums3d` of the gradient of the output, `[B, O, 2 D + 1, 2 H + 1, 2 W + 1]`.
+    """
+
+    def __init__(self, input: Tensor, sums: Tensor):
+        def example(index: int) -> Tensor:
+            part = slice(index, index + 1)
+            exchanged = _STRIDED.weight_gradient(
+                input[part], sums[part], input.new_empty(input.shape[1], sums.shape[1], 3, 3, 3)
+            )
+            return exchanged.transpose(0, 1).flip(2, 3, 4)
+
+        self._input, self._sums = input, sums
+        super().__init__(len(input), example)
+
+    def square_into(self, accumulator: Tensor, scale: float) -> None:
+        """Use the fused kernel."""
+        doubled_conv3d_weight_grad_square_(accumulator, self._sums, self._input, scale)
 
 
 class SquareSums:

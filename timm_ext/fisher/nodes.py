@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from timm_ext.fisher.convolution import Geometry
+from timm_ext.doubling_ops import doubled_conv3d, nearest_doubling3d, neighbour_sums3d
+from timm_ext.fisher.convolution import Geometry, doubled_gradient
 from timm_ext.fisher.gradients import (
     ConvolutionWeightGradients,
+    DoubledConvolutionWeightGradients,
     ExampleGradients,
     LinearWeightGradients,
     SquareSums,
 )
-from timm_ext.layer_ops import instance_norm_backward, nearest_doubling3d
+from timm_ext.layer_ops import instance_norm_backward
 
 
 class Tape:
@@ -103,27 +105,16 @@ class Call:
 
 
 class ConvolutionNode(torch.autograd.Function):
-    """Convolution or transposed convolution, `[B, C, ...]` to `[B, O, ...]`.
-
-    Right behind nearest-neighbour doubling, the node may stand for both; `doubled` is then what is convolved.
-    """
+    """Convolution or transposed convolution, `[B, C, ...]` to `[B, O, ...]`."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        input: Tensor,
-        anchor: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        g: Geometry,
-        call: Call,
-        doubled: Tensor | None,
+        ctx: Any, input: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, g: Geometry, call: Call
     ) -> Tensor:
         """Convolve."""
-        convolved = input if doubled is None else doubled
-        ctx.save_for_backward(convolved, weight)
-        ctx.geometry, ctx.call, ctx.doubled = g, call, doubled is not None
-        return _owned(g.forward(convolved, weight, bias))
+        ctx.save_for_backward(input, weight)
+        ctx.geometry, ctx.call = g, call
+        return _owned(g.forward(input, weight, bias))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -134,9 +125,37 @@ class ConvolutionNode(torch.autograd.Function):
                 lambda: ConvolutionWeightGradients(input, grad, weight, ctx.geometry),
                 lambda: grad.flatten(2).sum(2, dtype=_wide(grad)),
             )
-            gradient = ctx.geometry.halved_gradient if ctx.doubled else ctx.geometry.input_gradient
-            below = gradient(grad, input, weight) if ctx.needs_input_grad[0] else None
-        return below, None, None, None, None, None, None
+            below = ctx.geometry.input_gradient(grad, input, weight) if ctx.needs_input_grad[0] else None
+        return below, None, None, None, None, None
+
+
+class DoubledConvolutionNode(torch.autograd.Function):
+    """Nearest-neighbour doubling and a convolution, `[B, C, D, H, W]` to `[B, O, 2 D, 2 H, 2 W]`.
+
+    Float32 volumes on the CPU, kernels of 3 x 3 x 3, one zero around.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, call: Call
+    ) -> Tensor:
+        """Double and convolve."""
+        ctx.save_for_backward(input, weight)
+        ctx.call = call
+        return doubled_conv3d(input, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Leave the parameters' gradients with the call, return the input's."""
+        input, weight = ctx.saved_tensors
+        with _unseen():
+            sums = neighbour_sums3d(grad)
+            ctx.call.leave(
+                lambda: DoubledConvolutionWeightGradients(input, sums),
+                lambda: grad.flatten(2).sum(2, dtype=_wide(grad)),
+            )
+            below = doubled_gradient(sums, weight) if ctx.needs_input_grad[0] else None
+        return below, None, None, None, None
 
 
 class DoublingNode(torch.autograd.Function):

@@ -20,6 +20,7 @@ from timm_ext.fisher.nodes import (
     AffineNode,
     Call,
     ConvolutionNode,
+    DoubledConvolutionNode,
     DoublingNode,
     GroupNormNode,
     LinearNode,
@@ -77,11 +78,9 @@ def _convolution(
         pads = _each(padding, axes)
     call.rule, call.shifts = "convolution", True
     geometry = Geometry(steps, pads, gaps, False, (0,) * axes, groups)
-    if doubled is not None and input is doubled[0] and geometry.halves(input, weight):
-        small, large = doubled[1], input.detach()
-        return _record(
-            ConvolutionNode, small, tape.anchor, _detach(weight), _detach(bias), geometry, call, large
-        )
+    autocast = torch.is_autocast_enabled(input.device.type)
+    if doubled is not None and input is doubled[0] and geometry.takes_doubled(weight) and not autocast:
+        return _record(DoubledConvolutionNode, doubled[1], tape.anchor, _detach(weight), _detach(bias), call)
     return _convolve(input, tape, weight, bias, geometry, call)
 
 
@@ -121,14 +120,7 @@ def _convolve(
 ) -> Tensor:
     input = _autocast(input)
     return _record(
-        ConvolutionNode,
-        input,
-        tape.anchor,
-        _detach(weight, input),
-        _detach(bias, input),
-        geometry,
-        call,
-        None,
+        ConvolutionNode, input, tape.anchor, _detach(weight, input), _detach(bias, input), geometry, call
     )
 
 
@@ -142,7 +134,7 @@ def _interpolate(
     recompute_scale_factor: bool | None = None,
     antialias: bool = False,
 ) -> Tensor | None:
-    """Let a convolution right behind nearest-neighbour doubling take in its gradient."""
+    """Let a convolution right behind nearest-neighbour doubling stand for both."""
     tape.forget()
     factors = scale_factor if isinstance(scale_factor, Sequence) else (scale_factor,)
     plain = mode == "nearest" and size is None and align_corners is None and not antialias
