@@ -4,6 +4,7 @@ find_package(pybind11 CONFIG REQUIRED)
 
 # One library for every torch >= 2.10: the stable ABI at version 2.10, and libtorch by name, without a path.
 add_library(timm_ext MODULE
+  csrc/conv_square_on_cpu.cpp
   csrc/conv_weight_grad_square.cpp
   csrc/doubling3d.cpp
   csrc/instance_norm.cpp

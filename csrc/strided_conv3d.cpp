@@ -44,7 +44,7 @@ Tensor prepare(const Way& way, const Tensor& weight) {
   const Tensor g = torch::stable::contiguous(weight);
   const int64_t outputs = g.size(way.outputs_first ? 0 : 1), inputs = g.size(way.outputs_first ? 1 : 0);
   const int64_t blocks = cpu::strided_blocks(outputs), taps = cpu::kStridedTaps;
-  const Tensor prepared = torch::stable::new_empty(g, {blocks * inputs * taps * cpu::kStridedOutputs});
+  const Tensor prepared = torch::stable::new_empty(g, {blocks * cpu::strided_block_elements(inputs)});
   const cpu::StridedWeights weights{static_cast<const float*>(g.const_data_ptr()),
                                     outputs,
                                     inputs,

@@ -18,6 +18,7 @@ namespace {
    isa::neighbour_sums,        isa::winograd_weights,          \
    isa::winograd_conv,         isa::instance_norm_backward,    \
    isa::small_conv_columns,    isa::small_conv,                \
+   isa::small_square_rows,     isa::small_square,              \
    isa::strided_weights,       isa::strided_gather,            \
    isa::strided_spread,        isa::sample_labels,             \
    isa::log_weights,           isa::log_weights_backward}

@@ -15,6 +15,7 @@
 #include "doubling.h"
 #include "instance_norm.h"
 #include "small_conv.h"
+#include "small_square.h"
 #include "strided_conv.h"
 #include "winograd.h"
 
@@ -44,6 +45,7 @@ enum class Mixing { kSigmoid, kSoftmax, kRatios };
 // double_planes: planes of the input, of all channels.
 // neighbour_sums: planes of the output, of all channels.
 // winograd_weights: blocks of channels of the output; then winograd_conv: units as winograd.h says.
+// small_square_rows: channels of the input; then small_square: blocks of channels of the output.
 // strided_weights: blocks of channels of the output; then strided_gather or strided_spread: units as strided_conv.h
 // says.
 // small_conv_columns: of some channels of the input; then small_conv: blocks of channels of the output.
@@ -69,6 +71,8 @@ enum class Mixing { kSigmoid, kSoftmax, kRatios };
   void instance_norm_backward(const InstanceNormProblem&, int64_t first_plane, int64_t last_plane);              \
   void small_conv_columns(const SmallConvProblem&, int64_t first_input, int64_t last_input);                     \
   void small_conv(const SmallConvProblem&, int64_t first_block, int64_t last_block);                             \
+  void small_square_rows(const SmallSquareProblem&, int64_t first_channel, int64_t last_channel);                \
+  void small_square(const SmallSquareProblem&, int64_t first_block, int64_t last_block);                         \
   void strided_weights(const StridedWeights&, int64_t first_block, int64_t last_block);                          \
   void strided_gather(const StridedConvProblem&, int64_t first_unit, int64_t last_unit);                         \
   void strided_spread(const StridedConvProblem&, int64_t first_unit, int64_t last_unit);                         \
@@ -107,6 +111,8 @@ struct Kernels {
   decltype(&baseline::instance_norm_backward) instance_norm_backward;
   decltype(&baseline::small_conv_columns) small_conv_columns;
   decltype(&baseline::small_conv) small_conv;
+  decltype(&baseline::small_square_rows) small_square_rows;
+  decltype(&baseline::small_square) small_square;
   decltype(&baseline::strided_weights) strided_weights;
   decltype(&baseline::strided_gather) strided_gather;
   decltype(&baseline::strided_spread) strided_spread;

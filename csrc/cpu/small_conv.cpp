@@ -17,6 +17,7 @@ namespace {
 using V = math::FloatV;
 constexpr int kLanes = sizeof(V) / sizeof(float);
 constexpr int64_t kChain = 16;  // channels of the input that are summed by themselves: long chains round more
+constexpr int64_t kFewInputs = 4;
 constexpr int64_t kCachedColumns = 1 << 18;                 // elements that stay in the second-level cache
 constexpr int kOutputs = math::kVectorBytes == 64 ? 8 : 4;  // for which, times two vectors, there are registers
 
@@ -96,10 +97,11 @@ class Block {
 };
 
 /// Inputs that all outputs meet before the next ones: all of them where the weights of an output lie together and the
-/// columns stay in the second-level cache, so that weights are read in the order of their memory; else one chain.
+/// columns stay in the second-level cache, so that weights are read in the order of their memory; few where those of an
+/// input lie together.
 int64_t inputs_in_turn(const SmallConvProblem& p) {
-  const int64_t columns = p.shape->inputs * p.taps * p.width;
-  return p.input_step < p.output_step && columns <= kCachedColumns ? p.shape->inputs : kChain;
+  if (p.input_step > p.output_step) return kFewInputs;
+  return p.shape->inputs * p.taps * p.width <= kCachedColumns ? p.shape->inputs : kChain;
 }
 
 /// One channel of all examples, with zeros around.

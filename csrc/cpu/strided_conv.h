@@ -32,6 +32,10 @@ struct StridedWeights {
   float* to;
 };
 
+/// Elements from a tap to the next where taps are outside: not a multiple of a page, since they are written in turn.
+TIMM_EXT_FN int64_t strided_tap_step(int64_t inputs) { return inputs * kStridedOutputs + 16; }
+TIMM_EXT_FN int64_t strided_block_elements(int64_t inputs) { return kStridedTaps * strided_tap_step(inputs); }
+
 struct StridedConvProblem {
   int64_t examples;
   int64_t outputs;  // channels

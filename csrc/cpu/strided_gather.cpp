@@ -99,8 +99,7 @@ class Block {
  public:
   Block(const StridedConvProblem& p, const Planes& planes, int64_t first, float* output)
       : p_(p), planes_(planes), first_(first), output_(output), points_(p.small[1] * p.small[2]) {
-    const int64_t block = first / kStridedOutputs * p.inputs * kStridedTaps * kStridedOutputs;
-    weights_ = p.weights + block + first % kStridedOutputs;
+    weights_ = p.weights + first / kStridedOutputs * strided_block_elements(p.inputs) + first % kStridedOutputs;
   }
 
   void write() const {

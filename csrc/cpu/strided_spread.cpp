@@ -90,15 +90,14 @@ class Spread {
   }
 
   void make_products(int64_t count, int64_t plane_tap, float* to) const {
-    const int64_t block = kStridedTaps * p_.inputs * kStridedOutputs;
-    const float* weights = p_.weights + first_output_ / kStridedOutputs * block + first_output_ % kStridedOutputs;
-    weights += plane_tap * kPlaneTaps * p_.inputs * kStridedOutputs;
+    const float* weights = p_.weights + first_output_ / kStridedOutputs * strided_block_elements(p_.inputs);
+    weights += first_output_ % kStridedOutputs + plane_tap * kPlaneTaps * strided_tap_step(p_.inputs);
     const int64_t points = whole_vectors(count * plane_);
     for (int64_t tap = 0; tap < kPlaneTaps; ++tap, to += kOutputs * width_) {
       int64_t at = 0;
       for (; at + 2 * kLanes <= points; at += 2 * kLanes) write_vectors<2>(at, weights, to + at);
       if (at < points) write_vectors<1>(at, weights, to + at);
-      weights += p_.inputs * kStridedOutputs;
+      weights += strided_tap_step(p_.inputs);
     }
   }
 
