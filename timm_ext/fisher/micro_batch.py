@@ -11,7 +11,7 @@ from timm_ext.errors import InputError
 # too large for a last-level cache; `python -m benchmarks.fisher` times the choice beside one at a time.
 _VOXELS = 32**3
 _CACHED_PARAMETERS = 2**22
-_VOXELS_PER_PARAMETER = 1 / 64
+_VOXELS_PER_PARAMETER = 1 / 128
 
 MicroBatch = int | Literal["auto"] | None
 
@@ -55,7 +55,7 @@ def examples_at_a_time(x: Tensor, parameters: int) -> int:
     On a GPU all of them. On a CPU every pass costs the calls, which count where examples are small, and the
     reading of the weights, the reading and writing of the sums, which count where they do not stay in the
     cache; each further example gains less and takes its memory. It is v / (voxels of an example), at least 1,
-    where v is 32³, or parameters / 64 if that is more and the model has more than 2²² parameters. Where
+    where v is 32³, or parameters / 128 if that is more and the model has more than 2²² parameters. Where
     memory is plenty and images are small, a larger count is faster.
 
     Args:
