@@ -9,7 +9,13 @@ import pytest
 
 import timm_ext
 
-FILES = ("test_ops_conv_square.py", "test_ops_doubling.py", "test_ops_small_conv.py", "test_ops_winograd.py")
+FILES = (
+    "test_ops_conv_square.py",
+    "test_ops_doubling.py",
+    "test_ops_small_conv.py",
+    "test_ops_strided.py",
+    "test_ops_winograd.py",
+)
 
 
 @pytest.mark.parametrize("isa", timm_ext.build_info()["isa_built"])

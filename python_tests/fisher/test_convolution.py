@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from timm_ext.fisher.convolution import Geometry, forward_way, gradient_way
+from timm_ext.doubling_ops import neighbour_sums3d
+from timm_ext.fisher.convolution import Geometry, doubled_gradient, forward_way, gradient_way
 
 CASES = [
     (size, kernel, stride, dilation, padding, outputs)
@@ -39,6 +40,27 @@ def test_rows_that_suit_winograd(batch, columns, padding):
     x, weight, bias = tensors((batch, 5, 9, 10, 21), (7, 5, 3, 3, columns), (7,))
     assert forward_way(geometry, x.shape, weight.shape) == "winograd"
     assert_all_close(geometry, x, weight, bias)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_way_back_through_a_stride(batch):
+    geometry = Geometry((2,) * 3, (1,) * 3, (1,) * 3, False, (0, 0, 0), 1)
+    x, weight, bias = tensors((batch, 5, 16, 17, 18), (7, 5, 3, 3, 3), (7,))
+    assert gradient_way(geometry, (batch, 7, 8, 9, 9), x.shape, weight.shape)[0] == "strided"
+    assert_all_close(geometry, x, weight, bias)
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 2, 2, 2), (2, 5, 2, 4, 4), (2, 5, 3, 4, 4), (1, 5, 6, 5, 9)])
+def test_the_way_back_through_doubling(shape):
+    """With up to 64 points by one operator, with more by another."""
+    batch, inputs, *sizes = shape
+    x, weight, grad = tensors(shape, (7, inputs, 3, 3, 3), (batch, 7, *(2 * size for size in sizes)))
+    wide = x.double().requires_grad_()
+    output = torch.conv3d(torch.nn.functional.interpolate(wide, scale_factor=2), weight.double(), padding=1)
+    (expected,) = torch.autograd.grad(output, wide, grad.double())
+    result = doubled_gradient(neighbour_sums3d(grad), weight)
+    assert result.shape == expected.shape
+    assert (result - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def tensors(*shapes):
@@ -101,6 +123,9 @@ def changed(**options):
         ({"weight": (12, 3, 3, 1, 3), "geometry": changed(padding=(1, 0, 1))}, ("onednn", "transposed")),
         ({"input": (1, 3, 4, 4, 4)}, ("small", "small")),
         ({"input": (2, 3, 2, 4, 4)}, ("small", "small")),
+        ({"geometry": changed(stride=(2, 2, 2))}, ("onednn", "strided")),
+        ({"input": (2, 3, 16, 16, 16), "geometry": changed(stride=(2, 2, 2))}, ("aten", "strided")),
+        ({"geometry": changed(stride=(2, 2, 2), padding=(1, 1, 2))}, ("onednn", "transposed")),
         ({"input": (1, 3, 8, 8, 8), "geometry": changed(stride=(2, 2, 2))}, ("small", "aten")),
         ({"input": (1, 3, 9, 8, 8), "geometry": changed(stride=(2, 2, 2))}, ("onednn", "transposed")),
         ({"input": (2, 3, 4, 4, 5)}, ("aten", "aten")),  # two examples

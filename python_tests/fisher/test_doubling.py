@@ -1,4 +1,4 @@
-"""Convolutions behind nearest-neighbour doubling, which take in its gradient if nothing is called between."""
+"""Convolutions behind nearest-neighbour doubling, which stand for both if nothing is called between."""
 
 from collections.abc import Callable
 
@@ -19,8 +19,8 @@ class Layers(nn.Module):
     def __init__(self, join: Callable[[nn.Module, Tensor], Tensor], **options: int) -> None:
         super().__init__()
         self.first = nn.Conv3d(2, 4, 3, padding=1)
-        self.second = nn.Conv3d(4, 5, **({"kernel_size": 3, "padding": 1} | options))
-        self.head = nn.Conv3d(5, 2, 1)
+        self.second = nn.Conv3d(4, **({"out_channels": 5, "kernel_size": 3, "padding": 1} | options))
+        self.head = nn.Conv3d(self.second.out_channels, 2, 1)
         self.join = join
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,6 +60,10 @@ def of_another(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(large) + other[:, :1]
 
 
+def both(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(double(x)) * layer(double(x.cos()))
+
+
 def checkpointed(layer: nn.Module, x: Tensor) -> Tensor:
     return checkpoint(lambda z: layer(double(z)), x, use_reentrant=False)
 
@@ -86,6 +90,9 @@ CASES = {
     "plain": (plain, {}, 0),
     "module": (module, {}, 0),
     "even padding": (plain, {"padding": 2}, 1),
+    "no padding": (plain, {"padding": 0}, 1),
+    "groups": (plain, {"out_channels": 6, "groups": 2}, 1),
+    "both": (both, {}, 0),
     "checkpointed": (checkpointed, {}, 0),
     "read after": (read_after, {}, 1),
     "twice": (twice, {}, 1),
