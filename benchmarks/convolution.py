@@ -3,9 +3,10 @@
     python -m benchmarks.convolution benchmarks/results/convolution_cpu.json
 
 Layers: all 3³ convolutions of `isensee2017` on 4 × edge³ images in float32, equal ones once, and their way
-back to the input's gradient. Rivals: what PyTorch takes, and oneDNN by force. All are checked against float64
-before they are timed. A round visits every layer once, so that weights and images come from far memory as in
-a pass of the network, and each time another of the ways is the first to fetch them; medians count.
+back to the input's gradient; those behind nearest-neighbour doubling together with it, too. Rivals: what
+PyTorch takes, and oneDNN by force. All are checked against float64 before they are timed. A round visits
+every layer once, so that weights and images come from far memory as in a pass of the network, and each time
+another of the ways is the first to fetch them; medians count.
 """
 
 import argparse
@@ -18,11 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from benchmarks.conv_square import Layer, layers
 from benchmarks.machine import environment, median_ratio, milliseconds
+from timm_ext.doubling_ops import doubled_conv3d, neighbour_sums3d
 from timm_ext.files import write_json
-from timm_ext.fisher.convolution import Geometry, forward_way, gradient_way
+from timm_ext.fisher.convolution import Geometry, doubled_gradient, forward_way, gradient_way
 
 ERROR_BOUND = 1e-5  # of the largest element
 OURS = "timm_ext"
@@ -101,6 +104,50 @@ def cases(layer: Layer, batch: int) -> list[Case]:
     ]
 
 
+def doubled_cases(layer: Layer, batch: int) -> list[Case]:
+    """Return a layer's forward and way back together with the doubling before it."""
+    generator = torch.Generator().manual_seed(0)
+    small, large = [layer.edge // 2] * 3, [layer.edge] * 3
+    input = torch.randn(batch, layer.inputs, *small, generator=generator)
+    grad = torch.randn(batch, layer.outputs, *large, generator=generator)
+    weight = torch.randn(layer.outputs, layer.inputs, *[layer.kernel] * 3, generator=generator)
+    geometry = Geometry((1, 1, 1), (1, 1, 1), (1, 1, 1), False, (0, 0, 0), 1)
+
+    def double(x: Tensor) -> Tensor:
+        return functional.interpolate(x, scale_factor=2)
+
+    def halve(gradient: Tensor) -> Tensor:
+        halved: Tensor = torch.ops.aten.upsample_nearest3d_backward(gradient, large, input.shape)
+        return halved
+
+    def plain_back(grad: Tensor, weight: Tensor) -> Tensor:
+        like = grad.new_empty(batch, layer.inputs, *large)
+        return halve(geometry._backward(grad, like, weight, (True, False, False))[0])
+
+    there: Calls = {
+        OURS: lambda: doubled_conv3d(input, weight),
+        "PyTorch": lambda: torch.conv3d(double(input), weight, padding=1),
+        "oneDNN": lambda: geometry._onednn(double(input), weight, None),
+    }
+    back: Calls = {
+        OURS: lambda: doubled_gradient(neighbour_sums3d(grad), weight),
+        "PyTorch": lambda: plain_back(grad, weight),
+        "oneDNN": lambda: halve(geometry._onednn_transposed(grad, large, weight)),
+    }
+    exact = torch.conv3d(double(input.double()), weight.double(), padding=1)
+    exact_back = plain_back(grad.double(), weight.double())
+    sizes = vars(layer) | {"batch": batch, "way": "doubled"}
+    return [
+        Case(sizes | {"pass": "forward"}, there, exact),
+        Case(sizes | {"pass": "back"}, back, exact_back),
+    ]
+
+
+def follows_doubling(layer: Layer) -> bool:
+    """Tell whether a decoder level has such a layer behind its upsampling: it halves the channels."""
+    return layer.stride == 1 and layer.inputs == 2 * layer.outputs
+
+
 def main(arguments: list[str]) -> None:
     """Time all layers and write the result."""
     parser = argparse.ArgumentParser(
@@ -122,7 +169,10 @@ def main(arguments: list[str]) -> None:
     }
     with torch.no_grad():
         for base in options.base:
-            found = [case for layer in layers(base, options.edge) for case in cases(layer, options.batch)]
+            kinds = layers(base, options.edge)
+            found = [case for layer in kinds for case in cases(layer, options.batch)]
+            for layer in filter(follows_doubling, kinds):
+                found += doubled_cases(layer, options.batch)
             for turn in range(options.rounds):
                 for case in found:
                     case.time(turn)
