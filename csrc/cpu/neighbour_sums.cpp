@@ -8,6 +8,7 @@
 namespace timm_ext::cpu::TIMM_EXT_ISA {
 namespace {
 
+/// Two rows of each of two planes.
 struct FourRows {
   const float* at[4];
 

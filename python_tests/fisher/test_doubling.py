@@ -150,6 +150,16 @@ def test_the_fisher_is_that_of_the_loop(name, single_example_loop, assert_same_f
     assert_same_fisher(accumulator.result().tensors, expected, relative=2e-5)
 
 
+def test_a_bias_with_gaps(single_example_loop, assert_same_fisher) -> None:
+    model = make("plain")
+    model.second.bias = nn.Parameter(torch.arange(10.0)[::2])
+    x, y = batch(model)
+    with FisherAccumulator(model, labels="true") as accumulator:
+        accumulator.update(x, y, ["a", "b"])
+    expected = single_example_loop(model.double(), x.double(), y.double())
+    assert_same_fisher(accumulator.result().tensors, expected, relative=2e-5)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_forward_is_the_models_own(name) -> None:
     model = make(name)

@@ -142,7 +142,7 @@ class DoubledConvolutionNode(torch.autograd.Function):
         """Double and convolve."""
         ctx.save_for_backward(input, weight)
         ctx.call = call
-        return doubled_conv3d(input, weight, bias)
+        return doubled_conv3d(input, weight, None if bias is None else bias.contiguous())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
