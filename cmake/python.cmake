@@ -11,13 +11,15 @@ add_library(timm_ext MODULE
   csrc/library.cpp
   csrc/log_weights.cpp
   csrc/merge.cpp
+  csrc/new_tensor.cpp
   csrc/sample_labels.cpp
   csrc/small_conv3d.cpp
   csrc/square_accumulate.cpp
   csrc/strided_conv3d.cpp
   csrc/winograd_conv3d.cpp
   csrc/cpu/conv_pack.cpp
-  csrc/cpu/kernels.cpp)
+  csrc/cpu/kernels.cpp
+  csrc/cpu/memory_pool.cpp)
 set(torch_library_dir ${TIMM_EXT_TORCH_DIR}/lib)
 target_include_directories(timm_ext SYSTEM PRIVATE ${TIMM_EXT_TORCH_DIR}/include)
 target_compile_definitions(timm_ext PRIVATE TORCH_TARGET_VERSION=0x020a000000000000)

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "operators.h"
 
 namespace timm_ext {
 namespace {
@@ -109,8 +110,8 @@ void square_packed(const ConvShape& shape, const Tensor& acc, const Group& first
   const bool slabs = layout.group < layout.grad_rows();
   const int64_t each = layout.grad_elements(shape) + layout.input_elements();
   const int64_t at_a_time = slabs ? 1 : std::clamp<int64_t>(kPackedElements / each, 1, examples);
-  const Tensor packed = torch::stable::new_empty(acc, {at_a_time * each});
-  const Tensor sums = torch::stable::new_empty(acc, {slabs ? conv_sums_elements(layout, shape) : 0});
+  const Tensor packed = new_tensor(acc, {at_a_time * each});
+  const Tensor sums = new_tensor(acc, {slabs ? conv_sums_elements(layout, shape) : 0});
   const int64_t taps = shape.kernel[0] * shape.kernel[1] * shape.kernel[2];
   for (int64_t n = 0; n < groups; ++n) {
     const Group group = first_group.at(n, groups);
@@ -131,7 +132,7 @@ void square_packed(const ConvShape& shape, const Tensor& acc, const Group& first
 /// grad as [examples, points, outputs padded].
 Tensor transpose_grad(const cpu::SmallSquareProblem& p, const Tensor& like, const Group& group) {
   const int64_t points = p.points(), outputs = p.padded_outputs();
-  const Tensor result = torch::stable::new_empty(like, {p.examples * points * outputs});
+  const Tensor result = new_tensor(like, {p.examples * points * outputs});
   auto* const to = static_cast<float*>(result.mutable_data_ptr());
   std::fill_n(to, p.examples * points * outputs, 0.0f);
   for (int64_t b = 0; b < p.examples; ++b) {
@@ -152,7 +153,7 @@ void square_few_points(const ConvShape& shape, const Tensor& acc, const Group& g
   const int64_t column = examples * problem.points() * problem.taps();  // of a channel
   const int64_t each = std::clamp<int64_t>(kNeighbourElements / column, 1, shape.inputs);
   problem.channels = each;
-  const Tensor rows = torch::stable::new_empty(acc, {examples * problem.points() * problem.width()});
+  const Tensor rows = new_tensor(acc, {examples * problem.points() * problem.width()});
   problem.rows = static_cast<float*>(rows.mutable_data_ptr());
   for (; problem.first < shape.inputs; problem.first += each) {
     problem.channels = std::min(each, shape.inputs - problem.first);

@@ -5,14 +5,13 @@
 #include "conv_square_on_cpu.h"
 #include "cpu/kernels.h"
 #include "operators.h"
-#include "results.h"
 
 namespace timm_ext {
 
 Tensor nearest_doubling3d(const Tensor& input) {
   check_volume("nearest_doubling3d", "input", input, 5, input);
   const int64_t rows = input.size(3), columns = input.size(4);
-  const Tensor result = new_result(input, {input.size(0), input.size(1), 2 * input.size(2), 2 * rows, 2 * columns});
+  const Tensor result = new_tensor(input, {input.size(0), input.size(1), 2 * input.size(2), 2 * rows, 2 * columns});
   if (result.numel() == 0) return result;
   const Tensor x = torch::stable::contiguous(input);
   const cpu::DoublingProblem problem{static_cast<const float*>(x.const_data_ptr()),
@@ -28,7 +27,7 @@ Tensor neighbour_sums3d(const Tensor& input) {
   check(input.size(2) > 0 && input.size(3) > 0 && input.size(4) > 0, op, ": input must have voxels (got ",
         list(input.sizes()), ")");
   const int64_t planes = input.size(2) + 1;
-  const Tensor result = new_result(input, {input.size(0), input.size(1), planes, input.size(3) + 1, input.size(4) + 1});
+  const Tensor result = new_tensor(input, {input.size(0), input.size(1), planes, input.size(3) + 1, input.size(4) + 1});
   if (result.numel() == 0) return result;
   const Tensor x = torch::stable::contiguous(input);
   const cpu::NeighbourSumsProblem problem{static_cast<const float*>(x.const_data_ptr()),

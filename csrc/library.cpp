@@ -68,6 +68,11 @@ STABLE_TORCH_LIBRARY(timm_ext, m) {
   // devices. CPU and CUDA may differ in the last bits of σ and softmax.
   m.def("sample_labels(Tensor logits, Tensor keys, str likelihood, bool labels_wanted) -> (Tensor, Tensor)");
 
+  // (output, mean [B C], deviation [B C]), output = weight (input - mean) deviation + bias, with the mean and the
+  // reciprocal deviation, 1 / sqrt(variance + epsilon), of each channel of each example. input [B, C, ...]; weight,
+  // bias [C], None stands for 1 and 0. float32, sums of more than 64 terms in float64; on the CPU only.
+  m.def("instance_norm(Tensor input, Tensor? weight, Tensor? bias, float epsilon) -> (Tensor, Tensor, Tensor)");
+
   // (grad_input, grad_weight [B, C], grad_bias [B, C]), the gradients, example by example, of an instance norm with its
   // LeakyReLU: of leaky(weight (input - mean) deviation + bias), where leaky(a) = a above zero and slope a elsewhere.
   // grad, input [B, C, ...]; mean, deviation [B C], of each channel of input and, reciprocal, with epsilon; weight,
@@ -106,6 +111,16 @@ STABLE_TORCH_LIBRARY(timm_ext, m) {
   // [I, O, 3, 3, K], zeros around. float32, on the CPU only. Its bits depend on the instruction set (fused
   // multiply-add).
   m.def("winograd_conv3d(Tensor input, Tensor weight, Tensor? bias, int[] padding, bool mirrored) -> Tensor");
+
+  // Opens the pool from which large results on the CPU take their memory (memory_pool.h), or closes it again; calls are
+  // counted. Without effect where PyTorch is older than 2.11 or the system is not Linux.
+  m.def("keep_memory(bool on) -> ()");
+
+  // Bytes that the pool has from the system.
+  m.def("kept_bytes() -> int");
+
+  // An uninitialised tensor of the type and device of another one, contiguous, from that pool while it is open.
+  m.def("new_tensor(Tensor like, int[] sizes) -> Tensor");
 }
 
 #define TIMM_EXT_REGISTER_BOTH_DEVICES(m)                                                           \
@@ -114,6 +129,7 @@ STABLE_TORCH_LIBRARY(timm_ext, m) {
   m.impl("fused_merge.out", TORCH_BOX(&timm_ext::fused_merge_out));                                 \
   m.impl("fused_merge_backward_log_weight", TORCH_BOX(&timm_ext::fused_merge_backward_log_weight)); \
   m.impl("fused_merge_backward_planes", TORCH_BOX(&timm_ext::fused_merge_backward_planes));         \
+  m.impl("new_tensor", TORCH_BOX(&timm_ext::new_tensor));                                           \
   m.impl("sample_labels", TORCH_BOX(&timm_ext::sample_labels));                                     \
   m.impl("square_accumulate_", TORCH_BOX(&timm_ext::square_accumulate))
 
@@ -122,6 +138,7 @@ STABLE_TORCH_LIBRARY_IMPL(timm_ext, CPU, m) {
   m.impl("doubled_conv3d", TORCH_BOX(&timm_ext::doubled_conv3d));
   m.impl("doubled_conv3d_input_gradient", TORCH_BOX(&timm_ext::doubled_conv3d_input_gradient));
   m.impl("doubled_conv3d_weight_grad_square_", TORCH_BOX(&timm_ext::doubled_conv3d_weight_grad_square));
+  m.impl("instance_norm", TORCH_BOX(&timm_ext::instance_norm));
   m.impl("instance_norm_backward", TORCH_BOX(&timm_ext::instance_norm_backward));
   m.impl("log_weights", TORCH_BOX(&timm_ext::log_weights));
   m.impl("log_weights_backward", TORCH_BOX(&timm_ext::log_weights_backward));
@@ -130,6 +147,11 @@ STABLE_TORCH_LIBRARY_IMPL(timm_ext, CPU, m) {
   m.impl("small_conv3d", TORCH_BOX(&timm_ext::small_conv3d));
   m.impl("strided_conv3d_input_gradient", TORCH_BOX(&timm_ext::strided_conv3d_input_gradient));
   m.impl("winograd_conv3d", TORCH_BOX(&timm_ext::winograd_conv3d));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(timm_ext, CompositeExplicitAutograd, m) {
+  m.impl("keep_memory", TORCH_BOX(&timm_ext::keep_memory));
+  m.impl("kept_bytes", TORCH_BOX(&timm_ext::kept_bytes));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(timm_ext, CUDA, m) { TIMM_EXT_REGISTER_BOTH_DEVICES(m); }

@@ -4,7 +4,6 @@
 #include "checks.h"
 #include "cpu/kernels.h"
 #include "operators.h"
-#include "results.h"
 
 namespace timm_ext {
 namespace {
@@ -40,7 +39,7 @@ Tensor log_weights(const Tensor& logits, const std::string& mixing) {
   const Mixing kind = parse(mixing);
   check_logits(logits);
   const Tensor x = torch::stable::contiguous(logits);
-  const Tensor result = new_result(logits, {logits.size(0), logits.size(1)});
+  const Tensor result = new_tensor(logits, {logits.size(0), logits.size(1)});
   const void* const from = x.const_data_ptr();
   void* const to = result.mutable_data_ptr();
   parallel_for(0, logits.size(0), kRowsPerThread, [&](int64_t first, int64_t last) {
@@ -57,7 +56,7 @@ Tensor log_weights_backward(const Tensor& grad, const Tensor& logits, const std:
         ": grad must have the shape of logits (got ", list(grad.sizes()), " vs ", list(logits.sizes()), ")");
   const Tensor g = torch::stable::contiguous(grad);
   const Tensor x = torch::stable::contiguous(logits);
-  const Tensor result = new_result(logits, {logits.size(0), logits.size(1)});
+  const Tensor result = new_tensor(logits, {logits.size(0), logits.size(1)});
   const void* const grads = g.const_data_ptr();
   const void* const from = x.const_data_ptr();
   void* const to = result.mutable_data_ptr();

@@ -7,7 +7,6 @@
 #include "cpu/kernels.h"
 #include "cuda_launch.h"
 #include "operators.h"
-#include "results.h"
 
 namespace timm_ext {
 namespace {
@@ -127,7 +126,7 @@ void backward_log_weight_cpu(const MergeInputs& in, const MergeGradient& gradien
 Tensor fused_merge(const Tensor& theta, const std::optional<Tensor>& fisher, const Tensor& log_weight,
                    const Tensor& offsets) {
   const MergeInputs in = check_inputs(theta, fisher, log_weight, offsets);
-  const Tensor merged = new_result(theta, {in.elements});
+  const Tensor merged = new_tensor(theta, {in.elements});
   forward(in, theta, merged);
   return merged;
 }
@@ -149,7 +148,7 @@ Tensor fused_merge_backward_log_weight(const Tensor& grad, const Tensor& theta, 
                                        const Tensor& log_weight, const Tensor& offsets) {
   const MergeInputs in = check_inputs(theta, fisher, log_weight, offsets);
   const Tensor usable = usable_gradient(grad, theta);
-  const Tensor result = new_result(log_weight, {in.segments, in.models});
+  const Tensor result = new_tensor(log_weight, {in.segments, in.models});
   if (in.elements == 0) return result;
   if (!theta.is_cuda()) {
     backward_log_weight_cpu(in, gradient_of(usable), result.mutable_data_ptr());
@@ -171,7 +170,7 @@ std::tuple<Tensor, Tensor> fused_merge_backward_planes(const Tensor& grad, const
   check(fisher.has_value() || !fisher_wanted, kOp, ": fisher must be given where its gradient is wanted (got None)");
   const Tensor usable = usable_gradient(grad, theta);
   const auto plane = [&](bool wanted) {
-    return wanted ? new_result(theta, {in.models, in.elements}) : new_result(theta, {0});
+    return wanted ? new_tensor(theta, {in.models, in.elements}) : new_tensor(theta, {0});
   };
   const Tensor grad_theta = plane(theta_wanted);
   const Tensor grad_fisher = plane(fisher_wanted);

@@ -33,6 +33,8 @@ std::tuple<Tensor, Tensor> sample_labels(const Tensor& logits, const Tensor& key
                                          bool labels_wanted);
 void square_accumulate(const std::vector<Tensor>& acc, const std::vector<Tensor>& grads, double scale);
 
+std::tuple<Tensor, Tensor, Tensor> instance_norm(const Tensor& input, const std::optional<Tensor>& weight,
+                                                 const std::optional<Tensor>& bias, double epsilon);
 std::tuple<Tensor, Tensor, Tensor> instance_norm_backward(const Tensor& grad, const Tensor& input, const Tensor& mean,
                                                           const Tensor& deviation, const std::optional<Tensor>& weight,
                                                           const std::optional<Tensor>& bias, double slope);
@@ -48,5 +50,9 @@ Tensor doubled_conv3d_input_gradient(const Tensor& sums, const Tensor& weight);
 void doubled_conv3d_weight_grad_square(const Tensor& acc, const Tensor& sums, const Tensor& input, double scale);
 Tensor winograd_conv3d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                        std::vector<int64_t> padding, bool mirrored);
+
+Tensor new_tensor(const Tensor& like, std::vector<int64_t> sizes);
+void keep_memory(bool on);
+int64_t kept_bytes();
 
 }  // namespace timm_ext

@@ -5,7 +5,6 @@
 #include "cpu/kernels.h"
 #include "cuda_launch.h"
 #include "operators.h"
-#include "results.h"
 
 namespace timm_ext {
 namespace {
@@ -48,7 +47,7 @@ std::tuple<Tensor, Tensor> sample_labels(const Tensor& logits, const Tensor& key
   check_arguments(logits, keys);
   const Tensor z = torch::stable::contiguous(logits), k = torch::stable::contiguous(keys);
   const Tensor labels = torch::stable::new_empty(k, label_sizes(logits, categorical, labels_wanted));
-  const Tensor scores = new_result(logits, std::vector<int64_t>(logits.sizes().begin(), logits.sizes().end()));
+  const Tensor scores = new_tensor(logits, std::vector<int64_t>(logits.sizes().begin(), logits.sizes().end()));
   if (logits.numel() == 0) return {labels, scores};
 
   const int64_t examples = logits.size(0), classes = categorical ? logits.size(1) : 1;

@@ -7,7 +7,6 @@
 #include "conv3d_checks.h"
 #include "cpu/kernels.h"
 #include "operators.h"
-#include "results.h"
 
 namespace timm_ext {
 namespace {
@@ -70,7 +69,7 @@ Tensor small_conv3d(const Tensor& input, const Tensor& weight, const std::option
   const ConvShape s = shape_of(input, weight, stride, padding, dilation, mirrored);
   check_bias(kOp, bias, s.outputs, input);
   const int64_t examples = input.size(0), points = s.out[0] * s.out[1] * s.out[2];
-  const Tensor result = new_result(input, {examples, s.outputs, s.out[0], s.out[1], s.out[2]});
+  const Tensor result = new_tensor(input, {examples, s.outputs, s.out[0], s.out[1], s.out[2]});
   if (result.numel() == 0) return result;
 
   const int64_t taps = s.kernel[0] * s.kernel[1] * s.kernel[2], each = cpu::kSmallConvPoints;
@@ -80,7 +79,7 @@ Tensor small_conv3d(const Tensor& input, const Tensor& weight, const std::option
         ": input with its padding must hold fewer than 2^31 elements for each channel (got ", list(input.sizes()), ")");
   const std::vector<int32_t> places = places_of(s, examples, width, mirrored);
   const Tensor x = torch::stable::contiguous(input), g = torch::stable::contiguous(weight);
-  const Tensor columns = torch::stable::new_empty(x, {s.inputs * taps * width});
+  const Tensor columns = new_tensor(x, {s.inputs * taps * width});
   const cpu::SmallConvProblem problem{&s,
                                       static_cast<const float*>(x.const_data_ptr()),
                                       places.data(),

@@ -7,7 +7,6 @@
 #include "conv3d_checks.h"
 #include "cpu/kernels.h"
 #include "operators.h"
-#include "results.h"
 
 namespace timm_ext {
 namespace {
@@ -44,7 +43,7 @@ Tensor prepare(const Way& way, const Tensor& weight) {
   const Tensor g = torch::stable::contiguous(weight);
   const int64_t outputs = g.size(way.outputs_first ? 0 : 1), inputs = g.size(way.outputs_first ? 1 : 0);
   const int64_t blocks = cpu::strided_blocks(outputs), taps = cpu::kStridedTaps;
-  const Tensor prepared = torch::stable::new_empty(g, {blocks * cpu::strided_block_elements(inputs)});
+  const Tensor prepared = new_tensor(g, {blocks * cpu::strided_block_elements(inputs)});
   const cpu::StridedWeights weights{static_cast<const float*>(g.const_data_ptr()),
                                     outputs,
                                     inputs,
@@ -68,7 +67,7 @@ int64_t chunk_of(const StridedConvProblem& p) {
 
 Tensor run(const Way& way, const Tensor& from, const Tensor& weight, const std::optional<Tensor>& bias,
            const int64_t (&small)[3], const int64_t (&large)[3]) {
-  const Tensor result = new_result(from, sizes_of(from, way, weight, way.spread ? large : small));
+  const Tensor result = new_tensor(from, sizes_of(from, way, weight, way.spread ? large : small));
   if (result.numel() == 0) return result;
   const Tensor x = torch::stable::contiguous(from), prepared = prepare(way, weight);
   StridedConvProblem problem{x.size(0),

@@ -6,7 +6,6 @@
 #include "conv3d_checks.h"
 #include "cpu/kernels.h"
 #include "operators.h"
-#include "results.h"
 
 namespace timm_ext {
 namespace {
@@ -43,12 +42,12 @@ Tensor winograd_conv3d(const Tensor& input, const Tensor& weight, const std::opt
   check_volume(kOp, "weight", weight, 5, input);
   const ConvShape shape = shape_of(input, weight, padding, mirrored);
   check_bias(kOp, bias, shape.outputs, input);
-  const Tensor result = new_result(input, {input.size(0), shape.outputs, shape.out[0], shape.out[1], shape.out[2]});
+  const Tensor result = new_tensor(input, {input.size(0), shape.outputs, shape.out[0], shape.out[1], shape.out[2]});
   if (result.numel() == 0) return result;
 
   const Tensor x = torch::stable::contiguous(input), g = torch::stable::contiguous(weight);
   const int64_t blocks = cpu::winograd_blocks(shape);
-  const Tensor forms = torch::stable::new_empty(x, {blocks * cpu::winograd_block_elements(shape)});
+  const Tensor forms = new_tensor(x, {blocks * cpu::winograd_block_elements(shape)});
   auto* const to = static_cast<float*>(forms.mutable_data_ptr());
   const int64_t taps = 9 * shape.kernel[2];
   const cpu::WinogradWeights weights{&shape,

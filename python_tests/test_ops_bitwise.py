@@ -11,7 +11,7 @@ import torch
 from merge_samples import SAMPLES, Sample, extreme_inputs, make_inputs
 
 import timm_ext
-from timm_ext.layer_ops import instance_norm_backward
+from timm_ext.layer_ops import instance_norm, instance_norm_backward
 
 DIGEST = "import sys; sys.path.insert(0, sys.argv[1]); from test_ops_bitwise import digest; print(digest())"
 
@@ -51,6 +51,7 @@ def digest(threads: int = 1) -> str:
     planes = gradient[:198_000].view(2, 2, 3, -1)
     statistics = torch.linspace(0.1, 2, 12).view(2, 6)
     results += instance_norm_backward(*planes, *statistics, *statistics[:, :3], slope=0.1)
+    results += instance_norm(planes[1], *statistics[:, :3])
     hasher = hashlib.sha256()
     for tensor in results:
         hasher.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())

@@ -1,4 +1,4 @@
-"""`instance_norm_backward` against autograd in float64, its bits, and the messages."""
+"""`instance_norm` and its backward against float64, their bits, and the messages."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.library import opcheck
 from torch.nn import functional
 
-from timm_ext.layer_ops import instance_norm_backward
+from timm_ext.layer_ops import instance_norm, instance_norm_backward
 
 EPSILON = 1e-5
 
@@ -27,6 +27,48 @@ def arguments(sizes: list[int]) -> dict[str, Tensor]:
         "weight": torch.randn(sizes[1], generator=generator),
         "bias": torch.randn(sizes[1], generator=generator),
     }
+
+
+@pytest.mark.parametrize(
+    "sizes", [[1, 3, 8, 8, 8], [2, 5, 3, 5, 7], [3, 2, 40000], [1, 1, 1, 2], [2, 3, 4096]]
+)
+def test_it_normalises(sizes) -> None:
+    call = arguments(sizes)
+    output, mean, deviation = instance_norm(call["input"], call["weight"], call["bias"], epsilon=EPSILON)
+    wide = [call[name].double() for name in ("input", "weight", "bias")]
+    wanted = functional.instance_norm(wide[0], weight=wide[1], bias=wide[2], eps=EPSILON)
+    torch.testing.assert_close(output.double(), wanted, rtol=2e-6, atol=2e-6)
+    points = wide[0].flatten(2)
+    torch.testing.assert_close(mean.double(), points.mean(2).flatten(), rtol=1e-7, atol=0)
+    expected = (points.var(2, unbiased=False) + EPSILON).rsqrt().flatten()
+    torch.testing.assert_close(deviation.double(), expected, rtol=5e-7, atol=0)
+
+
+def test_a_mean_far_from_zero_costs_no_digits_but_the_inputs_own() -> None:
+    """Parts that lie far apart, and far from zero as a whole; the inputs are exact."""
+    steps = torch.randint(-(2**10), 2**10, (1, 2, 70_000), generator=torch.Generator().manual_seed(0)).float()
+    steps[:, :, 30_000:] += 2**13
+    input = steps + 2.0**22
+    output = instance_norm(input, epsilon=0.0)[0].double()
+    wanted = functional.instance_norm(input.double(), eps=0.0)
+    assert (output - wanted).abs().max() < 2e-4  # half a unit of the mean, 0.25, over the deviation, 4000
+    apart = output[:, :, 40_000] - output[:, :, 0]
+    torch.testing.assert_close(apart, wanted[:, :, 40_000] - wanted[:, :, 0], rtol=1e-6, atol=0)
+
+
+def test_it_normalises_without_weight_and_bias() -> None:
+    input = arguments([2, 3, 4, 5, 6])["input"]
+    plain = instance_norm(input, torch.ones(3), torch.zeros(3))
+    assert all(torch.equal(a, b) for a, b in zip(instance_norm(input), plain, strict=True))
+
+
+def test_a_constant_channel_becomes_the_bias() -> None:
+    output, mean, deviation = instance_norm(
+        torch.full((1, 2, 5000), 0.1), torch.ones(2), torch.tensor([3.0, -1])
+    )
+    assert torch.equal(output, torch.tensor([3.0, -1]).view(1, 2, 1).expand(1, 2, 5000))
+    assert torch.equal(mean, torch.full((2,), 0.1))
+    torch.testing.assert_close(deviation, torch.full((2,), 1e-5).rsqrt())
 
 
 def by_autograd(call: dict[str, Tensor], slope: float) -> list[Tensor]:
@@ -66,6 +108,14 @@ def test_any_size(batch, channels, points) -> None:
     assert_near(arguments([batch, channels, points]), 0.1, 2e-6)
 
 
+def test_a_gradient_that_repeats_one_number() -> None:
+    """As a sum gives it."""
+    call = arguments([2, 3, 4, 5, 6])
+    expected = instance_norm_backward(**call | {"grad": torch.full((2, 3, 4, 5, 6), 0.7)}, slope=0.2)
+    result = instance_norm_backward(**call | {"grad": torch.tensor(0.7).expand(2, 3, 4, 5, 6)}, slope=0.2)
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
 def test_without_weight_and_bias() -> None:
     call = arguments([2, 3, 4, 5, 6])
     plain = call | {"weight": torch.ones(3), "bias": torch.zeros(3)}
@@ -77,6 +127,9 @@ def test_without_weight_and_bias() -> None:
 def test_nan_stays_in_its_channel() -> None:
     call = arguments([2, 3, 4, 5, 6])
     clean = instance_norm_backward(**call, slope=0.2)
+    output = instance_norm(call["input"].index_fill(0, torch.tensor([1]), float("nan")))[0]
+    assert torch.equal(output[0], instance_norm(call["input"])[0][0])
+    assert output[1].isnan().all()
     call["grad"][1, 2, 0, 0, 0] = float("nan")
     result = instance_norm_backward(**call, slope=0.2)
     assert all(part[1, 2].isnan().all() for part in result)
@@ -88,19 +141,26 @@ def test_nan_stays_in_its_channel() -> None:
 def test_the_bits_do_not_depend_on_threads_or_strides() -> None:
     call = arguments([2, 6, 9, 10, 33])
     expected = instance_norm_backward(**call, slope=0.2)
-    strided = call | {name: call[name].to(memory_format=torch.channels_last_3d) for name in ("grad", "input")}
+    normalised = instance_norm(call["input"], call["weight"])
+    both = "grad", "input"
+    strided = call | {name: call[name].to(memory_format=torch.channels_last_3d) for name in both}
+    wider = call | {name: torch.cat([call[name]] * 3, 1)[:, 6:12] for name in both}
+    spaced = call | {name: call[name].repeat_interleave(2, 4)[..., ::2] for name in both}
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            for same in (call, strided):
+            for same in (call, strided, wider, spaced):
                 result = instance_norm_backward(**same, slope=0.2)
                 assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+                output = instance_norm(same["input"], same["weight"])
+                assert all(torch.equal(a, b) for a, b in zip(output, normalised, strict=True))
     finally:
         torch.set_num_threads(threads)
 
 
 def test_opcheck() -> None:
+    opcheck(torch.ops.timm_ext.instance_norm.default, (torch.randn(2, 3, 4, 5), torch.ones(3), None, 1e-5))
     opcheck(torch.ops.timm_ext.instance_norm_backward.default, (*arguments([2, 3, 4, 5, 6]).values(), 0.3))
 
 
@@ -112,6 +172,10 @@ def test_an_empty_input_has_empty_results(sizes) -> None:
         "mean": torch.zeros(sizes[:2]),
         "deviation": torch.zeros(sizes[:2]),
     }
+    assert [list(part.shape) for part in instance_norm(call["input"])] == [
+        sizes,
+        *[[sizes[0] * sizes[1]]] * 2,
+    ]
     below, for_weight, for_bias = instance_norm_backward(**call)
     assert list(below.shape) == sizes
     assert list(for_weight.shape) == list(for_bias.shape) == sizes[:2]
@@ -137,3 +201,18 @@ def test_an_empty_input_has_empty_results(sizes) -> None:
 def test_what_does_not_fit_is_refused(change, message) -> None:
     with pytest.raises(RuntimeError, match="instance_norm_backward: " + message):
         instance_norm_backward(**arguments([2, 3, 4]) | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input": torch.zeros(2, 3, 4).double()}, r"input must be float32 \(got float64\)"),
+        ({"input": torch.zeros(2, 3)}, r"input must be \[B, C, ...\] \(got \[2, 3\]\)"),
+        ({"weight": torch.zeros(6)}, r"weight must hold 3 elements"),
+        ({"bias": torch.zeros(3, dtype=torch.float16)}, r"bias must be float32 \(got float16\)"),
+    ],
+)
+def test_what_cannot_be_normalised_is_refused(change, message) -> None:
+    call = {"input": torch.zeros(2, 3, 4), "weight": torch.ones(3), "bias": torch.ones(3)} | change
+    with pytest.raises(RuntimeError, match="instance_norm: " + message):
+        instance_norm(**call)

@@ -12,6 +12,39 @@ from torch.library import register_fake
 _ops = torch.ops.timm_ext
 
 
+def instance_norm(
+    input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, epsilon: float = 1e-5
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise every channel of every example, on the CPU.
+
+        y = γ (x − μ) ρ + β,   ρ = 1 / sqrt(variance + ε)
+
+    The same bits for any number of threads and any instruction set. Not differentiable.
+
+    Args:
+        input: x `[B, C, ...]` float32.
+        weight: γ `[C]`; None stands for 1.
+        bias: β `[C]`; None stands for 0.
+        epsilon: ε.
+
+    Returns:
+        y `[B, C, ...]`; μ and ρ, `[B · C]` each, as `instance_norm_backward` takes them.
+    """
+    with torch.no_grad():
+        results: tuple[Tensor, Tensor, Tensor] = _ops.instance_norm.default(input, weight, bias, epsilon)
+    return results
+
+
+def _fake_instance_norm(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    planes = input.shape[0] * input.shape[1]
+    return input.new_empty(input.shape), input.new_empty(planes), input.new_empty(planes)
+
+
+register_fake("timm_ext::instance_norm", _fake_instance_norm)
+
+
 def instance_norm_backward(
     grad: Tensor,
     input: Tensor,

@@ -1,113 +1,90 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Two passes over a plane, which stays in the caches between them: the sums, then the input's gradient. With
-// a = w σ (x − μ) + b, σ the reciprocal deviation, N points and d = grad · leaky'(a):
-//     s = Σ d    t = Σ d (x − μ)    grad_bias = s    grad_weight = σ t
-//     grad_input = w σ (d − s / N − σ² (x − μ) t / N)
+// The variance is that of parts, each about its own mean, put together (Chan, Golub and LeVeque 1979): a part stays in
+// the first-level cache between the two. With w, b the affine parameters and σ the reciprocal deviation
+//     output = w σ (x − μ) + b
 #include <algorithm>
+#include <cmath>
 
-#include "../math/simd.h"
+#include "column_sums.h"
 #include "kernels.h"
 
 namespace timm_ext::cpu::TIMM_EXT_ISA {
 namespace {
 
-using V = math::FloatV;
-constexpr int kLanes = sizeof(V) / sizeof(float);
-constexpr int kColumns = 64;                 // separate sums, the same for every instruction set
-constexpr int kVectors = kColumns / kLanes;  // of each of them
-constexpr int64_t kChain = 256 * kColumns;   // points that are summed in float32
+constexpr int64_t kPart = 64 * kColumns;  // points
 
-class Plane {
- public:
-  Plane(const InstanceNormProblem& p, int64_t plane)
-      : p_(p),
-        grad_(p.grad + plane * p.points),
-        input_(p.input + plane * p.points),
-        mean_(p.mean[plane]),
-        deviation_(p.deviation[plane]),
-        scale_((p.weight != nullptr ? p.weight[plane % p.channels] : 1) * deviation_),
-        shift_(p.bias != nullptr ? p.bias[plane % p.channels] : 0) {}
+/// A mean and the sum of squared distances from it.
+struct Moments {
+  double points = 0;
+  double mean = 0;
+  double squares = 0;
 
-  /// Σ d and Σ d (x − μ).
-  void sum(double& plain, double& centred) const {
-    plain = centred = 0;
-    for (int64_t first = 0; first < p_.points; first += kChain) {
-      add_chain(first, std::min(first + kChain, p_.points), plain, centred);
-    }
+  void join(const Moments& other) {
+    const double together = points + other.points, apart = other.mean - mean;
+    mean += apart * other.points / together;
+    squares += other.squares + apart * apart * points * other.points / together;
+    points = together;
   }
-
-  void write(double plain, double centred, float* to) const {
-    const double points = static_cast<double>(p_.points);
-    const float constant = static_cast<float>(-scale_ * plain / points);
-    const float slant = static_cast<float>(-scale_ * (double{deviation_} * deviation_) * centred / points);
-    const int64_t whole = p_.points / kLanes * kLanes;
-    for (int64_t i = 0; i < whole; i += kLanes) {
-      const V x = math::load<V>(input_ + i) - mean_;
-      math::store(to + i, scale_ * passed(x, math::load<V>(grad_ + i)) + (slant * x + constant));
-    }
-    for (int64_t i = whole; i < p_.points; ++i) {
-      const float x = input_[i] - mean_;
-      to[i] = scale_ * passed(x, grad_[i]) + (slant * x + constant);
-    }
-  }
-
- private:
-  /// What comes through the activation of a centred input.
-  V passed(V x, V grad) const { return math::select(scale_ * x + shift_ > 0, grad, p_.slope * grad); }
-  float passed(float x, float grad) const { return grad * (scale_ * x + shift_ > 0 ? 1.0f : p_.slope); }
-
-  void add_chain(int64_t first, int64_t last, double& plain, double& centred) const {
-    V sums[2][kVectors] = {};
-    int64_t i = first;
-    for (; i + kColumns <= last; i += kColumns) {
-      for (int v = 0; v < kVectors; ++v) {
-        const V x = math::load<V>(input_ + i + v * kLanes) - mean_;
-        const V d = passed(x, math::load<V>(grad_ + i + v * kLanes));
-        sums[0][v] += d;
-        sums[1][v] += d * x;
-      }
-    }
-    if (i > first) {
-      plain += total(sums[0]);
-      centred += total(sums[1]);
-    }
-    for (; i < last; ++i) {
-      const float x = input_[i] - mean_, d = passed(x, grad_[i]);
-      plain += d;
-      centred += d * x;
-    }
-  }
-
-  /// Down to 16 sums in float32, the others by halves, then in float64, the same for every instruction set.
-  static double total(V (&sums)[kVectors]) {
-    for (int half = kVectors / 2; half * kLanes >= 16; half /= 2) {
-      for (int v = 0; v < half; ++v) sums[v] += sums[v + half];
-    }
-    double sum = 0;
-    for (int c = 0; c < 16; ++c) sum += sums[c / kLanes][c % kLanes];
-    return sum;
-  }
-
-  const InstanceNormProblem& p_;
-  const float* grad_;
-  const float* input_;
-  float mean_;
-  float deviation_;
-  float scale_;
-  float shift_;
 };
+
+double sum_of(const float* input, int64_t points) {
+  V sums[kVectors] = {};
+  int64_t i = 0;
+  for (; i + kColumns <= points; i += kColumns) {
+    for (int v = 0; v < kVectors; ++v) sums[v] += math::load<V>(input + i + v * kLanes);
+  }
+  double sum = total(sums);
+  for (; i < points; ++i) sum += input[i];
+  return sum;
+}
+
+/// About a point near the mean: the sum above rounds where the mean is large.
+Moments moments_about(float near, const float* input, int64_t points) {
+  V sums[2][kVectors] = {};
+  int64_t i = 0;
+  for (; i + kColumns <= points; i += kColumns) {
+    for (int v = 0; v < kVectors; ++v) {
+      const V apart = math::load<V>(input + i + v * kLanes) - near;
+      sums[0][v] += apart;
+      sums[1][v] += apart * apart;
+    }
+  }
+  double sum = total(sums[0]), squares = total(sums[1]);
+  for (; i < points; ++i) {
+    const float apart = input[i] - near;
+    sum += apart;
+    squares += apart * apart;
+  }
+  const double count = static_cast<double>(points);
+  return {count, near + sum / count, squares - sum * sum / count};
+}
+
+Moments moments_of_part(const float* input, int64_t points) {
+  return moments_about(static_cast<float>(sum_of(input, points) / static_cast<double>(points)), input, points);
+}
+
+void write(const float* input, int64_t points, float mean, float scale, float shift, float* to) {
+  const int64_t whole = points / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) math::store(to + i, scale * (math::load<V>(input + i) - mean) + shift);
+  for (int64_t i = whole; i < points; ++i) to[i] = scale * (input[i] - mean) + shift;
+}
 
 }  // namespace
 
-void instance_norm_backward(const InstanceNormProblem& p, int64_t first_plane, int64_t last_plane) {
-  for (int64_t i = first_plane; i < last_plane; ++i) {
-    const Plane plane(p, i);
-    double plain, centred;
-    plane.sum(plain, centred);
-    plane.write(plain, centred, p.grad_input + i * p.points);
-    p.grad_bias[i] = static_cast<float>(plain);
-    p.grad_weight[i] = static_cast<float>(centred * p.deviation[i]);
+void instance_norm(const InstanceNormProblem& p, int64_t first_plane, int64_t last_plane) {
+  for (int64_t plane = first_plane; plane < last_plane; ++plane) {
+    const float* const input = p.input + plane * p.points;
+    Moments moments;
+    for (int64_t i = 0; i < p.points; i += kPart) {
+      moments.join(moments_of_part(input + i, std::min(kPart, p.points - i)));
+    }
+    const double variance = moments.squares / moments.points;
+    p.mean[plane] = static_cast<float>(moments.mean);
+    p.deviation[plane] = static_cast<float>(1 / std::sqrt(variance + p.epsilon));
+    const int64_t channel = plane % p.channels;
+    const float scale = (p.weight != nullptr ? p.weight[channel] : 1) * p.deviation[plane];
+    write(input, p.points, p.mean[plane], scale, p.bias != nullptr ? p.bias[channel] : 0, p.output + plane * p.points);
   }
 }
 

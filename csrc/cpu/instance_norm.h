@@ -5,9 +5,22 @@
 
 namespace timm_ext::cpu {
 
-/// The gradients of leaky(weight (x - mean) deviation + bias), plane by plane: one channel of one example.
+/// weight (x - mean) deviation + bias, plane by plane: one channel of one example.
 struct InstanceNormProblem {
-  const float* grad;       // [planes, points]
+  const float* input;   // [planes, points]
+  const float* weight;  // [channels], or null for 1
+  const float* bias;    // [channels], or null for 0
+  float* output;        // [planes, points]
+  float* mean;          // [planes]
+  float* deviation;     // [planes], reciprocal, with epsilon
+  double epsilon;
+  int64_t channels;
+  int64_t points;
+};
+
+/// The gradients of leaky(weight (x - mean) deviation + bias), plane by plane.
+struct InstanceNormGradient {
+  const float* grad;       // [planes, points], of each example apart
   const float* input;      // [planes, points]
   const float* mean;       // [planes]
   const float* deviation;  // [planes], reciprocal
@@ -17,6 +30,7 @@ struct InstanceNormProblem {
   float* grad_weight;      // [planes]
   float* grad_bias;        // [planes]
   float slope;             // of what lies below zero
+  int64_t grad_example;    // elements of grad from one example to the next
   int64_t channels;
   int64_t points;
 };

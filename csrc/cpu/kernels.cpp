@@ -9,19 +9,32 @@
 namespace timm_ext::cpu {
 namespace {
 
-#define TIMM_EXT_TABLE(isa)                                    \
-  {isa::merge_forward,         isa::merge_backward_log_weight, \
-   isa::merge_backward_planes, isa::square_accumulate,         \
-   isa::conv_square,           isa::conv_square_add,           \
-   isa::conv_square_sums,      isa::conv_grad_forms,           \
-   isa::conv_input_forms,      isa::double_planes,             \
-   isa::neighbour_sums,        isa::winograd_weights,          \
-   isa::winograd_conv,         isa::instance_norm_backward,    \
-   isa::small_conv_columns,    isa::small_conv,                \
-   isa::small_square_rows,     isa::small_square,              \
-   isa::strided_weights,       isa::strided_gather,            \
-   isa::strided_spread,        isa::sample_labels,             \
-   isa::log_weights,           isa::log_weights_backward}
+#define TIMM_EXT_TABLE(isa)        \
+  {isa::merge_forward,             \
+   isa::merge_backward_log_weight, \
+   isa::merge_backward_planes,     \
+   isa::square_accumulate,         \
+   isa::conv_square,               \
+   isa::conv_square_add,           \
+   isa::conv_square_sums,          \
+   isa::conv_grad_forms,           \
+   isa::conv_input_forms,          \
+   isa::double_planes,             \
+   isa::neighbour_sums,            \
+   isa::winograd_weights,          \
+   isa::winograd_conv,             \
+   isa::instance_norm,             \
+   isa::instance_norm_backward,    \
+   isa::small_conv_columns,        \
+   isa::small_conv,                \
+   isa::small_square_rows,         \
+   isa::small_square,              \
+   isa::strided_weights,           \
+   isa::strided_gather,            \
+   isa::strided_spread,            \
+   isa::sample_labels,             \
+   isa::log_weights,               \
+   isa::log_weights_backward}
 
 Kernels choose() {
 #if defined(TIMM_EXT_X86)

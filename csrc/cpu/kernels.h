@@ -41,7 +41,7 @@ enum class Mixing { kSigmoid, kSoftmax, kRatios };
 // [blocks, 2, T], first the segment that enters the block, then the one that leaves it.
 // square_accumulate: acc[i] += scale Σ g[i]² over `each` gradients for i in [begin, end).
 // conv_square: whole examples; conv_square_add: a slab of one, then conv_square_sums: its squares.
-// instance_norm_backward: a plane is one channel of one example.
+// instance_norm and its backward: a plane is one channel of one example.
 // double_planes: planes of the input, of all channels.
 // neighbour_sums: planes of the output, of all channels.
 // winograd_weights: blocks of channels of the output; then winograd_conv: units as winograd.h says.
@@ -68,7 +68,8 @@ enum class Mixing { kSigmoid, kSoftmax, kRatios };
   void neighbour_sums(const NeighbourSumsProblem&, int64_t first_plane, int64_t last_plane);                     \
   void winograd_weights(const WinogradWeights&, int64_t first_block, int64_t last_block);                        \
   void winograd_conv(const WinogradProblem&, int64_t first_unit, int64_t last_unit);                             \
-  void instance_norm_backward(const InstanceNormProblem&, int64_t first_plane, int64_t last_plane);              \
+  void instance_norm(const InstanceNormProblem&, int64_t first_plane, int64_t last_plane);                       \
+  void instance_norm_backward(const InstanceNormGradient&, int64_t first_plane, int64_t last_plane);             \
   void small_conv_columns(const SmallConvProblem&, int64_t first_input, int64_t last_input);                     \
   void small_conv(const SmallConvProblem&, int64_t first_block, int64_t last_block);                             \
   void small_square_rows(const SmallSquareProblem&, int64_t first_channel, int64_t last_channel);                \
@@ -108,6 +109,7 @@ struct Kernels {
   decltype(&baseline::neighbour_sums) neighbour_sums;
   decltype(&baseline::winograd_weights) winograd_weights;
   decltype(&baseline::winograd_conv) winograd_conv;
+  decltype(&baseline::instance_norm) instance_norm;
   decltype(&baseline::instance_norm_backward) instance_norm_backward;
   decltype(&baseline::small_conv_columns) small_conv_columns;
   decltype(&baseline::small_conv) small_conv;

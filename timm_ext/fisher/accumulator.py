@@ -29,6 +29,7 @@ from timm_ext.fisher.precision import autocast, check_precision, precise, tolera
 from timm_ext.fisher.reduction import Share, add_over_ranks, gather
 from timm_ext.fisher.result import Fisher, FisherKind
 from timm_ext.fisher.rules import Rules, run_backward
+from timm_ext.memory import kept_memory
 
 
 class FisherAccumulator:
@@ -105,6 +106,7 @@ class FisherAccumulator:
     def __enter__(self) -> "FisherAccumulator":
         """Put the model in eval mode."""
         self._open.enter_context(evaluation_mode(self._model))
+        self._open.enter_context(kept_memory())
         self._inside = True
         return self
 

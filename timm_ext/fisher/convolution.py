@@ -17,6 +17,7 @@ from torch import Tensor
 
 from timm_ext.doubling_ops import doubled_conv3d_input_gradient
 from timm_ext.layer_ops import small_conv3d, strided_conv3d_input_gradient, winograd_conv3d
+from timm_ext.memory import new_tensor
 
 Way = Literal["aten", "onednn", "small", "strided", "transposed", "winograd"]
 Sizes = tuple[int, ...]
@@ -26,6 +27,7 @@ _FEW_POINTS = 64  # of the output in all, up to which oneDNN reorders weights fo
 _FEW_OUTPUTS = 8  # up to which oneDNN is faster with mirrored weights than in its own input gradient
 _WORKING_LANES = 0.6  # of vectors of 16 columns, or of two rows of up to 8: with fewer, oneDNN is faster
 _MANY_POINTS = 512  # of the output: with fewer, the weights take longer to prepare than they save
+_POINTS_BACK = 64  # likewise of an example, on the way back through a stride
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Geometry:
 
     def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Convolve `[B, C, ...]`."""
+        if self.pointwise(weight) and _single_on_cpu(input, weight):
+            return _product(weight.flatten(1), input, bias)
         way = forward_way(self, input.shape, weight.shape) if _single_on_cpu(input, weight) else "aten"
         if way == "winograd":
             return winograd_conv3d(input, weight, _contiguous(bias), padding=self.padding)
@@ -73,7 +77,7 @@ class Geometry:
     def input_gradient(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
         """Return the gradient with respect to the input `[B, C, ...]`."""
         if self.pointwise(weight) and grad.device.type == "cpu":
-            return (weight.flatten(1).T @ grad.flatten(2)).view(input.shape)
+            return _product(weight.flatten(1).T, grad, None)
         way, mirrored = "aten", self
         if _single_on_cpu(input, weight):
             way, mirrored = gradient_way(self, grad.shape, input.shape, weight.shape)
@@ -235,7 +239,7 @@ def _suits_strided(geometry: Geometry, grad: Sizes, weight: Sizes) -> bool:
     """Tell whether the way back through a stride of 2 exists and pays."""
     around = geometry.stride, geometry.padding, geometry.dilation
     fits = weight[2:] == (3, 3, 3) and around == ((2, 2, 2), (1, 1, 1), (1, 1, 1))
-    return fits and math.prod(grad[2:]) >= _MANY_POINTS
+    return fits and math.prod(grad[2:]) >= _POINTS_BACK
 
 
 def doubled_gradient(sums: Tensor, weight: Tensor) -> Tensor:
@@ -265,6 +269,18 @@ def _single_on_cpu(input: Tensor, weight: Tensor) -> bool:
 
 def _contiguous(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.contiguous()
+
+
+def _product(matrix: Tensor, input: Tensor, bias: Tensor | None) -> Tensor:
+    """Return `matrix` times the channels of each point of `[B, C, ...]`, not differentiable."""
+    output = new_tensor(input, (len(input), len(matrix), *input.shape[2:]))
+    with torch.no_grad():
+        each, factors, points = output.flatten(2), matrix.expand(len(input), *matrix.shape), input.flatten(2)
+        if bias is None:
+            torch.bmm(factors, points, out=each)
+        else:
+            torch.baddbmm(bias[:, None].expand_as(each), factors, points, out=each)
+    return output
 
 
 def _mirror(weight: Tensor) -> Tensor:

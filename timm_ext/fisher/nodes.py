@@ -23,7 +23,7 @@ from timm_ext.fisher.gradients import (
     LinearWeightGradients,
     SquareSums,
 )
-from timm_ext.layer_ops import instance_norm_backward
+from timm_ext.layer_ops import instance_norm, instance_norm_backward
 
 
 class Tape:
@@ -224,10 +224,12 @@ class GroupNormNode(torch.autograd.Function):
         wide = _norm_input(input, weight)
         each = groups == channels and wide.dim() > 2
         ctx.fused = each and wide.dtype == torch.float32 and wide.device.type == "cpu"
-        weights, biases = (p.repeat(batch) if p is not None and batch > 1 else p for p in (weight, bias))
-        output, mean, deviation = torch.ops.aten.native_group_norm(wide, weights, biases, *ctx.sizes, eps)
-        affine = (weight, bias) if ctx.fused else (weights, None)
-        ctx.save_for_backward(wide, mean, deviation, *affine)
+        if ctx.fused:
+            output, mean, deviation = instance_norm(wide, weight, bias, epsilon=eps)
+        else:
+            weight, bias = (p.repeat(batch) if p is not None and batch > 1 else p for p in (weight, bias))
+            output, mean, deviation = torch.ops.aten.native_group_norm(wide, weight, bias, *ctx.sizes, eps)
+        ctx.save_for_backward(wide, mean, deviation, weight, bias)
         return _owned(output.to(input.dtype))
 
     @staticmethod
