@@ -8,9 +8,8 @@ from torch import Tensor
 from timm_ext.errors import InputError
 
 # More examples at a time are worth their memory up to so many voxels, and more where weights and sums are
-# too large for a last-level cache; `python -m benchmarks.fisher` times the choice beside one at a time.
-_VOXELS = 32**3
-_CACHED_PARAMETERS = 2**22
+# large; `python -m benchmarks.fisher` times the choice beside one at a time.
+_VOXELS = 2 * 32**3
 _VOXELS_PER_PARAMETER = 1 / 128
 
 MicroBatch = int | Literal["auto"] | None
@@ -55,8 +54,8 @@ def examples_at_a_time(x: Tensor, parameters: int) -> int:
     On a GPU all of them. On a CPU every pass costs the calls, which count where examples are small, and the
     reading of the weights, the reading and writing of the sums, which count where they do not stay in the
     cache; each further example gains less and takes its memory. It is v / (voxels of an example), at least 1,
-    where v is 32³, or parameters / 128 if that is more and the model has more than 2²² parameters. Where
-    memory is plenty and images are small, a larger count is faster.
+    where v is 2 · 32³, or parameters / 128 if that is more. Where memory is plenty and images are small, a
+    larger count is faster.
 
     Args:
         x: `[B, C, ...]`.
@@ -65,5 +64,5 @@ def examples_at_a_time(x: Tensor, parameters: int) -> int:
     if x.device.type != "cpu":
         return len(x)
     voxels = x[0, 0].numel() if x.dim() > 1 else 1
-    wanted = max(_VOXELS, _VOXELS_PER_PARAMETER * parameters if parameters > _CACHED_PARAMETERS else 0)
+    wanted = max(_VOXELS, _VOXELS_PER_PARAMETER * parameters)
     return max(1, round(wanted / max(voxels, 1)))
