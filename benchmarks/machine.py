@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import timm_ext
+from timm_ext.memory import release_memory
 from timm_ext.study.collect import environment as base_environment
 
 CALLS_ON_GPU = 5  # timed together
@@ -45,6 +46,7 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
         call()
         return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)  # what is free and still resident would not be counted
+    release_memory()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = _memory("VmRSS")
     call()

@@ -116,6 +116,9 @@ STABLE_TORCH_LIBRARY(timm_ext, m) {
   // counted. Without effect where PyTorch is older than 2.11 or the system is not Linux.
   m.def("keep_memory(bool on) -> ()");
 
+  // Gives what is free in the pool back to the system, which may take it on its own where the pool is closed.
+  m.def("release_memory() -> ()");
+
   // Bytes that the pool has from the system.
   m.def("kept_bytes() -> int");
 
@@ -152,6 +155,7 @@ STABLE_TORCH_LIBRARY_IMPL(timm_ext, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(timm_ext, CompositeExplicitAutograd, m) {
   m.impl("keep_memory", TORCH_BOX(&timm_ext::keep_memory));
   m.impl("kept_bytes", TORCH_BOX(&timm_ext::kept_bytes));
+  m.impl("release_memory", TORCH_BOX(&timm_ext::release_memory));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(timm_ext, CUDA, m) { TIMM_EXT_REGISTER_BOTH_DEVICES(m); }

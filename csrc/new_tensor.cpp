@@ -64,6 +64,8 @@ void keep_memory(bool on) {
   }
 }
 
+void release_memory() { cpu::MemoryPool::instance().release(); }
+
 int64_t kept_bytes() { return static_cast<int64_t>(cpu::MemoryPool::instance().held()); }
 
 Tensor new_tensor(const Tensor& like, std::vector<int64_t> sizes) {

@@ -53,6 +53,7 @@ Tensor winograd_conv3d(const Tensor& input, const Tensor& weight, const std::opt
 
 Tensor new_tensor(const Tensor& like, std::vector<int64_t> sizes);
 void keep_memory(bool on);
+void release_memory();
 int64_t kept_bytes();
 
 }  // namespace timm_ext

@@ -16,8 +16,9 @@ def kept_memory() -> Iterator[None]:
 
     A pass of a network frees what the next one takes again. malloc would give it back to the system, which
     clears it anew, or leave holes that it cannot use: glibc does not find one of just the size it is asked
-    for. Contexts may be nested; results may outlive them. Needs Linux and PyTorch 2.11; without effect
-    elsewhere.
+    for. Behind the context the system takes the memory when it needs some (`MADV_FREE`; until then it counts
+    as the process's); what is left serves the next context. Contexts may be nested; results may outlive them.
+    Needs Linux and PyTorch 2.11; without effect elsewhere.
     """
     _ops.keep_memory.default(True)
     try:
@@ -26,8 +27,13 @@ def kept_memory() -> Iterator[None]:
         _ops.keep_memory.default(False)
 
 
+def release_memory() -> None:
+    """Give memory that contexts of `kept_memory` have left, and no result is in, back to the system at once."""
+    _ops.release_memory.default()
+
+
 def kept_bytes() -> int:
-    """Return how much memory contexts of `kept_memory` and results that have outlived them hold."""
+    """Return how much memory contexts of `kept_memory` and their results have from the system."""
     return int(_ops.kept_bytes.default())
 
 

@@ -35,8 +35,14 @@ char* map_huge_pages(char* wish, size_t bytes) {
   prefer_huge_pages(begin, bytes);
   return begin;
 }
+
+/// Pages whose content nobody needs: the system may take them when it needs memory.
+void offer_pages(char* begin, size_t bytes) {
+  if (madvise(begin, bytes, MADV_FREE) != 0) (void)madvise(begin, bytes, MADV_DONTNEED);
+}
 #else
 char* map_huge_pages(char*, size_t) { return nullptr; }
+void offer_pages(char*, size_t) {}
 #endif
 
 }  // namespace
@@ -54,6 +60,11 @@ void MemoryPool::open() {
 void MemoryPool::close() {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (open_ == 0 || --open_ > 0) return;
+  for (const auto& [begin, bytes] : holes_) offer_pages(begin, bytes);
+}
+
+void MemoryPool::release() {
+  const std::lock_guard<std::mutex> lock(mutex_);
   while (!holes_.empty()) unmap(holes_.begin());
 }
 
@@ -75,9 +86,11 @@ void* MemoryPool::take(size_t bytes) {
 }
 
 void MemoryPool::give(void* data, size_t bytes) {
+  char* const begin = static_cast<char*>(data);
+  const size_t size = rounded(bytes, kPage);
   const std::lock_guard<std::mutex> lock(mutex_);
-  const auto hole = add_hole(static_cast<char*>(data), rounded(bytes, kPage));
-  if (open_ == 0) unmap(hole);
+  if (open_ == 0) offer_pages(begin, size);
+  add_hole(begin, size);
 }
 
 size_t MemoryPool::held() const {
@@ -96,7 +109,7 @@ bool MemoryPool::grow(size_t bytes) {
   return true;
 }
 
-MemoryPool::Holes::iterator MemoryPool::add_hole(char* begin, size_t bytes) {
+void MemoryPool::add_hole(char* begin, size_t bytes) {
   auto next = holes_.lower_bound(begin);
   if (next != holes_.end() && begin + bytes == next->first) {
     bytes += next->second;
@@ -112,7 +125,7 @@ MemoryPool::Holes::iterator MemoryPool::add_hole(char* begin, size_t bytes) {
     }
   }
   by_size_.insert({bytes, begin});
-  return holes_.emplace(begin, bytes).first;
+  holes_.emplace(begin, bytes);
 }
 
 void MemoryPool::remove_hole(Holes::iterator hole) {
@@ -125,6 +138,7 @@ void MemoryPool::unmap(Holes::iterator hole) {
   if (munmap(hole->first, hole->second) == 0) held_ -= hole->second;
 #endif
   remove_hole(hole);
+  if (held_ == 0) lowest_ = nullptr;
 }
 
 }  // namespace timm_ext::cpu

@@ -14,7 +14,8 @@ namespace timm_ext::cpu {
 /// A pass of a network takes and frees the same sizes again and again. malloc, asked for an alignment, does not find a
 /// hole of just the size (glibc), so that its heap grows by half of what is alive; or it maps every block anew, whose
 /// pages the system has to clear. The pool takes the smallest hole that fits, joins neighbouring ones, and grows by
-/// mappings below one another. A closed pool hands out nothing and gives what is free back to the system.
+/// mappings below one another. A closed pool hands out nothing, and the system may take what is free when it needs
+/// memory; what it has not taken serves the next opening.
 class MemoryPool {
  public:
   static constexpr size_t kLeast = size_t{1} << 16;  // of a block: smaller ones are malloc's
@@ -36,6 +37,9 @@ class MemoryPool {
   /// Back from its user, with the size that was asked for, from any thread, also when the pool is closed.
   void give(void* data, size_t bytes);
 
+  /// Gives what is free back to the system at once.
+  void release();
+
   /// Bytes mapped: in use and free.
   size_t held() const;
 
@@ -43,7 +47,7 @@ class MemoryPool {
   using Holes = std::map<char*, size_t>;  // size by address; neighbours are joined
 
   bool grow(size_t bytes);
-  Holes::iterator add_hole(char* begin, size_t bytes);
+  void add_hole(char* begin, size_t bytes);
   void remove_hole(Holes::iterator hole);
   void unmap(Holes::iterator hole);
 

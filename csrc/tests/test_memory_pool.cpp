@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The memory pool: blocks that are in use never overlap, holes are used again, and what is free goes back.
+// The memory pool: blocks that are in use never overlap, holes are used again, and what is free can go back.
 #include <cstdint>
 #include <cstring>
 #include <random>
@@ -65,7 +65,13 @@ void check_same_sizes_need_no_more() {
   give(pool, take(pool, 32 * kMegabyte, 1));
   check(pool.held() == held, "a whole of all parts took %zu bytes more", pool.held() - held);
   pool.close();
-  check(pool.held() == 0, "%zu bytes held by a closed pool", pool.held());
+  check(pool.take(kMegabyte) == nullptr, "a closed pool gave a block");
+  pool.open();
+  give(pool, take(pool, 32 * kMegabyte, 2));
+  check(pool.held() == held, "opened again, it took %zu bytes more", pool.held() - held);
+  pool.close();
+  pool.release();
+  check(pool.held() == 0, "%zu bytes held after the release", pool.held());
 }
 
 void check_blocks_outlive_it() {
@@ -75,11 +81,16 @@ void check_blocks_outlive_it() {
   const Block first = take(pool, 3 * kMegabyte, 1), second = take(pool, 5 * kMegabyte, 2);
   pool.close();
   give(pool, take(pool, kMegabyte, 3));
-  pool.close();
+  pool.release();
   check(pool.held() >= 8 * kMegabyte && pool.held() < 9 * kMegabyte, "%zu bytes held for 8 MiB", pool.held());
+  const Block third = take(pool, kMegabyte, 4);
+  pool.close();
+  give(pool, third);
   give(pool, first);
+  pool.release();
   check(pool.held() >= 5 * kMegabyte && pool.held() < 6 * kMegabyte, "%zu bytes held for 5 MiB", pool.held());
   give(pool, second);
+  pool.release();
   check(pool.held() == 0, "%zu bytes held for nothing", pool.held());
   pool.close();  // once too often: nothing
   pool.open();
@@ -110,7 +121,8 @@ void check_any_order_in_threads() {
   for (std::thread& thread : threads) thread.join();
   check(pool.held() < 4 * 20 * 2 * kMegabyte, "%zu bytes held for 80 blocks of at most 1.1 MiB", pool.held());
   pool.close();
-  check(pool.held() == 0, "%zu bytes held by a closed pool", pool.held());
+  pool.release();
+  check(pool.held() == 0, "%zu bytes held after the release", pool.held());
 }
 
 }  // namespace

@@ -29,7 +29,7 @@ from timm_ext.fisher.precision import autocast, check_precision, precise, tolera
 from timm_ext.fisher.reduction import Share, add_over_ranks, gather
 from timm_ext.fisher.result import Fisher, FisherKind
 from timm_ext.fisher.rules import Rules, run_backward
-from timm_ext.memory import kept_memory
+from timm_ext.memory import kept_memory, release_memory
 
 
 class FisherAccumulator:
@@ -209,7 +209,7 @@ class FisherAccumulator:
             self._note(share.coverage, share.zero)
 
     def result(self) -> Fisher:
-        """Return the mean over the examples seen.
+        """Return the mean over the examples seen; the memory of the passes goes back to the system before.
 
         Raises:
             InputError: there was no example, an update failed half-way, or a sum is not finite.
@@ -218,6 +218,7 @@ class FisherAccumulator:
             raise InputError("Fisher: expected whole updates (got one that failed half-way: start again)")
         if not self._count:
             raise InputError("Fisher: expected at least one example (got none)")
+        release_memory()
         tensors = {name: total / self._count for name, total in self._sums.items()}
         if bad := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
             raise InputError(
