@@ -28,7 +28,7 @@ def kept_memory() -> Iterator[None]:
 
 
 def release_memory() -> None:
-    """Give memory that contexts of `kept_memory` have left, and no result is in, back to the system at once."""
+    """Give memory that contexts of `kept_memory` have left and no result is in back to the system."""
     _ops.release_memory.default()
 
 
