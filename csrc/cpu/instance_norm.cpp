@@ -3,7 +3,6 @@
 // The variance is that of parts, each about its own mean, put together (Chan, Golub and LeVeque 1979): a part stays in
 // the first-level cache between the two. With w, b the affine parameters and σ the reciprocal deviation
 //     output = w σ (x − μ) + b
-#include <algorithm>
 #include <cmath>
 
 #include "column_sums.h"
@@ -77,11 +76,11 @@ void instance_norm(const InstanceNormProblem& p, int64_t first_plane, int64_t la
     const float* const input = p.input + plane * p.points;
     Moments moments;
     for (int64_t i = 0; i < p.points; i += kPart) {
-      moments.join(moments_of_part(input + i, std::min(kPart, p.points - i)));
+      moments.join(moments_of_part(input + i, smaller_of(kPart, p.points - i)));
     }
-    const double variance = moments.squares / moments.points;
+    const double squares = moments.squares < 0 ? 0 : moments.squares;  // a constant's may round to less
     p.mean[plane] = static_cast<float>(moments.mean);
-    p.deviation[plane] = static_cast<float>(1 / std::sqrt(variance + p.epsilon));
+    p.deviation[plane] = static_cast<float>(1 / std::sqrt(squares / moments.points + p.epsilon));
     const int64_t channel = plane % p.channels;
     const float scale = (p.weight != nullptr ? p.weight[channel] : 1) * p.deviation[plane];
     write(input, p.points, p.mean[plane], scale, p.bias != nullptr ? p.bias[channel] : 0, p.output + plane * p.points);

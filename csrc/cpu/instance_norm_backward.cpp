@@ -4,8 +4,6 @@
 // a = w σ (x − μ) + b, σ the reciprocal deviation, N points and d = grad · leaky'(a):
 //     s = Σ d    t = Σ d (x − μ)    grad_bias = s    grad_weight = σ t
 //     grad_input = w σ (d − s / N − σ² (x − μ) t / N)
-#include <algorithm>
-
 #include "column_sums.h"
 #include "kernels.h"
 
@@ -29,7 +27,7 @@ class Plane {
   void sum(double& plain, double& centred) const {
     plain = centred = 0;
     for (int64_t first = 0; first < p_.points; first += kChain) {
-      add_chain(first, std::min(first + kChain, p_.points), plain, centred);
+      add_chain(first, smaller_of(first + kChain, p_.points), plain, centred);
     }
   }
 
