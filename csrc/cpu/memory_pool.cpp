@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "memory_pool.h"
 
-#include <algorithm>
+#include <iterator>
 
 #include "pages.h"
 
@@ -99,7 +99,7 @@ size_t MemoryPool::held() const {
 }
 
 bool MemoryPool::grow(size_t bytes) {
-  size_t size = rounded(bytes, kGrowth);
+  const size_t size = rounded(bytes, kGrowth);
   char* const wish = lowest_ == nullptr ? nullptr : lowest_ - size;
   char* const begin = map_huge_pages(wish, size);
   if (begin == nullptr) return false;

@@ -12,8 +12,8 @@ namespace timm_ext::cpu {
 /// Memory of large blocks, kept for the next ones while the pool is open.
 ///
 /// A pass of a network takes and frees the same sizes again and again. malloc, asked for an alignment, does not find a
-/// hole of just the size (glibc), so that its heap grows by half of what is alive; or it maps every block anew, whose
-/// pages the system has to clear. The pool takes the smallest hole that fits, joins neighbouring ones, and grows by
+/// hole of just the size (glibc), so that its heap keeps holes it cannot use; or it maps every block anew, whose pages
+/// the system has to clear. The pool takes the smallest hole that fits, joins neighbouring ones, and grows by
 /// mappings below one another. A closed pool hands out nothing, and the system may take what is free when it needs
 /// memory; what it has not taken serves the next opening.
 class MemoryPool {

@@ -261,6 +261,18 @@ def test_coverage_of_use_by_rule_and_otherwise():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_parameters_of_a_norm_with_gaps(count, single_example_loop, assert_same_fisher):
+    model = nn.Sequential(conv(3, 2, 4, 3), nn.InstanceNorm3d(4, affine=True), conv(3, 4, 1, 1))
+    model[1].weight = nn.Parameter(torch.arange(1.0, 9)[::2])
+    model[1].bias = nn.Parameter(torch.arange(8.0)[::2])
+    x = torch.randn(count, 2, 5, 5, 5, generator=torch.Generator().manual_seed(0))
+    y = torch.ones_like(model(x)).detach()
+    fisher = estimate(model, x, y, [count]).result()
+    expected = single_example_loop(model.double(), x.double(), y.double())
+    assert_same_fisher(fisher.tensors, expected, relative=2e-5)
+
+
 @pytest.mark.parametrize("name", ["batch not first", "as many steps as examples", "folded batch"])
 def test_axis_order_is_seen(name):
     assert set(estimate(*prepared(name), [BATCH]).coverage().values()) == {"fallback"}

@@ -225,6 +225,7 @@ class GroupNormNode(torch.autograd.Function):
         each = groups == channels and wide.dim() > 2
         ctx.fused = each and wide.dtype == torch.float32 and wide.device.type == "cpu"
         if ctx.fused:
+            weight, bias = (p.contiguous() if p is not None else p for p in (weight, bias))
             output, mean, deviation = instance_norm(wide, weight, bias, epsilon=eps)
         else:
             weight, bias = (p.repeat(batch) if p is not None and batch > 1 else p for p in (weight, bias))
