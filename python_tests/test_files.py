@@ -1,13 +1,17 @@
 import hashlib
 import math
+import multiprocessing
 import os
+import signal
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from timm_ext.errors import InputError
-from timm_ext.files import atomic_write, read_json, sha256, write_json
+from timm_ext.files import atomic_folder, atomic_write, read_json, remove_stale_partials, sha256, write_json
 
 
 def test_content_appears_whole_under_its_name(tmp_path: Path) -> None:
@@ -69,6 +73,88 @@ def test_permissions_follow_the_umask(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o640
+
+
+def test_permissions_are_the_same_whatever_the_writer_gives(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        with atomic_write(tmp_path / "x") as temporary:
+            temporary.unlink()
+            temporary.touch(mode=0o600)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o644
+
+
+def test_long_names_with_many_dots_can_be_written(tmp_path: Path) -> None:
+    path = tmp_path / f"{'1.2.840.' * 30}nii.gz"
+    with atomic_write(path) as temporary:
+        assert temporary.name.endswith(".nii.gz")
+    assert path.exists()
+
+
+KILLED = """
+import os, signal, sys
+from timm_ext.files import atomic_folder, atomic_write
+with atomic_write(sys.argv[1]) as file, atomic_folder(sys.argv[2]) as folder:
+    (folder / "content").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path: Path) -> None:
+    (tmp_path / ".partial-notes").touch()
+    command = [sys.executable, "-c", KILLED, tmp_path / "x.json", tmp_path / "folder"]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    assert len(os.listdir(tmp_path)) == 3
+    write_json(tmp_path / "x.json", 1)
+    assert sorted(os.listdir(tmp_path)) == [".partial-notes", "x.json"]
+
+
+def test_what_is_being_written_stays(tmp_path: Path) -> None:
+    with atomic_write(tmp_path / "x") as file, atomic_folder(tmp_path / "y") as folder:
+        child = multiprocessing.get_context("spawn").Process(target=remove_stale_partials, args=[tmp_path])
+        child.start()
+        child.join()
+        assert remove_stale_partials(tmp_path) == []
+        assert sorted(tmp_path.iterdir()) == sorted([file, folder])
+    assert sorted(os.listdir(tmp_path)) == ["x", "y"]
+
+
+def test_writers_out_of_sight_are_gone_after_a_day(tmp_path: Path) -> None:
+    digits = "0123456789abcdef" * 2
+    names = [f".partial-{digits}.nii.gz", f".partial-deadbeef-{os.getpid()}-1-{digits}"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    inside = tmp_path / names[0] / "content"
+    inside.touch()
+    assert remove_stale_partials(tmp_path) == []
+    for place in (inside, *inside.parents[:2]):
+        os.utime(place, (0, 0))
+    assert remove_stale_partials(tmp_path) == [tmp_path / names[0]]
+
+
+def test_another_process_of_the_same_number_is_not_the_writer(tmp_path: Path) -> None:
+    with atomic_write(tmp_path / "x") as temporary:
+        words = temporary.name.split("-")
+        other = tmp_path / "-".join([*words[:3], str(int(words[3]) - 1), words[4]])
+        other.touch()
+        assert remove_stale_partials(tmp_path) == [other]
+
+
+def test_folder_is_whole_or_absent(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "x") as temporary:  # noqa: PT012
+        (temporary / "content").touch()
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == []
+    with atomic_folder(tmp_path / "new" / "x") as temporary:
+        (temporary / "content").touch()
+    assert os.listdir(tmp_path / "new" / "x") == ["content"]
+    with (
+        pytest.raises(InputError, match=r"x: cannot be written \(Directory not empty\)"),
+        atomic_folder(tmp_path / "new" / "x"),
+    ):
+        pass
 
 
 def test_json_round_trip(tmp_path: Path) -> None:

@@ -1,22 +1,35 @@
 """Files that are either whole or absent: atomic writes, JSON and content hashes."""
 
+import errno
 import hashlib
 import json
 import os
+import re
+import shutil
+import socket
+import stat
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 from timm_ext.errors import InputError
+
+_PARTIAL = re.compile(r"\.partial-(?:([0-9a-f]{8})-(\d+)-(\d+)-)?[0-9a-f]{32}(?:\..*)?", re.DOTALL)
+_ABANDONED = 24 * 3600.0  # seconds without a change, of a writer that cannot be seen from here
+_LONGEST_SUFFIX = 16
 
 
 @contextmanager
 def atomic_write(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path` that takes its name only once it is complete and on disk.
 
-    The temporary name keeps every suffix of `path`, since writers such as nibabel choose the format by it.
+    The temporary name ends in the suffixes of `path`, since writers such as nibabel choose the format by it.
+    The file has the permissions that the umask leaves, whatever the writer gave it. What killed writers left
+    in the folder is removed when a process first writes there.
 
     Args:
         path: the final file; its folder is created.
@@ -27,11 +40,12 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     temporary: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        name = f".partial-{uuid.uuid4().hex}{''.join(path.suffixes)}"
-        (path.parent / name).touch(exist_ok=False)
-        temporary = path.parent / name
+        temporary = _partial_beside(path)
+        temporary.touch(exist_ok=False)
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
+        if stat.S_IMODE(temporary.stat().st_mode) != mode:
+            temporary.chmod(mode)
         sync(temporary)
         os.replace(temporary, path)
         temporary = None
@@ -41,7 +55,118 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
         raise InputError(f"{path}: cannot be written ({reason})") from error
     finally:
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary folder beside `path` that takes its name only once it is complete and on disk.
+
+    Args:
+        path: the final folder, which must be absent or empty.
+
+    Raises:
+        InputError: the folder cannot be written or the disk is full; nothing is left behind.
+    """
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        temporary = _partial_beside(path)
+        temporary.mkdir()
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_stale_partials(folder: Path | str) -> list[Path]:
+    """Remove the temporary files and folders of atomic writes whose process is gone.
+
+    The temporary name holds machine, process and the process's start. A writer on another machine, whose
+    processes cannot be seen, counts as gone when nothing changed for a day. Other files are not touched.
+
+    Args:
+        folder: where to look, not below it; it may be absent.
+
+    Returns:
+        What was removed.
+    """
+    removed = []
+    with suppress(OSError):
+        for entry in list(os.scandir(folder)):
+            path = Path(entry.path)
+            if _PARTIAL.fullmatch(path.name) and not _is_being_written(path):
+                _remove(path)
+                removed.append(path)
+    return removed
+
+
+def _partial_beside(path: Path) -> Path:
+    """Make the folder of `path`, and return a name in it that tells who writes."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
+    _clean_once(os.path.abspath(path.parent))
+    suffixes = "".join(suffix for suffix in path.suffixes[-2:] if len(suffix) <= _LONGEST_SUFFIX)
+    pid = os.getpid()
+    return path.parent / f".partial-{_machine()}-{pid}-{_start_of(pid) or 0}-{uuid.uuid4().hex}{suffixes}"
+
+
+@lru_cache(maxsize=4096)
+def _clean_once(folder: str) -> None:
+    remove_stale_partials(folder)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _is_being_written(path: Path) -> bool:
+    """Tell whether the writer of a temporary file lives, or may live out of sight."""
+    found = _PARTIAL.fullmatch(path.name)
+    machine, pid, start = found.groups() if found else (None, None, None)
+    if machine == _machine() and pid is not None and start is not None:
+        return _start_of(int(pid)) == int(start)
+    return time.time() - _last_change(path) < _ABANDONED
+
+
+def _last_change(path: Path) -> float:
+    """Return when a file, or anything in a folder, changed last, in seconds since 1970."""
+    latest = 0.0
+    for place in (path, *path.rglob("*")):
+        with suppress(OSError):  # it may go away meanwhile
+            latest = max(latest, place.lstat().st_mtime)
+    return latest
+
+
+@cache
+def _machine() -> str:
+    """Return eight digits for what process numbers are valid in: a host since it started, or a container."""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        names = f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+        return hashlib.blake2b(names.encode(), digest_size=4).hexdigest()
+    return "0" * 8
+
+
+def _start_of(pid: int) -> int | None:
+    """Return when a process began, in clock ticks since the machine did; None if it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
 
 
 def write_json(path: Path | str, value: Any) -> None:

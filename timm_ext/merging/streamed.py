@@ -4,10 +4,8 @@ import json
 import os
 import shutil
 import threading
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 
 from timm_ext.checkpoint import versions
 from timm_ext.errors import InputError
-from timm_ext.files import atomic_write, sha256, sync, write_json
+from timm_ext.files import atomic_folder, atomic_write, remove_stale_partials, sha256, write_json
 from timm_ext.merging.blocks import CHUNK, DTYPES, Files, Item, Output, merge_blocks
 from timm_ext.merging.shards import (
     INDEX,
@@ -105,7 +103,7 @@ def merge_checkpoints(
     total = sum(place.nbytes for item in items.values() for place in item.read)
     count = _Counter(total, progress)
     threads = workers or min(2 * len(os.sched_getaffinity(0)), _MOST_WORKERS)
-    with (_whole_folder if folder else atomic_write)(out) as place:
+    with (atomic_folder if folder else atomic_write)(out) as place:
         outputs = [_output(place / plan.name if folder else place, plan, items) for plan in plans]
         merge_blocks(outputs, ratios, workers=threads, progress=count)
         if folder:
@@ -250,6 +248,8 @@ def _source(shards: Shards, hashes: bool) -> dict[str, Any]:
 
 def _check_room(out: Path, *, folder: bool, nbytes: int) -> None:
     """Refuse a result that cannot be written, before any work is done for it."""
+    for place in (out, out.parent):  # a killed merge may have left as much as this one needs
+        remove_stale_partials(place)
     if folder and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: expected a .safetensors file, or a new or empty folder (got neither)")
     if not folder and out.is_dir():
@@ -289,22 +289,6 @@ class _Counter:
             self._done += count
             if self._progress is not None:
                 self._progress(self._done, self._total)
-
-
-@contextmanager
-def _whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` that takes its name only once it is complete and on disk."""
-    temporary = path.parent / f".partial-{uuid.uuid4().hex}"
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        sync(temporary)
-        temporary.replace(path)
-        sync(path.parent)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _finish_folder(folder: Path, plans: Sequence[ShardPlan], first: Shards) -> None:
