@@ -4,7 +4,7 @@ import json
 import nibabel as nib
 import numpy as np
 import torch
-from cli_cases import NETWORK, TRAIN, failure, fishers, save_source, sources
+from cli_cases import NETWORK, SMALL, TRAIN, failure, fishers, save_source, sources
 from safetensors.torch import load_file
 
 from timm_ext.checkpoint import load_checkpoint
@@ -13,9 +13,10 @@ from timm_ext.cli.common import fit_volumes
 from timm_ext.config import RunSettings
 from timm_ext.data.layouts import read_cases
 from timm_ext.data.prepare import prepare_cases
-from timm_ext.data.tasks import task_from_dict
+from timm_ext.data.tasks import get_task, task_from_dict, task_to_dict
 from timm_ext.fisher import Fisher, estimate_fisher
-from timm_ext.networks.io import load_network
+from timm_ext.networks.io import load_network, save_network
+from timm_ext.networks.registry import build_network
 
 
 def test_fisher_of_volumes_of_different_size(place, tmp_path):
@@ -116,8 +117,101 @@ def test_l2_transfer_keeps_the_shared_weights_near_the_start(place, tmp_path, ca
     assert "timm-ext train without --init: expected l2_transfer 0" in message
 
 
-def test_network_that_does_not_fit_the_task(place, tmp_path, capsys):
-    arguments = ["train", place / "tumours", "--init", sources(place)[0], "--out", tmp_path / "run"]
-    error = failure(capsys, arguments)
-    assert "4 inputs and 3 outputs" in error
-    assert "timm-ext merge --method transfer-1" in error
+def written_task(path, task, modalities=None, regions=None):
+    """Write a built-in task to a file, with other channels."""
+    described = task_to_dict(get_task(task))
+    described |= {"name": path.stem} | ({"modalities": modalities} if modalities else {})
+    described["regions"] = {name: described["regions"][name] for name in regions or described["regions"]}
+    path.write_text(json.dumps(described))
+    return path
+
+
+BRIEF = ["--val-share", "0", "--set", "prepare.crop=false", *TRAIN, "--set", "train.lr=1e-9"]
+
+
+def test_training_from_a_network_of_another_task(place, tmp_path, capsys):
+    start = str(save_source(tmp_path / "start.safetensors", "brats", seed=3))
+    task = written_task(tmp_path / "own.json", "brats", ["T2", "T1"], ["ET", "WT"])
+    out = tmp_path / "run"
+    capsys.readouterr()
+    arguments = ["train", str(place / "tumours"), "--task", str(task), "--init", start, "--out", str(out)]
+    assert run([*arguments, *BRIEF]) == 0
+    told = capsys.readouterr().out
+    assert "inputs: kept T2 (was channel 3), T1 (was channel 1); left out: T1c, FLAIR" in told
+    assert "heads: kept ET (was channel 3), WT (was channel 1); left out: TC" in told
+    before, after = load_file(start), load_file(out / "network.safetensors")
+    entry, head = "encoder.0.entry.conv.weight", "heads.0.weight"
+    torch.testing.assert_close(after[entry], before[entry][:, [2, 0]], rtol=0, atol=1e-6)
+    torch.testing.assert_close(after[head], before[head][[2, 0]], rtol=0, atol=1e-6)
+    noted = load_checkpoint(out / "network.safetensors").metadata
+    assert noted["task"]["modalities"] == ["T2", "T1"]
+    assert noted["network"]["out_channels"] == 2
+
+
+def test_heads_of_other_regions_start_anew(place, tmp_path, capsys):
+    arguments = ["train", str(place / "brains"), "--task", "parcellation-8-14", "--init", sources(place)[0]]
+    assert run([*arguments, "--out", str(tmp_path / "run"), *BRIEF]) == 0
+    assert "heads: start anew: cerebellum white matter, " in capsys.readouterr().out
+    before, after = load_file(place / "M1.safetensors"), load_file(tmp_path / "run" / "network.safetensors")
+    new = build_network("isensee2017", in_channels=2, out_channels=7, seed=0, **SMALL).state_dict()
+    for name, tensor in after.items():
+        start = new[name] if name.startswith("heads.") else before[name]
+        torch.testing.assert_close(tensor, start, rtol=0, atol=1e-6, msg=name)
+
+
+def test_resuming_maps_the_channels_once(place, tmp_path):
+    start = str(save_source(tmp_path / "start.safetensors", "brats", seed=3))
+    task = written_task(tmp_path / "own.json", "brats", ["T2", "T1"], ["ET"])
+    arguments = ["train", str(place / "tumours"), "--task", str(task), "--init", start]
+    free = ["--val-share", "0", "--set", "prepare.crop=false", *TRAIN]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run([*arguments, "--out", str(whole), *free, "--set", "train.steps=4"]) == 0
+    assert run([*arguments, "--out", str(parts), *free, "--set", "train.steps=2"]) == 0
+    assert run([*arguments, "--out", str(parts), *free, "--set", "train.steps=4", "--resume"]) == 0
+    one, other = (load_file(path / "network.safetensors") for path in (whole, parts))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_training_from_a_network_that_names_no_task(place, tmp_path, capsys):
+    for regions, name in ((3, "alike"), (2, "other")):
+        model = build_network("isensee2017", in_channels=4, out_channels=regions, seed=0, **SMALL)
+        save_network(tmp_path / f"{name}.safetensors", model)
+    capsys.readouterr()
+    arguments = ["train", str(place / "tumours"), "--out", str(tmp_path / "run"), *BRIEF, "--init"]
+    assert run([*arguments, str(tmp_path / "alike.safetensors")]) == 0
+    assert "names no task: its channels are taken for T1, T1c, T2, FLAIR and WT" in capsys.readouterr().out
+    message = failure(capsys, [*arguments, tmp_path / "other.safetensors", "--resume"])
+    assert "expected a network with 4 inputs and 3 outputs for task brats (got 4 and 2); its file" in message
+
+
+def test_a_task_whose_channels_are_not_the_networks(place, tmp_path, capsys):
+    """Equal counts are not enough: names and their order must agree, in any spelling of a modality."""
+    network = sources(place)[0]
+    swapped = written_task(tmp_path / "swapped.json", "parcellation-1-7", ["T2", "T1"])
+    others = written_task(tmp_path / "others.json", "parcellation-8-14")
+    spelled = written_task(tmp_path / "spelled.json", "parcellation-1-7", ["t1w", "T2w"])
+    for command in (
+        ["fisher", network, place / "brains", "--out", tmp_path / "F.safetensors"],
+        ["predict", network, place / "brains", "--out", tmp_path / "predicted"],
+    ):
+        message = failure(capsys, [*command, "--task", swapped])
+        assert "a task whose inputs are T1, T2, in this order (got T2, T1 of task swapped)" in message
+        message = failure(capsys, [*command, "--task", others])
+        assert "a task whose outputs are cerebellum grey matter, " in message
+        message = failure(capsys, [*command, "--task", "brats"])
+        assert "4 inputs and 3 outputs" in message
+        assert run([*map(str, command), "--task", str(spelled)]) == 0
+
+
+def test_a_network_whose_noted_task_is_not_its_own(place, tmp_path, capsys):
+    model = build_network("isensee2017", in_channels=4, out_channels=2, seed=0, **SMALL)
+    save_network(tmp_path / "odd.safetensors", model, task=task_to_dict(get_task("brats")))
+    arguments = [
+        "train",
+        place / "tumours",
+        "--init",
+        tmp_path / "odd.safetensors",
+        "--out",
+        tmp_path / "run",
+    ]
+    assert "4 inputs and 3 outputs for task brats (got 4 and 2)" in failure(capsys, arguments)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from timm_ext.data.tasks import Task
 
 NETWORK_NAME = "network.safetensors"
+_FITTED = "timm-ext train --init fits a network to another task"
 
 Config = Annotated[
     Path | None,
@@ -168,25 +169,100 @@ def task_of(name: str | None, checkpoint: "Checkpoint") -> "Task":
     """Return the task the user names, or the one noted in a network's file.
 
     Raises:
-        InputError: neither is there, or the network has other channels than the task.
+        InputError: neither is there, or the network's channels stand for other modalities or regions than
+            those of the task, or for these in another order.
     """
-    from timm_ext.data.tasks import get_task, task_from_dict
+    from timm_ext.data.tasks import get_task
     from timm_ext.errors import InputError
 
-    noted = checkpoint.metadata.get("task")
-    if name is None and not noted:
+    noted = noted_task(checkpoint)
+    if name is None and noted is None:
         raise InputError(f"{checkpoint.path}: expected a network that names its task (got none); give --task")
-    task = get_task(name) if name is not None else task_from_dict(noted, where=checkpoint.path)
+    task = get_task(name) if name is not None else noted
+    assert task is not None
+    _check_counts(task, checkpoint, f"; {_FITTED}")
+    if noted is not None:
+        _check_names(task, noted, checkpoint)
+    return task
+
+
+def noted_task(checkpoint: "Checkpoint") -> "Task | None":
+    """Return the task noted in a network's file, None where there is none.
+
+    Raises:
+        InputError: the note is not a task, or not one of as many inputs and outputs as the network has.
+    """
+    from timm_ext.data.tasks import task_from_dict
+
+    noted = checkpoint.metadata.get("task")
+    if not noted:
+        return None
+    task = task_from_dict(noted, where=checkpoint.path)
+    _check_counts(task, checkpoint)
+    return task
+
+
+def _check_counts(task: "Task", checkpoint: "Checkpoint", hint: str = "") -> None:
+    from timm_ext.errors import InputError
+
     config = checkpoint.metadata.get("network") or {}
     expected = (len(task.modalities), len(task.regions))
     got = (config.get("in_channels"), config.get("out_channels"))
     if got != expected:
         raise InputError(
             f"{checkpoint.path}: expected a network with {expected[0]} inputs and {expected[1]} outputs for "
-            f"task {task.name} (got {got[0]} and {got[1]}); timm-ext merge --method transfer-1 fits one "
-            "network to a new task"
+            f"task {task.name} (got {got[0]} and {got[1]}){hint}"
         )
-    return task
+
+
+def _check_names(task: "Task", noted: "Task", checkpoint: "Checkpoint") -> None:
+    """Refuse a task whose channels are not those of the noted one, in its order."""
+    from timm_ext.errors import InputError, listed
+    from timm_ext.merging import same_modality
+
+    pairs = zip(task.modalities, noted.modalities, strict=True)
+    if not all(same_modality(*pair) for pair in pairs):
+        what, wanted, got = "inputs", noted.modalities, task.modalities
+    elif task.region_names != noted.region_names:
+        what, wanted, got = "outputs", noted.region_names, task.region_names
+    else:
+        return
+    raise InputError(
+        f"{checkpoint.path}: expected a task whose {what} are {listed(wanted)}, in this order (got "
+        f"{listed(got)} of task {task.name}); {_FITTED}"
+    )
+
+
+def fitted(
+    model: "nn.Module", checkpoint: "Checkpoint", task: "Task", settings: "RunSettings"
+) -> "nn.Module":
+    """Fit a trained network to the channels of a task by their names, and say what became of them.
+
+    A file that names no task is taken for one of this task, if the counts agree.
+
+    Raises:
+        InputError: they do not, or as for `timm_ext.merging.refit`.
+    """
+    from timm_ext.merging import Channels, refit
+
+    noted = noted_task(checkpoint)
+    if noted is None:
+        _check_counts(task, checkpoint, "; its file names no task by which to match other channels")
+        print(
+            f"{checkpoint.path} names no task: its channels are taken for {', '.join(task.modalities)} and "
+            f"{', '.join(task.region_names)}, in this order"
+        )
+        return model
+    result = refit(
+        model,
+        Channels(noted.modalities, noted.region_names),
+        Channels(task.modalities, task.region_names),
+        seed=settings.train.seed,
+        unseen=settings.merge.unseen,
+    )
+    for line in result.lines():
+        print(f"{checkpoint.path}: {line}")
+    return result.network
 
 
 def prepare_labelled(

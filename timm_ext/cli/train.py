@@ -19,6 +19,7 @@ from timm_ext.cli.common import (
     Workers,
     check_output,
     fit_volumes,
+    fitted,
     note_settings,
     prepare_labelled,
     settings_dict,
@@ -35,7 +36,10 @@ def train(
     init: Annotated[
         Path | None,
         typer.Option(
-            "--init", metavar="NETWORK", help="Start from this network (merged, adapted or trained)."
+            "--init",
+            metavar="NETWORK",
+            help="Start from this network (merged, adapted or trained), its inputs matched by modality, its "
+            "heads by region.",
         ),
     ] = None,
     val: ValCases = None,
@@ -47,6 +51,9 @@ def train(
     workers: Workers = 0,
 ) -> None:
     """Train a network, from scratch or fine-tuning an initialisation.
+
+    A network of another task is fitted to this one: input channels follow the names of the modalities, heads
+    those of the regions, and what the network did not have starts anew; two lines say which.
 
     Writes `network.safetensors`, `settings.yaml` and `training/log.csv` into DIR.
 
@@ -64,9 +71,10 @@ def train(
     chosen = get_task(task)
     if init is not None:
         model, checkpoint = load_network(init)
-        task_of(task, checkpoint)
     settings = settings_from(config, overrides, checkpoint)
-    if checkpoint is None:
+    if checkpoint is not None:
+        model = fitted(model, checkpoint, chosen, settings)
+    else:
         settings.train.refuse_ties("timm-ext train without --init")
         model = new_network(settings.network.name, settings.network.options, chosen, settings.train.seed)
     settings = fit_volumes(settings, model)

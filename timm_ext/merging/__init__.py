@@ -8,12 +8,14 @@ from timm_ext.merging.initialise import assemble_bank, build_initialisation
 from timm_ext.merging.merged_model import MergedModel
 from timm_ext.merging.methods import METHODS, Method, get_method, method_names
 from timm_ext.merging.mixing import Mixing, anchored_logits, logits_of, squared_departure
-from timm_ext.merging.modalities import fit_to_target, match_input_channels, unseen_modalities
+from timm_ext.merging.modalities import fit_to_target, match_input_channels, same_modality, unseen_modalities
+from timm_ext.merging.refit import Channels, Refit, refit
 
 __all__ = [
     "METHODS",
     "Alignment",
     "Bank",
+    "Channels",
     "FisherStorage",
     "LogitEnsemble",
     "LossPath",
@@ -21,6 +23,7 @@ __all__ = [
     "Method",
     "Mixing",
     "Normalization",
+    "Refit",
     "align",
     "align_to_first",
     "anchored_logits",
@@ -32,6 +35,8 @@ __all__ = [
     "loss_along_merge",
     "match_input_channels",
     "method_names",
+    "refit",
+    "same_modality",
     "squared_departure",
     "uniform_soup",
     "unseen_modalities",

@@ -60,14 +60,34 @@ def match_input_channels(
             f"input layer: expected weights that differ in input channels alone (got {list(tensor.shape)} "
             f"and {list(own.shape)})"
         )
-    place = {name: index for index, name in enumerate(_canonical(source, "source"))}
-    rules = _rules(unseen or {}, target, place)
     result = own.detach().clone().to(tensor)
-    for channel, name in enumerate(_canonical(target, "target")):
-        index = place.get(name, place.get(rules.get(name, "")))
+    for channel, index in enumerate(source_channels(source, target, unseen)):
         if index is not None:
             result[:, channel] = tensor[:, index]
     return result
+
+
+def source_channels(
+    source: Sequence[str], target: Sequence[str], unseen: Mapping[str, str] | None = None
+) -> tuple[int | None, ...]:
+    """Return, for each modality of the target, the channel of the source that it takes; None for its own.
+
+    Args:
+        source: modalities of the source, in order of its channels.
+        target: those of the target.
+        unseen: see `match_input_channels`.
+
+    Raises:
+        InputError: as for `match_input_channels`.
+    """
+    place = {name: index for index, name in enumerate(_canonical(source, "source"))}
+    rules = _rules(unseen or {}, target, place)
+    return tuple(place.get(name, place.get(rules.get(name, ""))) for name in _canonical(target, "target"))
+
+
+def same_modality(one: str, other: str) -> bool:
+    """Tell whether two names mean one modality, in different spellings maybe."""
+    return _spelled(one) == _spelled(other)
 
 
 def unseen_modalities(
@@ -78,10 +98,8 @@ def unseen_modalities(
     Raises:
         InputError: as for `match_input_channels`.
     """
-    place = {name: index for index, name in enumerate(_canonical(source, "source"))}
-    known = place.keys() | _rules(unseen or {}, target, place).keys()
-    names = zip(target, _canonical(target, "target"), strict=True)
-    return tuple(name for name, canonical in names if canonical not in known)
+    channels = source_channels(source, target, unseen)
+    return tuple(name for name, channel in zip(target, channels, strict=True) if channel is None)
 
 
 def _check_channels(tensor: Tensor, modalities: Sequence[str]) -> None:

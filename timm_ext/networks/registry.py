@@ -3,14 +3,15 @@
 import json
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from timm_ext.errors import InputError
+from timm_ext.errors import InputError, listed
 from timm_ext.networks.isensee2017 import Isensee2017
 
 _MONAI = "monai."
@@ -204,6 +205,32 @@ def input_layer_of(model: nn.Module) -> str:
     return input_layers_of(model)[0]
 
 
+def channel_axes_of(model: nn.Module, argument: str) -> dict[str, tuple[int, ...]]:
+    """Return the axes of parameters and buffers whose lengths change with the number of channels.
+
+    Args:
+        model: made by `build_network`.
+        argument: `in_channels` or `out_channels`.
+
+    Returns:
+        By name of the tensor; those without such an axis are left out.
+
+    Raises:
+        InputError: the model was not built by `build_network`, or the number of its tensors, or of their
+            axes, changes with that of the channels.
+    """
+    changes = _shape_changes(argument, json.dumps(config_of(model)))
+    if changes.odd:
+        raise InputError(
+            f"network: expected the same tensors for any {argument} (got others: {listed(changes.odd)})"
+        )
+    axes = {
+        name: tuple(axis for axis, pair in enumerate(zip(*shapes, strict=True)) if pair[0] != pair[1])
+        for name, shapes in changes.tensors.items()
+    }
+    return {name: changed for name, changed in axes.items() if changed}
+
+
 def size_divisor_of(model: nn.Module) -> int:
     """Return the number every edge of an image must be divisible by; 1 for a model that does not say.
 
@@ -226,24 +253,67 @@ def _construct(spec: NetworkSpec, config: Mapping[str, Any]) -> nn.Module:
         raise InputError(f"network: {spec.name} cannot be built from {dict(config)}: {reason[0]}") from error
 
 
-@cache
+class _Changes(NamedTuple):
+    """Shapes of tensors with one number of channels and with another.
+
+    Attributes:
+        parameters: their names, in registration order, of those that change or are not in both.
+        tensors: by name, of the parameters and buffers that have as many axes in both.
+        odd: names of the other tensors.
+    """
+
+    parameters: tuple[str, ...]
+    tensors: dict[str, tuple[torch.Size, torch.Size]]
+    odd: tuple[str, ...]
+
+
 def _dependent_on(argument: str, config_json: str) -> tuple[str, ...]:
     """Return the names of the parameters whose shapes change with `argument`, in registration order."""
-    config = json.loads(config_json)
-    spec = network_spec(config["name"])
-    before = _shapes(spec, config)
-    try:
-        after = _shapes(spec, {**config, argument: config[argument] + 1})
-    except InputError:
-        # Some networks want channel counts that divide each other.
-        after = _shapes(spec, {**config, argument: config[argument] * 2})
-    names = tuple(name for name, shape in before.items() if after.get(name) != shape)
+    names = _shape_changes(argument, config_json).parameters
     if not names:
-        raise InputError(f"network: no parameter of {spec.name} depends on {argument}")
+        raise InputError(f"network: no parameter of {json.loads(config_json)['name']} depends on {argument}")
     return names
 
 
-def _shapes(spec: NetworkSpec, config: Mapping[str, Any]) -> dict[str, torch.Size]:
+@cache
+def _shape_changes(argument: str, config_json: str) -> _Changes:
+    config = json.loads(config_json)
+    spec = network_spec(config["name"])
+    before = _shapes(spec, config)
+    found: list[_Changes] = []
+    # Some networks want channel counts that divide each other; some have tensors more or less by coincidence.
+    for count in (config[argument] + 1, config[argument] * 2):
+        with suppress(InputError):
+            found.append(_changes(before, _shapes(spec, {**config, argument: count})))
+    if not found:
+        raise InputError(
+            f"network: {spec.name} cannot be built with other {argument} than {config[argument]}"
+        )
+    return min(found, key=lambda changes: len(changes.odd))
+
+
+def _changes(before: "_Shapes", after: "_Shapes") -> _Changes:
+    every, other = before.parameters | before.buffers, after.parameters | after.buffers
+    alike = {
+        name: (shape, other[name])
+        for name, shape in every.items()
+        if name in other and len(other[name]) == len(shape)
+    }
+    return _Changes(
+        tuple(name for name, shape in before.parameters.items() if other.get(name) != shape),
+        alike,
+        tuple(name for name in every | other if name not in alike),
+    )
+
+
+class _Shapes(NamedTuple):
+    """Shapes by name."""
+
+    parameters: dict[str, torch.Size]
+    buffers: dict[str, torch.Size]
+
+
+def _shapes(spec: NetworkSpec, config: Mapping[str, Any]) -> _Shapes:
     try:
         with torch.device("meta"):
             model = _construct(spec, config)
@@ -251,4 +321,7 @@ def _shapes(spec: NetworkSpec, config: Mapping[str, Any]) -> dict[str, torch.Siz
         # Constructors that look at values of tensors do not run without memory.
         with torch.random.fork_rng(devices=[]):
             model = _construct(spec, config)
-    return {name: parameter.shape for name, parameter in model.named_parameters()}
+    return _Shapes(
+        {name: parameter.shape for name, parameter in model.named_parameters()},
+        {name: buffer.shape for name, buffer in model.named_buffers()},
+    )
