@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from timm_ext import reference
-from timm_ext.files import read_json, write_json
+from timm_ext.documents import read_json
+from timm_ext.files import write_json
 from timm_ext.fisher import Fisher, FisherKind
 from timm_ext.merging import Bank, MergedModel
 from timm_ext.networks import build_network

@@ -25,7 +25,8 @@ import torch
 
 from benchmarks import fisher_rivals as rivals
 from benchmarks.machine import environment, median_ratio, milliseconds, peak_bytes
-from timm_ext.files import read_json, write_json
+from timm_ext.documents import read_json
+from timm_ext.files import write_json
 from timm_ext.fisher.precision import precise
 from timm_ext.training.device import keep_freed_memory
 

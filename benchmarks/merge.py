@@ -29,7 +29,8 @@ from benchmarks.machine import environment, median_ratio, milliseconds
 from benchmarks.merge_isa import isa_row
 from benchmarks.merge_machine import Bandwidth, copy_loops
 from benchmarks.merge_table import RIVALS
-from timm_ext.files import read_json, write_json
+from timm_ext.documents import read_json
+from timm_ext.files import write_json
 
 OURS = ("forward", "forward_backward")
 LEAST_ROUNDS = 5

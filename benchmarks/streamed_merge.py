@@ -36,7 +36,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from timm_ext.files import read_json, write_json
+from timm_ext.documents import read_json
+from timm_ext.files import write_json
 
 RESULT = Path(__file__).parent / "results" / "streamed_merge.json"
 RATIOS = (0.7, 0.3)

@@ -79,7 +79,7 @@ def test_bad_file(tmp_path, text, message):
         ("train.stepz=4", r"--set: unknown field train\.stepz"),
         ("train", "--set: expected section.field=value"),
         ("train.lr.more=4", "--set"),
-        ("train.lr=[1", "--set train.lr: expected a YAML value"),
+        ("train.lr=[1", "--set train.lr: expected YAML of plain values"),
         ("train.lr=slow", r"--set: train\.lr: "),
     ],
 )

@@ -1,6 +1,8 @@
+import pickle
+
 import pytest
 
-from timm_ext.errors import lines_of, listed
+from timm_ext.errors import InputError, lines_of, listed, shown
 
 
 @pytest.mark.parametrize(
@@ -15,3 +17,20 @@ def test_lines_are_indented_and_cut_at_ten() -> None:
     assert lines_of(["a", "b"]) == "\n  a\n  b"
     assert lines_of(range(12)).splitlines()[-1] == "  and 2 more"
     assert len(lines_of(range(12)).splitlines()) == 12
+
+
+def test_names_cannot_steer_the_terminal():
+    evil = "a\x1b[31m\nb\r\u202e\ud800"
+    for message in (f"{evil}: expected a name", f"two:{lines_of([evil, evil])}", f"x: {listed([evil])}"):
+        text = str(InputError(message))
+        assert all(line.isprintable() for line in text.splitlines())
+        assert "\\x1b[31m\\nb\\r\\u202e\\ud800" in text
+    assert str(InputError(f"two:{lines_of(['ü', 'b'])}")) == "two:\n  ü\n  b"
+    assert str(InputError(str(InputError(evil)))) == str(InputError(evil))  # as after a way through a pipe
+    assert str(pickle.loads(pickle.dumps(InputError(evil)))) == str(InputError(evil))
+
+
+def test_a_long_value_is_shown_by_its_beginning():
+    assert shown("a\n b") == "a b"
+    assert shown("x" * 300) == "x" * 200 + "… (300 characters)"
+    assert shown("\x00") == "\\x00"

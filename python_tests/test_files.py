@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from timm_ext.documents import read_json
 from timm_ext.errors import InputError
-from timm_ext.files import atomic_folder, atomic_write, read_json, remove_stale_partials, sha256, write_json
+from timm_ext.files import atomic_folder, atomic_write, remove_stale_partials, sha256, write_json
 
 
 def test_content_appears_whole_under_its_name(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import timm_ext
 
 PACKAGE = Path(timm_ext.__file__).parent
 
-BASE = {"errors", "files"}
+BASE = {"errors", "files", "documents", "machine"}
 MODEL = {"parameters", "groups", "checkpoint", "networks"}
 MERGE = {"ops", "fisher", "merging"}
 WORK = {"data", "training", "inference", "metrics"}
@@ -22,6 +22,9 @@ ALLOWED = {
     "_library": set(),
     "errors": set(),
     "files": {"errors"},
+    "_yaml": set(),
+    "documents": {"errors", "_yaml"},
+    "machine": {"errors"},
     "reference": set(),
     "ops": BASE | {"reference"},
     "layer_ops": set(),
@@ -59,6 +62,7 @@ LIGHT = {
     "_library",
     "errors",
     "files",
+    "machine",
     "reference",
     "ops",
     "layer_ops",

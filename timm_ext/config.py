@@ -1,20 +1,20 @@
 """Typed settings of every command: read from YAML, overridden by `--set`, written beside each output."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from timm_ext.data.prepare import PrepareSettings
-from timm_ext.errors import InputError
+from timm_ext.documents import Location, parse_yaml, read_yaml, validated
+from timm_ext.errors import InputError, shown
 from timm_ext.files import atomic_write
 from timm_ext.study.sources import Recipe
 from timm_ext.training.settings import AdaptSettings, TrainSettings
 
-Location = tuple[int | str, ...]
+_MOST_PARTS = 8  # of the name of a setting
 
 
 class Section(BaseModel):
@@ -117,10 +117,7 @@ def load_settings(
         location, value = _parse_override(override)
         _put(values, location, value)
         where |= {location[:depth]: "--set" for depth in range(min(2, len(location)), len(location) + 1)}
-    try:
-        return TypeAdapter(kind).validate_python(values)
-    except ValidationError as error:
-        raise InputError(_describe(error, kind, where, str(path or "settings"))) from error
+    return validated(kind, values, path or "settings", lines=where)
 
 
 def write_settings(path: Path, settings: BaseModel, **facts: Any) -> None:
@@ -148,39 +145,20 @@ def settings_to_yaml(settings: BaseModel) -> str:
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Location, int]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: expected YAML (got {' '.join(str(error).split())})") from error
+    values, lines = read_yaml(path)
     if values is None:
         return {}, {}
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected sections with fields (got {type(values).__name__})")
-    lines: dict[Location, int] = {}
-    _note_lines(node, (), lines)
     return values, lines
-
-
-def _note_lines(node: Any, location: Location, lines: dict[Location, int]) -> None:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            inner = (*location, key.value)
-            lines[inner] = key.start_mark.line + 1
-            _note_lines(value, inner, lines)
 
 
 def _parse_override(text: str) -> tuple[Location, Any]:
     name, equals, value = text.partition("=")
-    if not equals or not name.strip():
-        raise InputError(f"--set: expected section.field=value (got {text!r})")
-    try:
-        return tuple(name.strip().split(".")), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise InputError(f"--set {name}: expected a YAML value (got {value!r})") from error
+    location = tuple(name.strip().split("."))
+    if not equals or not all(location) or len(location) > _MOST_PARTS:
+        raise InputError(f"--set: expected section.field=value (got {shown(repr(text))})")
+    return location, parse_yaml(value, f"--set {shown(name)}")
 
 
 def _put(values: dict[str, Any], location: Location, value: Any) -> None:
@@ -190,23 +168,3 @@ def _put(values: dict[str, Any], location: Location, value: Any) -> None:
             raise InputError(f"--set {'.'.join(map(str, location))}: {part} has no fields")
         values = inner
     values[str(location[-1])] = value
-
-
-def _describe(error: ValidationError, kind: type[Any], where: Mapping[Location, str], default: str) -> str:
-    problem = error.errors(include_url=False)[0]
-    location: Location = problem["loc"]
-    known = next((location[:n] for n in range(len(location), 0, -1) if location[:n] in where), location)
-    name = ".".join(map(str, known))
-    place = where.get(known, default)
-    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        expected = ", ".join(_field_names(kind, location[:-1]))
-        return f"{place}: unknown field {name} (expected one of {expected})"
-    message = problem["msg"].removeprefix("Value error, ")
-    got = "" if isinstance(problem["input"], (dict, BaseModel)) else f" (got {problem['input']!r})"
-    return f"{place}: {name}: {message}{got}"
-
-
-def _field_names(kind: Any, location: Location) -> list[str]:
-    for part in location:
-        kind = kind.model_fields[str(part)].annotation
-    return [field.name for field in fields(kind)] if is_dataclass(kind) else list(kind.model_fields)

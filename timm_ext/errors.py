@@ -1,26 +1,47 @@
-"""The one exception type for input that the user can mend, and how its messages list things."""
+"""The one exception type for input that the user can mend, and how its messages show and list things."""
 
+import re
 from collections.abc import Iterable
 
 MOST_LISTED = 10
+MOST_SHOWN = 200
+
+_LOOSE_NEWLINE = re.compile(r"\n(?!  )")  # a line of `lines_of` is indented
 
 
 class InputError(ValueError):
     """Input that cannot be used, told in one line: what it is, what was expected, what came.
 
-    The command line prints the message without a traceback and exits with status 1.
+    The command line prints the message without a traceback and exits with status 1. Control characters, which
+    names of files and cases may hold, are shown as escapes, so that no name can steer the terminal.
     """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(_LOOSE_NEWLINE.sub(r"\\n", str(message)), keep="\n"))
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Show control characters, line ends and halves of surrogate pairs as escapes, except for `keep`."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
+
+
+def shown(value: object, most: int = MOST_SHOWN) -> str:
+    """Return a value as text for a message: on one line, and of a long one the beginning."""
+    text = printable(" ".join(str(value).split()) if "\n" in str(value) else str(value))
+    return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"
 
 
 def listed(items: Iterable[object], most: int = MOST_LISTED) -> str:
     """Join items by commas; of a long list the first `most`, and how many more there are."""
-    every = [str(item) for item in items]
+    every = [printable(str(item)) for item in items]
     return ", ".join(_first(every, most))
 
 
 def lines_of(items: Iterable[object], most: int = MOST_LISTED) -> str:
     """Put each item on an indented line of its own behind a message; of a long list the first `most`."""
-    every = [str(item) for item in items]
+    every = [printable(str(item)) for item in items]
     return "".join(f"\n  {line}" for line in _first(every, most))
 
 

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic writes, JSON and content hashes."""
+"""Files that are either whole or absent: atomic writes and content hashes."""
 
 import errno
 import hashlib
@@ -173,20 +173,6 @@ def write_json(path: Path | str, value: Any) -> None:
     """Write `value` as indented JSON with a final newline, atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path | str) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        InputError: the file is missing or is not JSON.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise InputError(f"{path}: expected JSON (got {error})") from error
 
 
 def sha256(path: Path | str) -> str:

@@ -178,7 +178,7 @@ def test_get_task_errors(tmp_path):
     with pytest.raises(InputError, match=r"none\.yaml: cannot be read"):
         get_task(tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("a: [1")
-    with pytest.raises(InputError, match=r"bad\.yaml: expected a task"):
+    with pytest.raises(InputError, match=r"bad\.yaml: expected YAML"):
         get_task(tmp_path / "bad.yaml")
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(InputError, match=r"list\.json: expected the keys .*got list"):

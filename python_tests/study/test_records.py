@@ -3,8 +3,8 @@ import multiprocessing
 
 import pytest
 
+from timm_ext.documents import read_json
 from timm_ext.errors import InputError
-from timm_ext.files import read_json
 from timm_ext.study.records import PLAN, Folder, Step, with_needs
 
 

@@ -15,7 +15,7 @@ import os, signal, time
 from pathlib import Path
 import torch
 from timm_ext.errors import InputError
-from timm_ext.files import read_json
+from timm_ext.documents import read_json
 
 def double(settings, inputs, context):
     context.report(0.5)

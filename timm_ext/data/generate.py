@@ -17,8 +17,9 @@ from timm_ext.data.synthesis import MODALITIES, SynthesisSettings, pool_labels, 
 from timm_ext.data.tasks import Task, get_task, task_to_dict
 from timm_ext.data.tumour import ENHANCING, TumourSettings, grow, push_aside
 from timm_ext.data.volume import Array, Volume, write_nifti
+from timm_ext.documents import read_json
 from timm_ext.errors import InputError
-from timm_ext.files import read_json, sha256, write_json
+from timm_ext.files import sha256, write_json
 
 RECORD_NAME = "generated.json"
 PHANTOM = "phantom"

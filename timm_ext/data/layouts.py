@@ -1,7 +1,6 @@
 """Cases on disk: BraTS folders, nnU-Net raw data sets, and CSV or JSON lists."""
 
 import csv
-import io
 import json
 import os
 import re
@@ -15,8 +14,9 @@ import numpy as np
 
 from timm_ext.data.tasks import Task
 from timm_ext.data.volume import SUFFIXES
+from timm_ext.documents import read_csv, read_json
 from timm_ext.errors import InputError
-from timm_ext.files import atomic_write, read_json, write_json
+from timm_ext.files import atomic_write, write_json
 
 LIST_NAME = "cases.json"
 """A folder that holds a list of this name is read by it."""
@@ -218,12 +218,8 @@ def _nnunet(root: Path, images: Path, labels: Path | None) -> Iterator[_Entry]:
 
 
 def _csv_list(path: Path) -> Iterator[_Entry]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
-    for row in csv.DictReader(io.StringIO(text), skipinitialspace=True, restkey="more cells than columns"):
-        yield _list_entry({key: value for key, value in row.items() if value}, path)
+    for row in read_csv(path):
+        yield _list_entry(row.cells, path)
 
 
 def _json_list(path: Path) -> Iterator[_Entry]:

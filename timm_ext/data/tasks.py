@@ -1,6 +1,5 @@
 """Tasks: which images go in, which regions come out, and which label numbers a label file may hold."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,8 +7,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 
+from timm_ext.documents import read_json, read_yaml
 from timm_ext.errors import InputError
 
 Labels = npt.NDArray[np.uint8]
@@ -283,13 +282,7 @@ def get_task(name: str | Path) -> Task:
     path = Path(name)
     if path.suffix not in {".yaml", ".yml", ".json"}:
         raise InputError(f"task: expected one of {', '.join(TASKS)} or a YAML or JSON file (got {name})")
-    try:
-        text = path.read_text(encoding="utf-8")
-        value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: expected a task (got {' '.join(str(error).split())})") from error
+    value = read_json(path) if path.suffix == ".json" else read_yaml(path)[0]
     return task_from_dict(value, where=path)
 
 

@@ -9,8 +9,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from timm_ext.documents import read_json
 from timm_ext.errors import InputError
-from timm_ext.files import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -8,7 +8,8 @@ from torch import nn
 
 from timm_ext.data.dataset import CaseDataset
 from timm_ext.data.tasks import get_task
-from timm_ext.files import read_json, write_json
+from timm_ext.documents import read_json
+from timm_ext.files import write_json
 from timm_ext.merging import LogitEnsemble, get_method, uniform_soup
 from timm_ext.networks.io import load_network
 from timm_ext.study.records import RECORD

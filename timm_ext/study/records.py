@@ -16,8 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from timm_ext.documents import read_json
 from timm_ext.errors import InputError
-from timm_ext.files import read_json, write_json
+from timm_ext.files import write_json
 
 RECORD = "record.json"
 FAILURE = "failed.json"

@@ -1,0 +1,81 @@
+"""What the machine still has: memory, reckoned before it is taken."""
+
+import contextlib
+import math
+import os
+import resource
+from pathlib import Path
+
+from timm_ext.errors import InputError
+
+_CGROUP = Path("/sys/fs/cgroup")
+_MOST_CORES = 1024
+
+
+def available_memory() -> int:
+    """Return the bytes that this process may still take without swapping.
+
+    The least of what the system has free (`MemAvailable`), what the control group leaves and what the limits
+    of the process (`ulimit -v`, `ulimit -d`) leave.
+    """
+    return max(0, int(min(_of_system(), _of_group(), _of_limits())))
+
+
+def check_memory(needed: int, what: str, *, available: int | None = None) -> None:
+    """Refuse work that needs more memory than there is, before it is begun.
+
+    Args:
+        needed: bytes.
+        what: begins the message, for example `"scan.nii.gz: a volume of 1500 × 1500 × 1500 voxels"`.
+        available: bytes; None asks the machine.
+
+    Raises:
+        InputError: more is needed than is available.
+    """
+    there = available_memory() if available is None else available
+    if needed > there:
+        raise InputError(f"{what} needs {_size(needed)} of memory (got {_size(there)} available)")
+
+
+def most_workers() -> int:
+    """Return how many processes this machine can be asked for: four for each core, 1024 at most."""
+    return min(4 * (os.cpu_count() or 1), _MOST_CORES)
+
+
+def _of_system() -> int:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _of_group() -> float:
+    """Return what the control group (version 2 or 1) leaves; cached files do not count, they can go."""
+    for most, used, cache in (
+        ("memory.max", "memory.current", "file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_cache"),
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            limit = int((_CGROUP / most).read_text())
+            taken = int((_CGROUP / used).read_text())
+            stats = (_CGROUP / most).parent / "memory.stat"
+            cached = dict(line.split() for line in stats.read_text().splitlines()).get(cache, 0)
+            return limit - taken + int(cached)
+    return math.inf
+
+
+def _of_limits() -> float:
+    """Return what the limits of the process on its address space and data leave."""
+    left = math.inf
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        pages = Path("/proc/self/statm").read_text().split()
+        for name, used in ((resource.RLIMIT_AS, pages[0]), (resource.RLIMIT_DATA, pages[5])):
+            limit, _ = resource.getrlimit(name)
+            if limit != resource.RLIM_INFINITY:
+                left = min(left, limit - int(used) * os.sysconf("SC_PAGE_SIZE"))
+    return left
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:,.1f} GiB" if count < 2**50 else f"{count / 2**50:,.0f} PiB"
