@@ -11,7 +11,7 @@ import timm_ext
 PACKAGE = Path(timm_ext.__file__).parent
 
 BASE = {"errors", "files", "documents", "machine"}
-MODEL = {"parameters", "groups", "checkpoint", "networks"}
+MODEL = {"modes", "parameters", "groups", "checkpoint", "networks"}
 MERGE = {"ops", "fisher", "merging"}
 WORK = {"data", "training", "inference", "metrics"}
 
@@ -30,15 +30,17 @@ ALLOWED = {
     "layer_ops": set(),
     "doubling_ops": set(),
     "memory": set(),
+    "modes": set(),
     "parameters": BASE,
     "groups": BASE | {"parameters"},
     "checkpoint": BASE | {"parameters"},
-    "networks": BASE | {"parameters", "checkpoint"},
-    "fisher": BASE | {"ops", "layer_ops", "doubling_ops", "memory", "parameters", "checkpoint"},
-    "merging": BASE | {"_library", "ops", "parameters", "groups", "checkpoint", "fisher", "networks"},
+    "networks": BASE | {"modes", "parameters", "checkpoint"},
+    "fisher": BASE | {"ops", "layer_ops", "doubling_ops", "memory", "modes", "parameters", "checkpoint"},
+    "merging": BASE
+    | {"_library", "modes", "ops", "parameters", "groups", "checkpoint", "fisher", "networks"},
     "data": BASE,
     "metrics": BASE | {"data"},
-    "inference": BASE | {"data", "networks"},
+    "inference": BASE | {"data", "modes", "networks"},
     "training": BASE | MODEL | MERGE | WORK,
     "study": BASE | MODEL | MERGE | WORK,
     "config": BASE | {"data", "training", "study"},
@@ -68,6 +70,7 @@ LIGHT = {
     "layer_ops",
     "doubling_ops",
     "memory",
+    "modes",
     "parameters",
     "groups",
 }

@@ -1,8 +1,7 @@
 """From a trained network and a scan to probabilities and a label file on the scan's own grid."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import chain, combinations
 from pathlib import Path
 from typing import Literal
@@ -18,6 +17,7 @@ from timm_ext.data.prepare import PrepareSettings, prepare_case, restore
 from timm_ext.data.tasks import Labels, Task
 from timm_ext.data.volume import Volume, write_nifti
 from timm_ext.errors import InputError
+from timm_ext.modes import evaluating
 from timm_ext.networks.registry import size_divisor_of
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -93,8 +93,8 @@ def predict_probabilities(
     """Predict the probability of every region in every voxel: σ(logits), or its mean over mirror images.
 
     Args:
-        model: from `[B, C, D, H, W]` to logits `[B, R, D, H, W]`; evaluated without dropout, its mode is
-            restored.
+        model: from `[B, C, D, H, W]` to logits `[B, R, D, H, W]`; evaluated without dropout, each
+            module's own mode is restored.
         image: `[C, D, H, W]`.
         window: see `predict_logits`.
         overlap: see `predict_logits`.
@@ -256,17 +256,6 @@ def _checked(logits: object) -> Tensor:
 def _device_of(model: nn.Module) -> torch.device:
     parameter = next(model.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode for the length of the block."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _autocast(device: torch.device, precision: Precision) -> torch.autocast:

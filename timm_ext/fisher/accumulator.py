@@ -22,7 +22,7 @@ from timm_ext.fisher.likelihoods import (
     summed_logits,
 )
 from timm_ext.fisher.micro_batch import MicroBatch, check_micro_batch, micro_batches
-from timm_ext.fisher.model import evaluation_mode, examine_model, no_randomness
+from timm_ext.fisher.model import examine_model, no_randomness
 from timm_ext.fisher.nodes import Tape
 from timm_ext.fisher.partial import Partial
 from timm_ext.fisher.precision import autocast, check_precision, precise, tolerance
@@ -30,6 +30,7 @@ from timm_ext.fisher.reduction import Share, add_over_ranks, gather
 from timm_ext.fisher.result import Fisher, FisherKind
 from timm_ext.fisher.rules import Rules, run_backward
 from timm_ext.memory import kept_memory, release_memory
+from timm_ext.modes import evaluating
 
 
 class FisherAccumulator:
@@ -105,7 +106,7 @@ class FisherAccumulator:
 
     def __enter__(self) -> "FisherAccumulator":
         """Put the model in eval mode."""
-        self._open.enter_context(evaluation_mode(self._model))
+        self._open.enter_context(evaluating(self._model))
         self._open.enter_context(kept_memory())
         self._inside = True
         return self

@@ -55,18 +55,6 @@ def examine_model(model: nn.Module, *, strict: bool) -> Tracked:
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module in eval mode (no dropout, running statistics) and give each its own mode back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-@contextmanager
 def no_randomness(device: torch.device) -> Iterator[None]:
     """Refuse a forward that draws random numbers: two passes would not see the same network.
 

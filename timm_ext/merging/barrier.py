@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_ext.errors import InputError
+from timm_ext.modes import evaluating
 from timm_ext.parameters import check_compatible, named_parameters
 
 
@@ -48,7 +49,8 @@ def loss_along_merge(
         first: network with the parameters θ_1.
         second: network of the same architecture with θ_2; align it to the first (`align`) to compare what
             differs beyond the order of channels.
-        loss: of a network, on data of its choice; called once for each point, without gradients.
+        loss: of a network, on data of its choice; called once for each point, in eval mode, without
+            gradients.
         points: number of λ, 0 and 1 among them.
         names: parameters that move; the others stay as in the first network, such as heads of its task. None
             moves all parameters and, with them, floating-point buffers.
@@ -71,7 +73,8 @@ def loss_along_merge(
     for place in places:
         for name, tensor in tensors.items():
             tensor.copy_(torch.lerp(starts[name], ends[name].to(tensor.device), place))
-        losses.append(float(loss(moving)))
+        with evaluating(moving):
+            losses.append(float(loss(moving)))
     return LossPath(places, tuple(losses))
 
 

@@ -1,7 +1,6 @@
 """A run of a network that follows its channels from layer to layer."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from timm_ext.errors import InputError
+from timm_ext.modes import evaluating
 from timm_ext.networks.channels import FIXED, ChannelMap, Slots
 from timm_ext.networks.registry import config_of, size_divisor_of
 from timm_ext.parameters import parameter_aliases
@@ -40,7 +40,7 @@ def trace_channels(model: nn.Module, example: Tensor | None = None) -> ChannelMa
     trace = _Trace(model)
     trace.follow(images, row := trace.slots.new(images.shape[1]))
     trace.slots.mark(row, FIXED)
-    with _evaluating(model), torch.no_grad(), trace:
+    with evaluating(model), torch.no_grad(), trace:
         try:
             outputs = model(images)
         except InputError:
@@ -140,17 +140,6 @@ def _tensors(values: Any) -> Iterator[Tensor]:
     elif isinstance(values, (list, tuple)):
         for value in values:
             yield from _tensors(value)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _convolution(
