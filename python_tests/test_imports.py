@@ -10,7 +10,7 @@ import timm_ext
 
 PACKAGE = Path(timm_ext.__file__).parent
 
-BASE = {"errors", "files", "documents", "machine"}
+BASE = {"errors", "files", "locks", "documents", "machine"}
 MODEL = {"modes", "parameters", "groups", "checkpoint", "networks"}
 MERGE = {"ops", "fisher", "merging"}
 WORK = {"data", "training", "inference", "metrics"}
@@ -25,6 +25,7 @@ ALLOWED = {
     "_yaml": set(),
     "documents": {"errors", "_yaml"},
     "machine": {"errors"},
+    "locks": {"errors"},
     "reference": set(),
     "ops": BASE | {"reference"},
     "layer_ops": set(),
@@ -65,6 +66,7 @@ LIGHT = {
     "errors",
     "files",
     "machine",
+    "locks",
     "reference",
     "ops",
     "layer_ops",

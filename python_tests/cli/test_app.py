@@ -4,9 +4,10 @@ import subprocess
 import sys
 
 import pytest
-from cli_cases import NETWORK, TRAIN, failure, sources
+from cli_cases import NETWORK, TRAIN, failure, fishers, sources
 
 from timm_ext.cli import run
+from timm_ext.locks import folder_lock, output_lock
 
 
 def test_help_of_every_command_has_an_example(capsys):
@@ -107,3 +108,24 @@ def test_python_m_is_the_same_command():
     )
     assert done.returncode == 2
     assert "No such command 'trian'" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["train", "adapt", "fisher", "merge", "merge-ratios", "phantom", "demo"])
+def test_output_that_another_process_makes_is_refused_before_any_work(place, tmp_path, capsys, command):
+    out = tmp_path / ("out" if command in ("train", "adapt", "phantom", "demo") else "out.safetensors")
+    cases = place / "tumours"
+    arguments = {
+        "train": ["train", cases, "--out", out, *NETWORK, *TRAIN],
+        "adapt": ["adapt", *sources(place), *fishers(place), "--data", cases, "--out", out, *TRAIN],
+        "fisher": ["fisher", sources(place)[0], place / "brains", "--out", out],
+        "merge": ["merge", *sources(place), "--method", "mean-imm", "--out", out],
+        "merge-ratios": ["merge", *sources(place)[:1], *sources(place)[:1], "--ratios", "1,1", "--out", out],
+        "phantom": ["phantom", out, "--count", "1", "--spacing", "8", "--size", "20", "24", "20"],
+        "demo": ["demo", "--quick", "--out", out],
+    }[command]
+    with folder_lock(out) if out.suffix == "" else output_lock(out):
+        assert re.search(r"out\S*: in use by another timm-ext process \(\d+\); ", failure(capsys, arguments))
+    assert not [path for path in tmp_path.rglob("*") if path != out]
+    if command == "merge":
+        assert run(list(map(str, arguments))) == 0
+        assert not list(tmp_path.glob(".*"))

@@ -12,6 +12,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 from examples_for_tests import Blobs, reference_run, settings, small_network  # noqa: E402
 
+from timm_ext.locks import folder_lock  # noqa: E402
 from timm_ext.training.trainer import Trainer  # noqa: E402
 
 
@@ -149,3 +150,12 @@ def test_lost_log_is_refused(tmp_path):
     log.write_bytes(log.read_bytes()[:-5])
     with pytest.raises(InputError, match=r"log\.csv: expected the log of the run that is resumed"):
         Trainer(settings(steps=2), tmp_path).fit(small_network(), Blobs(3), resume=True)
+
+
+def test_a_folder_that_another_process_trains_in_is_refused(tmp_path):
+    held = folder_lock(tmp_path)
+    with held, pytest.raises(InputError, match=r"in use by another timm-ext process \(\d+\)"):
+        reference_run(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == []
+    reference_run(tmp_path)
+    assert not (tmp_path / ".lock").exists()

@@ -4,6 +4,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Annotated
 
 import typer
@@ -20,6 +21,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+_until_it_ends = ExitStack()
 
 
 @app.callback()
@@ -43,7 +46,7 @@ def run(arguments: Sequence[str]) -> int:
     debug = "--debug" in arguments
     command = typer.main.get_command(app)
     try:
-        with warnings.catch_warnings():
+        with _until_it_ends, warnings.catch_warnings():
             if not debug:
                 warnings.simplefilter("ignore")
             rest = [argument for argument in arguments if argument != "--debug"]
@@ -57,6 +60,11 @@ def run(arguments: Sequence[str]) -> int:
     if status == INTERRUPTED:  # newer typers turn Ctrl-C into this status without a word
         return _tell("interrupted", INTERRUPTED)
     return status if isinstance(status, int) else 0
+
+
+def hold(context: AbstractContextManager[object]) -> None:
+    """Enter a context, such as a lock, until the command that runs ends."""
+    _until_it_ends.enter_context(context)
 
 
 def _tell(message: str, status: int) -> int:

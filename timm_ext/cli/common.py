@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from timm_ext.cli.app import hold
+from timm_ext.locks import folder_lock, is_first_of_launched, output_lock
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -124,6 +127,21 @@ def check_output(path: Path) -> None:
             pass
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def hold_output(path: Path, *, folder: bool) -> None:
+    """Refuse an output that cannot be written or that another process makes, and keep others off it.
+
+    Args:
+        path: of the file, or of the folder.
+        folder: which of the two it is.
+
+    Raises:
+        InputError: as said, before any work is done.
+    """
+    check_output(path / NETWORK_NAME if folder else path)
+    if is_first_of_launched():  # the processes of one run share its output
+        hold(folder_lock(path) if folder else output_lock(path))
 
 
 def fit_volumes(settings: "RunSettings", model: "nn.Module") -> "RunSettings":

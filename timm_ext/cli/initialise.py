@@ -18,8 +18,8 @@ from timm_ext.cli.common import (
     ValCases,
     ValShare,
     Workers,
-    check_output,
     fit_volumes,
+    hold_output,
     note_settings,
     settings_dict,
     settings_from,
@@ -81,6 +81,7 @@ def merge(
 
     Example: `timm-ext merge model-a/ model-b/ --ratios 0.7,0.3 --out merged/`
     """
+    hold_output(out, folder=False)
     if ratios is not None:
         methods: dict[str, Any] = {"--method": method, "--align": align, "--task": task, "--config": config}
         methods["--set"] = overrides
@@ -106,7 +107,6 @@ def _merge_by_method(
     from timm_ext.networks.io import save_network
     from timm_ext.study.sources import load_sources, network_of, start_from
 
-    check_output(out)
     wanted = get_method(method)
     if wanted.adapt != "none" or wanted.learns_ratios:
         raise InputError(f"method: {method} learns on data of the new task; use timm-ext adapt")
@@ -161,7 +161,7 @@ def adapt(
     from timm_ext.study.sources import load_sources, network_of, start_from
     from timm_ext.training.stages import make_sets
 
-    check_output(out / NETWORK_NAME)
+    hold_output(out, folder=True)
     wanted = get_method(method)
     if wanted.adapt == "none" and not wanted.learns_ratios:
         raise InputError(f"method: {method} learns nothing before fine-tuning; use timm-ext merge")

@@ -17,9 +17,9 @@ from timm_ext.cli.common import (
     ValCases,
     ValShare,
     Workers,
-    check_output,
     fit_volumes,
     fitted,
+    hold_output,
     note_settings,
     prepare_labelled,
     settings_dict,
@@ -66,7 +66,7 @@ def train(
     from timm_ext.study.sources import new_network
     from timm_ext.training.stages import fine_tune, make_sets
 
-    check_output(out / NETWORK_NAME)
+    hold_output(out, folder=True)
     checkpoint = None
     chosen = get_task(task)
     if init is not None:
@@ -127,7 +127,7 @@ def fisher(
     from timm_ext.networks.io import load_network
     from timm_ext.training.device import keep_freed_memory
 
-    check_output(out)
+    hold_output(out, folder=False)
     keep_freed_memory()
     model, checkpoint = load_network(network)
     chosen = task_of(task, checkpoint)

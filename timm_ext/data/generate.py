@@ -20,6 +20,7 @@ from timm_ext.data.volume import Array, Volume, write_nifti
 from timm_ext.documents import read_json
 from timm_ext.errors import InputError
 from timm_ext.files import sha256, write_json
+from timm_ext.locks import folder_lock
 
 RECORD_NAME = "generated.json"
 PHANTOM = "phantom"
@@ -139,13 +140,26 @@ def generate_cases(
 
     Raises:
         InputError: settings that do not fit together, a label map that cannot be read, a folder that holds
-            cases of other settings or cannot be written.
+            cases of other settings, cannot be written or is in use.
     """
     out_dir = Path(out_dir)
     if count < 1:
         raise InputError(f"count: expected at least 1 case (got {count})")
     task = _checked(settings)
     subjects = _subjects(settings)
+    with folder_lock(out_dir):
+        return _generate(out_dir, settings, task, subjects, count, workers, progress)
+
+
+def _generate(
+    out_dir: Path,
+    settings: GenerateSettings,
+    task: Task,
+    subjects: Sequence[str | int],
+    count: int,
+    workers: int,
+    progress: Callable[[int, int], None] | None,
+) -> list[Case]:
     _record(out_dir, settings, subjects, count)
     cases = [_paths(out_dir, settings, task, index) for index in range(count)]
     missing = [index for index, case in enumerate(cases) if not _complete(case)]

@@ -5,12 +5,10 @@ fine-tuning run. Its hash covers its settings and the hashes of everything it ne
 either the answer to exactly this question or absent.
 """
 
-import fcntl
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +17,11 @@ from typing import Any
 from timm_ext.documents import read_json
 from timm_ext.errors import InputError
 from timm_ext.files import write_json
+from timm_ext.locks import LOCK_NAME, folder_lock
 
 RECORD = "record.json"
 FAILURE = "failed.json"
 PLAN = "plan.json"
-LOCK = ".lock"
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,30 +154,9 @@ class Folder:
         }
         write_json(self.run_path(step) / RECORD, record)
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the folder for this process; the system releases it however the process ends.
-
-        Raises:
-            InputError: another process holds it, or the folder cannot be written.
-        """
-        path = self.path / LOCK
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - closed below, kept open while locked
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be written ({error.strerror})") from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                file.seek(0)
-                holder = file.read().strip() or "unknown"
-                raise InputError(f"{self.path}: in use by another timm-ext process ({holder})") from error
-            file.truncate(0)
-            file.write(f"{os.getpid()}\n")
-            file.flush()
-            yield
+    def lock(self) -> AbstractContextManager[None]:
+        """Hold the folder for this process; see `timm_ext.locks.folder_lock`."""
+        return folder_lock(self.path)
 
     def claim(self, settings: Mapping[str, Any], *, extendable: Iterable[str] = ()) -> None:
         """Write the plan's settings, or check them against those of the run that is continued here.
@@ -204,7 +181,9 @@ class Folder:
                 raise InputError(
                     f"{self.path}: holds results of other settings ({listing}); choose another folder"
                 )
-        elif self.path.exists() and (others := sorted(p.name for p in self.path.iterdir() if p.name != LOCK)):
+        elif self.path.exists() and (
+            others := sorted(p.name for p in self.path.iterdir() if p.name != LOCK_NAME)
+        ):
             raise InputError(
                 f"{self.path}: expected a new, empty or earlier run's folder (got {others[0]} in it)"
             )

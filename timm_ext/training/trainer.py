@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,8 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from timm_ext.errors import InputError
-from timm_ext.files import write_json
+from timm_ext.files import remove_stale_partials, write_json
+from timm_ext.locks import folder_lock
 from timm_ext.training.device import launch, only_trained, reproducible
 from timm_ext.training.examples import (
     BatchOrder,
@@ -33,7 +35,6 @@ from timm_ext.training.transfer import make_tie
 from timm_ext.training.validation import Validation, validate
 
 SETTINGS_NAME = "settings.json"
-PARTIAL_PATTERN = ".partial-*"  # what a killed process leaves of `timm_ext.files.atomic_write`
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,8 @@ class Trainer:
 
         Raises:
             InputError: no cases, or cases that do not fit the model; a loss that is not finite, with the
-                step and the cases; a folder that holds another run or cannot be written; settings that
-                differ from those of the run that is resumed.
+                step and the cases; a folder that holds another run, is in use or cannot be written; settings
+                that differ from those of the run that is resumed.
         """
         groups = named_groups(model, parameter_groups, self.settings.lr)
         regions = len(first_sample(train_set, "training set")["target"])
@@ -136,7 +137,8 @@ class Trainer:
             )
         fabric = launch(self.settings)
         trained = [parameter for group in groups for parameter in group["params"]]
-        with only_trained(model, trained), reproducible(fabric.device):
+        alone = folder_lock(self.run_dir) if fabric.is_global_zero else nullcontext()
+        with alone, only_trained(model, trained), reproducible(fabric.device):
             run = _Run(
                 self,
                 fabric,
@@ -211,8 +213,7 @@ class _Run:
             )
         length = self._restore(load_state(self.state_path)) if exists else 0
         if self.fabric.is_global_zero:
-            for leftover in self.state_path.parent.glob(PARTIAL_PATTERN):
-                leftover.unlink(missing_ok=True)
+            remove_stale_partials(self.state_path.parent)
             write_json(self.state_path.with_name(SETTINGS_NAME), self.settings.to_dict())
         validation = ("val_loss", "val_dice", *(f"val_dice_{name}" for name in self.regions))
         columns = ("step", "epoch", "loss", *self.rates, *(validation if self.val_set is not None else ()))
