@@ -12,7 +12,16 @@ import pytest
 
 from timm_ext.documents import read_json
 from timm_ext.errors import InputError
-from timm_ext.files import atomic_folder, atomic_write, remove_stale_partials, sha256, write_json
+from timm_ext.files import (
+    atomic_folder,
+    atomic_write,
+    check_outputs,
+    ending_of,
+    remove_stale_partials,
+    sha256,
+    stem_of,
+    write_json,
+)
 
 
 def test_content_appears_whole_under_its_name(tmp_path: Path) -> None:
@@ -182,3 +191,53 @@ def test_sha256(tmp_path: Path) -> None:
     assert sha256(tmp_path / "x") == hashlib.sha256(b"abc" * 1_000_000).hexdigest()
     with pytest.raises(InputError, match="absent: cannot be read"):
         sha256(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "ending"),
+    [
+        ("1.3.12.2.1107.5.4.4.145.nii.gz", "1.3.12.2.1107.5.4.4.145", ".nii.gz"),
+        ("2024.01.31.nii", "2024.01.31", ".nii"),
+        ("v1.2.mgz", "v1.2", ".mgz"),
+        ("net.v2.safetensors", "net.v2", ".safetensors"),
+        ("x.tar.gz", "x.tar", ".gz"),
+        ("SCAN.NII.GZ", "SCAN", ".NII.GZ"),
+        ("plain", "plain", ""),
+    ],
+)
+def test_endings_are_formats_and_other_dots_belong_to_the_name(name: str, stem: str, ending: str) -> None:
+    assert (stem_of(f"a.b/{name}"), ending_of(f"a.b/{name}")) == (stem, ending)
+
+
+def test_temporary_names_hold_no_dots_of_the_name(tmp_path: Path) -> None:
+    name = f"{'1.2.840.' * 28}145.nii.gz"
+    with atomic_write(tmp_path / name) as temporary:
+        temporary.write_text("content")
+        assert temporary.name.endswith(".nii.gz")
+        assert "840" not in temporary.name
+    assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "message"),
+    [
+        (["a", "b", "a"], [], r"b?/?a: expected a name of its own for each output"),
+        (["Case.nii", "case.nii"], [], r"case\.nii: expected a name of its own.*got also .*Case\.nii"),
+        (["caf\u00e9", "cafe\u0301"], [], "expected a name of its own"),
+        (["x/../a", "a"], [], "expected a name of its own"),
+        (["b", "a"], ["a"], r"a: expected an output that is no input \(got the input .*a\)"),
+        (["link"], ["a"], "expected an output that is no input"),
+    ],
+)
+def test_outputs_that_would_overwrite_are_refused(
+    tmp_path: Path, outputs: list[str], inputs: list[str], message: str
+) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "a").touch()
+    (tmp_path / "link").symlink_to("a")
+    with pytest.raises(InputError, match=message):
+        check_outputs([tmp_path / name for name in outputs], [tmp_path / name for name in inputs])
+
+
+def test_outputs_that_are_alone_are_taken(tmp_path: Path) -> None:
+    check_outputs([tmp_path / "a", tmp_path / "b", tmp_path / "c" / "a"], [tmp_path / "d", tmp_path / "d"])

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic writes and content hashes."""
+"""Files that are either whole or absent: names, atomic writes and content hashes."""
 
 import errno
 import hashlib
@@ -9,8 +9,9 @@ import shutil
 import socket
 import stat
 import time
+import unicodedata
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
 from pathlib import Path
@@ -20,14 +21,56 @@ from timm_ext.errors import InputError
 
 _PARTIAL = re.compile(r"\.partial-(?:([0-9a-f]{8})-(\d+)-(\d+)-)?[0-9a-f]{32}(?:\..*)?", re.DOTALL)
 _ABANDONED = 24 * 3600.0  # seconds without a change, of a writer that cannot be seen from here
-_LONGEST_SUFFIX = 16
+_LONGEST_ENDING = 16
+_DOUBLE_ENDINGS = (".nii.gz",)
+
+
+def ending_of(path: Path | str) -> str:
+    """Return the ending that names a file's format: its last suffix, of compressed volumes `.nii.gz`.
+
+    Other dots belong to the name: those of dates, versions and DICOM UIDs say nothing of the format.
+    """
+    name = Path(path).name
+    double = next((ending for ending in _DOUBLE_ENDINGS if name.lower().endswith(ending)), None)
+    return name[-len(double) :] if double else Path(name).suffix
+
+
+def stem_of(path: Path | str) -> str:
+    """Return a file's name without its `ending_of`."""
+    return Path(path).name.removesuffix(ending_of(path))
+
+
+def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path] = ()) -> None:
+    """Refuse outputs of which one would overwrite another, or an input, before the first is written.
+
+    Names that differ only in upper and lower case, or in how an accent is composed, count as one: they are
+    one on the file systems of macOS and Windows.
+
+    Args:
+        outputs: all files that a command is about to write.
+        inputs: files that must stay as they are.
+
+    Raises:
+        InputError: the first output that is not alone.
+    """
+    originals = {_folded(path): path for path in inputs}
+    taken: dict[str, Path] = {}
+    for path in outputs:
+        place = _folded(path)
+        if place in originals:
+            raise InputError(
+                f"{path}: expected an output that is no input (got the input {originals[place]})"
+            )
+        if place in taken:
+            raise InputError(f"{path}: expected a name of its own for each output (got also {taken[place]})")
+        taken[place] = path
 
 
 @contextmanager
 def atomic_write(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path` that takes its name only once it is complete and on disk.
 
-    The temporary name ends in the suffixes of `path`, since writers such as nibabel choose the format by it.
+    The temporary name has the ending of `path`, since writers such as nibabel choose the format by it.
     The file has the permissions that the umask leaves, whatever the writer gave it. What killed writers left
     in the folder is removed when a process first writes there.
 
@@ -107,6 +150,10 @@ def remove_stale_partials(folder: Path | str) -> list[Path]:
     return removed
 
 
+def _folded(path: Path) -> str:
+    return unicodedata.normalize("NFC", os.path.realpath(path)).casefold()
+
+
 def _partial_beside(path: Path) -> Path:
     """Make the folder of `path`, and return a name in it that tells who writes."""
     try:
@@ -114,9 +161,10 @@ def _partial_beside(path: Path) -> Path:
     except FileExistsError:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
     _clean_once(os.path.abspath(path.parent))
-    suffixes = "".join(suffix for suffix in path.suffixes[-2:] if len(suffix) <= _LONGEST_SUFFIX)
+    ending = ending_of(path)
+    ending = ending if len(ending) <= _LONGEST_ENDING else ""
     pid = os.getpid()
-    return path.parent / f".partial-{_machine()}-{pid}-{_start_of(pid) or 0}-{uuid.uuid4().hex}{suffixes}"
+    return path.parent / f".partial-{_machine()}-{pid}-{_start_of(pid) or 0}-{uuid.uuid4().hex}{ending}"
 
 
 @lru_cache(maxsize=4096)

@@ -220,7 +220,10 @@ def test_labels_stored_as_floating_point(tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [(1.5, r"whole numbers as labels \(got 1.5\)"), (-1.0, r"from 0 on \(got -1 to 0\)")],
+    [
+        (1.5, r"whole numbers as labels \(got 1\.5 at voxel \(0, 0, 1\)\)"),
+        (-1.0, r"from 0 on \(got -1 to 0\)"),
+    ],
 )
 def test_bad_labels(tmp_path, value, message):
     save(tmp_path / "a.nii", np.array([[[0.0, value]]], dtype=np.float32))

@@ -12,6 +12,7 @@ from timm_ext.data.noise import keyed_generator, smooth_noise
 from timm_ext.data.phantom import brain_labels
 from timm_ext.data.tasks import FREESURFER_TO_CLASS, freesurfer_classes
 from timm_ext.data.volume import SUFFIXES, Affine, Array, Volume, read_labels, to_canonical
+from timm_ext.data.volume_file import volume_files
 from timm_ext.errors import InputError
 
 Tissue = npt.NDArray[np.uint8]
@@ -62,20 +63,7 @@ def label_map_files(folder: Path | str) -> dict[str, Path]:
     Raises:
         InputError: there is no such folder, it holds no label map, or two have one name.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: expected a folder of label maps (got no such folder)")
-    files: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        suffix = next((suffix for suffix in (".nii.gz", *SUFFIXES) if path.name.endswith(suffix)), None)
-        if suffix is None or path.name.startswith("."):
-            continue
-        name = path.name.removesuffix(suffix)
-        if name in files:
-            raise InputError(
-                f"{folder}: expected one label map per name (got {files[name].name}, {path.name})"
-            )
-        files[name] = path
+    files = volume_files(folder)
     if not files:
         raise InputError(f"{folder}: expected label maps ({', '.join(SUFFIXES)}; got none)")
     return files

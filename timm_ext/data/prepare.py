@@ -23,7 +23,7 @@ from timm_ext.data.store import Arrays, read_array, read_notes, write_entry
 from timm_ext.data.tasks import Labels, Task, task_to_dict
 from timm_ext.data.volume import Affine, Volume, read_labels, read_volume, resample, same_grid, to_canonical
 from timm_ext.errors import InputError
-from timm_ext.files import sha256
+from timm_ext.files import ending_of, sha256
 
 
 @dataclass(frozen=True)
@@ -343,7 +343,7 @@ def _key(case: Case, task: Task, settings: PrepareSettings) -> str:
         "code": _code_version(),
         "settings": {key: value for key, value in asdict(settings).items() if key != "empty_labels"},
         "task": {key: described[key] for key in ("modalities", "labels", "exclusive", "freesurfer")},
-        "files": [(sha256(file), file.name.split(".")[-1]) for file in files],
+        "files": [(sha256(file), ending_of(file)) for file in files],
         "label": case.label is not None,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
@@ -352,6 +352,6 @@ def _key(case: Case, task: Task, settings: PrepareSettings) -> str:
 @once
 def _code_version() -> str:
     """Hash the code that makes the arrays, so that an entry of another version is never taken."""
-    names = ("bias", "grid", "normalise", "prepare", "store", "tasks", "volume")
+    names = ("bias", "grid", "normalise", "prepare", "store", "tasks", "volume", "volume_file")
     hashes = [sha256(Path(__file__).with_name(f"{name}.py")) for name in names]
     return hashlib.sha256("".join(hashes).encode()).hexdigest()

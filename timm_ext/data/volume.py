@@ -3,6 +3,7 @@
 The only place where axes are turned or signs change between the RAS of NIfTI and the LPS of ITK.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,14 +14,17 @@ import numpy.typing as npt
 import SimpleITK as sitk  # noqa: N813 (the name its documentation uses)
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 
+from timm_ext.data.volume_file import SUFFIXES as SUFFIXES
+from timm_ext.data.volume_file import Affine as Affine
+from timm_ext.data.volume_file import Array as Array
+from timm_ext.data.volume_file import Header, read_header, read_stored
 from timm_ext.errors import InputError
 from timm_ext.files import atomic_write
+from timm_ext.machine import check_memory
 
-Array = npt.NDArray[Any]
-Affine = npt.NDArray[np.float64]
 Interpolation = Literal["linear", "nearest"]
 
-SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh")
+_MOST_ROUNDING = 1e-3
 _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0])
 _FWHM_TO_SIGMA = 1.0 / (2.0 * np.sqrt(2.0 * np.log(2.0)))
 
@@ -59,47 +63,63 @@ def spacing_of(affine: Affine) -> tuple[float, float, float]:
 def read_volume(path: Path | str, *, nonfinite: Literal["error", "zero"] = "error") -> Volume:
     """Read a three-dimensional NIfTI (`.nii`, `.nii.gz`) or FreeSurfer (`.mgz`, `.mgh`) file.
 
-    Axes of length 1 behind the third are dropped. Scaled data are returned as float32 or float64, others in
-    the file's own type (native byte order).
+    The file is decompressed once and checked to its end. Axes of length 1 behind the third are dropped.
+    Scaled data are returned as float32 or float64, others in the file's own type (native byte order).
 
     Args:
         path: the file.
         nonfinite: what to do with NaN or infinite voxels: refuse the file, or set them to 0.
 
     Raises:
-        InputError: the file is missing, of another kind, truncated or corrupt, is not three-dimensional, has
-            a singular affine, or holds values that are not finite real numbers.
+        InputError: the file is missing, of another kind, truncated or corrupt, does not fit in memory, is
+            not three-dimensional, has an affine that is singular or reaches beyond 100 m, or holds values
+            that are not finite real numbers.
     """
-    image = _load(path)
-    shape = tuple(int(length) for length in image.shape)
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    if len(shape) != 3 or min(shape) < 1:
-        raise InputError(f"{path}: expected a volume with 3 axes (got shape {tuple(map(int, image.shape))})")
-    affine = _checked_affine(image.affine, path)
-    try:
-        data = np.asanyarray(image.dataobj).reshape(shape)
-    except Exception as error:  # see _load
-        raise _unreadable(path, error) from error
-    if data.dtype.kind not in "fiub":
-        raise InputError(f"{path}: expected real numbers (got voxels of type {data.dtype})")
-    data = np.ascontiguousarray(data, dtype=data.dtype.newbyteorder("="))
-    return Volume(_finite(data, path, nonfinite), affine)
+    return _read(path, nonfinite)[0]
 
 
 def read_labels(path: Path | str) -> Volume:
-    """Read a label volume as int32; labels stored as floating-point numbers are taken when they are whole.
+    """Read a label volume as int32.
+
+    Labels stored as floating-point numbers, or scaled by a header, are taken where they are within 1e-3 of
+    whole numbers: programs that read labels as float and write them under a header of integers leave such
+    traces.
 
     Raises:
         InputError: as `read_volume`; or a label is negative, fractional or too large for int32.
     """
-    volume = read_volume(path)
+    volume, header = _read(path, "error")
     data = volume.data
-    if data.dtype.kind == "f" and (fractional := data[data != np.rint(data)]).size:
-        raise InputError(f"{path}: expected whole numbers as labels (got {fractional.flat[0]:g})")
+    if data.dtype.kind == "f":
+        whole = np.rint(data)
+        if (fractional := np.abs(data - whole) > _MOST_ROUNDING).any():
+            raise _no_label(path, data, fractional, header)
+        data = whole
     if data.min() < 0 or data.max() > np.iinfo(np.int32).max:
         raise InputError(f"{path}: expected labels from 0 on (got {data.min():g} to {data.max():g})")
     return Volume(data.astype(np.int32), volume.affine)
+
+
+def _read(path: Path | str, nonfinite: str) -> tuple[Volume, Header]:
+    data, header = read_stored(path)
+    if data.dtype.kind not in "fiub":
+        raise InputError(f"{path}: expected real numbers (got voxels of type {data.dtype})")
+    dtype = np.dtype(np.float64) if data.dtype.itemsize > 8 else data.dtype.newbyteorder("=")
+    with np.errstate(over="ignore"):  # beyond float64 is infinite and refused as such
+        data = np.ascontiguousarray(data, dtype=dtype)
+    return Volume(_finite(data, path, nonfinite), header.affine), header
+
+
+def _no_label(path: Path | str, data: Array, fractional: Array, header: Header) -> InputError:
+    place = tuple(int(index) for index in np.argwhere(fractional)[0])
+    scaling = (
+        f", stored with scl_slope {header.slope:.9g} and scl_inter {header.intercept:.9g}"
+        if header.scaled
+        else ""
+    )
+    return InputError(
+        f"{path}: expected whole numbers as labels (got {data[place]:.12g} at voxel {place}{scaling})"
+    )
 
 
 def write_nifti(path: Path | str, volume: Volume, *, like: Path | str | None = None) -> None:
@@ -174,10 +194,13 @@ def resample(volume: Volume, spacing: tuple[float, float, float], interpolation:
         interpolation: `linear` for images and probabilities, `nearest` for labels.
 
     Returns:
-        `[D', H', W']`, each length being the field of view over the new spacing, rounded, at least 1.
+        `[D', H', W']`, see `resampled_shape`.
+
+    Raises:
+        InputError: the result does not fit in memory.
     """
     old, new = np.array(volume.spacing), np.array(spacing, dtype=np.float64)
-    shape = np.maximum(1, np.rint(np.array(volume.shape) * old / new)).astype(int)
+    shape = np.array(resampled_shape(volume, spacing))
     affine = volume.affine.copy()
     affine[:3, :3] *= new / old
     old_centre = volume.affine[:3, :3] @ ((np.array(volume.shape) - 1) / 2)
@@ -186,6 +209,13 @@ def resample(volume: Volume, spacing: tuple[float, float, float], interpolation:
         volume = _smoothed(volume, np.sqrt(np.maximum(new**2 - old**2, 0.0)) * _FWHM_TO_SIGMA)
     depth, height, width = shape.tolist()
     return resample_to(volume, (depth, height, width), affine, interpolation)
+
+
+def resampled_shape(volume: Volume, spacing: tuple[float, float, float]) -> tuple[int, int, int]:
+    """Return the shape after resampling: each field of view over the new spacing, rounded, at least 1."""
+    fields = zip(volume.shape, volume.spacing, spacing, strict=True)
+    depth, height, width = (max(1, round(length * old / new)) for length, old, new in fields)
+    return depth, height, width
 
 
 def resample_to(
@@ -201,7 +231,13 @@ def resample_to(
 
     Returns:
         `[D', H', W']` in float32 for `linear` (float64 stays), in the volume's own type for `nearest`.
+
+    Raises:
+        InputError: the result does not fit in memory.
     """
+    size = volume.data.dtype.itemsize if interpolation == "nearest" else max(4, volume.data.dtype.itemsize)
+    # The result, and one copy in another order of axes.
+    check_memory(2 * size * math.prod(shape), f"resampling from {volume.shape} to {tuple(shape)} voxels")
     image = to_itk(volume, linear=interpolation == "linear")
     spacing, direction, origin = _itk_geometry(affine)
     method = sitk.sitkLinear if interpolation == "linear" else sitk.sitkNearestNeighbor
@@ -257,32 +293,6 @@ def _reorient(volume: Volume, orientation: Array) -> Volume:
     return Volume(np.ascontiguousarray(turned.reshape(*channels, *turned.shape[1:])), affine)
 
 
-def _load(path: Path | str) -> Any:
-    path = Path(path)
-    if not path.name.endswith(SUFFIXES):
-        raise InputError(f"{path}: expected a file that ends in {', '.join(SUFFIXES)}")
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        return nib.load(path, mmap=False)
-    except Exception as error:  # on damaged bytes nibabel raises whatever its parsing trips over
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path | str, error: BaseException) -> InputError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return InputError(f"{path}: cannot be read, the file is truncated or corrupt ({reason})")
-
-
-def _checked_affine(affine: Any, path: Path | str) -> Affine:
-    matrix = np.asarray(affine, dtype=np.float64)
-    lengths = np.linalg.norm(matrix[:3, :3], axis=0)
-    regular = np.isfinite(matrix).all() and lengths.min() > 0
-    if not regular or abs(np.linalg.det(matrix[:3, :3] / lengths)) < 1e-3:
-        raise InputError(f"{path}: expected an affine that can be inverted (got {matrix.tolist()})")
-    return matrix
-
-
 def _finite(data: Array, path: Path | str, nonfinite: str) -> Array:
     if data.dtype.kind != "f" or (bad := ~np.isfinite(data)).sum() == 0:
         return data
@@ -295,20 +305,19 @@ def _finite(data: Array, path: Path | str, nonfinite: str) -> Array:
 
 
 def _image_like(data: Array, volume: Volume, like: Path | str) -> Any | None:
-    source = _load(like)
-    shape = tuple(int(length) for length in source.shape[:3])
-    grid = Volume(np.empty((0, *shape), dtype=np.uint8), _checked_affine(source.affine, like))
+    source = read_header(like)
+    grid = Volume(np.empty((0, *source.shape[:3]), dtype=np.uint8), source.affine)
     if not same_grid(volume, grid):
         raise InputError(
             f"{like}: expected the grid of the volume to write, shape {volume.shape} and affine "
-            f"{volume.affine.tolist()} (got {shape} and {grid.affine.tolist()})"
+            f"{volume.affine.tolist()} (got {grid.shape} and {grid.affine.tolist()})"
         )
-    if not isinstance(source, nib.Nifti1Image):
+    if not isinstance(source.header, nib.Nifti1Header):
         return None
     header = source.header.copy()
-    header.extensions.clear()
     header["descrip"], header["aux_file"], header["intent_name"] = b"", b"", b""
     header["intent_code"], header["cal_min"], header["cal_max"] = 0, 0, 0
     header.set_data_dtype(data.dtype)
     header.set_slope_inter(1, 0)
-    return type(source)(data, source.affine, header)
+    kind: Any = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    return kind(data, source.affine, header)
