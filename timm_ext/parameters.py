@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import pairwise
@@ -123,6 +123,32 @@ def split_parameters(model: nn.Module, *, heads: Sequence[str], transfer_norms: 
     )
 
 
+def buffer_owners(model: nn.Module, shared: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Return the buffers that follow shared parameters, each with the names of those parameters.
+
+    A buffer belongs to the parameters of its module or, if that has none, of the nearest module around it
+    that has some: the running mean of a norm to the norm's weight and bias. Where these are all
+    task-specific, it is, too. Buffers that are no part of the state are left out.
+
+    Args:
+        model: the network.
+        shared: names of its shared parameters, each its parameter's first.
+    """
+    aliases = parameter_aliases(model)
+    wanted = set(shared)
+    owners = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if name in aliases or not isinstance(value, Tensor):
+            continue
+        path = name.rpartition(".")[0]
+        while path and not any(True for _ in model.get_submodule(path).parameters()):
+            path = path.rpartition(".")[0]
+        inside = {first for other, first in aliases.items() if not path or other.startswith(f"{path}.")}
+        if inside & wanted:
+            owners[name] = tuple(first for first in shared if first in inside)
+    return owners
+
+
 def _norm_parameters(model: nn.Module) -> Iterator[str]:
     for path, module in model.named_modules(remove_duplicate=False):
         if is_norm(module):
@@ -172,9 +198,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Layout:
-    """Order and place of named tensors in one flat buffer of P elements."""
+    """Order and place of named tensors in one flat buffer of P elements.
+
+    Attributes:
+        entries: the tensors, in order.
+        buffers: names of the model's buffers that belong to them, see `buffer_owners`; none without a model.
+    """
 
     entries: tuple[Entry, ...]
+    buffers: tuple[str, ...] = field(default=(), compare=False)
 
     @classmethod
     def from_model(cls, model: nn.Module, names: Sequence[str]) -> "Layout":
@@ -186,7 +218,8 @@ class Layout:
         parameters = named_parameters(model)
         if unknown := [name for name in names if name not in parameters]:
             raise InputError(f"layout: expected names of the model's parameters (got {', '.join(unknown)})")
-        return cls(tuple(_entry_of(model, name, parameters[name]) for name in names))
+        entries = tuple(_entry_of(model, name, parameters[name]) for name in names)
+        return cls(entries, tuple(buffer_owners(model, names)))
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Layout":

@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from timm_ext.checkpoint import load_checkpoint, save_checkpoint
 from timm_ext.cli import run
-from timm_ext.networks.io import load_network
+from timm_ext.data.tasks import get_task, task_to_dict
+from timm_ext.networks.io import load_network, save_network
+from timm_ext.networks.registry import build_network
 
 
 def test_merge_is_the_fisher_weighted_mean_of_the_files(place, tmp_path):
@@ -51,6 +53,29 @@ def test_merge_aligns_the_networks_first(place, tmp_path):
     arguments = ["merge", *sources(place), "--method", "mean-aligned", "--task", "brats"]
     assert run([*arguments, "--out", str(named)]) == 0
     assert all(torch.equal(load_file(named)[name], merged[name]) for name in names)
+
+
+@pytest.mark.parametrize("norms", [True, False])
+def test_running_statistics_are_merged_or_said_to_start_over(tmp_path, capsys, norms):
+    options = {"channels": [4, 8], "strides": [2], "num_res_units": 1, "norm": "batch"}
+    for number in (1, 2):
+        model = build_network("monai.UNet", in_channels=2, out_channels=7, seed=number, **options).train()
+        generator = torch.Generator().manual_seed(number)
+        for _ in range(number):
+            model(torch.rand(2, 2, 8, 8, 8, generator=generator))
+        task = task_to_dict(get_task("parcellation-1-7"))
+        save_network(tmp_path / f"m{number}.safetensors", model, task=task)
+    paths, out = [str(tmp_path / f"m{number}.safetensors") for number in (1, 2)], tmp_path / "out.safetensors"
+    arguments = ["merge", *paths, "--method", "mean-imm", "--set", f"merge.transfer_norms={norms}"]
+    assert run([*arguments, "--out", str(out)]) == 0
+    told = capsys.readouterr().out
+    one, two, got = (load_file(path) for path in (*paths, out))
+    name = "model.0.conv.unit0.adn.N"
+    wanted = (one[f"{name}.running_mean"] + two[f"{name}.running_mean"]) / 2
+    torch.testing.assert_close(got[f"{name}.running_mean"], wanted if norms else torch.zeros(4))
+    assert got[f"{name}.num_batches_tracked"] == (2 if norms else 0)
+    assert (name in told) is not norms
+    assert "start over, as these norms do" in told  # those of the heads
 
 
 def test_adapt_by_medmerge(place, tmp_path, capsys):

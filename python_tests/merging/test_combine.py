@@ -33,9 +33,10 @@ def test_a_soup_of_one_network_is_the_network() -> None:
     assert all(torch.equal(p, q) for p, q in zip(soup.parameters(), one.parameters(), strict=True))
 
 
-def test_whole_numbers_are_the_first_ones() -> None:
+def test_of_counters_the_largest_is_taken() -> None:
     networks = [nn.BatchNorm1d(1), nn.BatchNorm1d(1)]
-    networks[0].num_batches_tracked += 3
+    networks[0].num_batches_tracked += 1
+    networks[1].num_batches_tracked += 3
     networks[1].running_mean += 4
     soup = uniform_soup(networks)
     assert soup.num_batches_tracked.item() == 3

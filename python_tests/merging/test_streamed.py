@@ -251,7 +251,46 @@ def test_all_integers_that_differ_are_listed(tmp_path, pair):
     other["position_ids"] = other["position_ids"] + 1
     other["mask"] = ~other["mask"]
     save_file(other, pair[1])
-    refused(tmp_path, r"(?s)same integers in all of them \(got 2 that differ\).*(mask|position_ids).*", pair)
+    refused(
+        tmp_path,
+        r"(?s)integers and booleans in all of them \(got 2 that differ\).*(mask|position_ids)",
+        pair,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_of_counters_the_largest_is_taken(tmp_path, small_blocks, dtype):
+    counts = [torch.tensor(n, dtype=dtype) for n in (3, 200, 7)]
+    many = [torch.full((1000,), n, dtype=dtype) for n in (9, 8, 100)]
+    models = [
+        {"norm.running_mean": torch.rand(4), "norm.num_batches_tracked": n, "more.num_batches_tracked": m}
+        for n, m in zip(counts, many, strict=True)
+    ]
+    paths = [save(tmp_path / f"{i}.safetensors", model) for i, model in enumerate(models)]
+    done = merge_checkpoints(paths, tmp_path / "out.safetensors", ratios=(1, 2, 1))
+    got = load(tmp_path / "out.safetensors")
+    assert got["norm.num_batches_tracked"] == 200
+    assert got["norm.num_batches_tracked"].dtype == dtype
+    assert torch.equal(got["more.num_batches_tracked"], many[2])
+    mean = sum(r / 4 * model["norm.running_mean"] for r, model in zip((1, 2, 1), models, strict=True))
+    torch.testing.assert_close(got["norm.running_mean"], mean)
+    assert set(done.counters) == {"norm.num_batches_tracked", "more.num_batches_tracked"}
+    assert done.copied == done.without_fisher == ()
+    assert done.nbytes_read == sum(t.nbytes for model in models for t in model.values())
+
+
+def test_eight_bit_numbers_are_taken_where_they_agree(tmp_path):
+    model = {"w": torch.randn(8, 8).to(torch.float8_e4m3fn), "scale": torch.rand(8)}
+    paths = [
+        save(tmp_path / f"{i}.safetensors", model | {"scale": torch.full((8,), i + 1.0)}) for i in (0, 1)
+    ]
+    merge_checkpoints(paths, tmp_path / "out.safetensors", ratios=(1, 1))
+    got = load(tmp_path / "out.safetensors")
+    assert torch.equal(got["w"].float(), model["w"].float())
+    assert torch.equal(got["scale"], torch.full((8,), 1.5))
+    save(tmp_path / "1.safetensors", model | {"w": torch.zeros(8, 8).to(torch.float8_e4m3fn)})
+    with pytest.raises(InputError, match=r"expected weights of 16 bits or more.*F8_E4M3.*convert"):
+        merge_checkpoints(paths, tmp_path / "out.safetensors", ratios=(1, 1))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -72,7 +72,8 @@ def merge(
 ) -> None:
     """Merge source networks into an initialisation for a task, or any checkpoints as they are.
 
-    By a method, heads and, unless `merge.transfer_norms` is set, norms start anew. With `--ratios`, every
+    By a method, heads and, unless `merge.transfer_norms` is set, norms start anew, running statistics with
+    them; those of merged norms are the mean of the sources' by the same ratios. With `--ratios`, every
     tensor is merged and nothing starts anew: checkpoints of any architecture, safetensors files or folders of
     shards, larger than memory if need be, optionally weighted by one `--fisher` of the same layout for each.
 
@@ -117,6 +118,7 @@ def _merge_by_method(
     target = network_of(sources, chosen, settings.merge.seed)
     start = start_from(method, target, chosen, sources, settings.merge)
     _tell_unseen(sources, chosen, settings.merge)
+    _tell_statistics(target, start)
     save_network(
         out,
         start.model,
@@ -173,6 +175,7 @@ def adapt(
     target = network_of(sources, chosen, settings.merge.seed)
     start = start_from(method, target, chosen, sources, settings.merge)
     _tell_unseen(sources, chosen, settings.merge)
+    _tell_statistics(target, start)
     settings = fit_volumes(settings, target)
     parts = training_parts(data, val, val_share, chosen, settings, cache or out / "prepared", workers)
     train_set, val_set = make_sets(*parts, chosen, settings.train)
@@ -205,6 +208,21 @@ def _tell_unseen(sources: "Sources", task: "Task", recipe: "Recipe") -> None:
                 f"{name} never saw {', '.join(own)}: there the first layer starts with the new network's own "
                 "weights (merge.unseen names a modality to start from)"
             )
+
+
+def _tell_statistics(target: "nn.Module", start: "Start") -> None:
+    """Say which running statistics do not come from the sources."""
+    from timm_ext.errors import listed
+    from timm_ext.parameters import buffer_owners
+
+    merged = buffer_owners(target, start.split.shared)
+    names = [name for name, _ in target.named_buffers() if name.endswith(".running_mean")]
+    own = [name.rpartition(".")[0] for name in names if name not in merged]
+    if own and start.method.models:
+        print(
+            f"running statistics of {len(own)} norms start over, as these norms do "
+            f"(merge.transfer_norms=true merges those outside the heads): {listed(own)}"
+        )
 
 
 def _learn(

@@ -50,6 +50,7 @@ def merge_as_they_are(
     )
     print(f"{out}: {done.tensors} tensors of {shares}")
     _tell_exceptions("copied, being no floating-point numbers", done.copied)
+    _tell_exceptions("taken from the source with the largest number", done.counters)
     _tell_exceptions("merged by the ratios alone, having no Fisher", done.without_fisher)
     moved = done.nbytes_read + done.nbytes_written
     print(f"{moved / 1e9:.2f} GB read and written in {seconds:.1f} s, {moved / seconds / 1e9:.2f} GB/s")

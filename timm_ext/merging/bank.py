@@ -1,7 +1,7 @@
 """Weights and Fishers of all source models as two planes that the merge reads once."""
 
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from timm_ext._library import prefer_huge_pages
 from timm_ext.checkpoint import load_checkpoint, non_finite, save_checkpoint
-from timm_ext.errors import InputError
+from timm_ext.errors import InputError, lines_of
+from timm_ext.merging.buffers import Buffers
 from timm_ext.parameters import Layout, compatibility_report
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ Normalization = Literal["tensor", "model"]
 FisherStorage = Literal["raw", "shares"]
 
 _ALIGNMENT = 64  # elements between the starts of rows
+_VALUES, _FIXED = "buffers.", "fixed buffers."  # in front of names in a file
 _PAGE = 4096  # bytes; rows that start a whole number of pages apart compete for the same cache sets
 
 
@@ -35,6 +37,7 @@ class Bank:
         sources: names of the T models.
         normalize: how the Fishers were scaled, see `build`.
         fisher_storage: what stands in for each Fisher, see `build`; None without Fishers.
+        buffers: of the source models, as far as they belong to the layout's tensors and were given.
     """
 
     planes: Tensor
@@ -42,6 +45,7 @@ class Bank:
     sources: tuple[str, ...]
     normalize: Normalization | None = None
     fisher_storage: FisherStorage | None = None
+    buffers: Buffers = field(default_factory=Buffers)
 
     @classmethod
     def build(
@@ -70,7 +74,8 @@ class Bank:
         by 2^-25.
 
         Args:
-            models: parameters by name for each source model; names beyond the layout's are ignored.
+            models: the state of each source model, or its parameters alone, by name; tensors that are neither
+                the layout's nor buffers that belong to these are ignored.
             fishers: of the same models in the same order, or None.
             layout: the shared parameters.
             normalize: None leaves the Fishers as they are; their `scaling` must then agree.
@@ -80,13 +85,15 @@ class Bank:
         Raises:
             InputError: no model, tensors that do not fit the layout, weights that are not finite (in
                 `dtype`), Fishers that are negative or not finite, all of them listed with model and tensor;
-                raw Fishers in float16, whose range they would leave.
+                raw Fishers in float16, whose range they would leave; buffers that `Buffers.collect` refuses.
         """
         _check_arguments(models, fishers, normalize)
         fisher_storage = _choose_storage(fisher_storage, dtype)
         _check_tensors(models, fishers or (), layout)
+        buffers = Buffers.collect(models, layout.buffers)
         planes = empty_planes(1 if fishers is None else 2, len(models), layout.numel, dtype)
-        bank = cls(planes, layout, tuple(models), normalize, None if fishers is None else fisher_storage)
+        stored = None if fishers is None else fisher_storage
+        bank = cls(planes, layout, tuple(models), normalize, stored, buffers)
         for row, tensors in zip(bank.theta, models.values(), strict=True):
             layout.flatten(tensors, out=row)
         _check_stored(bank.theta, models, layout)
@@ -137,7 +144,9 @@ class Bank:
             for kind, plane in zip(("theta", "fisher"), self.planes, strict=False)
             for index, row in enumerate(plane)
         }
-        return save_checkpoint(path, rows, kind="bank", bank=about, **metadata)
+        buffers = {f"{_VALUES}{name}": value for name, value in self.buffers.values.items()}
+        buffers |= {f"{_FIXED}{name}": value for name, value in self.buffers.fixed.items()}
+        return save_checkpoint(path, rows | buffers, kind="bank", bank=about, **metadata)
 
     @classmethod
     def load(cls, path: Path | str) -> "Bank":
@@ -157,9 +166,14 @@ class Bank:
             for plane, kind in zip(planes, kinds, strict=True):
                 for index, row in enumerate(plane):
                     row[: layout.numel] = checkpoint.tensors.pop(f"{kind}.{index}")
-            return cls(planes, layout, sources, about["normalize"], about["fisher_storage"])
+            buffers = Buffers(*(_named(checkpoint.tensors, prefix) for prefix in (_VALUES, _FIXED)))
+            return cls(planes, layout, sources, about["normalize"], about["fisher_storage"], buffers)
         except (KeyError, TypeError, RuntimeError) as error:
             raise InputError(f"{path}: expected a bank written by timm_ext (got {error!r})") from error
+
+
+def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def empty_planes(planes: int, models: int, elements: int, dtype: torch.dtype) -> Tensor:
@@ -252,7 +266,7 @@ def _check_stored(plane: Tensor, rows: Iterable[str], layout: Layout) -> None:
 def _refuse(expected: str, lines: Sequence[str]) -> None:
     if lines:
         raise InputError(
-            "\n  ".join([f"bank: expected {expected} (got {len(lines)} tensors that are not)", *lines])
+            f"bank: expected {expected} (got {len(lines)} tensors that are not){lines_of(lines)}"
         )
 
 

@@ -20,11 +20,13 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from timm_ext.errors import InputError
 from timm_ext.files import sync
+from timm_ext.merging.buffers import is_counter
 from timm_ext.merging.shards import Place
 from timm_ext.ops import fused_merge
 
@@ -34,6 +36,7 @@ _SECTOR = 4096  # what unbuffered writes are multiples of
 _APART = 1088  # bytes between rows; rows whole pages apart compete for the same cache sets
 _OPEN_FILES = 64  # of a worker
 
+INTEGERS = {f"{kind}{8 * size}": f"<{kind.lower()}{size}" for kind in "IU" for size in (1, 2, 4, 8)}
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -52,9 +55,19 @@ class Item:
     fisher: tuple[Place, ...] = ()
 
     @property
+    def counter(self) -> bool:
+        """Whether it counts batches, of which the largest number is taken."""
+        return is_counter(self.name) and self.theta[0].dtype in INTEGERS
+
+    @property
     def copied(self) -> bool:
-        """Whether it is taken as it is: integers, booleans and types without arithmetic."""
-        return self.theta[0].dtype not in DTYPES
+        """Whether it is taken as it is: other integers, booleans and types without arithmetic."""
+        return self.theta[0].dtype not in DTYPES and not self.counter
+
+    @property
+    def merged_plainly(self) -> bool:
+        """Whether it is merged by the ratios alone."""
+        return self.theta[0].dtype in DTYPES and not self.fisher
 
     @property
     def nbytes(self) -> int:
@@ -226,6 +239,9 @@ class _Merger:
         if item.copied:
             self._files.read(item.theta[0], offset, out.numpy().data)
             return
+        if item.counter:
+            self._take_largest(item, offset, out)
+            return
         out = out.view(DTYPES[item.theta[0].dtype])
         theta = self._read("theta", item.theta, offset, out.numel())
         fisher = None
@@ -233,6 +249,13 @@ class _Merger:
             fisher = self._read("fisher", item.fisher, item.offset_in(item.fisher[0], offset), out.numel())
             _check_fisher(fisher, item)
         self._merge_rows(theta, fisher, out, item)
+
+    def _take_largest(self, item: Item, offset: int, out: Tensor) -> None:
+        rows = self._plane("counter", torch.uint8, out.numel())
+        for row, place in zip(rows, item.theta, strict=True):
+            self._files.read(place, offset, row.numpy().data)
+        dtype = INTEGERS[item.theta[0].dtype]
+        np.maximum.reduce([row.numpy().view(dtype) for row in rows], out=out.numpy().view(dtype))
 
     def _merge_rows(self, theta: Tensor, fisher: Tensor | None, out: Tensor, item: Item) -> None:
         kept = None if isfinite(theta.sum()) else _non_finite(theta, item)

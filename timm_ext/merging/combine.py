@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from timm_ext.parameters import check_compatible
+from timm_ext.merging.buffers import Buffers, set_buffers
+from timm_ext.parameters import check_compatible, named_parameters, parameter_aliases
 
 
 class LogitEnsemble(nn.Module):
@@ -32,7 +33,7 @@ class LogitEnsemble(nn.Module):
 def uniform_soup(networks: Sequence[nn.Module]) -> nn.Module:
     """Return a network with the mean of the networks' weights, θ* = Σ_t θ_t / T, heads and norms included.
 
-    Buffers of whole numbers are those of the first network.
+    Buffers are those of a merge with equal ratios, see `timm_ext.merging.buffers.Buffers`.
 
     Source: Wortsman et al., Model soups, ICML 2022, section 2.
 
@@ -40,14 +41,17 @@ def uniform_soup(networks: Sequence[nn.Module]) -> nn.Module:
         networks: of one architecture, at least one; they are not changed.
 
     Raises:
-        InputError: the networks differ in their tensors; all that do are listed.
+        InputError: the networks differ in their tensors, or in buffers that have no mean; all are listed.
     """
     states = {f"network {number}": network.state_dict() for number, network in enumerate(networks, 1)}
     check_compatible(states)
     soup = copy.deepcopy(networks[0])
+    own = soup.state_dict()
+    buffers = Buffers.collect(states, [name for name in own if name not in parameter_aliases(soup)])
+    equal = torch.full((1, len(networks)), 1 / len(networks), dtype=torch.float64)
+    set_buffers(soup, buffers.merged(dict.fromkeys(buffers.values, equal)))
     with torch.no_grad():
-        for name, value in soup.state_dict().items():
-            if value.is_floating_point():
-                values = torch.stack([state[name].to(value.device) for state in states.values()])
-                value.copy_(values.double().mean(dim=0))
+        for name, parameter in named_parameters(soup).items():
+            values = torch.stack([state[name].to(parameter.device) for state in states.values()])
+            parameter.copy_(values.double().mean(dim=0))
     return soup

@@ -1,7 +1,8 @@
 """From source networks to an initialised target network."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor, nn
 from timm_ext.errors import InputError
 from timm_ext.groups import Granularity
 from timm_ext.merging.bank import Bank, FisherStorage, Normalization
+from timm_ext.merging.buffers import check_buffers, set_buffers
 from timm_ext.merging.merged_model import MergedModel
 from timm_ext.merging.methods import Method, get_method
 from timm_ext.merging.mixing import Mixing, anchored_logits
 from timm_ext.merging.modalities import fit_to_target
-from timm_ext.parameters import Layout, Split, check_compatible, named_parameters
+from timm_ext.parameters import Layout, Split, check_compatible, named_parameters, parameter_aliases
 
 if TYPE_CHECKING:
     from timm_ext.fisher.result import Fisher
@@ -38,7 +40,7 @@ def assemble_bank(
 
     Args:
         network: the target network, whose own weights stay for modalities that a source never saw.
-        models: parameters (or the state) of each source network by its name.
+        models: the state (or the parameters) of each source network by its name.
         fishers: of the same models in the same order, or None.
         split: which of the target's parameters are shared.
         source_modalities: of each source network.
@@ -53,7 +55,10 @@ def assemble_bank(
         InputError: the networks differ in more than their task-specific tensors, all of which are listed,
             or what `match_input_channels` and `Bank.build` refuse.
     """
-    check_compatible(models, ignore=(*split.specific, *input_layers))
+    layout = Layout.from_model(network, split.shared)
+    parameters = parameter_aliases(network)
+    own_buffers = [name for name in network.state_dict() if name not in {*parameters, *layout.buffers}]
+    check_compatible(models, ignore=(*split.specific, *input_layers, *own_buffers))
     if len(source_modalities) != len(models):
         raise InputError(
             f"modalities: expected those of each of {len(models)} models (got {len(source_modalities)} lists)"
@@ -78,7 +83,7 @@ def assemble_bank(
     return Bank.build(
         {name: tensors for name, (tensors, _) in zip(models, fitted, strict=True)},
         fitted_fishers if fishers is not None else None,
-        Layout.from_model(network, split.shared),
+        layout,
         normalize=normalize,
         fisher_storage=fisher_storage,
         dtype=dtype,
@@ -145,14 +150,30 @@ def build_initialisation(
             initial_logits=initial_logits,
             with_offset=method.weight_pull > 0,
         )
-    return _with_shared(network, bank, method.shared(bank))
+    return _with_shared(network, bank, method.shared)
 
 
-def _with_shared(network: nn.Module, bank: Bank, merged: Tensor) -> nn.Module:
+def _with_shared(network: nn.Module, bank: Bank, merge: Callable[[Bank], Tensor]) -> nn.Module:
+    """Return a copy of the network with the bank's parameters, and the buffers beside them, merged."""
     result = copy.deepcopy(network)
     parameters = named_parameters(result)
     check_compatible({"network": parameters}, layout=bank.layout)
+    check_buffers(result, bank.buffers.shapes())
+    set_buffers(result, _merged_buffers(bank, merge))
     with torch.no_grad():
-        for name, tensor in bank.layout.split(merged).items():
+        for name, tensor in bank.layout.split(merge(bank)).items():
             parameters[name].copy_(tensor)
     return result
+
+
+def _merged_buffers(bank: Bank, merge: Callable[[Bank], Tensor]) -> dict[str, Tensor]:
+    """Merge the buffers by the same method, with F = 1."""
+    values = bank.buffers.values
+    if not values:
+        return dict(bank.buffers.fixed)
+    rows = {name: {n: v[t].double() for n, v in values.items()} for t, name in enumerate(bank.sources)}
+    layout = Layout.from_tensors({name: value[0] for name, value in values.items()})
+    plain = Bank.build(rows, None, layout, dtype=torch.float64)
+    ones = torch.ones_like(plain.planes)
+    merged = layout.split(merge(replace(plain, planes=torch.cat([plain.planes, ones]))))
+    return {name: merged[name].to(value.dtype) for name, value in values.items()} | bank.buffers.fixed

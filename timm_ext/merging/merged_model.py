@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from timm_ext.errors import InputError
 from timm_ext.groups import Granularity, make_groups
 from timm_ext.merging.bank import Bank
+from timm_ext.merging.buffers import check_buffers, holds_buffers, ratios_beside, set_buffers
 from timm_ext.merging.mixing import Mixing, merge_planes, ratios_of, starting_logits
-from timm_ext.parameters import check_compatible, named_parameters, parameter_aliases
+from timm_ext.parameters import buffer_owners, check_compatible, named_parameters, parameter_aliases
 
 _MOST_LISTED = 10_000  # logits of more groups than this stay out of a file's metadata
 
@@ -31,8 +32,12 @@ class MergedModel(nn.Module):
     else: the shared ones have empty slots in `network` and exist only during a forward. The bank is a buffer
     that moves with the module and keeps its own dtype, be the network in another: a bank in half precision
     gives weights rounded to it. It is left out of `state_dict` (the sources have files of their own) and
-    shared by deep copies. Buffers of the network, such as running statistics, are the network's own and are
-    not merged.
+    shared by deep copies.
+
+    Buffers that belong to shared parameters, such as a batch norm's running statistics where norms are
+    merged, are those of the source models, merged by the ratios of these parameters (see `Buffers`; free
+    weights count by their share in the sum of their magnitudes). They follow the logits until a training
+    forward, or a loaded state, gives the network others: those stay. All other buffers are the network's own.
 
     Each forward merges; call `fold()` first where the logits do not change, as in inference.
 
@@ -106,9 +111,16 @@ class MergedModel(nn.Module):
         self.logits = nn.Parameter(starting_logits(initial_logits, (len(groups.names), len(bank)), mixing))
         offset = nn.Parameter(self._like.new_zeros(bank.layout.numel)) if with_offset else None
         self.register_parameter("offset", offset)
+        check_buffers(network, bank.buffers.shapes())
+        self._owners = buffer_owners(network, bank.layout.names)
+        self._buffers_of_sources = bank.buffers
+        self._merged_buffers = self._merge_buffers()
+        set_buffers(self.network, self._merged_buffers)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network on the merged weights; takes and returns what the network does."""
+        if not (self.training or torch.compiler.is_compiling()):
+            self._follow()
         merged = self.layout.split(self.merge())
         shared = {name: self._view(name, merged[first]) for name, first in self._aliases.items()}
         # Ties among the shared parameters are resolved above; nothing is left to look for.
@@ -137,6 +149,7 @@ class MergedModel(nn.Module):
 
     def fold(self) -> nn.Module:
         """Return a plain copy of the network with the merged weights, all of them trainable."""
+        self._follow()
         network = copy.deepcopy(self.network)
         with torch.no_grad():
             merged = self.layout.split(self.merge())
@@ -169,6 +182,27 @@ class MergedModel(nn.Module):
             f"sources={', '.join(self.sources)}, shared elements={self.layout.numel}, "
             f"granularity={self.granularity}, mixing={self.mixing}"
         )
+
+    def _merge_buffers(self) -> dict[str, Tensor]:
+        """Merge the buffers of the sources by the ratios of now."""
+        alpha = self.ratios().cpu()
+        if self.mixing == "free":
+            alpha = alpha.abs() + torch.finfo(alpha.dtype).tiny  # equal shares where all weights are 0
+            alpha = alpha / alpha.sum(dim=1, keepdim=True)
+        places = self.layout, alpha, self._offsets.cpu(), None if self._rows is None else self._rows.cpu()
+        ratios = {
+            name: ratios_beside(rows.shape[1:], self._owners.get(name, self.layout.names), *places)
+            for name, rows in self._buffers_of_sources.values.items()
+        }
+        return self._buffers_of_sources.merged(ratios)
+
+    def _follow(self) -> None:
+        """Merge the network's buffers anew if they are still those of the last merge and the logits moved."""
+        if not self._merged_buffers:
+            return
+        if holds_buffers(self.network, self._merged_buffers):
+            self._merged_buffers = self._merge_buffers()
+            set_buffers(self.network, self._merged_buffers)
 
     def _view(self, name: str, tensor: Tensor) -> Tensor:
         """Return a merged tensor as the parameter `name` sees it."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_ext.checkpoint import versions
-from timm_ext.errors import InputError
+from timm_ext.errors import InputError, lines_of
 from timm_ext.files import atomic_folder, atomic_write, remove_stale_partials, sha256, write_json
 from timm_ext.merging.blocks import CHUNK, DTYPES, Files, Item, Output, merge_blocks
 from timm_ext.merging.shards import (
@@ -40,6 +40,7 @@ class StreamedMerge:
         nbytes_read: bytes of the sources and their Fishers.
         nbytes_written: bytes of the merged tensors.
         copied: tensors that are no floating-point numbers, and agree in all sources.
+        counters: counters of batches, of which the largest was taken.
         without_fisher: tensors that no Fisher holds, merged by the ratios alone.
     """
 
@@ -47,6 +48,7 @@ class StreamedMerge:
     nbytes_read: int
     nbytes_written: int
     copied: tuple[str, ...]
+    counters: tuple[str, ...]
     without_fisher: tuple[str, ...]
 
 
@@ -66,8 +68,10 @@ def merge_checkpoints(
         merged[p] = Σ_t α_t F[t, p] θ[t, p] / Σ_t α_t F[t, p]        with α_t = ratio_t / Σ_j ratio_j
 
     by `fused_merge`, F = 1 without Fishers: float32 arithmetic for bfloat16 and float16, a value within the
-    range of the sources. Nothing is reset. The memory needed is a few megabytes for each source and worker,
-    whatever the size of the tensors; the bits do not depend on the number of workers.
+    range of the sources. Nothing is reset. Of counters of batches (`num_batches_tracked`) the largest is
+    taken; other integers, booleans and 8-bit numbers must be the same in all sources. The memory needed is a
+    few megabytes for each source and worker, whatever the size of the tensors; the bits do not depend on the
+    number of workers.
 
     Args:
         sources: safetensors files, or folders of shards.
@@ -113,7 +117,10 @@ def merge_checkpoints(
         nbytes_read=total,
         nbytes_written=models[0].nbytes,
         copied=tuple(name for name, item in items.items() if item.copied),
-        without_fisher=tuple(name for name, i in items.items() if planes and not (i.copied or i.fisher)),
+        counters=tuple(name for name, item in items.items() if item.counter),
+        without_fisher=tuple(
+            name for name, i in items.items() if planes and not (i.copied or i.counter or i.fisher)
+        ),
     )
 
 
@@ -182,13 +189,24 @@ def _check_origin(fisher: Shards, model: Shards) -> None:
 
 
 def _check_copied(items: Sequence[Item]) -> None:
-    """Refuse integers, booleans and the like that differ, all of them at once."""
+    """Refuse integers, booleans, 8-bit numbers and the like that differ, all of them at once."""
     files = Files()
     try:
-        lines = [f"{item.name}: {item.theta[0]}" for item in items if not _agree(item.theta, files)]
+        differ = [item for item in items if not _agree(item.theta, files)]
     finally:
         files.close()
-    _refuse("checkpoints: expected the same integers in all of them", "differ", lines)
+    lines = [f"{item.name}: {item.theta[0]}" for item in differ]
+    if small := sorted({item.theta[0].dtype for item in differ if item.theta[0].dtype.startswith("F")}):
+        raise InputError(
+            f"checkpoints: expected weights of 16 bits or more, or the same in all of them (got {len(lines)} "
+            f"that differ, of types such as {small[0]}, which have scales of their own and no mean); convert "
+            f"them to bfloat16 or float32 first{lines_of(lines)}"
+        )
+    _refuse(
+        "checkpoints: expected the same integers and booleans in all of them",
+        "differ",
+        lines,
+    )
 
 
 def _agree(places: Sequence[Place], files: Files) -> bool:
@@ -203,7 +221,7 @@ def _agree(places: Sequence[Place], files: Files) -> bool:
 
 def _refuse(what: str, how: str, lines: Sequence[str]) -> None:
     if lines:
-        raise InputError("\n  ".join([f"{what} (got {len(lines)} that {how})", *lines]))
+        raise InputError(f"{what} (got {len(lines)} that {how}){lines_of(lines)}")
 
 
 def _provenance(
