@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import timm_ext
+from timm_ext import doubling_ops, layer_ops
 from timm_ext.errors import InputError
 
 Arguments = dict[str, object]
@@ -61,6 +62,10 @@ WRAPPER: list[tuple[Callable[[Arguments], object], str]] = [
         r"offsets: expected \[S \+ 1\] \(got \[0\]\)",
     ),
     (lambda a: a.update(offsets=torch.tensor(3)), r"offsets: expected \[S \+ 1\] \(got \[\]\)"),
+    (
+        lambda a: a.update(offsets=torch.tensor([0, 2, 5, 10]).int()),
+        r"offsets: expected torch\.int64 \(got torch\.int32\)",
+    ),
 ]
 
 OPERATOR: list[tuple[Callable[[Arguments], object], str]] = [
@@ -101,7 +106,6 @@ OPERATOR: list[tuple[Callable[[Arguments], object], str]] = [
         lambda a: a.update(offsets=torch.tensor([0, -1, 2, -1, 5, -1, 10])[::2]),
         r"offsets must be \[S \+ 1\], contiguous \(got \[4\]\)",
     ),
-    (lambda a: a.update(offsets=torch.tensor([0, 2, 5, 10]).int()), r"offsets must be int64 \(got dtype"),
     (
         lambda a: a.update(offsets=torch.tensor([0, 2, 5, 9])),
         r"offsets must go from 0 to P = 10 \(got 0 to 9\)",
@@ -278,13 +282,33 @@ def test_out_over_the_memory_of_the_offsets_is_refused() -> None:
         call({**good(), "offsets": memory[:4], "out": memory.view(torch.float32)[:10]})
 
 
-@pytest.mark.parametrize("wanted", ["theta", "fisher", "logits"])
-def test_a_second_derivative_is_refused(wanted: str) -> None:
-    arguments = good()
-    tensor = arguments[wanted].requires_grad_()  # type: ignore[attr-defined]
-    (first,) = torch.autograd.grad(call(arguments).square().sum(), tensor, create_graph=True)
-    with pytest.raises(NotImplementedError, match="fused_merge: expected one differentiation"):
-        torch.autograd.grad(first.sum(), tensor)
+@pytest.mark.parametrize("name", ["theta", "fisher", "logits", "offsets", "groups", "out"])
+def test_what_is_no_tensor_is_named_by_its_type(name: str) -> None:
+    arguments = {**good(), "groups": torch.tensor([0, 1, 2]), "out": torch.empty(10)}
+    with pytest.raises(InputError, match=rf"^{name}: expected a torch\.Tensor \(got numpy\.ndarray\)$"):
+        call({**arguments, name: arguments[name].numpy()})  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match=rf"^{name}: expected a torch\.Tensor \(got list\)$"):
+        call({**arguments, name: arguments[name].tolist()})  # type: ignore[attr-defined]
+
+
+def test_other_operators_name_the_type_of_what_is_no_tensor() -> None:
+    array = torch.ones(1, 1, 2, 2, 2).numpy()
+    volume = torch.ones(1, 1, 2, 2, 2)
+    geometry = {"stride": [1] * 3, "padding": [0] * 3, "dilation": [1] * 3}
+    calls: list[tuple[str, Callable[[], object]]] = [
+        (r"acc\[1\]", lambda: timm_ext.square_accumulate_([volume, array], [volume, volume])),
+        (r"grads\[0\]", lambda: timm_ext.square_accumulate_([volume], [array])),
+        ("grad", lambda: timm_ext.conv_weight_grad_square_(volume, array, volume, **geometry)),
+        ("keys", lambda: timm_ext.sample_labels(volume, [1], "bernoulli")),
+        ("logits", lambda: timm_ext.ratios(array)),
+        ("weight", lambda: layer_ops.small_conv3d(volume, array, **geometry)),
+        ("input", lambda: doubling_ops.nearest_doubling3d(array)),
+    ]
+    for name, refused in calls:
+        with pytest.raises(
+            InputError, match=rf"^{name}: expected a torch\.Tensor \(got (numpy\.ndarray|list)\)$"
+        ):
+            refused()
 
 
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.library import register_fake
 
+from timm_ext.operands import check_tensors, no_derivative
+
 _ops = torch.ops.timm_ext
 
 
@@ -28,6 +30,7 @@ def nearest_doubling3d(input: Tensor) -> Tensor:
     Returns:
         `[B, C, 2 D, 2 H, 2 W]`.
     """
+    check_tensors(input=input)
     with torch.no_grad():
         output: Tensor = _ops.nearest_doubling3d.default(input)
     return output
@@ -49,6 +52,7 @@ def neighbour_sums3d(input: Tensor) -> Tensor:
     Returns:
         `[B, C, D + 1, H + 1, W + 1]`.
     """
+    check_tensors(input=input)
     with torch.no_grad():
         output: Tensor = _ops.neighbour_sums3d.default(input)
     return output
@@ -74,6 +78,7 @@ def doubled_conv3d(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     Returns:
         y `[B, O, 2 D, 2 H, 2 W]`.
     """
+    check_tensors(input=input, weight=weight, bias=bias)
     with torch.no_grad():
         output: Tensor = _ops.doubled_conv3d.default(input, weight, bias)
     return output
@@ -99,6 +104,7 @@ def doubled_conv3d_input_gradient(sums: Tensor, weight: Tensor) -> Tensor:
     Returns:
         `[B, I, D, H, W]`.
     """
+    check_tensors(sums=sums, weight=weight)
     with torch.no_grad():
         output: Tensor = _ops.doubled_conv3d_input_gradient.default(sums, weight)
     return output
@@ -127,6 +133,7 @@ def doubled_conv3d_weight_grad_square_(
     Returns:
         The accumulator.
     """
+    check_tensors(accumulator=accumulator, sums=sums, input=input)
     with torch.no_grad():
         _ops.doubled_conv3d_weight_grad_square_.default(accumulator, sums, input, scale)
     return accumulator
@@ -137,3 +144,13 @@ def _fake_doubled_conv3d_weight_grad_square_(acc: Tensor, sums: Tensor, input: T
 
 
 register_fake("timm_ext::doubled_conv3d_weight_grad_square_", _fake_doubled_conv3d_weight_grad_square_)
+
+
+for _name in (
+    "nearest_doubling3d",
+    "neighbour_sums3d",
+    "doubled_conv3d",
+    "doubled_conv3d_input_gradient",
+    "doubled_conv3d_weight_grad_square_",
+):
+    no_derivative(_name)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.library import register_fake
 
+from timm_ext.operands import check_tensors, no_derivative
+
 _ops = torch.ops.timm_ext
 
 
@@ -30,6 +32,7 @@ def instance_norm(
     Returns:
         y `[B, C, ...]`; μ and ρ, `[B · C]` each, as `instance_norm_backward` takes them.
     """
+    check_tensors(input=input, weight=weight, bias=bias)
     with torch.no_grad():
         results: tuple[Tensor, Tensor, Tensor] = _ops.instance_norm.default(input, weight, bias, epsilon)
     return results
@@ -74,6 +77,7 @@ def instance_norm_backward(
     Returns:
         The gradients of x `[B, C, ...]`, of γ and of β, `[B, C]` each.
     """
+    check_tensors(grad=grad, input=input, mean=mean, deviation=deviation, weight=weight, bias=bias)
     with torch.no_grad():
         gradients: tuple[Tensor, Tensor, Tensor] = _ops.instance_norm_backward.default(
             grad, input, mean, deviation, weight, bias, slope
@@ -125,6 +129,7 @@ def small_conv3d(
     Returns:
         `[B, O, D', H', W']`.
     """
+    check_tensors(input=input, weight=weight, bias=bias)
     with torch.no_grad():
         output: Tensor = _ops.small_conv3d.default(
             input, weight, bias, list(stride), list(padding), list(dilation), mirrored
@@ -163,6 +168,7 @@ def strided_conv3d_input_gradient(grad: Tensor, weight: Tensor, size: Sequence[i
     Returns:
         `[B, I, D, H, W]`.
     """
+    check_tensors(grad=grad, weight=weight)
     with torch.no_grad():
         output: Tensor = _ops.strided_conv3d_input_gradient.default(grad, weight, list(size))
     return output
@@ -199,6 +205,7 @@ def winograd_conv3d(
     Returns:
         `[B, O, D', H', W']`.
     """
+    check_tensors(input=input, weight=weight, bias=bias)
     with torch.no_grad():
         output: Tensor = _ops.winograd_conv3d.default(input, weight, bias, list(padding), mirrored)
     return output
@@ -213,3 +220,13 @@ def _fake_winograd_conv3d(
 
 
 register_fake("timm_ext::winograd_conv3d", _fake_winograd_conv3d)
+
+
+for _name in (
+    "instance_norm",
+    "instance_norm_backward",
+    "small_conv3d",
+    "strided_conv3d_input_gradient",
+    "winograd_conv3d",
+):
+    no_derivative(_name)

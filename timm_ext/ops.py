@@ -1,4 +1,4 @@
-"""The operators: for each a documented wrapper, its fake (meta) kernel and its gradient.
+"""The operators: for each a documented wrapper and its fake kernel; the merge's gradients are in `merge_ops`.
 
 Argument errors found by the compiled operators are `RuntimeError`s that read "op: X must ... (got ...)".
 """
@@ -8,10 +8,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.library import register_autograd, register_fake, register_kernel
+from torch.autograd import Function
+from torch.library import register_fake
 
-from timm_ext import reference
 from timm_ext.errors import InputError
+from timm_ext.merge_ops import log_weights, merge
+from timm_ext.operands import check_tensors, no_derivative, refuse_tangents, transformed
 
 Mixing = Literal["sigmoid", "softmax", "ratios"]
 Sampled = Literal["bernoulli", "categorical"]
@@ -36,8 +38,10 @@ def fused_merge(
 
     with α[g, t] ∝ σ(δ[g, t]) for logits δ. This is T-IMM (Geyer et al., MIDL 2019, eq. 4); equal logits make
     it mode-IMM (Lee et al., NeurIPS 2017), `fisher=None` a weighted mean. Differentiable in θ, F and δ in one
-    pass each; the value lies within the models' range, is exact where they agree, and is the α-weighted mean
-    where all F are 0. The same bits for any number of threads and any instruction set.
+    pass each, any number of times, in reverse and in forward mode and under the transforms of `torch.func`
+    (`vmap` calls it example by example); the value lies within the models' range, is exact where they agree,
+    and is the α-weighted mean where all F are 0. The same bits for any number of threads and any instruction
+    set.
 
     Args:
         theta: parameters `[T, P]`, float32, bfloat16, float16 (computed in float32) or float64. Rows may lie
@@ -50,25 +54,26 @@ def fused_merge(
             0 leaves the model out); each divided by its sum over the models. Ratios below 2^-100 of the
             largest count as 0. A row with NaN or without any positive ratio gives NaN.
         groups: int64 `[S]`, each segment's row of logits; None: segment s has row s.
-        out: where to write the result, `[P]` of theta's dtype; without gradient.
+        out: where to write the result, `[P]` of theta's dtype; without gradient, tangent or transform.
 
     Returns:
         The merged parameters `[P]`.
 
     Raises:
-        InputError: mixing is unknown, logits, offsets and groups do not fit, tensors lie on different
-            devices, or `out` is given where a gradient is wanted.
+        InputError: mixing is unknown, logits, offsets and groups do not fit, what is given is no tensor or
+            lies on another device, or `out` is given where a derivative or a transform is wanted.
     """
+    check_tensors(theta=theta, fisher=fisher, logits=logits, offsets=offsets, groups=groups, out=out)
     _check_devices(theta, fisher=fisher, logits=logits, offsets=offsets, groups=groups, out=out)
     _check_rows(theta, logits, offsets, mixing, groups)
+    if out is not None:
+        _refuse_derivatives(theta, fisher, logits, out)
     dtype = torch.float64 if theta.dtype == torch.float64 else torch.float32
-    rows = _ops.log_weights.default(logits.to(dtype), mixing)
+    rows = log_weights(logits.to(dtype), mixing)
     if groups is not None:
         rows = torch.nn.functional.embedding(groups, rows)
     if out is None:
-        merged: Tensor = _ops.fused_merge.default(theta, fisher, rows, offsets)
-        return merged
-    _refuse_gradient(theta, fisher, logits, out)
+        return merge(theta, fisher, rows, offsets)
     _ops.fused_merge.out(theta, fisher, rows, offsets, out=out)
     _mark_changed([out])
     return out
@@ -93,6 +98,8 @@ def _check_rows(theta: Tensor, logits: Tensor, offsets: Tensor, mixing: str, gro
         raise InputError(f"logits: expected floating-point numbers (got {logits.dtype})")
     if offsets.ndim != 1 or offsets.numel() == 0:
         raise InputError(f"offsets: expected [S + 1] (got {list(offsets.shape)})")
+    if offsets.dtype != torch.int64:
+        raise InputError(f"offsets: expected torch.int64 (got {offsets.dtype})")
     segments = offsets.numel() - 1
     if groups is None:
         if logits.shape[0] != segments:
@@ -105,95 +112,65 @@ def _check_rows(theta: Tensor, logits: Tensor, offsets: Tensor, mixing: str, gro
         raise InputError(
             f"groups: expected int64 [S] = [{segments}] (got {groups.dtype} {list(groups.shape)})"
         )
-    if groups.device.type == "cpu" and segments > 0 and not torch.compiler.is_compiling():
-        lowest, highest = (int(bound) for bound in groups.aminmax())
-        if lowest < 0 or highest >= logits.shape[0]:
-            raise InputError(
-                f"groups: expected rows of logits, 0 to {logits.shape[0] - 1} (got {lowest} to {highest})"
-            )
+    if transformed():
+        _check_rows_of_batch(groups, logits.shape[0])
+    elif groups.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_rows_are_there(groups, logits.shape[0])
 
 
-def _refuse_gradient(*inputs: Tensor | None) -> None:
+def _check_rows_are_there(groups: Tensor, rows: int) -> None:
+    if groups.numel() == 0:
+        return
+    lowest, highest = (int(bound) for bound in groups.aminmax())
+    if lowest < 0 or highest >= rows:
+        raise InputError(f"groups: expected rows of logits, 0 to {rows - 1} (got {lowest} to {highest})")
+
+
+def _check_rows_of_batch(groups: Tensor, rows: int) -> Tensor:
+    checked: Tensor = _RowsThatAre.apply(groups, rows)  # type: ignore[no-untyped-call]
+    return checked
+
+
+class _RowsThatAre(Function):
+    """The check of groups' values under `torch.func`, where a batch shows its values to no one else."""
+
+    @staticmethod
+    def forward(groups: Tensor, rows: int) -> Tensor:
+        if groups.device.type == "cpu":
+            _check_rows_are_there(groups, rows)
+        return groups.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        return None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], groups: Tensor, rows: int
+    ) -> tuple[Tensor, int | None]:
+        return _check_rows_of_batch(groups, rows), in_dims[0]
+
+
+def _refuse_derivatives(*inputs: Tensor | None) -> None:
+    if transformed():
+        raise InputError("out: expected no transform of torch.func around the call (got one)")
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
         raise InputError("out: expected no tensor that requires a gradient (got one; use torch.no_grad())")
+    refuse_tangents("fused_merge with out", inputs)
 
 
 def _mark_changed(tensors: Sequence[Tensor]) -> None:
     """Let autograd notice when a tensor that it saved was overwritten."""
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
-
-
-def _fake_merge(theta: Tensor, fisher: Tensor | None, log_weight: Tensor, offsets: Tensor) -> Tensor:
-    return theta.new_empty(theta.shape[1])
-
-
-register_fake("timm_ext::fused_merge", _fake_merge)
-
-
-def _fake_merge_out(
-    theta: Tensor, fisher: Tensor | None, log_weight: Tensor, offsets: Tensor, *, out: Tensor
-) -> None:
-    return None
-
-
-register_fake("timm_ext::fused_merge.out", _fake_merge_out)
-
-
-def _fake_merge_rows(
-    grad: Tensor, theta: Tensor, fisher: Tensor | None, log_weight: Tensor, offsets: Tensor
-) -> Tensor:
-    return log_weight.new_empty(log_weight.shape)
-
-
-register_fake("timm_ext::fused_merge_backward_log_weight", _fake_merge_rows)
-
-
-def _fake_merge_planes(
-    grad: Tensor,
-    theta: Tensor,
-    fisher: Tensor | None,
-    log_weight: Tensor,
-    offsets: Tensor,
-    theta_wanted: bool,
-    fisher_wanted: bool,
-) -> tuple[Tensor, Tensor]:
-    return (
-        theta.new_empty(theta.shape if theta_wanted else (0,)),
-        theta.new_empty(theta.shape if fisher_wanted else (0,)),
-    )
-
-
-register_fake("timm_ext::fused_merge_backward_planes", _fake_merge_planes)
-
-
-def _save_merge(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _merge_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    inputs = ctx.saved_tensors
-    theta_wanted, fisher_wanted, rows_wanted, _ = ctx.needs_input_grad
-    grad_rows = _ops.fused_merge_backward_log_weight.default(grad, *inputs) if rows_wanted else None
-    if not (theta_wanted or fisher_wanted):
-        return None, None, grad_rows, None
-    planes = _ops.fused_merge_backward_planes.default(grad, *inputs, theta_wanted, fisher_wanted)
-    return planes[0] if theta_wanted else None, planes[1] if fisher_wanted else None, grad_rows, None
-
-
-register_autograd("timm_ext::fused_merge", _merge_backward, setup_context=_save_merge)
-
-
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    return None
-
-
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
-    raise NotImplementedError("fused_merge: expected one differentiation (got a second, of its gradient)")
-
-
-for _name in ("fused_merge_backward_log_weight", "fused_merge_backward_planes", "log_weights_backward"):
-    register_autograd(f"timm_ext::{_name}", _no_second_derivative, setup_context=_save_nothing)
 
 
 def ratios(logits: Tensor, mixing: Mixing = "sigmoid") -> Tensor:
@@ -211,56 +188,12 @@ def ratios(logits: Tensor, mixing: Mixing = "sigmoid") -> Tensor:
     Raises:
         InputError: mixing is unknown or logits is not `[G, T]`.
     """
+    check_tensors(logits=logits)
     if mixing not in MIXINGS:
         raise InputError(f"mixing: expected one of {', '.join(map(repr, MIXINGS))} (got {mixing!r})")
     if logits.ndim != 2:
         raise InputError(f"logits: expected [G, T] (got {list(logits.shape)})")
-    return torch.softmax(_ops.log_weights.default(logits.double(), mixing), dim=1).to(logits.dtype)
-
-
-def _fake_log_weights(logits: Tensor, mixing: str) -> Tensor:
-    return logits.new_empty(logits.shape)
-
-
-register_fake("timm_ext::log_weights", _fake_log_weights)
-
-
-def _fake_log_weights_backward(grad: Tensor, logits: Tensor, mixing: str) -> Tensor:
-    return logits.new_empty(logits.shape)
-
-
-register_fake("timm_ext::log_weights_backward", _fake_log_weights_backward)
-
-
-def _cuda_log_weights(logits: Tensor, mixing: str) -> Tensor:
-    return reference.log_weights(logits.contiguous(), mixing)
-
-
-register_kernel("timm_ext::log_weights", "cuda", _cuda_log_weights)
-
-
-def _cuda_log_weights_backward(grad: Tensor, logits: Tensor, mixing: str) -> Tensor:
-    largest = torch.nn.functional.one_hot(logits.argmax(1), logits.shape[1])
-    inner = grad - largest * grad.sum(1, keepdim=True)
-    if mixing == "softmax":
-        return inner
-    slope = torch.sigmoid(-logits) if mixing == "sigmoid" else torch.where(logits == 0, 0, 1 / logits)
-    return inner * slope
-
-
-register_kernel("timm_ext::log_weights_backward", "cuda", _cuda_log_weights_backward)
-
-
-def _save_logits(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    logits, ctx.mixing = inputs
-    ctx.save_for_backward(logits)
-
-
-def _log_weights_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    return _ops.log_weights_backward.default(grad, *ctx.saved_tensors, ctx.mixing), None
-
-
-register_autograd("timm_ext::log_weights", _log_weights_backward, setup_context=_save_logits)
+    return torch.softmax(log_weights(logits.double(), mixing), dim=1).to(logits.dtype)
 
 
 def square_accumulate_(acc: Sequence[Tensor], grads: Sequence[Tensor], scale: float = 1.0) -> None:
@@ -275,6 +208,8 @@ def square_accumulate_(acc: Sequence[Tensor], grads: Sequence[Tensor], scale: fl
         scale: factor of the squares; applied before squaring, so that small and large gradients keep their
             precision.
     """
+    for name, tensors in (("acc", acc), ("grads", grads)):
+        check_tensors(**{f"{name}[{i}]": tensor for i, tensor in enumerate(tensors)})
     if not acc and not grads:
         return  # the dispatcher finds no device in empty lists
     with torch.no_grad():
@@ -320,6 +255,7 @@ def conv_weight_grad_square_(
         groups: of the convolution.
         scale: factor of the squares.
     """
+    check_tensors(acc=acc, grad=grad, input=input)
     with torch.no_grad():
         _ops.conv_weight_grad_square_.default(
             acc, grad, input, list(stride), list(padding), list(dilation), groups, float(scale)
@@ -365,8 +301,9 @@ def sample_labels(
         Labels y, int64, of the logits' shape (bernoulli) or `[B, ...]` (categorical), and the score, of the
         logits' shape and dtype.
     """
+    check_tensors(logits=logits, keys=keys)
     with torch.no_grad():
-        drawn, score = _ops.sample_labels.default(logits.detach(), keys, likelihood, labels)
+        drawn, score = _ops.sample_labels.default(logits, keys, likelihood, labels)
     return drawn, score
 
 
@@ -380,3 +317,7 @@ def _fake_sample_labels(
 
 
 register_fake("timm_ext::sample_labels", _fake_sample_labels)
+
+
+for _name in ("conv_weight_grad_square_", "fused_merge.out", "sample_labels", "square_accumulate_"):
+    no_derivative(_name)

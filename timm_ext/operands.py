@@ -1,0 +1,65 @@
+"""What all operators ask of the tensors they are given, before the compiled library sees them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+from torch.library import Library
+
+from timm_ext.errors import InputError
+
+_kernels = Library("timm_ext", "FRAGMENT")
+
+
+def check_tensors(**named: object) -> None:
+    """Refuse what is no tensor, such as an array of NumPy; None stands for one that is left out.
+
+    Raises:
+        InputError: names the first one and its type.
+    """
+    for name, value in named.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise InputError(f"{name}: expected a torch.Tensor (got {type_name(value)})")
+
+
+def type_name(value: object) -> str:
+    """Return the name of a value's type with its package: `numpy.ndarray`, `list`."""
+    kind = type(value)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def transformed() -> bool:
+    """Whether a transform of `torch.func` (vmap, grad, jvp, …) is around the call."""
+    return not torch.compiler.is_compiling() and bool(torch._C._are_functorch_transforms_active())
+
+
+def refuse_tangents(op: str, values: Any) -> None:
+    """Refuse tensors with a tangent (forward-mode differentiation) where there is no derivative for it.
+
+    Raises:
+        InputError: one has a tangent.
+    """
+    for value in torch.utils._pytree.tree_leaves(values):
+        if isinstance(value, Tensor) and unpack_dual(value).tangent is not None:
+            raise InputError(
+                f"{op}: expected tensors without a tangent, since it is not differentiable (got one with a "
+                "tangent; detach it)"
+            )
+
+
+def no_derivative(op: str) -> None:
+    """Make an operator refuse tangents, which PyTorch would drop without a word."""
+    overload = _overload(op)
+
+    def kernel(*inputs: Any, **options: Any) -> Any:
+        refuse_tangents(op, (inputs, options))
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*inputs, **options)
+
+    _kernels.impl(op, kernel, "Autograd")
+
+
+def _overload(op: str) -> Any:
+    name, _, overload = op.partition(".")
+    return getattr(getattr(torch.ops.timm_ext, name), overload or "default")
