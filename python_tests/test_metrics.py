@@ -176,7 +176,7 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"t: expected a label file for every prediction \(got none for a\)"):
         evaluate_folder(tmp_path / "p", tmp_path / "t", ONE)
     _write(tmp_path / "p/a.nii", _mask())
-    with pytest.raises(InputError, match="expected one label file per case"):
+    with pytest.raises(InputError, match="expected one label map per name"):
         evaluate_folder(tmp_path / "p", tmp_path / "t", ONE)
     with pytest.raises(InputError, match="no such folder"):
         evaluate_folder(tmp_path / "missing", tmp_path / "t", ONE)

@@ -8,8 +8,8 @@ Summaries take the mean of HD95 over the cases where it is defined and say how m
 import csv
 import statistics
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from monai.metrics.hausdorff_distance import compute_hausdorff_distance
 from monai.metrics.meandice import compute_dice
 
 from timm_ext.data.tasks import Labels, Task
-from timm_ext.data.volume import SUFFIXES, Volume, read_labels, same_grid
-from timm_ext.errors import InputError
+from timm_ext.data.volume import Volume, read_labels, same_grid
+from timm_ext.data.volume_file import PROBABILITIES, SUFFIXES, read_header, volume_files
+from timm_ext.errors import InputError, listed
 from timm_ext.files import atomic_write, write_json
 
 Scores = dict[str, dict[str, float | None]]
@@ -41,10 +42,12 @@ class Evaluation:
         cases: scores by case.
         summary: `{region: {"dice": {"mean", "sd", "median", "count", "undefined"}, "hd95": {...}}}`, with a
             row `mean` over all regions and cases; null where no case is defined, `sd` 0 for a single case.
+        left_out: files beside the predictions that were not scored, since they are no label maps.
     """
 
     cases: dict[str, Scores]
     summary: dict[str, dict[str, dict[str, float | None]]]
+    left_out: tuple[Path, ...] = ()
 
 
 def evaluate_case(
@@ -138,7 +141,7 @@ def evaluate_folder(
     """Score every label file of a folder against the file of the same name (whatever its suffix) in another.
 
     Args:
-        predictions: folder of predicted label maps.
+        predictions: folder of predicted label maps; see `no_label_maps` for what is left out.
         truths: folder of true label maps; further files there are left out.
         task: names the regions.
         out_dir: see `evaluate_pairs`.
@@ -149,14 +152,38 @@ def evaluate_folder(
     Raises:
         InputError: no prediction, one without a truth (all of them are named), or as for `evaluate_pairs`.
     """
-    predicted, true = _label_files(Path(predictions)), _label_files(Path(truths))
-    if missing := [case for case in predicted if case not in true]:
-        raise InputError(
-            f"{truths}: expected a label file for every prediction (got none for {', '.join(missing)})"
-        )
+    predicted, true = volume_files(predictions), volume_files(truths)
     if not predicted:
         raise InputError(f"{predictions}: expected label files that end in {', '.join(SUFFIXES)} (got none)")
-    return evaluate_pairs({case: (path, true[case]) for case, path in predicted.items()}, task, out_dir)
+    left_out = no_label_maps(predicted, true)
+    wanted = {case: path for case, path in predicted.items() if path not in left_out}
+    if missing := [case for case in wanted if case not in true]:
+        raise InputError(
+            f"{truths}: expected a label file for every prediction (got none for {listed(missing)})"
+        )
+    pairs = {case: (path, true[case]) for case, path in wanted.items()}
+    return replace(evaluate_pairs(pairs, task, out_dir), left_out=tuple(left_out))
+
+
+def no_label_maps(files: Mapping[str, Path], cases: Container[str]) -> list[Path]:
+    """Return those of a prediction's files that are no label maps.
+
+    Probabilities: files named like another one with `_probabilities` behind, or with more than three axes.
+
+    Args:
+        files: volumes by name.
+        cases: names that are label maps for sure, since they have a truth.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    unknown = {name: path for name, path in files.items() if name not in cases}
+    return [
+        path
+        for name, path in unknown.items()
+        if (name.endswith(PROBABILITIES) and name.removesuffix(PROBABILITIES) in files)
+        or len(read_header(path).shape) > 3
+    ]
 
 
 def summarise(cases: Mapping[str, Scores]) -> dict[str, dict[str, dict[str, float | None]]]:
@@ -227,24 +254,6 @@ def _statistics(values: Sequence[float | None]) -> dict[str, float | None]:
         "median": statistics.median(defined),
         **known,
     }
-
-
-def _label_files(folder: Path) -> dict[str, Path]:
-    if not folder.is_dir():
-        raise InputError(f"{folder}: expected a folder of label files (no such folder)")
-    found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        suffix = next(
-            (suffix for suffix in sorted(SUFFIXES, key=len, reverse=True) if path.name.endswith(suffix)), ""
-        )
-        if suffix and not path.name.startswith("."):
-            case = path.name.removesuffix(suffix)
-            if case in found:
-                raise InputError(
-                    f"{folder}: expected one label file per case (got {found[case].name}, {path.name})"
-                )
-            found[case] = path
-    return found
 
 
 def _write(out_dir: Path, evaluation: Evaluation, task: Task) -> None:

@@ -3,7 +3,7 @@ import re
 
 import nibabel as nib
 import pytest
-from cli_cases import failure, sources
+from cli_cases import failure, fishers, sources
 
 from timm_ext.cli import run
 
@@ -52,5 +52,147 @@ def test_evaluate_takes_files_folders_and_cases(place, tmp_path):
 
 def test_evaluate_names_missing_predictions(place, tmp_path, capsys):
     error = failure(capsys, ["evaluate", tmp_path, place / "tumours"])
-    assert "got none for case-000.nii.gz, case-001.nii.gz" in error
+    assert "got none for case-000, case-001" in error
     assert "no such file" in failure(capsys, ["evaluate", tmp_path / "none", place / "tumours"])
+
+
+def image_options(folder, names=("T1", "T2")):
+    return [text for m in names for text in ("--image", f"{m}={folder / f'case-000_{m}.nii.gz'}")]
+
+
+def test_dots_in_a_scans_name_are_no_ending(place, tmp_path):
+    source = place / "brains" / "case-000"
+    names = ["1.3.12.2.1107.5.4.4.145", "1.3.12.2.1107.5.4.4.146"]
+    for name in names:
+        (tmp_path / f"{name}.nii.gz").write_bytes((source / "case-000_T1.nii.gz").read_bytes())
+        images = [f"T1={tmp_path / name}.nii.gz", f"T2={source / 'case-000_T2.nii.gz'}"]
+        options = [text for image in images for text in ("--image", image)]
+        assert run(["predict", sources(place)[0], *options, "--out", str(tmp_path / "p")]) == 0
+    assert sorted(path.name for path in (tmp_path / "p").glob("*.nii.gz")) == [
+        f"{name}.nii.gz" for name in names
+    ]
+
+
+def test_predict_never_overwrites_a_scan(place, tmp_path, capsys):
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for m in ("T1", "T2"):
+        name = f"case-000_{m}.nii.gz"
+        (folder / name).write_bytes((place / "brains" / "case-000" / name).read_bytes())
+    before = (folder / "case-000_T1.nii.gz").read_bytes()
+    error = failure(capsys, ["predict", sources(place)[0], *image_options(folder), "--out", folder])
+    assert "case-000_T1.nii.gz: expected an output that is no input" in error
+    assert (folder / "case-000_T1.nii.gz").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("ids", "options"), [(("a", "A"), []), (("a", "a_probabilities"), ["--probabilities"])]
+)
+def test_outputs_that_would_take_one_name_are_refused_before_the_first(place, tmp_path, capsys, ids, options):
+    folder = place / "brains" / "case-000"
+    rows = [{"id": name, **{m: str(folder / f"case-000_{m}.nii.gz") for m in ("T1", "T2")}} for name in ids]
+    (tmp_path / "cases.json").write_text(json.dumps(rows))
+    out = tmp_path / "p"
+    error = failure(capsys, ["predict", sources(place)[0], tmp_path / "cases.json", "--out", out, *options])
+    assert "expected a name of its own for each output" in error
+    assert not list(out.glob("*"))
+
+
+def test_one_modality_given_twice(place, tmp_path, capsys):
+    options = image_options(place / "brains" / "case-000", ("T1", "T2", "T1"))
+    error = failure(capsys, ["predict", sources(place)[0], *options, "--out", tmp_path])
+    assert "--image: expected one file for T1" in error
+
+
+@pytest.mark.parametrize("command", ["merge", "fisher", "train", "adapt"])
+def test_results_never_overwrite_what_they_are_made_from(place, tmp_path, capsys, command):
+    network = tmp_path / "network.safetensors"
+    network.write_bytes((place / "M1.safetensors").read_bytes())
+    arguments = {
+        "merge": [network, place / "M2.safetensors", *fishers(place), "--out", network],
+        "fisher": [network, place / "brains", "--out", network],
+        "train": [place / "brains", "--task", "parcellation-1-7", "--init", network, "--out", tmp_path],
+        "adapt": [network, place / "M2.safetensors", *fishers(place), "--data", place / "tumours"],
+    }[command]
+    out = ["--out", tmp_path] if command == "adapt" else []
+    error = failure(capsys, [command, *arguments, *out])
+    assert "network.safetensors: expected an output that is no input" in error
+    assert network.read_bytes() == (place / "M1.safetensors").read_bytes()
+
+
+def test_settings_are_noted_under_the_whole_name(place, tmp_path):
+    for version in ("net.2024.01", "net.2024.02"):
+        out = tmp_path / f"{version}.safetensors"
+        assert run(["merge", *sources(place), "--method", "mean-imm", "--out", str(out)]) == 0
+        assert (tmp_path / f"{version}.settings.yaml").is_file()
+
+
+@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize(
+    "endings", [(".nii.gz", ".nii"), (".nii", ".nii.gz"), (".nii.gz", ".mgz"), (".mgz", ".nii")]
+)
+def test_evaluate_pairs_by_name_whatever_the_ending(place, tmp_path, endings, folder):
+    label = nib.load(place / "tumours" / "case-000" / "case-000_label.nii.gz")
+    data = label.get_fdata().astype("uint8")
+    paths = []
+    for name, ending in zip(("p", "t"), endings, strict=True):
+        (tmp_path / name).mkdir()
+        kind = nib.MGHImage if ending == ".mgz" else nib.Nifti1Image
+        paths.append(tmp_path / name / f"2024.01.case{ending}")
+        nib.save(kind(data, label.affine), paths[-1])
+    arguments = [path.parent if folder else path for path in paths]
+    assert run(["evaluate", *map(str, arguments), "--out", str(tmp_path / "s")]) == 0
+    cases = json.loads((tmp_path / "s" / "metrics.json").read_text())["cases"]
+    assert list(cases) == ["2024.01.case"]
+    assert {score["dice"] for score in cases["2024.01.case"].values()} == {1.0}
+
+
+def test_evaluate_scores_the_label_maps_among_a_predictions_files(place, tmp_path, capsys):
+    (tmp_path / "p").mkdir()
+    (tmp_path / "t").mkdir()
+    label = place / "tumours" / "case-000" / "case-000_label.nii.gz"
+    image = nib.load(label)
+    for name in ("p", "t"):
+        (tmp_path / name / "case-000.nii.gz").write_bytes(label.read_bytes())
+    one = nib.Nifti1Image(image.get_fdata()[..., None] / 4, image.affine)  # the only region's
+    nib.save(one, tmp_path / "p" / "case-000_probabilities.nii.gz")
+    several = nib.Nifti1Image(image.get_fdata()[..., None].repeat(3, -1), image.affine)
+    nib.save(several, tmp_path / "p" / "case-000_logits.nii.gz")
+    (tmp_path / "p" / "settings.yaml").write_text("prepare: {}\n")
+    assert (
+        run(["evaluate", *(str(tmp_path / name) for name in ("p", "t")), "--out", str(tmp_path / "s")]) == 0
+    )
+    told = " ".join(capsys.readouterr().out.split())
+    assert "no label maps of these cases: case-000_logits.nii.gz, case-000_probabilities.nii.gz" in told
+    assert list(json.loads((tmp_path / "s" / "metrics.json").read_text())["cases"]) == ["case-000"]
+
+
+def test_evaluate_against_cases_leaves_out_what_no_case_has(place, tmp_path, capsys):
+    (tmp_path / "p").mkdir()
+    for number in range(2):
+        label = place / "tumours" / f"case-00{number}" / f"case-00{number}_label.nii.gz"
+        nib.save(nib.load(label), tmp_path / "p" / f"case-00{number}.nii")
+        (tmp_path / "p" / f"case-00{number}_probabilities.nii.gz").write_bytes(label.read_bytes())
+    assert run(["evaluate", str(tmp_path / "p"), str(place / "tumours")]) == 0
+    assert "case-000_probabilities.nii.gz" in capsys.readouterr().out
+
+
+def test_a_prediction_without_a_truth_is_an_error_still(place, tmp_path, capsys):
+    for name, cases in (("p", ("a", "b_probabilities")), ("t", ("a",))):
+        (tmp_path / name).mkdir()
+        for case in cases:
+            label = place / "tumours" / "case-000" / "case-000_label.nii.gz"
+            (tmp_path / name / f"{case}.nii.gz").write_bytes(label.read_bytes())
+    error = failure(capsys, ["evaluate", tmp_path / "p", tmp_path / "t"])
+    assert "expected a label file for every prediction (got none for b_probabilities)" in error
+
+
+def test_evaluate_of_folders_without_a_common_name(place, tmp_path, capsys):
+    for name in ("p", "t"):
+        (tmp_path / name).mkdir()
+        label = place / "tumours" / "case-000" / "case-000_label.nii.gz"
+        (tmp_path / name / f"{name}1.nii.gz").write_bytes(label.read_bytes())
+    error = failure(capsys, ["evaluate", tmp_path / "p", tmp_path / "t"])
+    assert "or label maps named like the predictions (got t1 for predictions p1)" in error
+    error = failure(capsys, ["evaluate", tmp_path / "p" / "p1.nii.gz", tmp_path / "t"])
+    assert "expected a label map to score one with (got a folder)" in error

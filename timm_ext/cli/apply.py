@@ -1,5 +1,6 @@
 """Commands that use a trained network: predict and evaluate."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +16,8 @@ from timm_ext.cli.common import (
     settings_from,
     task_of,
 )
-from timm_ext.errors import InputError
+from timm_ext.errors import InputError, listed
+from timm_ext.files import check_outputs, ending_of, stem_of
 
 if TYPE_CHECKING:
     from timm_ext.data.layouts import Case
@@ -71,14 +73,18 @@ def predict(
     if (cases is None) == (not images):
         raise InputError("predict: expected either CASES or --image MODALITY=FILE for each modality")
     scans = read_cases(cases, chosen) if cases is not None else [_single_case(images or [], chosen)]
-    for scan in track(scans, description="Segmenting"):
+    outputs = [_outputs_of(scan, out, probabilities) for scan in scans]
+    inputs = [network, *(file for scan in scans for file in scan.images.values())]
+    labels = [scan.label for scan in scans if scan.label is not None]
+    check_outputs([file for files in outputs for file in files], [*inputs, *labels])
+    for scan, (label_map, *more) in track(zip(scans, outputs, strict=True), "Segmenting", total=len(scans)):
         predict_case(
             model,
             scan,
             chosen,
             settings.prepare,
-            out / f"{scan.id}.nii.gz",
-            probabilities_path=out / f"{scan.id}_probabilities.nii.gz" if probabilities else None,
+            label_map,
+            probabilities_path=more[0] if more else None,
             threshold=settings.predict.threshold,
             window=settings.predict.window,
             overlap=settings.predict.overlap,
@@ -104,15 +110,22 @@ def evaluate(
 ) -> None:
     """Score label maps: Dice and 95 % Hausdorff distance per region and case.
 
+    Files are paired by name, whatever their endings; probabilities beside the label maps are left out.
+
     Example: `timm-ext evaluate predicted/ BraTS2021/ --task brats --out scores`
     """
     from rich.console import Console
     from rich.table import Table
 
     from timm_ext.data.tasks import get_task
+    from timm_ext.metrics import JSON_NAME
 
     chosen = get_task(task)
+    if out is not None:
+        check_output(out / JSON_NAME)
     evaluation = _evaluate(predictions, truth, chosen, out)
+    if evaluation.left_out:
+        print(f"left out, no label maps of these cases: {listed(p.name for p in evaluation.left_out)}")
     table = Table("Region", "Dice", "HD95 (mm)", title=f"Mean ± SD over {len(evaluation.cases)} cases")
     for region, metrics in evaluation.summary.items():
         table.add_row(region, *(_mean_sd(metrics[name]) for name in ("dice", "hd95")))
@@ -120,37 +133,63 @@ def evaluate(
 
 
 def _evaluate(predictions: Path, truth: Path, task: "Task", out: Path | None) -> "Evaluation":
-    from timm_ext.data.layouts import read_cases
+    from dataclasses import replace
+
+    from timm_ext.data.volume_file import volume_files
     from timm_ext.metrics import evaluate_folder, evaluate_pairs
 
     for path in (predictions, truth):
         if not path.exists():
             raise InputError(f"{path}: no such file or folder")
+    if predictions.is_file() and truth.is_file():
+        return evaluate_pairs({stem_of(predictions): (predictions, truth)}, task, out)
     if predictions.is_file():
-        return evaluate_pairs({predictions.name.partition(".")[0]: (predictions, truth)}, task, out)
-    if any((truth / path.name).is_file() for path in predictions.glob("*.nii*")):
+        raise InputError(f"{truth}: expected a label map to score one with (got a folder)")
+    predicted = volume_files(predictions)
+    if truth.is_dir() and not predicted.keys().isdisjoint(volume_files(truth)):
         return evaluate_folder(predictions, truth, task, out)
-    pairs, missing = {}, []
-    for case in read_cases(truth, task, require_labels=True):
-        path = predictions / f"{case.id}.nii.gz"
-        if not path.is_file():
-            missing.append(path.name)
-        elif case.label is not None:
-            pairs[case.id] = (path, case.label)
-    if missing:
+    true = _labels_by_case(truth, task, predicted)
+    if missing := [case for case in true if case not in predicted]:
         raise InputError(
-            f"{predictions}: expected a label map for every case (got none for {', '.join(missing)})"
+            f"{predictions}: expected a label map for every case (got none for {listed(missing)})"
         )
-    return evaluate_pairs(pairs, task, out)
+    pairs = {case: (predicted[case], label) for case, label in true.items()}
+    left_out = tuple(path for case, path in predicted.items() if case not in true)
+    return replace(evaluate_pairs(pairs, task, out), left_out=left_out)
+
+
+def _labels_by_case(truth: Path, task: "Task", predicted: Iterable[str]) -> dict[str, Path]:
+    """Return the label file of each case; a folder that is no data set is told as one of label maps, too."""
+    from timm_ext.data.layouts import read_cases
+    from timm_ext.data.volume_file import volume_files
+
+    try:
+        cases = read_cases(truth, task, require_labels=True)
+    except InputError as error:
+        found = volume_files(truth) if truth.is_dir() else {}
+        if not found:
+            raise
+        names = f"got {listed(found)} for predictions {listed(predicted)}"
+        raise InputError(f"{error}\n  or label maps named like the predictions ({names})") from error
+    return {case.id: case.label for case in cases if case.label is not None}
+
+
+def _outputs_of(scan: "Case", out: Path, probabilities: bool) -> list[Path]:
+    """Return the files that a scan gives: its label map and, where wanted, its probabilities."""
+    from timm_ext.data.volume_file import PROBABILITIES
+
+    names = [scan.id, *([f"{scan.id}{PROBABILITIES}"] if probabilities else [])]
+    return [out / f"{name}.nii.gz" for name in names]
 
 
 def _single_case(images: list[str], task: "Task") -> "Case":
-    """Build a case from `MODALITY=FILE` options; it is named after the first file.
+    """Build a case from `MODALITY=FILE` options; it has the whole name of the first modality's file.
 
     Raises:
         InputError: an option of another form, an unknown or missing modality, or a missing file.
     """
     from timm_ext.data.layouts import Case, modality_key
+    from timm_ext.data.volume_file import SUFFIXES
 
     wanted = {modality_key(modality): modality for modality in task.modalities}
     found: dict[str, Path] = {}
@@ -162,11 +201,16 @@ def _single_case(images: list[str], task: "Task") -> "Case":
             )
         if not Path(file).is_file():
             raise InputError(f"{file}: no such file")
-        found[wanted[modality_key(name)]] = Path(file)
+        modality = wanted[modality_key(name)]
+        if modality in found:
+            raise InputError(f"--image: expected one file for {modality} (got {found[modality]} and {file})")
+        found[modality] = Path(file)
     if missing := [modality for modality in task.modalities if modality not in found]:
         raise InputError(f"--image: missing modality {', '.join(missing)} of task {task.name}")
     first = found[task.modalities[0]]
-    return Case(first.name.partition(".")[0], {m: found[m] for m in task.modalities}, None)
+    if ending_of(first) not in SUFFIXES:
+        raise InputError(f"{first}: expected a file that ends in {', '.join(SUFFIXES)}")
+    return Case(stem_of(first), {m: found[m] for m in task.modalities}, None)
 
 
 def _mean_sd(metric: dict[str, float | None]) -> str:

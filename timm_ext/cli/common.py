@@ -3,13 +3,14 @@
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from timm_ext.cli.app import hold
+from timm_ext.files import check_outputs, stem_of
 from timm_ext.locks import folder_lock, is_first_of_launched, output_lock
 
 if TYPE_CHECKING:
@@ -129,17 +130,20 @@ def check_output(path: Path) -> None:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from error
 
 
-def hold_output(path: Path, *, folder: bool) -> None:
+def hold_output(path: Path, *, folder: bool, inputs: Iterable[Path] = ()) -> None:
     """Refuse an output that cannot be written or that another process makes, and keep others off it.
 
     Args:
         path: of the file, or of the folder.
         folder: which of the two it is.
+        inputs: files that it must not overwrite.
 
     Raises:
         InputError: as said, before any work is done.
     """
-    check_output(path / NETWORK_NAME if folder else path)
+    result = path / NETWORK_NAME if folder else path
+    check_outputs([result], inputs)
+    check_output(result)
     if is_first_of_launched():  # the processes of one run share its output
         hold(folder_lock(path) if folder else output_lock(path))
 
@@ -162,11 +166,7 @@ def note_settings(output: Path, settings: "RunSettings", *, folder: bool) -> Non
     import timm_ext
     from timm_ext.config import write_settings
 
-    path = (
-        output / "settings.yaml"
-        if folder
-        else output.with_name(f"{output.name.partition('.')[0]}.settings.yaml")
-    )
+    path = output / "settings.yaml" if folder else output.with_name(f"{stem_of(output)}.settings.yaml")
     write_settings(
         path,
         settings,

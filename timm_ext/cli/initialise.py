@@ -82,7 +82,7 @@ def merge(
 
     Example: `timm-ext merge model-a/ model-b/ --ratios 0.7,0.3 --out merged/`
     """
-    hold_output(out, folder=False)
+    hold_output(out, folder=False, inputs=[*networks, *(fishers or ())])
     if ratios is not None:
         methods: dict[str, Any] = {"--method": method, "--align": align, "--task": task, "--config": config}
         methods["--set"] = overrides
@@ -163,7 +163,7 @@ def adapt(
     from timm_ext.study.sources import load_sources, network_of, start_from
     from timm_ext.training.stages import make_sets
 
-    hold_output(out, folder=True)
+    hold_output(out, folder=True, inputs=[*networks, *(fishers or ())])
     wanted = get_method(method)
     if wanted.adapt == "none" and not wanted.learns_ratios:
         raise InputError(f"method: {method} learns nothing before fine-tuning; use timm-ext merge")

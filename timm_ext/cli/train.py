@@ -66,7 +66,7 @@ def train(
     from timm_ext.study.sources import new_network
     from timm_ext.training.stages import fine_tune, make_sets
 
-    hold_output(out, folder=True)
+    hold_output(out, folder=True, inputs=[init] if init is not None else [])
     checkpoint = None
     chosen = get_task(task)
     if init is not None:
@@ -127,7 +127,7 @@ def fisher(
     from timm_ext.networks.io import load_network
     from timm_ext.training.device import keep_freed_memory
 
-    hold_output(out, folder=False)
+    hold_output(out, folder=False, inputs=[network])
     keep_freed_memory()
     model, checkpoint = load_network(network)
     chosen = task_of(task, checkpoint)

@@ -28,6 +28,9 @@ Array = npt.NDArray[Any]
 Affine = npt.NDArray[np.float64]
 
 SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh")
+PROBABILITIES = "_probabilities"
+"""What the name of a case's probabilities has behind the name of its label map."""
+
 _COMPRESSED = (".nii.gz", ".mgz")
 _NIFTI = (".nii", ".nii.gz")
 _PAIRS = (".hdr", ".img", ".hdr.gz", ".img.gz")

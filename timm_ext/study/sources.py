@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from timm_ext.data.tasks import Task, task_from_dict
 from timm_ext.errors import InputError
+from timm_ext.files import stem_of
 from timm_ext.fisher import Fisher
 from timm_ext.groups import Granularity
 from timm_ext.merging import (
@@ -255,5 +256,5 @@ def network_of(sources: Sources, task: Task, seed: int) -> nn.Module:
 
 
 def _distinct_names(paths: Sequence[Path]) -> list[str]:
-    stems = [path.name.partition(".")[0] for path in paths]
+    stems = [stem_of(path) for path in paths]
     return stems if len(set(stems)) == len(stems) else [f"{s}-{i + 1}" for i, s in enumerate(stems)]
