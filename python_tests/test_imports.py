@@ -10,7 +10,7 @@ import timm_ext
 
 PACKAGE = Path(timm_ext.__file__).parent
 
-BASE = {"errors", "files", "locks", "documents", "machine"}
+BASE = {"errors", "files", "locks", "documents", "machine", "modality_names"}
 MODEL = {"modes", "parameters", "groups", "checkpoint", "networks"}
 MERGE = {"ops", "fisher", "merging"}
 WORK = {"data", "training", "inference", "metrics"}
@@ -26,6 +26,7 @@ ALLOWED = {
     "documents": {"errors", "_yaml"},
     "machine": {"errors"},
     "locks": {"errors"},
+    "modality_names": {"errors"},
     "reference": set(),
     "operands": {"errors"},
     "merge_formulas": {"reference"},
@@ -70,6 +71,7 @@ LIGHT = {
     "files",
     "machine",
     "locks",
+    "modality_names",
     "reference",
     "operands",
     "merge_formulas",

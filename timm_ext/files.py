@@ -246,3 +246,20 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def visible(folder: Path, pattern: str = "*", *, deep: bool = False) -> Iterator[Path]:
+    """Yield what lies in a folder, without what the user does not see.
+
+    Left out are names that begin with a dot, among them the AppleDouble companions (`._NAME`) of a Mac, and
+    the `__MACOSX` folders of its archives.
+
+    Args:
+        folder: the folder.
+        pattern: a pattern of names.
+        deep: whether to look in the folders below, too.
+    """
+    for path in folder.rglob(pattern) if deep else folder.glob(pattern):
+        parts = path.relative_to(folder).parts
+        if not any(part.startswith(".") or part == "__MACOSX" for part in parts):
+            yield path

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from timm_ext.data.layouts import Case, modality_key, read_cases, split_cases, write_list
+from timm_ext.data.layouts import Case, read_cases, split_cases, write_list
 from timm_ext.data.tasks import TASKS, task_from_dict
 from timm_ext.errors import InputError
+from timm_ext.modality_names import modality_key
 
 BRATS = TASKS["brats"]
 PARCELLATION = TASKS["parcellation"]
@@ -57,7 +58,9 @@ def test_brats_cases_without_labels_and_for_another_task(tmp_path):
 def test_two_files_of_one_kind(tmp_path):
     brats_case(tmp_path, "a")
     touch(tmp_path / "a" / "a_t1.nii")
-    with pytest.raises(InputError, match=r"a_t1\.nii.*: expected one file of this kind per case"):
+    with pytest.raises(
+        InputError, match=r"expected one image of modality T1 \(got t1: .*a_t1\.nii and t1: .*a_t1\.nii\.gz"
+    ):
         read_cases(tmp_path, BRATS)
 
 
@@ -104,9 +107,9 @@ def test_all_problems_in_one_listing(tmp_path):
     with pytest.raises(InputError, match="4 problems in its cases") as error:
         read_cases(tmp_path, PARCELLATION)
     for line in (
-        "a: missing modality T1 of task parcellation (got t1c, t2)",
+        "a: missing modality T1 of task parcellation (got T1ce, T2)",
         f"a: missing file {tmp_path}/imagesTr/a_0001.nii.gz",
-        "b: missing modality T1 of task parcellation (got t1c, t2)",
+        "b: missing modality T1 of task parcellation (got T1ce, T2)",
         f"b: missing file {tmp_path}/labelsTr/b.nii.gz",
     ):
         assert line in str(error.value)
@@ -162,7 +165,7 @@ def test_files_below_the_list_are_written_by_relative_name(tmp_path):
         ([{"id": "a/b", "T1": "x.nii", "T2": "x.nii"}], "'a/b': an id must be usable as a file name"),
         ([{"id": "..", "T1": "x.nii", "T2": "x.nii"}], "an id must be usable"),
         ([{"id": "a", "T1": "x.nii", "T2": "y.nii"}], r"a: missing file .*y\.nii"),
-        ([{"id": "a", "T1": "x.nii"}], r"a: missing modality T2 of task parcellation \(got t1\)"),
+        ([{"id": "a", "T1": "x.nii"}], r"a: missing modality T2 of task parcellation \(got T1\)"),
         ([{"id": "a", "T1": "x.nii", "T2": "x.nii"}] * 2, r"a: duplicate id \(2 cases\)"),
     ],
 )

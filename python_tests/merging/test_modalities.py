@@ -86,9 +86,11 @@ def test_an_own_weight_that_does_not_fit_is_refused() -> None:
 
 
 def test_a_name_twice_is_refused() -> None:
-    with pytest.raises(InputError, match=r"source modalities: expected each once \(got T1c, T1ce\)"):
+    with pytest.raises(
+        InputError, match=r"source modalities: expected each modality once \(got T1c and T1ce\)"
+    ):
         match_input_channels(weight(2), ["T1c", "T1ce"], ["T1"], weight(1))
-    with pytest.raises(InputError, match=r"target modalities: expected each once \(got T1, t1\)"):
+    with pytest.raises(InputError, match=r"target modalities: expected each modality once \(got T1 and t1\)"):
         match_input_channels(weight(2), ["T1", "T2"], ["T1", "t1"], weight(2))
 
 

@@ -1,34 +1,25 @@
-"""Cases on disk: BraTS folders, nnU-Net raw data sets, and CSV or JSON lists."""
+"""Cases on disk: BraTS folders, nnU-Net and Decathlon data sets, and CSV or JSON lists."""
 
 import csv
-import json
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from timm_ext.data.dataset_json import HEADER_NAME, nnunet, read_header
+from timm_ext.data.entries import Entry, Image, Listing, brats, csv_list, json_list, problem_with_id
+from timm_ext.data.label_names import check_label_names
 from timm_ext.data.tasks import Task
-from timm_ext.data.volume import SUFFIXES
-from timm_ext.documents import read_csv, read_json
-from timm_ext.errors import InputError
+from timm_ext.errors import InputError, lines_of
 from timm_ext.files import atomic_write, write_json
+from timm_ext.modality_names import modality_key
 
 LIST_NAME = "cases.json"
 """A folder that holds a list of this name is read by it."""
-
-_ALIASES = {
-    "t1": ("t1", "t1n", "t1w"),
-    "t1c": ("t1c", "t1ce", "t1gd"),
-    "t2": ("t2", "t2w"),
-    "flair": ("flair", "fla", "t2f"),
-}
-_MODALITY = {alias: name for name, aliases in _ALIASES.items() for alias in aliases}
-_BRATS_FILE = re.compile(rf"(.+)[_-]({'|'.join(_MODALITY)}|seg)\.nii(?:\.gz)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -39,60 +30,70 @@ class Case:
         id: unique in its data set, usable as a file name.
         images: file of each modality, by the task's modality names and in their order.
         label: the label file, where there is one.
+        channels: where a file has four axes, which of its volumes a modality is, from 0.
+        numbers: label numbers, besides 0, that the data set says it uses, whether or not a file holds them.
+
+    Raises:
+        InputError: the id cannot be a part of a file name.
     """
 
     id: str
     images: dict[str, Path]
     label: Path | None
+    channels: Mapping[str, int] = field(default_factory=dict)
+    numbers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if problem := problem_with_id(self.id):
+            raise InputError(f"{self.id[:200]!r}: an id must be usable as a file name: {problem}")
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A case as a layout states it: any modality names, files not yet looked for."""
-
-    id: str
-    files: Mapping[str, Path]
-    label: Path | None
-
-
-def read_cases(path: Path | str, task: Task, *, require_labels: bool = False) -> list[Case]:
+def read_cases(
+    path: Path | str, task: Task, *, require_labels: bool = False, use_labels: bool = True
+) -> list[Case]:
     """Read the cases of a data set, whatever its layout.
 
     - a `.csv` file: columns `id`, one per modality, and optionally `label`; an empty cell is a missing file
     - a `.json` file: a list of objects with the same keys
     - nnU-Net raw: a folder with `dataset.json` (or that file), read by its `channel_names`, `imagesTr` and
       `labelsTr`; or one `images*` folder of it, read without labels. Label numbers are those of the files.
+    - a Decathlon data set as it is downloaded: likewise, with one file per case whose fourth axis is its
+      channels
     - a folder with `cases.json`, read as that list
     - BraTS: files `ID_t1`, `ID_t1ce`, `ID_t2`, `ID_flair`, `ID_seg` (2017–2021) or `ID-t1n`, `ID-t1c`,
       `ID-t2w`, `ID-t2f`, `ID-seg` (2023) as `.nii` or `.nii.gz`, at any depth below the folder
 
-    Relative names in a list are relative to the list's folder. Modality names match by case-insensitive
-    alias (T1 = t1n = T1w, T1c = t1ce = T1Gd, T2 = T2w, FLAIR = t2f); modalities the task does not ask for
-    are left out.
+    Relative names in a list are relative to the list's folder; `FILE[2]` is the third volume of a file with
+    four axes. Modality names match in any spelling (`modality_key`); modalities the task does not ask for are
+    left out. Names that begin with a dot, and `__MACOSX`, are not looked at.
 
     Args:
         path: the folder or file.
         task: names the modalities.
         require_labels: whether a case without a label file is an error.
+        use_labels: whether label files matter; without them, nothing is asked of them.
 
     Returns:
         The cases, sorted by id.
 
     Raises:
-        InputError: unknown layout, no cases, or, all in one listing, missing modalities and files,
-            duplicate ids.
+        InputError: unknown layout, no cases; names of labels that contradict the task; or, in one listing,
+            missing modalities and files, two files of one modality, unusable or duplicate ids.
     """
     path = Path(path)
-    entries = list(_entries(path))
-    if not entries:
+    listing = _listing(path)
+    if not listing.entries:
         raise InputError(
-            f"{path}: expected cases in a known layout (got none); see read_cases for the layouts"
+            f"{path}: expected cases in a known layout: BraTS, nnU-Net, Decathlon, CSV or JSON (got none)"
         )
-    problems: list[str] = []
-    cases = [_case(entry, task, require_labels, problems) for entry in entries]
-    problems += _duplicates(entry.id for entry in entries)
-    if problems:
-        raise InputError("\n  ".join([f"{path}: {len(problems)} problems in its cases:", *problems]))
+    labelled = use_labels and any(entry.labels for entry in listing.entries)
+    if labelled and listing.source is not None:
+        remedy = f"; --task {listing.source} takes the numbers as they are named there"
+        check_label_names(listing.names, task, listing.source, remedy)
+    found = [_case(entry, listing, task, require_labels, use_labels) for entry in listing.entries]
+    cases = [case for case in found if isinstance(case, Case)]
+    problems = [problem for case in found if not isinstance(case, Case) for problem in case]
+    _refuse(path, [*problems, *_duplicates(entry.id for entry in listing.entries)])
     return sorted(cases, key=lambda case: case.id)
 
 
@@ -154,121 +155,85 @@ def split_cases(
     return [[case for case in ordered if group(case) in part] for part in parts]
 
 
-def modality_key(name: str) -> str:
-    """Return the name under which modalities are compared: lower case, known aliases made equal."""
-    return _MODALITY.get(name.strip().lower(), name.strip().lower())
-
-
-def _entries(path: Path) -> Iterable[_Entry]:
+def _listing(path: Path) -> Listing:
     if path.is_dir():
-        if (path / "dataset.json").is_file():
-            return _nnunet(path, path / "imagesTr", path / "labelsTr")
-        if path.name.startswith("images") and (path.parent / "dataset.json").is_file():
-            return _nnunet(path.parent, path, None)
-        if (path / LIST_NAME).is_file():
-            return _json_list(path / LIST_NAME)
-        return _brats(path)
+        if (path / HEADER_NAME).is_file():
+            return nnunet(read_header(path / HEADER_NAME), path / "imagesTr", labelled=True)
+        if path.name.startswith("images") and (path.parent / HEADER_NAME).is_file():
+            return nnunet(read_header(path.parent / HEADER_NAME), path, labelled=False)
+        return json_list(path / LIST_NAME) if (path / LIST_NAME).is_file() else brats(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file or folder")
-    if path.name == "dataset.json":
-        return _nnunet(path.parent, path.parent / "imagesTr", path.parent / "labelsTr")
+    if path.name == HEADER_NAME:
+        return nnunet(read_header(path), path.parent / "imagesTr", labelled=True)
     if path.suffix == ".csv":
-        return _csv_list(path)
+        return csv_list(path)
     if path.suffix == ".json":
-        return _json_list(path)
+        return json_list(path)
     raise InputError(f"{path}: expected a folder, a .csv or a .json file")
 
 
-def _brats(folder: Path) -> Iterator[_Entry]:
-    groups: dict[tuple[Path, str], dict[str, Path]] = {}
-    for file in sorted(folder.rglob("*.nii*")):
-        if not (match := _BRATS_FILE.fullmatch(file.name)):
-            continue
-        files = groups.setdefault((file.parent, match[1]), {})
-        kind = modality_key(match[2])
-        if kind in files:
-            raise InputError(f"{file}: expected one file of this kind per case (got also {files[kind].name})")
-        files[kind] = file
-    for (_, name), files in groups.items():
-        label = files.pop("seg", None)
-        yield _Entry(name, files, label)
-
-
-def _nnunet(root: Path, images: Path, labels: Path | None) -> Iterator[_Entry]:
-    header = root / "dataset.json"
-    description = read_json(header)
-    channels = (
-        description.get("channel_names", description.get("modality")) if isinstance(description, dict) else 0
-    )
-    if not isinstance(channels, dict) or not channels or not all(str(key).isdigit() for key in channels):
-        raise InputError(f'{header}: expected channel_names such as {{"0": "T1"}} (got {channels!r})')
-    ending = description.get("file_ending", ".nii.gz")
-    if ending not in SUFFIXES:
-        raise InputError(f"{header}: expected a file_ending out of {', '.join(SUFFIXES)} (got {ending!r})")
-    if not images.is_dir():
-        raise InputError(f"{images}: no such folder")
-    pattern = re.compile(rf"(.+)_\d{{4}}{re.escape(ending)}")
-    matches = (pattern.fullmatch(file.name) for file in sorted(images.iterdir()))
-    for name in sorted({match[1] for match in matches if match}):
-        files = {
-            modality_key(str(channel)): images / f"{name}_{int(number):04d}{ending}"
-            for number, channel in channels.items()
-        }
-        yield _Entry(name, files, labels / f"{name}{ending}" if labels else None)
-
-
-def _csv_list(path: Path) -> Iterator[_Entry]:
-    for row in read_csv(path):
-        yield _list_entry(row.cells, path)
-
-
-def _json_list(path: Path) -> Iterator[_Entry]:
-    rows = read_json(path)
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"{path}: expected a list of objects with the keys id, modality names and label")
-    for row in rows:
-        yield _list_entry({key: value for key, value in row.items() if value is not None}, path)
-
-
-def _list_entry(row: Mapping[str, Any], path: Path) -> _Entry:
-    if "id" not in row or not all(isinstance(value, str) for value in row.values()):
-        raise InputError(
-            f"{path}: expected an id and file names, all text, in each row (got {json.dumps(row)})"
-        )
-    files = {
-        modality_key(key): path.parent / value for key, value in row.items() if key not in ("id", "label")
-    }
-    return _Entry(row["id"], files, path.parent / row["label"] if "label" in row else None)
-
-
-def _case(entry: _Entry, task: Task, require_labels: bool, problems: list[str]) -> Case:
-    if not entry.id or entry.id in (".", "..") or re.search(r"[/\\\0]", entry.id):
-        problems.append(f"{entry.id!r}: an id must be usable as a file name")
-    wanted = {modality: entry.files.get(modality_key(modality)) for modality in task.modalities}
-    images = {modality: file for modality, file in wanted.items() if file is not None}
-    for modality in task.modalities:
-        if modality not in images:
-            found = ", ".join(sorted(entry.files)) or "none"
-            problems.append(f"{entry.id}: missing modality {modality} of task {task.name} (got {found})")
-        elif not images[modality].is_file():
-            problems.append(f"{entry.id}: missing file {images[modality]}")
-    if entry.label is None and require_labels:
+def _case(
+    entry: Entry, listing: Listing, task: Task, require_labels: bool, use_labels: bool
+) -> Case | list[str]:
+    """Return the case of an entry, or what is wrong with it."""
+    if problem := problem_with_id(entry.id):
+        return [f"{entry.id[:200]!r}: an id must be usable as a file name: {problem}"]
+    problems: list[str] = []
+    images = _images(entry, task, problems)
+    labels = entry.labels if use_labels else ()
+    if len(labels) > 1:
+        problems.append(f"{entry.id}: expected one label file (got {' and '.join(map(str, labels))})")
+    if not labels and require_labels:
         problems.append(f"{entry.id}: missing label")
-    elif entry.label is not None and not entry.label.is_file():
-        problems.append(f"{entry.id}: missing file {entry.label}")
-    return Case(entry.id, images, entry.label)
+    problems += [f"{entry.id}: missing file {label}" for label in labels if not os.path.isfile(label)]
+    if problems:
+        return problems
+    channels = {name: image.channel for name, image in images.items() if image.channel is not None}
+    files = {name: image.file for name, image in images.items()}
+    return Case(entry.id, files, labels[0] if labels else None, channels, listing.numbers)
+
+
+def _images(entry: Entry, task: Task, problems: list[str]) -> dict[str, Image]:
+    """Return the image of each modality of the task; what is missing or there twice goes to the problems."""
+    by_key: dict[str, list[Image]] = {}
+    for image in entry.images:
+        by_key.setdefault(modality_key(image.name), []).append(image)
+    images = {}
+    for modality in task.modalities:
+        match by_key.get(modality_key(modality), []):
+            case []:
+                found = ", ".join(sorted(image.name for image in entry.images)) or "none"
+                problems.append(f"{entry.id}: missing modality {modality} of task {task.name} (got {found})")
+            case [image]:
+                images[modality] = image
+                if not os.path.isfile(image.file):
+                    problems.append(f"{entry.id}: missing file {image.file}")
+            case several:
+                got = " and ".join(f"{image.name}: {image.file}" for image in several)
+                problems.append(f"{entry.id}: expected one image of modality {modality} (got {got})")
+    return images
+
+
+def _refuse(path: Path, problems: Sequence[str]) -> None:
+    """Raise one error of all problems; names of files may hold letters that must not be printed."""
+    told = [problem if problem.isprintable() else repr(problem)[1:-1] for problem in problems]
+    if len(told) == 1:
+        raise InputError(f"{path}: {told[0]}")
+    if told:
+        raise InputError(f"{path}: {len(told)} problems in its cases:{lines_of(told)}")
 
 
 def _duplicates(ids: Iterable[str]) -> list[str]:
-    counts: dict[str, int] = {}
-    for name in ids:
-        counts[name] = counts.get(name, 0) + 1
+    counts = Counter(ids)
     return [f"{name}: duplicate id ({count} cases)" for name, count in counts.items() if count > 1]
 
 
 def _row(case: Case, folder: Path) -> dict[str, str]:
-    files = {**case.images, **({"label": case.label} if case.label else {})}
-    return {"id": case.id, **{key: _name_from(file, folder) for key, file in files.items()}}
+    names = {key: _name_from(file, folder) for key, file in case.images.items()}
+    for key, channel in case.channels.items():
+        names[key] += f"[{channel}]"
+    return {"id": case.id, **names, **({"label": _name_from(case.label, folder)} if case.label else {})}
 
 
 def _name_from(file: Path, folder: Path) -> str:

@@ -8,20 +8,10 @@ import torch
 from torch import Tensor
 
 from timm_ext.errors import InputError
+from timm_ext.modality_names import distinct_keys, modality_key
 
 if TYPE_CHECKING:
     from timm_ext.fisher.result import Fisher
-
-# Spellings of public data sets (BraTS 2017-2024, TCGA), in lower case without punctuation.
-_SPELLINGS = {
-    "t1ce": "t1c",
-    "t1gd": "t1c",
-    "t1n": "t1",
-    "t1w": "t1",
-    "t2w": "t2",
-    "t2f": "flair",
-    "t2flair": "flair",
-}
 
 
 def match_input_channels(
@@ -40,7 +30,7 @@ def match_input_channels(
 
     Args:
         tensor: `[O, C_source, ...]`.
-        source: modalities of `C_source` channels, in order. Case and the spellings of BraTS do not matter.
+        source: modalities of `C_source` channels, in order, in any spelling (`modality_key`).
         target: modalities of `C_target` channels, in order.
         own: `[O, C_target, ...]`, for the channels that come from nowhere else.
         unseen: from a modality of the target to the one of the source whose channel it takes.
@@ -80,14 +70,16 @@ def source_channels(
     Raises:
         InputError: as for `match_input_channels`.
     """
-    place = {name: index for index, name in enumerate(_canonical(source, "source"))}
+    place = {name: index for index, name in enumerate(distinct_keys(source, "source modalities"))}
     rules = _rules(unseen or {}, target, place)
-    return tuple(place.get(name, place.get(rules.get(name, ""))) for name in _canonical(target, "target"))
+    return tuple(
+        place.get(name, place.get(rules.get(name, ""))) for name in distinct_keys(target, "target modalities")
+    )
 
 
 def same_modality(one: str, other: str) -> bool:
     """Tell whether two names mean one modality, in different spellings maybe."""
-    return _spelled(one) == _spelled(other)
+    return modality_key(one) == modality_key(other)
 
 
 def unseen_modalities(
@@ -156,21 +148,9 @@ def fit_to_target(
     return fit(tensors, own, "the network"), fitted
 
 
-def _canonical(names: Sequence[str], which: str) -> list[str]:
-    canonical = [_spelled(name) for name in names]
-    if len(set(canonical)) < len(canonical):
-        raise InputError(f"{which} modalities: expected each once (got {', '.join(names)})")
-    return canonical
-
-
-def _spelled(name: str) -> str:
-    plain = "".join(letter for letter in name.lower() if letter.isalnum())
-    return _SPELLINGS.get(plain, plain)
-
-
 def _rules(unseen: Mapping[str, str], target: Sequence[str], place: Mapping[str, int]) -> dict[str, str]:
-    wanted = {_spelled(name) for name in target}
+    wanted = {modality_key(name) for name in target}
     for name, stand_in in unseen.items():
-        if _spelled(name) in wanted and _spelled(stand_in) not in place:
+        if modality_key(name) in wanted and modality_key(stand_in) not in place:
             raise InputError(f"unseen: expected a modality of the source for {name} (got {stand_in})")
-    return {_spelled(name): _spelled(stand_in) for name, stand_in in unseen.items()}
+    return {modality_key(name): modality_key(stand_in) for name, stand_in in unseen.items()}

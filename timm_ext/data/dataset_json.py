@@ -1,0 +1,270 @@
+"""Data sets described by a `dataset.json`: nnU-Net's raw layout, and the Medical Segmentation Decathlon's.
+
+nnU-Net keeps one file per channel, `CASE_0000`, `CASE_0001`, …; a Decathlon archive lists its files and keeps
+all channels of a case in one file with four axes.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from timm_ext.data.entries import Entry, Image, Listing, numbers_in
+from timm_ext.data.volume import SUFFIXES
+from timm_ext.documents import read_json
+from timm_ext.errors import InputError
+from timm_ext.files import visible
+
+HEADER_NAME = "dataset.json"
+_BACKGROUND, _IGNORE = "background", "ignore"
+_NUMBER = re.compile(r"[0-9]{1,4}")
+
+
+@dataclass(frozen=True)
+class Header:
+    """The content of a `dataset.json`.
+
+    Attributes:
+        path: the file.
+        name: of the data set.
+        channels: number and name of each input channel, in order.
+        ending: of the files' names.
+        labels: numbers by name, the background's included; several numbers make a region.
+        order: the number as which nnU-Net writes each region, where it is stated.
+        training: listed pairs of image and label, relative to the file's folder.
+        test: listed images.
+        cases: images and label by case, where nnU-Net's `dataset` states them.
+    """
+
+    path: Path
+    name: str
+    channels: tuple[tuple[int, str], ...]
+    ending: str
+    labels: Mapping[str, tuple[int, ...]]
+    order: tuple[int, ...] | None
+    training: tuple[tuple[str, str], ...]
+    test: tuple[str, ...]
+    cases: Mapping[str, tuple[tuple[str, ...], str]]
+
+    @property
+    def root(self) -> Path:
+        """Folder of the data set."""
+        return self.path.parent
+
+
+def is_header(value: Any) -> bool:
+    """Whether a JSON value is the content of a `dataset.json`."""
+    return (
+        isinstance(value, dict) and "labels" in value and bool({"channel_names", "modality"} & value.keys())
+    )
+
+
+def read_header(path: Path) -> Header:
+    """Read a `dataset.json`.
+
+    Raises:
+        InputError: it cannot be read, or names no channels, or a part of it is of another kind.
+    """
+    return parse_header(read_json(path), path)
+
+
+def parse_header(value: Any, path: Path) -> Header:
+    """Check the content of a `dataset.json`; errors are those of `read_header`."""
+    content = value if isinstance(value, dict) else {}
+    ending = content.get("file_ending", ".nii.gz")
+    if ending not in SUFFIXES:
+        raise InputError(f"{path}: expected a file_ending out of {', '.join(SUFFIXES)} (got {ending!r})")
+    name = content.get("name")
+    return Header(
+        path=path,
+        name=name if isinstance(name, str) and name.strip() else path.resolve().parent.name,
+        channels=_channels(content, path),
+        ending=ending,
+        labels=_labels(content.get("labels", {}), path),
+        order=_order(content.get("regions_class_order"), path),
+        training=tuple(_listed_pairs(content.get("training"))),
+        test=tuple(_listed_images(content.get("test"))),
+        cases=_stated_cases(content.get("dataset"), path),
+    )
+
+
+def nnunet(header: Header, folder: Path, *, labelled: bool) -> Listing:
+    """Find the cases of a data set with a `dataset.json`.
+
+    Args:
+        header: the content of the file.
+        folder: of the images.
+        labelled: whether these are the training images.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    names = header.labels
+    if labelled and header.cases:
+        entries = list(_stated(header))
+    elif not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    else:
+        entries = _found(header, folder, labelled)
+    return Listing(tuple(entries), numbers_in(names), names, header.path)
+
+
+def task_of(header: Header) -> dict[str, Any]:
+    """Describe the task of a data set as `task_from_dict` reads it.
+
+    The channels are the modalities, the labels besides the background the regions; the number as which
+    nnU-Net writes a region of several comes first in it.
+
+    Raises:
+        InputError: there is no label besides the background, or an `ignore` label, which has no region.
+    """
+    regions = {name: list(numbers) for name, numbers in header.labels.items() if name.lower() != _BACKGROUND}
+    if not regions:
+        raise InputError(f"{header.path}: expected a label besides the background (got none)")
+    if ignored := [name for name in regions if name.lower() == _IGNORE]:
+        raise InputError(
+            f"{header.path}: a task cannot leave out voxels, expected no label {ignored[0]!r}; give the "
+            "label a region in a task file of your own"
+        )
+    if header.order is not None:
+        if len(header.order) != len(regions):
+            raise InputError(
+                f"{header.path}: regions_class_order: expected a number for each of {len(regions)} regions "
+                f"(got {list(header.order)})"
+            )
+        for written, numbers in zip(header.order, regions.values(), strict=True):
+            numbers.sort(key=lambda number, first=written: number != first)
+    labels = {number for numbers in regions.values() for number in numbers} | {0}
+    return {
+        "name": header.name,
+        "modalities": [name for _, name in header.channels],
+        "regions": regions,
+        "labels": sorted(labels),
+    }
+
+
+def _channels(content: Mapping[str, Any], path: Path) -> tuple[tuple[int, str], ...]:
+    channels = content.get("channel_names", content.get("modality"))
+    wanted = isinstance(channels, dict) and bool(channels)
+    if wanted:
+        wanted = all(_NUMBER.fullmatch(str(key)) for key in channels)
+        wanted = wanted and all(isinstance(name, str) and name.strip() for name in channels.values())
+    if not wanted:
+        raise InputError(f'{path}: expected channel_names such as {{"0": "T1"}} (got {channels!r})')
+    numbered = sorted((int(key), name.strip()) for key, name in channels.items())
+    if len({number for number, _ in numbered}) < len(numbered):
+        raise InputError(f"{path}: expected each channel once (got {channels!r})")
+    return tuple(numbered)
+
+
+def _labels(value: Any, path: Path) -> dict[str, tuple[int, ...]]:
+    """Return numbers by name from nnU-Net's `{name: number or list}` or the Decathlon's `{"1": name}`."""
+    table = value if isinstance(value, dict) else None
+    if table is not None and table and all(isinstance(name, str) for name in table.values()):
+        pairs = [(name, key) for key, name in table.items() if _NUMBER.fullmatch(key)]
+        table = {} if len(pairs) == len(table) else None
+        for name, key in pairs if table is not None else ():
+            table.setdefault(name, []).append(int(key))
+    labels = {}
+    for name, numbers in ({} if table is None else table).items():
+        listed = numbers if isinstance(numbers, list) else [numbers]
+        if not listed or not all(type(number) is int and number >= 0 for number in listed):
+            table = None
+            break
+        labels[name.strip()] = tuple(dict.fromkeys(listed))
+    if table is None:
+        raise InputError(f'{path}: labels: expected numbers by name such as {{"liver": 1}} (got {value!r})')
+    return labels
+
+
+def _order(value: Any, path: Path) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(type(number) is int for number in value):
+        raise InputError(f"{path}: regions_class_order: expected a list of numbers (got {value!r})")
+    return tuple(value)
+
+
+def _listed_pairs(value: Any) -> Iterator[tuple[str, str]]:
+    for item in value if isinstance(value, list) else ():
+        if (
+            isinstance(item, dict)
+            and isinstance(item.get("image"), str)
+            and isinstance(item.get("label"), str)
+        ):
+            yield item["image"], item["label"]
+
+
+def _listed_images(value: Any) -> Iterator[str]:
+    for item in value if isinstance(value, list) else ():
+        image = item.get("image") if isinstance(item, dict) else item
+        if isinstance(image, str):
+            yield image
+
+
+def _stated_cases(value: Any, path: Path) -> dict[str, tuple[tuple[str, ...], str]]:
+    cases = {}
+    for name, case in (value if isinstance(value, dict) else {}).items():
+        images = case.get("images") if isinstance(case, dict) else None
+        label = case.get("label") if isinstance(case, dict) else None
+        texts = [*images, label] if isinstance(images, list) else [None]
+        if not all(isinstance(text, str) for text in texts):
+            raise InputError(f"{path}: dataset: expected images and a label of {name!r} (got {case!r})")
+        cases[name] = tuple(texts[:-1]), texts[-1]
+    return cases
+
+
+def _stated(header: Header) -> Iterator[Entry]:
+    names = [name for _, name in header.channels]
+    for case, (images, label) in header.cases.items():
+        if len(images) != len(names):
+            raise InputError(
+                f"{header.path}: dataset: expected {len(names)} images of {case!r}, "
+                f"{', '.join(names)} (got {len(images)})"
+            )
+        files = [header.root / os.path.expandvars(image) for image in images]
+        pairs = tuple(Image(name, file) for name, file in zip(names, files, strict=True))
+        yield Entry(case, pairs, (header.root / os.path.expandvars(label),))
+
+
+def _found(header: Header, folder: Path, labelled: bool) -> list[Entry]:
+    listed = _listed_in(header, folder, labelled)
+    files = sorted(file.name for file in visible(folder, "*") if file.name.endswith(header.ending))
+    if not listed:
+        pattern = re.compile(rf"(.+)_\d{{4}}{re.escape(header.ending)}", re.ASCII)
+        matches = [match for name in files if (match := pattern.fullmatch(name))]
+        if matches or not files:
+            return [_numbered(header, folder, name, labelled) for name in sorted({m[1] for m in matches})]
+        listed = {folder / name: header.root / "labelsTr" / name for name in files}
+    return [_whole(header, image, label if labelled else None) for image, label in listed.items()]
+
+
+def _listed_in(header: Header, folder: Path, labelled: bool) -> dict[Path, Path]:
+    """Return the listed images of a folder and their labels, or nothing where the list does not hold.
+
+    nnU-Net's first version lists `CASE.nii.gz` for files that are called `CASE_0000.nii.gz`.
+    """
+    pairs: Sequence[tuple[str, str]] = header.training if labelled else [(name, name) for name in header.test]
+    listed = {header.root / image: header.root / label for image, label in pairs}
+    shown = {image: label for image, label in listed.items() if not image.name.startswith(".")}
+    inside = {image: label for image, label in shown.items() if labelled or image.parent == folder}
+    return inside if any(image.is_file() for image in inside) else {}
+
+
+def _numbered(header: Header, folder: Path, case: str, labelled: bool) -> Entry:
+    images = tuple(
+        Image(name, folder / f"{case}_{number:04d}{header.ending}") for number, name in header.channels
+    )
+    return Entry(case, images, (header.root / "labelsTr" / f"{case}{header.ending}",) if labelled else ())
+
+
+def _whole(header: Header, image: Path, label: Path | None) -> Entry:
+    """One file per case; where there are several channels, they are its fourth axis."""
+    several = len(header.channels) > 1
+    images = tuple(
+        Image(name, image, place if several else None) for place, (_, name) in enumerate(header.channels)
+    )
+    suffix = next((suffix for suffix in (".nii.gz", *SUFFIXES) if image.name.endswith(suffix)), "")
+    return Entry(image.name.removesuffix(suffix), images, () if label is None else (label,))
