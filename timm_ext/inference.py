@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain, combinations
 from pathlib import Path
 from typing import Literal
@@ -217,7 +218,7 @@ def predict_case(
     Raises:
         InputError: the case cannot be prepared, does not fit the network, or the result cannot be written.
     """
-    prepared = prepare_case(Case(case.id, case.images, None), task, settings, cache)
+    prepared = prepare_case(replace(case, label=None), task, settings, cache)
     probabilities = predict_probabilities(
         model,
         torch.from_numpy(np.array(prepared.image)),

@@ -111,13 +111,25 @@ def test_a_declared_enhancing_label_refuses_the_other():
         TASKS["brats-2023"].read_labels(np.array([0, 4]), "x")
 
 
-@pytest.mark.parametrize(("present", "enhancing"), [({0, 1, 2, 3}, 3), ({0, 4}, 4), ({0, 1}, 4)])
+@pytest.mark.parametrize(("present", "enhancing"), [({0, 1, 2, 3}, 3), ({0, 4}, 4)])
 def test_resolve_takes_the_numbering_of_the_data_set(present, enhancing):
     task = TASKS["brats"].resolve(present)
     assert task.regions == brats_task(enhancing).regions
     assert task.labels == {0, 1, 2, enhancing}
     with pytest.raises(InputError, match="the data set: expected one of"):
         TASKS["brats"].resolve({3, 4})
+
+
+def test_a_data_set_without_the_label_leaves_the_numbering_open():
+    assert TASKS["brats"].resolve({0, 1, 2}) == TASKS["brats"]
+
+
+def test_a_settled_task_says_which_one_takes_the_other_number():
+    settled = TASKS["brats"].resolve({0, 4})
+    with pytest.raises(InputError, match=r"brats \(got 3\); .* --task brats takes either"):
+        settled.check_labels({0, 3}, "seg.nii")
+    with pytest.raises(InputError, match=r"brats \(got 5\)$"):
+        settled.check_labels({0, 5}, "seg.nii")
 
 
 def test_freesurfer_maps_are_recognised_by_the_right_cerebrum():
@@ -157,7 +169,7 @@ def test_custom_task_may_allow_more_labels():
         ({"colour": 1}, "expected the keys name, modalities, regions"),
         ({"modalities": "CT"}, "modalities must be a list of str"),
         ({"modalities": []}, "modalities must be a list"),
-        ({"modalities": ["CT", "CT"]}, "modalities must be distinct"),
+        ({"modalities": ["T1", "t1w"]}, r"modalities: expected each modality once \(got T1 and t1w\)"),
         ({"regions": ["liver"]}, "regions must map names to labels"),
         ({"regions": {"liver": [1.5]}}, "region liver must be a list of int"),
         ({"regions": {"liver": [300]}}, r"region liver must lie in 0..255 \(got \[300\]\)"),

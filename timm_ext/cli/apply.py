@@ -20,6 +20,7 @@ from timm_ext.errors import InputError, listed
 from timm_ext.files import check_outputs, ending_of, stem_of
 
 if TYPE_CHECKING:
+    from timm_ext.data.entries import Image
     from timm_ext.data.layouts import Case
     from timm_ext.data.tasks import Task
     from timm_ext.metrics import Evaluation
@@ -72,7 +73,11 @@ def predict(
     settings = settings_from(config, overrides, checkpoint)
     if (cases is None) == (not images):
         raise InputError("predict: expected either CASES or --image MODALITY=FILE for each modality")
-    scans = read_cases(cases, chosen) if cases is not None else [_single_case(images or [], chosen)]
+    if cases is not None:
+        scans = read_cases(cases, chosen, use_labels=False)
+    else:
+        scans = [_single_case(images or [], chosen)]
+    chosen = chosen.resolve({number for scan in scans for number in scan.numbers}, cases)
     outputs = [_outputs_of(scan, out, probabilities) for scan in scans]
     inputs = [network, *(file for scan in scans for file in scan.images.values())]
     labels = [scan.label for scan in scans if scan.label is not None]
@@ -188,29 +193,34 @@ def _single_case(images: list[str], task: "Task") -> "Case":
     Raises:
         InputError: an option of another form, an unknown or missing modality, or a missing file.
     """
-    from timm_ext.data.layouts import Case, modality_key
+    from timm_ext.data.entries import image_at
+    from timm_ext.data.layouts import Case
     from timm_ext.data.volume_file import SUFFIXES
+    from timm_ext.modality_names import modality_key
 
     wanted = {modality_key(modality): modality for modality in task.modalities}
-    found: dict[str, Path] = {}
+    found: dict[str, Image] = {}
     for text in images:
         name, _, file = text.partition("=")
         if not file or modality_key(name) not in wanted:
             raise InputError(
                 f"--image: expected MODALITY=FILE with one of {', '.join(task.modalities)} (got {text!r})"
             )
-        if not Path(file).is_file():
-            raise InputError(f"{file}: no such file")
-        modality = wanted[modality_key(name)]
+        modality, image = wanted[modality_key(name)], image_at(file, Path(), name)
+        if not image.file.is_file():
+            raise InputError(f"{image.file}: no such file")
         if modality in found:
-            raise InputError(f"--image: expected one file for {modality} (got {found[modality]} and {file})")
-        found[modality] = Path(file)
+            twin = found[modality].file
+            raise InputError(f"--image: expected one file for {modality} (got {twin} and {file})")
+        found[modality] = image
     if missing := [modality for modality in task.modalities if modality not in found]:
         raise InputError(f"--image: missing modality {', '.join(missing)} of task {task.name}")
-    first = found[task.modalities[0]]
+    first = found[task.modalities[0]].file
     if ending_of(first) not in SUFFIXES:
         raise InputError(f"{first}: expected a file that ends in {', '.join(SUFFIXES)}")
-    return Case(stem_of(first), {m: found[m] for m in task.modalities}, None)
+    channels = {name: image.channel for name, image in found.items() if image.channel is not None}
+    files = {modality: found[modality].file for modality in task.modalities}
+    return Case(stem_of(first), files, None, channels)
 
 
 def _mean_sd(metric: dict[str, float | None]) -> str:

@@ -300,9 +300,17 @@ def training_parts(
     settings: "RunSettings",
     cache: Path,
     workers: int,
-) -> "tuple[list[Prepared], list[Prepared]]":
-    """Read, divide and prepare the training and validation cases."""
+) -> "tuple[list[Prepared], list[Prepared], Task]":
+    """Read, divide and prepare the training and validation cases.
+
+    Returns:
+        Both, and the task with the label numbers that they use.
+
+    Raises:
+        InputError: cases cannot be read or prepared, or they number a region in two ways.
+    """
     from timm_ext.data.layouts import read_cases, split_cases
+    from timm_ext.data.prepare import resolve_task
 
     every = read_cases(cases, task, require_labels=True)
     if val is not None:
@@ -310,4 +318,17 @@ def training_parts(
     else:
         parts = split_cases(every, [1 - val_share, val_share], seed=settings.train.seed)
     train_part, val_part = (prepare_labelled(part, task, settings, cache, workers) for part in parts)
-    return train_part, val_part
+    where = cases if val is None else f"{cases} and {val}"
+    resolved = resolve_task(task, [*train_part, *val_part], where)
+    _tell_open(resolved)
+    return train_part, val_part, resolved
+
+
+def _tell_open(task: "Task") -> None:
+    """Say where no case settles which number of a group stands for a region."""
+    for group in task.exclusive:
+        names = [region.name for region in task.regions if set(group) <= set(region.labels)]
+        print(
+            f"task {task.name}: no case says which of the labels {' or '.join(map(str, group))} is "
+            f"{names[-1] if names else 'used'}; predictions write {group[0]}"
+        )

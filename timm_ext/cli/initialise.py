@@ -177,8 +177,10 @@ def adapt(
     _tell_unseen(sources, chosen, settings.merge)
     _tell_statistics(target, start)
     settings = fit_volumes(settings, target)
-    parts = training_parts(data, val, val_share, chosen, settings, cache or out / "prepared", workers)
-    train_set, val_set = make_sets(*parts, chosen, settings.train)
+    train_part, val_part, chosen = training_parts(
+        data, val, val_share, chosen, settings, cache or out / "prepared", workers
+    )
+    train_set, val_set = make_sets(train_part, val_part, chosen, settings.train)
     run = out / "training"
     facts: dict[str, Any] = {"method": method, "sources": list(sources.names)}
     network = _learn(start, train_set, val_set, settings, run, resume=resume)

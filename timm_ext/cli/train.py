@@ -78,8 +78,10 @@ def train(
         settings.train.refuse_ties("timm-ext train without --init")
         model = new_network(settings.network.name, settings.network.options, chosen, settings.train.seed)
     settings = fit_volumes(settings, model)
-    parts = training_parts(cases, val, val_share, chosen, settings, cache or out / "prepared", workers)
-    train_set, val_set = make_sets(*parts, chosen, settings.train)
+    train_part, val_part, chosen = training_parts(
+        cases, val, val_share, chosen, settings, cache or out / "prepared", workers
+    )
+    train_set, val_set = make_sets(train_part, val_part, chosen, settings.train)
     run = out / "training"
     norms = settings.merge.transfer_norms
     shared: tuple[str, ...] = ()
@@ -122,6 +124,7 @@ def fisher(
     """
     from timm_ext.data.dataset import CaseDataset
     from timm_ext.data.layouts import read_cases
+    from timm_ext.data.prepare import resolve_task
     from timm_ext.data.tasks import task_to_dict
     from timm_ext.fisher import estimate_fisher, remove_partial
     from timm_ext.networks.io import load_network
@@ -134,6 +137,7 @@ def fisher(
     settings = fit_volumes(settings_from(config, overrides, checkpoint), model)
     every = read_cases(cases, chosen, require_labels=True)[:limit]
     prepared = prepare_labelled(every, chosen, settings, cache, workers)
+    chosen = resolve_task(chosen, prepared, cases)
     data = CaseDataset(prepared, chosen, in_memory=True)
     partial = out.with_name(f"{out.name}.partial")
     options = settings.fisher.model_dump()

@@ -19,7 +19,8 @@ from timm_ext.files import visible
 
 HEADER_NAME = "dataset.json"
 _BACKGROUND, _IGNORE = "background", "ignore"
-_NUMBER = re.compile(r"[0-9]{1,4}")
+_NUMBER = re.compile(r"[0-9]{1,5}")
+_LARGEST = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -134,8 +135,10 @@ def task_of(header: Header) -> dict[str, Any]:
                 f"{header.path}: regions_class_order: expected a number for each of {len(regions)} regions "
                 f"(got {list(header.order)})"
             )
-        for written, numbers in zip(header.order, regions.values(), strict=True):
-            numbers.sort(key=lambda number, first=written: number != first)
+        regions = {
+            name: sorted(numbers, key=written.__ne__)
+            for written, (name, numbers) in zip(header.order, regions.items(), strict=True)
+        }
     labels = {number for numbers in regions.values() for number in numbers} | {0}
     return {
         "name": header.name,
@@ -161,21 +164,17 @@ def _channels(content: Mapping[str, Any], path: Path) -> tuple[tuple[int, str], 
 
 def _labels(value: Any, path: Path) -> dict[str, tuple[int, ...]]:
     """Return numbers by name from nnU-Net's `{name: number or list}` or the Decathlon's `{"1": name}`."""
-    table = value if isinstance(value, dict) else None
-    if table is not None and table and all(isinstance(name, str) for name in table.values()):
-        pairs = [(name, key) for key, name in table.items() if _NUMBER.fullmatch(key)]
-        table = {} if len(pairs) == len(table) else None
-        for name, key in pairs if table is not None else ():
-            table.setdefault(name, []).append(int(key))
-    labels = {}
-    for name, numbers in ({} if table is None else table).items():
-        listed = numbers if isinstance(numbers, list) else [numbers]
-        if not listed or not all(type(number) is int and number >= 0 for number in listed):
-            table = None
-            break
-        labels[name.strip()] = tuple(dict.fromkeys(listed))
-    if table is None:
-        raise InputError(f'{path}: labels: expected numbers by name such as {{"liver": 1}} (got {value!r})')
+    pairs: list[tuple[str, Any]] = list(value.items()) if isinstance(value, dict) else [("", None)]
+    if pairs and all(_NUMBER.fullmatch(key) and isinstance(name, str) for key, name in pairs):
+        pairs = [(name, int(key)) for key, name in pairs]
+    labels: dict[str, tuple[int, ...]] = {}
+    for name, given in pairs:
+        numbers = given if isinstance(given, list) and given else [given]
+        if not all(type(number) is int and 0 <= number <= _LARGEST for number in numbers):
+            raise InputError(
+                f'{path}: labels: expected numbers by name such as {{"liver": 1}} (got {value!r})'
+            )
+        labels[name.strip()] = tuple(dict.fromkeys((*labels.get(name.strip(), ()), *numbers)))
     return labels
 
 
@@ -205,14 +204,13 @@ def _listed_images(value: Any) -> Iterator[str]:
 
 
 def _stated_cases(value: Any, path: Path) -> dict[str, tuple[tuple[str, ...], str]]:
-    cases = {}
+    cases: dict[str, tuple[tuple[str, ...], str]] = {}
     for name, case in (value if isinstance(value, dict) else {}).items():
-        images = case.get("images") if isinstance(case, dict) else None
-        label = case.get("label") if isinstance(case, dict) else None
-        texts = [*images, label] if isinstance(images, list) else [None]
-        if not all(isinstance(text, str) for text in texts):
-            raise InputError(f"{path}: dataset: expected images and a label of {name!r} (got {case!r})")
-        cases[name] = tuple(texts[:-1]), texts[-1]
+        match case:
+            case {"images": [*images], "label": str(label)} if all(isinstance(i, str) for i in images):
+                cases[name] = tuple(images), label
+            case _:
+                raise InputError(f"{path}: dataset: expected images and a label of {name!r} (got {case!r})")
     return cases
 
 

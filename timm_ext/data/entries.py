@@ -1,7 +1,5 @@
 """What a layout states of its cases, and the layouts that are plain: BraTS folders, CSV and JSON lists."""
 
-import csv
-import io
 import json
 import os
 import re
@@ -11,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from timm_ext.data.volume import SUFFIXES
-from timm_ext.documents import read_json
-from timm_ext.errors import InputError
+from timm_ext.documents import read_csv, read_json
+from timm_ext.errors import InputError, listed, shown
 from timm_ext.files import visible
 from timm_ext.modality_names import modality_key
 
@@ -102,25 +100,10 @@ def csv_list(path: Path) -> Listing:
     """Read a CSV list: columns `id`, one per modality, and optionally `label`; empty rows are skipped.
 
     Raises:
-        InputError: not a CSV file with an `id` column and distinct names, or a row of another kind.
+        InputError: not a CSV file, or a row without an id.
     """
-    rows = _csv_rows(path)
-    if not rows:
-        return Listing((), source=path)
-    columns = [_column(name) for name in rows[0][1]]
-    named = [name for name in columns if name]
-    if "id" not in named or (twice := sorted({name for name in named if named.count(name) > 1})):
-        what = f"{twice[0]} twice" if "id" in named else ", ".join(named)
-        raise InputError(f"{path}: expected distinct columns, one of them id (got {what})")
-    entries = []
-    for line, cells in rows[1:]:
-        width = len(columns)
-        beyond = [cell for name, cell in zip(columns, cells, strict=False) if cell and not name]
-        row = {name: cell for name, cell in zip(columns, cells, strict=False) if name and cell}
-        if beyond or any(cells[width:]):
-            row["more cells than columns"] = ", ".join([*beyond, *filter(None, cells[width:])])
-            raise _not_a_row(path, f"line {line}", row)
-        entries.append(_entry_of(row, path, f"line {line}"))
+    rows = read_csv(path)
+    entries = [_entry_of(row.cells, path, f"line {row.line}") for row in rows]
     return Listing(tuple(entries), source=path)
 
 
@@ -133,12 +116,7 @@ def json_list(path: Path) -> Listing:
     rows = read_json(path)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{path}: expected a list of objects with the keys id, modality names and label")
-    entries = [
-        _entry_of(
-            {_column(key): value for key, value in row.items() if value is not None}, path, f"row {number}"
-        )
-        for number, row in enumerate(rows, 1)
-    ]
+    entries = [_entry_of(row, path, f"row {number}") for number, row in enumerate(rows, 1)]
     return Listing(tuple(entries), source=path)
 
 
@@ -155,17 +133,6 @@ def _brats_parts(file_name: str) -> tuple[str, str] | None:
     return None
 
 
-def _csv_rows(path: Path) -> list[tuple[int, list[str]]]:
-    """Return line number and cells of every row that is not empty."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        reader = csv.reader(io.StringIO(text), skipinitialspace=True)
-        rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
-    return [(line, cells) for line, cells in rows if any(cells)]
-
-
 def _column(name: str) -> str:
     """Return the name of a column or key; those of id and label in lower case."""
     plain = name.strip().lower()
@@ -173,16 +140,18 @@ def _column(name: str) -> str:
 
 
 def _entry_of(row: Mapping[str, Any], path: Path, where: str) -> Entry:
-    if "id" not in row or not all(isinstance(value, str) for value in row.values()):
-        raise _not_a_row(path, where, row)
-    images = [image_at(value, path.parent, key) for key, value in row.items() if key not in ("id", "label")]
-    label = (path.parent / row["label"],) if "label" in row else ()
-    return Entry(row["id"], tuple(images), label)
-
-
-def _not_a_row(path: Path, where: str, row: Mapping[str, Any]) -> InputError:
-    got = json.dumps(row, default=str)[:200] if row else "an empty row"
-    return InputError(f"{path}, {where}: expected an id and file names, all text (got {got})")
+    given = [(_column(key), value) for key, value in row.items() if value is not None]
+    names = [name for name, _ in given]
+    if "id" not in names or not all(isinstance(value, str) for _, value in given):
+        raise InputError(
+            f"{path}, {where}: expected an id and file names, all text (got {shown(json.dumps(row))})"
+        )
+    if twice := [name for name in ("id", "label") if names.count(name) > 1]:
+        raise InputError(f"{path}, {where}: expected one {twice[0]} (got {listed(names)})")
+    texts = [(name, value.strip()) for name, value in given]
+    images = [image_at(text, path.parent, name) for name, text in texts if name not in ("id", "label")]
+    labels = [path.parent / text for name, text in texts if name == "label"]
+    return Entry(dict(texts)["id"], tuple(images), tuple(labels))
 
 
 def numbers_in(names: Mapping[str, Iterable[int]]) -> tuple[int, ...]:

@@ -76,7 +76,7 @@ def _clashes(names: Mapping[str, tuple[int, ...]], task: Task) -> Iterator[str]:
             continue
         if same and len(labels) > 1:
             if not any(labels == set(region.labels) & used for region in same):
-                yield _told(labels, name, task, f"{same[0].name} the labels {_numbers(same[0].labels)}")
+                yield _told(labels, name, task, same[0])
         elif same:
             if not any(labels <= set(_own_labels(region, task)) for region in same):
                 yield _told(labels, name, task)
@@ -111,13 +111,15 @@ def _own_labels(region: Region, task: Task) -> tuple[int, ...]:
     return tuple(number for number in region.labels if number not in inner) or region.labels
 
 
-def _told(labels: set[int], name: str, task: Task, takes: str = "") -> str:
-    holding = [region.name for region in task.regions if labels & set(region.labels)]
-    meant = takes or f"{'label' if len(labels) == 1 else 'labels'} {_numbers(labels)} for "
-    meant += "" if takes else (listed(holding) or "no region")
-    what = f"label {min(labels)} is" if len(labels) == 1 else f"labels {_numbers(labels)} are"
-    verb = "expects in" if takes else "takes"
-    return f"{what} called {name!r} there, but task {task.name} {verb} {meant}"
+def _told(labels: set[int], name: str, task: Task, instead: Region | None = None) -> str:
+    several = len(labels) > 1
+    what = f"labels {_numbers(labels)} are" if several else f"label {_numbers(labels)} is"
+    if instead is not None:
+        meant = f"expects in {instead.name} the labels {_numbers(instead.labels)}"
+    else:
+        holding = [region.name for region in task.regions if labels & set(region.labels)]
+        meant = f"takes {'them' if several else 'it'} for {listed(holding) or 'no region'}"
+    return f"{what} called {name!r} there, but task {task.name} {meant}"
 
 
 def _numbers(values: set[int] | tuple[int, ...]) -> str:

@@ -14,7 +14,7 @@ from timm_ext.data.dataset_json import HEADER_NAME, nnunet, read_header
 from timm_ext.data.entries import Entry, Image, Listing, brats, csv_list, json_list, problem_with_id
 from timm_ext.data.label_names import check_label_names
 from timm_ext.data.tasks import Task
-from timm_ext.errors import InputError, lines_of
+from timm_ext.errors import InputError, lines_of, printable
 from timm_ext.files import atomic_write, write_json
 from timm_ext.modality_names import modality_key
 
@@ -71,7 +71,7 @@ def read_cases(
         path: the folder or file.
         task: names the modalities.
         require_labels: whether a case without a label file is an error.
-        use_labels: whether label files matter; without them, nothing is asked of them.
+        use_labels: whether label files matter; where they do not, nothing is asked of them.
 
     Returns:
         The cases, sorted by id.
@@ -181,7 +181,7 @@ def _case(
         return [f"{entry.id[:200]!r}: an id must be usable as a file name: {problem}"]
     problems: list[str] = []
     images = _images(entry, task, problems)
-    labels = entry.labels if use_labels else ()
+    labels = entry.labels if use_labels else tuple(filter(os.path.isfile, entry.labels[:1]))
     if len(labels) > 1:
         problems.append(f"{entry.id}: expected one label file (got {' and '.join(map(str, labels))})")
     if not labels and require_labels:
@@ -216,12 +216,11 @@ def _images(entry: Entry, task: Task, problems: list[str]) -> dict[str, Image]:
 
 
 def _refuse(path: Path, problems: Sequence[str]) -> None:
-    """Raise one error of all problems; names of files may hold letters that must not be printed."""
-    told = [problem if problem.isprintable() else repr(problem)[1:-1] for problem in problems]
-    if len(told) == 1:
-        raise InputError(f"{path}: {told[0]}")
-    if told:
-        raise InputError(f"{path}: {len(told)} problems in its cases:{lines_of(told)}")
+    """Raise one error of all problems, if there are any."""
+    if len(problems) == 1:
+        raise InputError(f"{path}: {printable(problems[0])}")
+    if problems:
+        raise InputError(f"{path}: {len(problems)} problems in its cases:{lines_of(problems)}")
 
 
 def _duplicates(ids: Iterable[str]) -> list[str]:

@@ -22,7 +22,7 @@ from timm_ext.data.normalise import Mask, Normalisation, normalise
 from timm_ext.data.store import Arrays, read_array, read_notes, write_entry
 from timm_ext.data.tasks import Labels, Task, task_to_dict
 from timm_ext.data.volume import Affine, Volume, read_labels, read_volume, resample, same_grid, to_canonical
-from timm_ext.errors import InputError
+from timm_ext.errors import InputError, lines_of
 from timm_ext.files import ending_of, sha256
 
 
@@ -166,6 +166,7 @@ def prepare_case(case: Case, task: Task, settings: PrepareSettings, cache: Path 
             notes = {"grid": grid.to_dict(), "present": present}
             write_entry(path, arrays, notes)
         prepared = Prepared(case, Grid.from_dict(notes["grid"]), tuple(notes["present"]), path)
+        task.check_labels(prepared.present, case.label)
     if prepared.has_label and settings.empty_labels == "error":
         _check_not_empty(prepared, task)
     return prepared
@@ -194,8 +195,8 @@ def prepare_cases(
         The prepared cases, in the order given.
 
     Raises:
-        InputError: some cases cannot be prepared: all of them in one listing, after the others are cached; or
-            the data set mixes two numberings of one region.
+        InputError: some cases cannot be prepared: in one listing, after the others are cached; or the data
+            set mixes two numberings of one region.
     """
     job = partial(_attempt, task=task, settings=settings, cache=cache)
     results = _outcomes(job, cases, workers, progress)
@@ -203,11 +204,20 @@ def prepare_cases(
     if len(failures) == 1:
         raise failures[0]
     if failures:
-        listing = "\n  ".join(str(failure) for failure in failures)
-        raise InputError(f"{len(failures)} of {len(cases)} cases cannot be prepared:\n  {listing}")
+        raise InputError(f"{len(failures)} of {len(cases)} cases cannot be prepared:{lines_of(failures)}")
     prepared = [result for result in results if isinstance(result, Prepared)]
-    task.check_exclusive({label for one in prepared for label in one.present}, "the data set")
+    resolve_task(task, prepared)
     return prepared
+
+
+def resolve_task(task: Task, cases: Sequence[Prepared], where: object = "the data set") -> Task:
+    """Return the task with the label numbers of a data set: those present, and those it says it uses.
+
+    Raises:
+        InputError: the data set mixes two numberings of one region.
+    """
+    present = {label for case in cases for label in (*case.present, *case.case.numbers)}
+    return task.resolve(present, where)
 
 
 def restore(data: npt.NDArray[Any], prepared: Prepared) -> npt.NDArray[Any]:
@@ -281,7 +291,9 @@ def _build(case: Case, task: Task, settings: PrepareSettings) -> tuple[Arrays, G
 
 def _read(case: Case, task: Task, settings: PrepareSettings) -> tuple[dict[str, Volume], Volume | None]:
     images = {
-        modality: read_volume(case.images[modality], nonfinite=settings.nonfinite)
+        modality: read_volume(
+            case.images[modality], nonfinite=settings.nonfinite, channel=case.channels.get(modality)
+        )
         for modality in task.modalities
     }
     first_path, first = case.images[task.modalities[0]], images[task.modalities[0]]
@@ -342,7 +354,9 @@ def _key(case: Case, task: Task, settings: PrepareSettings) -> str:
     parts = {
         "code": _code_version(),
         "settings": {key: value for key, value in asdict(settings).items() if key != "empty_labels"},
-        "task": {key: described[key] for key in ("modalities", "labels", "exclusive", "freesurfer")},
+        "task": {key: described[key] for key in ("modalities", "freesurfer")},
+        "labels": described["labels"] if task.freesurfer else None,
+        "channels": [case.channels.get(modality) for modality in task.modalities],
         "files": [(sha256(file), ending_of(file)) for file in files],
         "label": case.label is not None,
     }

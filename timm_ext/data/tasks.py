@@ -8,8 +8,10 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from timm_ext.data.dataset_json import Header, is_header, parse_header, task_of
 from timm_ext.documents import read_json, read_yaml
 from timm_ext.errors import InputError
+from timm_ext.modality_names import distinct_keys
 
 Labels = npt.NDArray[np.uint8]
 
@@ -146,13 +148,24 @@ class Task:
         present = {int(value) for value in np.unique(values)}
         if self.freesurfer and present & _FREESURFER_RIGHT_CEREBRUM and not present <= self.labels:
             return freesurfer_classes(values)
-        if outside := sorted(present - self.labels):
+        self.check_labels(present, where)
+        return values.astype(np.uint8)
+
+    def check_labels(self, present: Iterable[int], where: object) -> None:
+        """Refuse labels that a file of this task cannot hold; errors are those of `read_labels`."""
+        if outside := sorted(set(present) - self.labels):
             raise InputError(
                 f"{where}: expected the labels {sorted(self.labels)} of task {self.name} "
-                f"(got {_short(outside)})"
+                f"(got {_short(outside)}){self._either(outside)}"
             )
         self.check_exclusive(present, where)
-        return values.astype(np.uint8)
+
+    def _either(self, outside: Iterable[int]) -> str:
+        """Say which task takes labels that this one, settled on another number for them, does not."""
+        general = TASKS.get(self.name)
+        if general is None or not general.exclusive or not set(outside) <= general.labels:
+            return ""
+        return f"; this task was settled on another data set's numbers, --task {self.name} takes either"
 
     def check_exclusive(self, present: Iterable[int], where: object) -> None:
         """Refuse labels that mix two numberings of one region.
@@ -172,30 +185,32 @@ class Task:
                     f"{self.name} (got {both}); declare what they mean in a task of your own"
                 )
 
-    def resolve(self, present: Iterable[int]) -> "Task":
+    def resolve(self, present: Iterable[int], where: object = "the data set") -> "Task":
         """Fix the numbering to the one that a data set uses.
 
         Args:
-            present: all labels that occur in the data set.
+            present: all labels that occur in the data set, or that it says it uses.
+            where: the data set, for the message.
 
         Returns:
-            The task with every exclusive group reduced to the number that occurs; a group none of whose
-            numbers occurs keeps its first, so that written labels are unambiguous.
+            The task with every exclusive group reduced to the number that occurs. A group none of whose
+            numbers occurs stays as it is: its first number is written, and either is read.
 
         Raises:
             InputError: two numbers of an exclusive group are present.
         """
         seen = set(present)
-        self.check_exclusive(seen, "the data set")
+        self.check_exclusive(seen, where)
         unused: set[int] = set()
-        for group in self.exclusive:
-            used = next((label for label in group if label in seen), group[0])
-            unused |= set(group) - {used}
+        settled = [group for group in self.exclusive if seen.intersection(group)]
+        for group in settled:
+            unused |= set(group) - seen
         regions = tuple(
             Region(region.name, tuple(label for label in region.labels if label not in unused))
             for region in self.regions
         )
-        return replace(self, regions=regions, labels=self.labels - unused, exclusive=())
+        left = tuple(group for group in self.exclusive if group not in settled)
+        return replace(self, regions=regions, labels=self.labels - unused, exclusive=left)
 
 
 def freesurfer_classes(values: npt.NDArray[Any]) -> Labels:
@@ -272,7 +287,7 @@ def joint_task(tasks: Sequence[Task]) -> Task:
 
 
 def get_task(name: str | Path) -> Task:
-    """Find a task by name, or read one from a YAML or JSON file.
+    """Find a task by name, or read one from a YAML or JSON file, or from the `dataset.json` of a data set.
 
     Raises:
         InputError: no such task, or the file does not describe one.
@@ -283,7 +298,26 @@ def get_task(name: str | Path) -> Task:
     if path.suffix not in {".yaml", ".yml", ".json"}:
         raise InputError(f"task: expected one of {', '.join(TASKS)} or a YAML or JSON file (got {name})")
     value = read_json(path) if path.suffix == ".json" else read_yaml(path)[0]
+    if is_header(value):
+        return _task_of_data_set(parse_header(value, path))
     return task_from_dict(value, where=path)
+
+
+def _task_of_data_set(header: Header) -> Task:
+    """Return the task of a data set whose regions are written as the numbers that it states.
+
+    Raises:
+        InputError: they are written as others when larger regions are painted before those inside them.
+    """
+    task = task_from_dict(task_of(header), where=header.path)
+    stated = header.order or ()
+    for index, label in task.paint_order() if stated else ():
+        if label != stated[index]:
+            raise InputError(
+                f"{header.path}: regions_class_order: expected {label}, the number that is in no region "
+                f"inside {task.regions[index].name!r} (got {stated[index]})"
+            )
+    return task
 
 
 def task_to_dict(task: Task) -> dict[str, Any]:
@@ -316,7 +350,8 @@ def task_from_dict(value: Any, *, where: object = "task") -> Task:
     name = value["name"]
     if not isinstance(name, str) or not name:
         raise InputError(f"{where}: name must be a text (got {name!r})")
-    modalities = _distinct(_list_of(value["modalities"], str, f"{where}: modalities"), f"{where}: modalities")
+    modalities = _list_of(value["modalities"], str, f"{where}: modalities")
+    distinct_keys(modalities, f"{where}: modalities")
     table = value["regions"]
     if not isinstance(table, Mapping) or not table or not all(isinstance(key, str) for key in table):
         raise InputError(f"{where}: regions must map names to labels (got {table!r})")

@@ -60,7 +60,9 @@ def spacing_of(affine: Affine) -> tuple[float, float, float]:
     return first, second, third
 
 
-def read_volume(path: Path | str, *, nonfinite: Literal["error", "zero"] = "error") -> Volume:
+def read_volume(
+    path: Path | str, *, nonfinite: Literal["error", "zero"] = "error", channel: int | None = None
+) -> Volume:
     """Read a three-dimensional NIfTI (`.nii`, `.nii.gz`) or FreeSurfer (`.mgz`, `.mgh`) file.
 
     The file is decompressed once and checked to its end. Axes of length 1 behind the third are dropped.
@@ -69,13 +71,14 @@ def read_volume(path: Path | str, *, nonfinite: Literal["error", "zero"] = "erro
     Args:
         path: the file.
         nonfinite: what to do with NaN or infinite voxels: refuse the file, or set them to 0.
+        channel: which volume to take of a file with four axes, from 0.
 
     Raises:
         InputError: the file is missing, of another kind, truncated or corrupt, does not fit in memory, is
-            not three-dimensional, has an affine that is singular or reaches beyond 100 m, or holds values
-            that are not finite real numbers.
+            not three-dimensional (or has no such channel), has an affine that is singular or reaches beyond
+            100 m, or holds values that are not finite real numbers.
     """
-    return _read(path, nonfinite)[0]
+    return _read(path, nonfinite, channel)[0]
 
 
 def read_labels(path: Path | str) -> Volume:
@@ -100,8 +103,8 @@ def read_labels(path: Path | str) -> Volume:
     return Volume(data.astype(np.int32), volume.affine)
 
 
-def _read(path: Path | str, nonfinite: str) -> tuple[Volume, Header]:
-    data, header = read_stored(path)
+def _read(path: Path | str, nonfinite: str, channel: int | None = None) -> tuple[Volume, Header]:
+    data, header = read_stored(path, channel)
     if data.dtype.kind not in "fiub":
         raise InputError(f"{path}: expected real numbers (got voxels of type {data.dtype})")
     dtype = np.dtype(np.float64) if data.dtype.itemsize > 8 else data.dtype.newbyteorder("=")

@@ -21,7 +21,7 @@ from nibabel.nifti1 import Nifti1Header
 from nibabel.nifti2 import Nifti2Header
 
 from timm_ext.errors import InputError
-from timm_ext.files import ending_of, stem_of
+from timm_ext.files import ending_of, stem_of, visible
 from timm_ext.machine import check_memory
 
 Array = npt.NDArray[Any]
@@ -99,8 +99,8 @@ def volume_files(folder: Path | str) -> dict[str, Path]:
     if not folder.is_dir():
         raise InputError(f"{folder}: expected a folder of label maps (got no such folder)")
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if ending_of(path) not in SUFFIXES or path.name.startswith("."):
+    for path in sorted(visible(folder)):
+        if ending_of(path) not in SUFFIXES:
             continue
         name = stem_of(path)
         if name in found:
@@ -121,8 +121,12 @@ def read_header(path: Path | str) -> Header:
         return _parsed(stream, Path(path))
 
 
-def read_stored(path: Path | str) -> tuple[Array, Header]:
+def read_stored(path: Path | str, channel: int | None = None) -> tuple[Array, Header]:
     """Read a file's header and the values of its voxels, and check the file to its end.
+
+    Args:
+        path: the file.
+        channel: which volume to take of a file with four axes, from 0; None for files with three.
 
     Returns:
         The values `[D, H, W]` (scaled ones in float32 or float64, others in the file's own type and byte
@@ -130,13 +134,12 @@ def read_stored(path: Path | str) -> tuple[Array, Header]:
 
     Raises:
         InputError: as `read_header`; the file is cut, altered, longer than its header says, or does not fit
-            in memory; or it is not three-dimensional.
+            in memory; or it is not three-dimensional, or has no such volume.
     """
     path = Path(path)
     with _opened(path) as stream:
         header = _parsed(stream, path)
-        if len(header.shape) != 3 or min(header.shape) < 1:
-            raise InputError(f"{path}: expected a volume with 3 axes (got shape {header.shape})")
+        _check_axes(header.shape, channel, path)
         _check_size(header, path)
         spec = (header.shape, header.dtype, header.offset, header.slope, header.intercept)
         with np.errstate(
@@ -144,6 +147,8 @@ def read_stored(path: Path | str) -> tuple[Array, Header]:
         ):  # values beyond the type's range become infinite and are refused later
             values: Array = np.asanyarray(ArrayProxy(stream, spec, mmap=False))
         _check_end(stream, isinstance(header.header, MGHHeader))
+    if channel is not None:
+        values = values.reshape(*header.shape[:3], -1)[..., channel]
     return values, header
 
 
@@ -268,6 +273,15 @@ def _check_affine(affine: Affine, shape: tuple[int, ...], path: Path) -> None:
 
 def _triple(values: npt.NDArray[np.float64]) -> str:
     return " × ".join(f"{value:g}" for value in values)
+
+
+def _check_axes(shape: tuple[int, ...], channel: int | None, path: Path) -> None:
+    if channel is None and (len(shape) != 3 or min(shape) < 1):
+        raise InputError(f"{path}: expected a volume with 3 axes (got shape {shape})")
+    if channel is not None and (len(shape) not in (3, 4) or min(shape) < 1 or channel >= (*shape, 1)[3]):
+        raise InputError(
+            f"{path}: expected a file with 4 axes and at least {channel + 1} volumes (got shape {shape})"
+        )
 
 
 def _check_size(header: Header, path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from timm_ext.documents import read_json
 from timm_ext.errors import InputError
+from timm_ext.files import visible
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -95,7 +96,7 @@ def open_shards(path: Path | str) -> Shards:
     if not path.is_dir():
         metadata, tensors = _read_header(path)
         return Shards(path, tensors, metadata)
-    indices = [path / INDEX] if (path / INDEX).exists() else sorted(path.glob("*.safetensors.index.json"))
+    indices = [path / INDEX] if (path / INDEX).exists() else sorted(visible(path, "*.safetensors.index.json"))
     if len(indices) > 1:
         raise InputError(f"{path}: expected one index of shards (got {', '.join(i.name for i in indices)})")
     wanted = _read_index(indices[0]) if indices else None
@@ -132,7 +133,7 @@ def _shard_files(folder: Path, wanted: Mapping[str, str] | None) -> list[Path]:
     elif (folder / SINGLE).exists():
         names = [SINGLE]
     else:
-        names = sorted(file.name for file in folder.glob("*.safetensors"))
+        names = sorted(file.name for file in visible(folder, "*.safetensors"))
         if not names:
             raise InputError(f"{folder}: expected a checkpoint of .safetensors files (got none)")
         if last := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.safetensors", names[0]):

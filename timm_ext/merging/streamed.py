@@ -13,7 +13,7 @@ from typing import Any
 
 from timm_ext.checkpoint import versions
 from timm_ext.errors import InputError, lines_of
-from timm_ext.files import atomic_folder, atomic_write, remove_stale_partials, sha256, write_json
+from timm_ext.files import atomic_folder, atomic_write, remove_stale_partials, sha256, visible, write_json
 from timm_ext.merging.blocks import CHUNK, DTYPES, Files, Item, Output, merge_blocks
 from timm_ext.merging.shards import (
     INDEX,
@@ -311,7 +311,7 @@ class _Counter:
 
 def _finish_folder(folder: Path, plans: Sequence[ShardPlan], first: Shards) -> None:
     """Add the first source's configuration and tokenizer, and the index."""
-    beside = sorted(first.path.iterdir()) if first.path.is_dir() else []
+    beside = sorted(visible(first.path)) if first.path.is_dir() else []
     for file in beside:
         if file.is_file() and file.suffix in _COMPANIONS and not file.name.endswith(".index.json"):
             with atomic_write(folder / file.name) as temporary:

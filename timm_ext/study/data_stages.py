@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,4 +48,4 @@ def take_cases(settings: Settings, inputs: Inputs, context: Context) -> dict[str
 
 def _absolute(case: Case) -> Case:
     images = {modality: path.resolve() for modality, path in case.images.items()}
-    return Case(case.id, images, None if case.label is None else case.label.resolve())
+    return replace(case, images=images, label=None if case.label is None else case.label.resolve())

@@ -14,7 +14,7 @@ from torch import nn
 
 from timm_ext.data.dataset import CaseDataset, Sample
 from timm_ext.data.generate import GenerateSettings, generate_cases
-from timm_ext.data.layouts import Case, read_cases
+from timm_ext.data.layouts import read_cases
 from timm_ext.data.prepare import Prepared, PrepareSettings, prepare_case, prepare_cases
 from timm_ext.data.synthesis import SynthesisSettings
 from timm_ext.data.tasks import Task, get_task, task_from_dict, task_to_dict
@@ -319,7 +319,7 @@ def segment_and_score(
     pairs = {}
     for case in read_cases(cases / CASES, task, require_labels=True):
         path = folder / PREDICTIONS / f"{case.id}.nii.gz"
-        predict_case(network, Case(case.id, case.images, None), task, _prepare_settings(settings), path)
+        predict_case(network, replace(case, label=None), task, _prepare_settings(settings), path)
         pairs[case.id] = (path, cast(Path, case.label))
     evaluation = evaluate_pairs(pairs, task, folder)
     return {
