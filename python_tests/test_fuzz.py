@@ -81,6 +81,15 @@ def drawn(rng, folder):
 RIGHT = {"right": Outcome.RIGHT, "same": Outcome.SAME, "clear": Outcome.CLEAR}
 
 
+@pytest.mark.slow
+def test_random_damage_gives_what_is_right_or_one_clear_error():
+    """A minute in all; `python -m python_tests.fuzz --seconds 3600` looks longer."""
+    report = supervisor.run(seconds=60, seed=0)
+    print(report.table())
+    assert min(counted.tried for counted in report.counts.values()) > 0
+    assert not report.faults, "\n\n".join([*report.faults[:10], report.table()])
+
+
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kinds")

@@ -293,10 +293,18 @@ def _describe(error: Any, kind: Any, lines: Mapping[Location, str], default: str
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         expected = listed(_field_names(kind, location[:-1]), most=100)
         return f"{lines.get(known, default)}: unknown field {name} (expected one of {expected}){more}"
-    message = problem["msg"].removeprefix("Value error, ")
     whole = isinstance(problem["input"], (dict, BaseModel))
     got = "" if whole else f" (got {shown(repr(problem['input']))})"
-    return f"{place}: {message}{got}{more}"
+    return f"{place}: {_in_our_words(problem)}{got}{more}"
+
+
+def _in_our_words(problem: Mapping[str, Any]) -> str:
+    if problem["type"] in ("dataclass_type", "model_type", "model_attributes_type", "dict_type"):
+        return "expected named fields"
+    if problem["type"] in ("missing", "missing_argument"):
+        return "missing"
+    message = shown(problem["msg"].removeprefix("Value error, "))
+    return f"expected {rest}" if (rest := message.removeprefix("Input should be ")) != message else message
 
 
 def _field_names(kind: Any, location: Location) -> list[str]:

@@ -165,18 +165,19 @@ def test_custom_task_may_allow_more_labels():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": ""}, "name must be a text"),
-        ({"colour": 1}, "expected the keys name, modalities, regions"),
-        ({"modalities": "CT"}, "modalities must be a list of str"),
-        ({"modalities": []}, "modalities must be a list"),
+        ({"name": ""}, "name must not be empty"),
+        ({"name": 3}, r"task: name: expected a valid string \(got 3\)"),
+        ({"colour": 1}, r"unknown field colour \(expected one of name, modalities, regions"),
+        ({"modalities": "CT"}, r"modalities: expected a valid array \(got 'CT'\)"),
+        ({"modalities": []}, "modalities must have at least one name"),
         ({"modalities": ["T1", "t1w"]}, r"modalities: expected each modality once \(got T1 and t1w\)"),
-        ({"regions": ["liver"]}, "regions must map names to labels"),
-        ({"regions": {"liver": [1.5]}}, "region liver must be a list of int"),
+        ({"regions": ["liver"]}, "regions: expected named fields"),
+        ({"regions": {"liver": [1.5]}}, r"regions\.liver\.0: expected a valid integer \(got 1\.5\)"),
         ({"regions": {"liver": [300]}}, r"region liver must lie in 0..255 \(got \[300\]\)"),
         ({"regions": {"liver": [0, 1]}}, "must not hold label 0"),
-        ({"labels": [0, 1]}, r"labels must hold 0 and the labels of every region \(got none of \[2\]\)"),
-        ({"exclusive": [1]}, "exclusive must be a list of list"),
-        ({"freesurfer": 1}, "freesurfer must be true or false"),
+        ({"labels": [0, 1]}, r"labels must hold 0 and the labels of every region \(got none of 2\)"),
+        ({"exclusive": [1]}, r"exclusive\.0: expected a valid array \(got 1\)"),
+        ({"freesurfer": 1}, r"freesurfer: expected a valid boolean \(got 1\)"),
     ],
 )
 def test_custom_task_errors(change, message):
@@ -193,7 +194,7 @@ def test_get_task_errors(tmp_path):
     with pytest.raises(InputError, match=r"bad\.yaml: expected YAML"):
         get_task(tmp_path / "bad.yaml")
     (tmp_path / "list.json").write_text("[]")
-    with pytest.raises(InputError, match=r"list\.json: expected the keys .*got list"):
+    with pytest.raises(InputError, match=r"list\.json: expected named fields \(got \[\]\)"):
         get_task(tmp_path / "list.json")
 
 

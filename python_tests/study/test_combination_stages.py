@@ -40,7 +40,9 @@ def inputs(tmp_path_factory, settings):
         member = context(folder / f"member-{number}").folder
         network = new_network("isensee2017", {"base_filters": 2, "levels": 3}, TASK, number)
         save_result(member / NETWORK, network, TASK, settings, ())
-        (member / "record.json").write_text(json.dumps({"result": {"steps": steps}}))
+        (member / "record.json").write_text(
+            json.dumps({"name": "run", "digest": "", "result": {"curve": [], "steps": steps}})
+        )
         (member / "times.json").write_text(json.dumps({"seconds": 1.5, "validations": []}))
         found[f"member-{number}"] = member
     return found

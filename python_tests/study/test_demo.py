@@ -37,7 +37,7 @@ def finished(out):
 def results(out):
     """Every record without what depends on the clock."""
     records = {path.parent.name: json.loads(path.read_text()) for path in finished(out)}
-    return {name: {**record, "seconds": None} for name, record in records.items()}
+    return {name: {**record, "seconds": None, "checksum": None} for name, record in records.items()}
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,16 @@
 """Tasks: which images go in, which regions come out, and which label numbers a label file may hold."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from timm_ext.data.dataset_json import Header, is_header, parse_header, task_of
-from timm_ext.documents import read_json, read_yaml
-from timm_ext.errors import InputError
+from timm_ext.documents import read_json, read_yaml, validated
+from timm_ext.errors import InputError, listed, shown
 from timm_ext.modality_names import distinct_keys
 
 Labels = npt.NDArray[np.uint8]
@@ -296,7 +296,9 @@ def get_task(name: str | Path) -> Task:
         return TASKS[name]
     path = Path(name)
     if path.suffix not in {".yaml", ".yml", ".json"}:
-        raise InputError(f"task: expected one of {', '.join(TASKS)} or a YAML or JSON file (got {name})")
+        raise InputError(
+            f"task: expected one of {', '.join(TASKS)} or a YAML or JSON file (got {shown(name)})"
+        )
     value = read_json(path) if path.suffix == ".json" else read_yaml(path)[0]
     if is_header(value):
         return _task_of_data_set(parse_header(value, path))
@@ -343,58 +345,59 @@ def task_from_dict(value: Any, *, where: object = "task") -> Task:
     Raises:
         InputError: a key is missing, unknown or of the wrong kind.
     """
-    known = {"name", "modalities", "regions", "labels", "exclusive", "freesurfer"}
-    if not isinstance(value, Mapping) or not {"name", "modalities", "regions"} <= value.keys() <= known:
-        got = sorted(map(str, value)) if isinstance(value, Mapping) else type(value).__name__
-        raise InputError(f"{where}: expected the keys name, modalities, regions [, labels, ...] (got {got})")
-    name = value["name"]
-    if not isinstance(name, str) or not name:
-        raise InputError(f"{where}: name must be a text (got {name!r})")
-    modalities = _list_of(value["modalities"], str, f"{where}: modalities")
-    distinct_keys(modalities, f"{where}: modalities")
-    table = value["regions"]
-    if not isinstance(table, Mapping) or not table or not all(isinstance(key, str) for key in table):
-        raise InputError(f"{where}: regions must map names to labels (got {table!r})")
-    regions = tuple(Region(key, _labels(labels, f"{where}: region {key}")) for key, labels in table.items())
+    file = validated(_TaskFile, value, where, strict=True)
+    if not file.name:
+        raise InputError(f"{where}: name must not be empty")
+    for names, what in ((file.modalities, "modalities"), (file.regions, "regions")):
+        if not names or "" in names:
+            raise InputError(
+                f"{where}: {what} must have at least one name, and none empty (got {shown(names)})"
+            )
+    distinct_keys(file.modalities, f"{where}: modalities")
+    regions = tuple(
+        Region(key, _labels(labels, f"{where}: region {key}")) for key, labels in file.regions.items()
+    )
     used = {label for region in regions for label in region.labels}
-    labels = frozenset(_labels(value["labels"], f"{where}: labels")) if "labels" in value else used | {0}
+    labels = used | {0} if file.labels is None else {*_labels(file.labels, f"{where}: labels")}
     if missing := sorted((used | {0}) - labels):
         raise InputError(
-            f"{where}: labels must hold 0 and the labels of every region (got none of {missing})"
+            f"{where}: labels must hold 0 and the labels of every region (got none of {listed(missing)})"
         )
     if any(0 in region.labels for region in regions):
         raise InputError(f"{where}: a region must not hold label 0, the background")
-    groups = _list_of(value.get("exclusive", []), list, f"{where}: exclusive", empty=True)
-    exclusive = tuple(_labels(group, f"{where}: exclusive") for group in groups)
-    freesurfer = value.get("freesurfer", False)
-    if not isinstance(freesurfer, bool):
-        raise InputError(f"{where}: freesurfer must be true or false (got {freesurfer!r})")
-    return Task(name, modalities, regions, frozenset(labels), exclusive, freesurfer)
+    exclusive = tuple(_labels(group, f"{where}: exclusive") for group in file.exclusive)
+    return Task(file.name, file.modalities, regions, frozenset(labels), exclusive, file.freesurfer)
+
+
+@dataclass(frozen=True)
+class _TaskFile:
+    """What a task's file or a checkpoint's note of a task holds."""
+
+    name: str
+    modalities: tuple[str, ...]
+    regions: dict[str, tuple[int, ...]]
+    labels: tuple[int, ...] | None = None
+    exclusive: tuple[tuple[int, ...], ...] = ()
+    freesurfer: bool = False
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
 
 _Kind = TypeVar("_Kind")
 
 
-def _list_of(value: Any, kind: type[_Kind], where: str, *, empty: bool = False) -> tuple[_Kind, ...]:
-    fits = isinstance(value, (list, tuple)) and all(type(item) is kind for item in value)
-    if not fits or not (value or empty):
-        raise InputError(f"{where} must be a list of {kind.__name__} (got {value!r})")
-    return tuple(value)
-
-
 def _distinct(values: tuple[_Kind, ...], where: str) -> tuple[_Kind, ...]:
     if len(set(values)) != len(values):
-        raise InputError(f"{where} must be distinct (got {list(values)})")
+        raise InputError(f"{where} must be distinct (got {shown(list(values))})")
     return values
 
 
-def _labels(value: Any, where: str) -> tuple[int, ...]:
-    labels = _distinct(_list_of(value, int, where), where)
-    if any(label < 0 or label > _LARGEST_LABEL for label in labels):
-        raise InputError(f"{where} must lie in 0..{_LARGEST_LABEL} (got {list(labels)})")
-    return labels
+def _labels(labels: tuple[int, ...], where: str) -> tuple[int, ...]:
+    if not labels or any(label < 0 or label > _LARGEST_LABEL for label in labels):
+        raise InputError(f"{where} must lie in 0..{_LARGEST_LABEL} (got {shown(list(labels))})")
+    return _distinct(labels, where)
 
 
 def _short(values: list[int], most: int = 12) -> str:
-    shown = ", ".join(map(str, values[:most]))
-    return f"{shown}, ... {len(values)} values in all" if len(values) > most else shown
+    text = ", ".join(map(str, values[:most]))
+    return f"{text}, ... {len(values)} values in all" if len(values) > most else text

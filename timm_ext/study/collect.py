@@ -1,7 +1,8 @@
 """From the records of a finished plan to the summary that the report shows."""
 
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,11 @@ from numpy.typing import NDArray
 from timm_ext.data.layouts import Case, read_cases
 from timm_ext.data.tasks import get_task
 from timm_ext.data.volume import read_labels, read_volume
+from timm_ext.errors import InputError, listed
 from timm_ext.merging import Method, get_method, unseen_modalities
 from timm_ext.study.plan import Plan
 from timm_ext.study.records import Folder, Step, with_needs
+from timm_ext.study.results import Cases, Forgetting, Learned, Scores, Tested, Times, Training
 from timm_ext.study.settings import CommonSettings
 from timm_ext.study.stages import CASES, PREDICTIONS, TIMES
 from timm_ext.study.summary import Array, Example, ForgettingRow, MethodResult, Ratios, Summary
@@ -53,7 +56,7 @@ def summarise(plan: Plan, folder: Folder, title: str, facts: Mapping[str, str]) 
     """
     settings = plan.settings
     task = get_task(settings.target_task)
-    cases = tuple(folder.result(plan.cases["test"])["cases"])
+    cases = folder.result(plan.cases["test"], Cases).cases
     methods = [get_method(name) for name in settings.methods]
     results = tuple(method_result(plan, folder, method) for method in methods)
     learned = learned_ratios(plan, folder)
@@ -86,16 +89,15 @@ def method_result(plan: Plan, folder: Folder, method: Method) -> MethodResult:
     Raises:
         InputError: a run is not finished.
     """
-    cases = folder.result(plan.cases["test"])["cases"]
+    cases = folder.result(plan.cases["test"], Cases).cases
     regions = get_task(plan.settings.target_task).region_names
     dice, hd95, curves, clocks, seconds, steps = [], [], [], [], [], []
     for seed in plan.settings.seeds:
         chain = [plan.adaptations.get((method.name, seed)), plan.runs[method.name, seed]]
         stages = [step for step in chain if step is not None]
-        result = folder.result(stages[-1])
-        dice.append([[result["scores"][case][region] for region in regions] for case in cases])
-        distances = result.get("hd95")
-        hd95.append(distances and [[distances[case][region] for region in regions] for case in cases])
+        result, where = folder.result(stages[-1], Tested), folder.run_path(stages[-1])
+        dice.append(_table(result.scores or {}, cases, regions, where))
+        hd95.append(result.hd95 and _table(result.hd95, cases, regions, where))
         curve, clock, length = _joined(folder, stages)
         curves.append(curve)
         clocks.append(clock)
@@ -115,6 +117,19 @@ def method_result(plan: Plan, folder: Folder, method: Method) -> MethodResult:
     )
 
 
+def _table(
+    scores: Scores, cases: Sequence[str], regions: Sequence[str], where: Path
+) -> list[list[float | None]]:
+    """Return scores `[cases, regions]`.
+
+    Raises:
+        InputError: one is missing.
+    """
+    if lacking := [case for case in cases if not {*regions} <= scores.get(case, {}).keys()]:
+        raise InputError(f"{where}: expected scores of every case and region (got none of {listed(lacking)})")
+    return [[scores[case][region] for region in regions] for case in cases]
+
+
 def _joined(
     folder: Folder, stages: list[Step]
 ) -> tuple[tuple[tuple[int, float], ...], tuple[tuple[float, float], ...], int]:
@@ -123,13 +138,13 @@ def _joined(
     clock: list[tuple[float, float]] = []
     steps, seconds = 0, 0.0
     for step in stages:
-        result, times = folder.result(step), folder.notes(step, TIMES)
-        curve += [(steps + number, value) for number, value in result["curve"]]
+        result, times = folder.result(step, Training), folder.notes(step, TIMES, Times)
+        curve += [(steps + number, value) for number, value in result.curve]
         if times:
-            when = dict(map(tuple, times["validations"]))
-            clock += [(seconds + when[number], value) for number, value in result["curve"] if number in when]
-            seconds += times["seconds"]
-        steps += result["steps"] if "steps" in result else step.settings["train"]["steps"]
+            when = dict(times.validations)
+            clock += [(seconds + when[number], value) for number, value in result.curve if number in when]
+            seconds += times.seconds
+        steps += step.settings["train"]["steps"] if result.steps is None else result.steps
     return tuple(curve), tuple(clock), steps
 
 
@@ -143,16 +158,20 @@ def learned_ratios(plan: Plan, folder: Folder) -> dict[str, Ratios]:
             steps.setdefault(name, []).append(step)
     ratios = {}
     for name, shared in steps.items():
-        results = [folder.result(step) for step in shared]
-        values = np.array([result["ratios"] for result in results], dtype=np.float64)
-        ratios[name] = Ratios(tuple(results[0]["layers"]), tuple(results[0]["sources"]), values)
+        results = [folder.result(step, Learned) for step in shared]
+        layers, sources = results[0].layers, results[0].sources
+        for step, result in zip(shared, results, strict=True):
+            if [len(row) for row in result.ratios] != [len(sources)] * len(layers):
+                raise InputError(f"{folder.run_path(step)}: expected a ratio for each layer and source")
+        values = np.array([result.ratios for result in results], dtype=np.float64)
+        ratios[name] = Ratios(layers, sources, values)
     return ratios
 
 
 def forgetting_rows(steps: Iterable[Step], folder: Folder) -> tuple[ForgettingRow, ...]:
     """Read scores on the source tasks: fixed merges first, then learned ones over their seeds and draws."""
     scores: dict[str, list[dict[str, float]]] = {}
-    done = [(step.settings, folder.result(step)["dice"]) for step in steps]
+    done = [(step.settings, folder.result(step, Forgetting).dice) for step in steps]
     for values, dice in done:
         for name in values["methods"]:
             scores.setdefault(name, [dice[name]])
@@ -301,7 +320,7 @@ def notes(plan: Plan) -> tuple[str, ...]:
 def seconds_of(folder: Folder, step: Step) -> float:
     """Return the computing time of a step; of its last attempt, where it was interrupted."""
     record = folder.record(step)
-    return 0.0 if record is None else float(record["seconds"])
+    return 0.0 if record is None else record.seconds
 
 
 def total_seconds(plans: Iterable[Plan], folder: Folder) -> float:

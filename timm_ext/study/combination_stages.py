@@ -8,11 +8,12 @@ from torch import nn
 
 from timm_ext.data.dataset import CaseDataset
 from timm_ext.data.tasks import get_task
-from timm_ext.documents import read_json
+from timm_ext.documents import read_json, validated
 from timm_ext.files import write_json
 from timm_ext.merging import LogitEnsemble, get_method, uniform_soup
 from timm_ext.networks.io import load_network
-from timm_ext.study.records import RECORD
+from timm_ext.study.records import RECORD, read_record
+from timm_ext.study.results import Times, Training
 from timm_ext.study.stages import (
     NETWORK,
     TIMES,
@@ -55,7 +56,11 @@ def combine_and_test(settings: Settings, inputs: Inputs, context: Context) -> di
     validation = validate(fabric, combined.to(fabric.device), val_set, regions, soft_dice_loss(), schedule)
     context.report(0.3)
     scores = segment_and_score(combined, inputs["test"], task, settings, context.folder)
-    steps = sum(read_json(member / RECORD)["result"]["steps"] for member in members)
-    seconds = sum(read_json(member / TIMES)["seconds"] for member in members)
+    steps = sum(_steps(member / RECORD) for member in members)
+    seconds = sum(validated(Times, read_json(member / TIMES), member / TIMES).seconds for member in members)
     write_json(context.folder / TIMES, {"seconds": seconds, "validations": [[steps, seconds]]})
     return {"curve": [[steps, validation.mean_dice]], "steps": steps, "best_step": steps, **scores}
+
+
+def _steps(path: Path) -> int:
+    return validated(Training, read_record(path).result, path).steps or 0

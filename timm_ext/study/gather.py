@@ -25,6 +25,7 @@ from timm_ext.study.collect import (
 from timm_ext.study.grid import Study
 from timm_ext.study.plan import Plan
 from timm_ext.study.records import Folder, Step, with_needs
+from timm_ext.study.results import Cases, Training
 from timm_ext.study.stages import CASES
 from timm_ext.study.statistics import Comparison, compare
 from timm_ext.study.summary import Array, Example, ForgettingRow, MethodResult, Ratios
@@ -191,7 +192,7 @@ def gather(study: Study, folder: Folder, facts: Mapping[str, str]) -> StudySumma
         notes=notes(first),
         seeds=settings.seeds,
         draws=settings.draws,
-        cases=tuple(folder.result(first.cases["test"])["cases"]),
+        cases=folder.result(first.cases["test"], Cases).cases,
         diagonals=_diagonals(first, folder),
         regions=get_task(settings.target_task).region_names,
         references=settings.references,
@@ -275,12 +276,10 @@ def _stage_row(title: str, count: int | None, cases: int, steps: Iterable[Step],
     lengths, scores, seconds = [], [], []
     batch = 1
     for step in steps:
-        result, train = folder.result(step), step.settings["train"]
+        result, train = folder.result(step, Training), step.settings["train"]
         batch = train["batch_size"]
-        lengths.append(result.get("steps", train["steps"]))
-        curve = dict(map(tuple, result["curve"]))
-        last = max(curve)
-        scores.append(curve[result.get("best_step") or last if train["keep"] == "best" else last])
+        lengths.append(train["steps"] if result.steps is None else result.steps)
+        scores.append(_kept_score(result, train["keep"]))
         seconds.append(seconds_of(folder, step))
     mean = float(np.mean(lengths))
     return StageRow(
@@ -292,6 +291,13 @@ def _stage_row(title: str, count: int | None, cases: int, steps: Iterable[Step],
         float(np.mean(scores)),
         float(np.mean(seconds)),
     )
+
+
+def _kept_score(result: Training, keep: str) -> float:
+    """Return the validation Dice of the weights that a training kept."""
+    curve = dict(result.curve)
+    last = curve[max(curve)] if curve else float("nan")
+    return curve.get(result.best_step or 0, last) if keep == "best" else last
 
 
 def _facts(study: Study, folder: Folder) -> list[tuple[str, str]]:

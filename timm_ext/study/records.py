@@ -12,16 +12,19 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from timm_ext.documents import read_json
-from timm_ext.errors import InputError
+from timm_ext.documents import read_json, validated
+from timm_ext.errors import InputError, listed, shown
 from timm_ext.files import write_json
 from timm_ext.locks import LOCK_NAME, folder_lock
+from timm_ext.study.results import Failure
 
 RECORD = "record.json"
 FAILURE = "failed.json"
 PLAN = "plan.json"
+
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +64,52 @@ class Step:
         return f"{self.name}-{self.digest[:12]}"
 
 
+@dataclass(frozen=True)
+class Record:
+    """What is noted of a finished step.
+
+    Attributes:
+        name: of the step.
+        digest: of the step.
+        result: what its function returned.
+        seconds: that it took.
+        checksum: over all of the record; records of early versions have none.
+    """
+
+    name: str
+    digest: str
+    result: dict[str, Any]
+    seconds: float = 0.0
+    checksum: str | None = None
+
+
+def read_record(path: Path, digest: str | None = None) -> Record:
+    """Read the record of a finished step.
+
+    Args:
+        path: of the record.
+        digest: of the step that it must belong to; None takes any.
+
+    Raises:
+        InputError: no record, one that was altered, or one of other settings.
+    """
+    values = read_json(path)
+    record = validated(Record, values, path, strict=True)
+    if digest is not None and record.digest != digest:
+        raise InputError(f"{path}: expected the record of {digest} (got {shown(record.digest)}); remove it")
+    if record.checksum is not None:
+        rest = {name: value for name, value in values.items() if name != "checksum"}
+        if _checksum(rest) != record.checksum:
+            raise InputError(
+                f"{path}: expected a record as it was written (got one that was altered); remove it"
+            )
+    return record
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
 def with_needs(steps: Iterable[Step]) -> list[Step]:
     """Return the steps and all they need, each once, needed ones first.
 
@@ -95,43 +144,39 @@ class Folder:
         """Return the step's folder, which need not exist."""
         return self.path / "runs" / step.folder_name
 
-    def record(self, step: Step) -> dict[str, Any] | None:
+    def record(self, step: Step) -> Record | None:
         """Return the record of a finished step, None when it is not finished.
 
         Raises:
-            InputError: the record is not JSON or belongs to other settings.
+            InputError: the record is damaged or belongs to other settings.
         """
         path = self.run_path(step) / RECORD
-        if not path.exists():
-            return None
-        record: dict[str, Any] = read_json(path)
-        if record.get("digest") != step.digest:
-            raise InputError(
-                f"{path}: expected the record of {step.digest} (got {record.get('digest')}); remove it"
-            )
-        return record
+        return read_record(path, step.digest) if path.exists() else None
 
-    def result(self, step: Step) -> dict[str, Any]:
-        """Return what a finished step's function returned.
+    def result(self, step: Step, kind: type[Kind]) -> Kind:
+        """Return what a finished step's function returned, as a type of `timm_ext.study.results`.
 
         Raises:
-            InputError: the step is not finished.
+            InputError: the step is not finished, or its record holds something else.
         """
         record = self.record(step)
         if record is None:
             raise InputError(f"{self.run_path(step)}: expected a finished step (got no {RECORD})")
-        result: dict[str, Any] = record["result"]
-        return result
+        return validated(kind, record.result, self.run_path(step) / RECORD, strict=True)
 
-    def notes(self, step: Step, name: str) -> Any:
-        """Return a JSON file that a step wrote beside its record, None where there is none."""
+    def notes(self, step: Step, name: str, kind: type[Kind]) -> Kind | None:
+        """Return a JSON file that a step wrote beside its record, None where there is none.
+
+        Raises:
+            InputError: the file holds something else.
+        """
         path = self.run_path(step) / name
-        return read_json(path) if path.exists() else None
+        return validated(kind, read_json(path), path, strict=True) if path.exists() else None
 
     def failure(self, step: Step) -> str | None:
         """Return why a step failed the last time, None where it did not."""
-        failed = self.notes(step, FAILURE)
-        return None if failed is None else str(failed["message"])
+        failed = self.notes(step, FAILURE, Failure)
+        return None if failed is None else failed.message
 
     def write_failure(self, step: Step, message: str) -> None:
         """Note that a step failed; its record or `forget_failure` takes that back."""
@@ -152,7 +197,8 @@ class Folder:
             "result": result,
             **facts,
         }
-        write_json(self.run_path(step) / RECORD, record)
+        as_read = json.loads(json.dumps(record, allow_nan=False))
+        write_json(self.run_path(step) / RECORD, {**as_read, "checksum": _checksum(as_read)})
 
     def lock(self) -> AbstractContextManager[None]:
         """Hold the folder for this process; see `timm_ext.locks.folder_lock`."""
@@ -170,14 +216,14 @@ class Folder:
         """
         plan = self.path / PLAN
         if plan.exists():
-            earlier = read_json(plan)
+            earlier = validated(dict[str, Any], read_json(plan), plan)
             differing = [
-                f"{name} {earlier.get(name)!r} there, {settings.get(name)!r} here"
+                f"{name} {shown(repr(earlier.get(name)))} there, {shown(repr(settings.get(name)))} here"
                 for name in sorted({*earlier, *settings} - {*extendable})
                 if earlier.get(name) != json.loads(json.dumps(settings.get(name)))
             ]
             if differing:
-                listing = "; ".join(differing)
+                listing = listed(differing)
                 raise InputError(
                     f"{self.path}: holds results of other settings ({listing}); choose another folder"
                 )
