@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -383,10 +383,7 @@ class _TaskFile:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
 
-_Kind = TypeVar("_Kind")
-
-
-def _distinct(values: tuple[_Kind, ...], where: str) -> tuple[_Kind, ...]:
+def _distinct(values: tuple[int, ...], where: str) -> tuple[int, ...]:
     if len(set(values)) != len(values):
         raise InputError(f"{where} must be distinct (got {shown(list(values))})")
     return values
