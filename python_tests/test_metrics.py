@@ -1,6 +1,7 @@
 import csv
 import json
 
+import nibabel as nib
 import numpy as np
 import pytest
 from scipy.ndimage import binary_erosion, distance_transform_edt
@@ -161,7 +162,7 @@ def test_other_grid_is_refused(tmp_path, changed):
     else:
         _write(tmp_path / "p/a.nii.gz", _mask((1, 1, 1)), shifted)
     with pytest.raises(
-        InputError, match=r"p/a\.nii\.gz: expected the grid of .*t/a\.nii\.gz, shape \(8, 8, 8\)"
+        InputError, match=rf"p/a\.nii\.gz: expected the {changed} of .*t/a\.nii\.gz, [\[(].* \(got "
     ):
         evaluate_folder(tmp_path / "p", tmp_path / "t", ONE, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -195,3 +196,14 @@ def test_arrays_that_do_not_fit_are_refused():
         evaluate_case(_mask(shape=(8, 8, 9)), _mask(), ONE, (1, 1, 1))
     with pytest.raises(InputError, match=r"prediction: expected labels .* or 1 regions of 0 and 1"):
         evaluate_case(np.full((1, 8, 8, 8), 0.5), _mask(), ONE, (1, 1, 1))
+
+
+def test_a_truth_that_agrees_by_its_qform_only(tmp_path):
+    for folder in ("p", "t"):
+        (tmp_path / folder).mkdir()
+        _write(tmp_path / folder / "a.nii.gz", _mask((1, 1, 1)))
+    truth = nib.load(tmp_path / "t/a.nii.gz")
+    truth.set_sform(np.diag([3.0, 2, 2, 1]), code=4)
+    nib.save(truth, tmp_path / "t/a.nii.gz")
+    with pytest.raises(InputError, match=r"its sform agrees with the qform of .*t/a\.nii\.gz"):
+        evaluate_folder(tmp_path / "p", tmp_path / "t", ONE)

@@ -20,7 +20,7 @@ from monai.metrics.hausdorff_distance import compute_hausdorff_distance
 from monai.metrics.meandice import compute_dice
 
 from timm_ext.data.tasks import Labels, Task
-from timm_ext.data.volume import Volume, read_labels, same_grid
+from timm_ext.data.volume import check_grid, read_labels
 from timm_ext.data.volume_file import PROBABILITIES, SUFFIXES, read_header, volume_files
 from timm_ext.errors import InputError, listed
 from timm_ext.files import atomic_write, write_json
@@ -100,10 +100,7 @@ def evaluate_files(prediction: Path | str, truth: Path | str, task: Task) -> Sco
             set.
     """
     predicted, true = read_labels(prediction), read_labels(truth)
-    if not same_grid(predicted, true):
-        raise InputError(
-            f"{prediction}: expected the grid of {truth}, {_describe(true)} (got {_describe(predicted)})"
-        )
+    check_grid(prediction, predicted, truth, true)
     return evaluate_case(
         task.read_labels(predicted.data, prediction), task.read_labels(true.data, truth), task, true.spacing
     )
@@ -272,7 +269,3 @@ def _write(out_dir: Path, evaluation: Evaluation, task: Task) -> None:
         writer.writerow(["case", "region", "dice", "hd95_mm"])
         for case, scores in evaluation.cases.items():
             writer.writerows([case, region, score["dice"], score["hd95"]] for region, score in scores.items())
-
-
-def _describe(volume: Volume) -> str:
-    return f"shape {volume.shape} and affine {np.round(volume.affine, 4).tolist()}"

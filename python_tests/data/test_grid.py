@@ -7,6 +7,7 @@ import pytest
 
 from timm_ext.data.grid import Grid, fit_box, foreground_box, take_box
 from timm_ext.data.volume import Volume, to_canonical
+from timm_ext.errors import InputError
 
 
 def test_take_box_by_hand():
@@ -86,6 +87,17 @@ def test_resampled_grid_comes_back_by_position():
 def test_grid_survives_json():
     for start in itertools.islice(itertools.product((-1, 2), repeat=3), 3):
         grid, _ = grid_for(np.zeros((4, 5, 6)), np.diag([-1.1, 1.0, 0.3, 1.0]), start, (2, 3, 2))
-        back = Grid.from_dict(json.loads(json.dumps(grid.to_dict())))
+        back = Grid.from_dict(json.loads(json.dumps(grid.to_dict())), "notes")
         assert back.to_dict() == grid.to_dict()
         assert np.array_equal(back.affine, grid.affine)
+
+
+def test_notes_of_another_form_are_no_grid():
+    notes = grid_for(np.zeros((4, 5, 6)), np.eye(4), (0, 0, 0), (2, 3, 2))[0].to_dict()
+    odd = [None, "x", 3, [], [1, 2], [1, 2, "3"], [1.5, 2, 3], {}, True]
+    wrong = [(key, value) for key in notes for value in odd if (key, value) != ("resampled", True)]
+    for value in [*odd, *({**notes, key: value} for key, value in wrong)]:
+        with pytest.raises(InputError, match=r"^notes: "):
+            Grid.from_dict(value, "notes")
+    with pytest.raises(InputError, match=r"^notes: size"):
+        Grid.from_dict({key: value for key, value in notes.items() if key != "size"}, "notes")

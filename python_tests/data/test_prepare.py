@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +13,11 @@ import pytest
 from timm_ext.data import prepare
 from timm_ext.data.layouts import Case
 from timm_ext.data.prepare import PrepareSettings, prepare_case, prepare_cases, restore
+from timm_ext.data.store import write_entry
 from timm_ext.data.tasks import TASKS, Region, Task, task_from_dict
 from timm_ext.data.volume import Volume, read_labels, same_grid
 from timm_ext.errors import InputError
+from timm_ext.files import atomic_write
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
@@ -425,3 +430,126 @@ def test_real_freesurfer_scan_with_its_aseg():
     restored = restore(prepared.label, prepared)
     outside = restored != expected
     assert outside.mean() < 1e-4  # label voxels on zero intensity outside the brain's box
+
+
+def test_a_label_that_agrees_by_its_qform_only(tmp_path):
+    case = make_case(tmp_path)
+    label = nib.load(case.label)
+    label.set_sform(np.diag([1.0, 1, 1, 1]) + np.eye(4, k=3) * 7, code=2)
+    label.set_qform(np.eye(4), code=1)
+    nib.save(label, case.label)
+    with pytest.raises(InputError, match=r"its qform agrees with the sform of .*goes before"):
+        prepare_case(case, TASK, PrepareSettings(), None)
+    label.set_sform(None, code=0)
+    nib.save(label, case.label)
+    assert np.array_equal(prepare_case(case, TASK, PrepareSettings(), None).grid.input_affine, np.eye(4))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_scan_with_an_absurd_spacing_is_listed_with_the_others(tmp_path, workers):
+    cases = [make_case(tmp_path / name, name) for name in "abcd"]
+    rewrite(cases[1].images["T1"], affine=np.diag([1e12, 1, 1, 1]))
+    rewrite(cases[2].images["T2"], affine=np.diag([1e-9, 1, 1, 1]))
+    settings = PrepareSettings(spacing=1.0)
+    with pytest.raises(InputError) as error:
+        prepare_cases(cases, TASK, settings, tmp_path / "cache", workers=workers, progress=False)
+    first, *rest = str(error.value).split("\n")
+    assert first == "2 of 4 cases cannot be prepared:"
+    assert [line.split(": ")[0].strip() for line in rest] == [
+        str(cases[1].images["T1"]),
+        str(cases[2].images["T2"]),
+    ]
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
+
+
+def test_results_that_do_not_fit_in_memory_are_refused_before_it_is_taken(tmp_path):
+    case = make_case(tmp_path)
+    with pytest.raises(InputError, match=r"a_T1\.nii\.gz: resampling from .* needs .* of memory"):
+        prepare_case(case, TASK, PrepareSettings(spacing=1e-4), None)
+    with pytest.raises(InputError, match=r"a: an image of \(100000, .* voxels needs .* of memory"):
+        prepare_case(case, TASK, PrepareSettings(multiple=100_000), None)
+
+
+def test_no_memory_and_killed_workers_are_one_line(tmp_path, monkeypatch):
+    cases = [make_case(tmp_path / name, name) for name in "ab"]
+
+    def full(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as change:
+        change.setattr(prepare, "_build", full)
+        with pytest.raises(InputError, match=r"2 of 2 cases .*:\n  a: expected a case that fits"):
+            prepare_cases(cases, TASK, PrepareSettings(), None, progress=False)
+    with pytest.raises(InputError, match=r"a process that prepares cases was killed"):
+        prepare._outcomes(killed, cases, 1, False)
+
+
+def killed(_):
+    os._exit(9)
+
+
+@pytest.mark.parametrize("position", [-1, -2000, 300, 600, 1000])
+def test_an_altered_entry_is_made_again(tmp_path, position):
+    case, cache = make_case(tmp_path), tmp_path / "cache"
+    whole = prepare_case(case, TASK, PrepareSettings(), cache)
+    (path,) = cache.iterdir()
+    content = path.read_bytes()
+    changed = bytearray(content)
+    changed[position] ^= 1
+    path.write_bytes(changed)
+    again = prepare_case(case, TASK, PrepareSettings(), cache)
+    assert path.read_bytes() == content
+    assert again.grid.to_dict() == whole.grid.to_dict()
+
+
+@pytest.mark.parametrize(
+    "notes",
+    [
+        {},
+        {"grid": {}, "present": []},
+        {"grid": [], "present": [0]},
+        {"grid": None, "present": "x"},
+        {"present": [1.5]},
+        {"grid": {"size": [1, 2, 3]}},
+    ],
+)
+def test_an_entry_with_other_notes_is_made_again(tmp_path, notes):
+    case, cache = make_case(tmp_path), tmp_path / "cache"
+    whole = prepare_case(case, TASK, PrepareSettings(), cache)
+    (path,) = cache.iterdir()
+    content = path.read_bytes()
+    arrays = {"image": whole.image, "label": whole.label}
+    good = {"grid": whole.grid.to_dict(), "present": list(whole.present)}
+    write_entry(path, arrays, {**good, **notes} if notes else notes)
+    prepare_case(case, TASK, PrepareSettings(), cache)
+    assert path.read_bytes() == content
+    write_entry(path, {**arrays, "image": whole.image[:, :-1]}, good)
+    prepare_case(case, TASK, PrepareSettings(), cache)
+    assert path.read_bytes() == content
+
+
+def test_what_a_killed_run_left_in_the_cache_goes_with_the_next(tmp_path):
+    case, cache = make_case(tmp_path), tmp_path / "cache"
+    cache.mkdir()
+    gone = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import os, sys; from timm_ext.files import atomic_write\n"
+            "with atomic_write(sys.argv[1]) as path: path.write_bytes(b'half'); os._exit(9)",
+            cache / "x.safetensors",
+        ]
+    )
+    assert gone.returncode == 9
+    (left,) = cache.iterdir()
+    with atomic_write(cache / "y.safetensors") as living:
+        living.write_bytes(b"half")
+        code = (
+            "import sys; from timm_ext.files import remove_stale_partials; remove_stale_partials(sys.argv[1])"
+        )
+        subprocess.run([sys.executable, "-c", code, cache], check=True)
+        assert living.exists()
+        assert not left.exists()
+        prepare_case(case, TASK, PrepareSettings(), cache)
+        assert living.exists()
+    assert (cache / "y.safetensors").read_bytes() == b"half"

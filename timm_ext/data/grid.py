@@ -6,8 +6,25 @@ from typing import Any
 import numpy as np
 
 from timm_ext.data.volume import Affine, Array, Interpolation, Volume, from_canonical, resample_to
+from timm_ext.documents import validated
 
 Triple = tuple[int, int, int]
+
+
+_Row = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class _Noted:
+    """A grid in JSON values."""
+
+    input_shape: Triple
+    input_affine: tuple[_Row, _Row, _Row, _Row]
+    working_shape: Triple
+    working_affine: tuple[_Row, _Row, _Row, _Row]
+    resampled: bool
+    start: Triple
+    size: Triple
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,16 +101,25 @@ class Grid:
         }
 
     @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> "Grid":
-        """Read back what `to_dict` wrote."""
+    def from_dict(cls, value: Any, where: object) -> "Grid":
+        """Read back what `to_dict` wrote.
+
+        Args:
+            value: JSON values.
+            where: their file, for the message.
+
+        Raises:
+            InputError: the values are not those of a grid.
+        """
+        noted = validated(_Noted, value, where, strict=True)
         return cls(
-            input_shape=_triple(value["input_shape"]),
-            input_affine=np.array(value["input_affine"], dtype=np.float64),
-            working_shape=_triple(value["working_shape"]),
-            working_affine=np.array(value["working_affine"], dtype=np.float64),
-            resampled=bool(value["resampled"]),
-            start=_triple(value["start"]),
-            size=_triple(value["size"]),
+            input_shape=noted.input_shape,
+            input_affine=np.array(noted.input_affine, dtype=np.float64),
+            working_shape=noted.working_shape,
+            working_affine=np.array(noted.working_affine, dtype=np.float64),
+            resampled=noted.resampled,
+            start=noted.start,
+            size=noted.size,
         )
 
 

@@ -4,9 +4,11 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from functools import cache as once
 from functools import partial
+from math import prod
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
@@ -19,11 +21,24 @@ from timm_ext.data.bias import correct_bias
 from timm_ext.data.grid import Grid, Triple, fit_box, foreground_box
 from timm_ext.data.layouts import Case
 from timm_ext.data.normalise import Mask, Normalisation, normalise
-from timm_ext.data.store import Arrays, read_array, read_notes, write_entry
+from timm_ext.data.store import Arrays, read_array, read_entry, write_entry
 from timm_ext.data.tasks import Labels, Task, task_to_dict
-from timm_ext.data.volume import Affine, Volume, read_labels, read_volume, resample, same_grid, to_canonical
+from timm_ext.data.volume import (
+    Affine,
+    Interpolation,
+    Volume,
+    check_grid,
+    read_labels,
+    read_volume,
+    resample,
+    to_canonical,
+)
+from timm_ext.documents import validated
 from timm_ext.errors import InputError, lines_of
 from timm_ext.files import ending_of, sha256
+from timm_ext.machine import check_memory
+
+Spacing = float | tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -49,7 +64,7 @@ class PrepareSettings:
 
     nonfinite: Literal["error", "zero"] = "error"
     bias_field: bool = False
-    spacing: float | tuple[float, float, float] | None = None
+    spacing: Spacing | None = None
     normalise: Normalisation = "zscore"
     crop: bool = True
     margin: int = 0
@@ -137,6 +152,14 @@ class Prepared:
         return self.source[name] if isinstance(self.source, dict) else read_array(self.source, name)
 
 
+@dataclass(frozen=True)
+class _Notes:
+    """What an entry of the cache notes of a case."""
+
+    grid: dict[str, Any]
+    present: list[int]
+
+
 def prepare_case(case: Case, task: Task, settings: PrepareSettings, cache: Path | str | None) -> Prepared:
     """Read, check and preprocess one case, or take it from the cache.
 
@@ -161,11 +184,11 @@ def prepare_case(case: Case, task: Task, settings: PrepareSettings, cache: Path 
         prepared = Prepared(case, grid, present, arrays)
     else:
         path = Path(cache) / f"{case.id}-{_key(case, task, settings)}.safetensors"
-        if (notes := read_notes(path)) is None:
+        if (cached := _cached(path, case, task)) is None:
             arrays, grid, present = _build(case, task, settings)
-            notes = {"grid": grid.to_dict(), "present": present}
-            write_entry(path, arrays, notes)
-        prepared = Prepared(case, Grid.from_dict(notes["grid"]), tuple(notes["present"]), path)
+            write_entry(path, arrays, {"grid": grid.to_dict(), "present": present})
+            cached = Prepared(case, grid, present, path)
+        prepared = cached
         task.check_labels(prepared.present, case.label)
     if prepared.has_label and settings.empty_labels == "error":
         _check_not_empty(prepared, task)
@@ -250,6 +273,27 @@ def _attempt(
         return prepare_case(case, task, settings, cache)
     except InputError as error:
         return error
+    except MemoryError:
+        return InputError(f"{case.id}: expected a case that fits in memory (got no memory for it)")
+
+
+def _cached(path: Path, case: Case, task: Task) -> Prepared | None:
+    """Return the case as an entry of the cache holds it; None where there is none that is whole and fits."""
+    if (entry := read_entry(path)) is None:
+        return None
+    try:
+        noted = validated(_Notes, entry.notes, path, strict=True)
+        grid = Grid.from_dict(noted.grid, path)
+    except InputError:
+        return None
+    wanted: dict[str, tuple[str, tuple[int, ...]]] = {
+        "image": (np.dtype(np.float32).str, (len(task.modalities), *grid.size))
+    }
+    if case.label is not None:
+        wanted["label"] = (np.dtype(np.uint8).str, grid.size)
+    if wanted != {name: (stored.dtype, stored.shape) for name, stored in entry.arrays.items()}:
+        return None
+    return Prepared(case, grid, tuple(noted.present), path)
 
 
 def _outcomes(
@@ -259,7 +303,12 @@ def _outcomes(
     if not workers:
         return list(shown(map(job, cases)))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        return list(shown(pool.map(job, cases)))
+        try:
+            return list(shown(pool.map(job, cases)))
+        except BrokenProcessPool as error:
+            raise InputError(
+                f"workers: a process that prepares cases was killed, as for want of memory (got {workers})"
+            ) from error
 
 
 def _build(case: Case, task: Task, settings: PrepareSettings) -> tuple[Arrays, Grid, tuple[int, ...]]:
@@ -276,6 +325,7 @@ def _build(case: Case, task: Task, settings: PrepareSettings) -> tuple[Arrays, G
     place = Grid(
         first.shape, first.affine, frame.shape, frame.affine, settings.spacing is not None, start, size
     )
+    check_memory(4 * len(working) * prod(size), f"{case.id}: an image of {size} voxels")
     channels = [
         normalise(image.data, masks[modality], settings.normalise, case.images[modality])
         for modality, image in working.items()
@@ -284,7 +334,7 @@ def _build(case: Case, task: Task, settings: PrepareSettings) -> tuple[Arrays, G
     if label is not None:
         label = to_canonical(label)
         if settings.spacing is not None:
-            label = resample(label, _triple_of(settings.spacing), "nearest")
+            label = _resampled(label, settings.spacing, "nearest", case.label)
         arrays["label"] = place.take(label.data)
     return arrays, place, present
 
@@ -298,12 +348,12 @@ def _read(case: Case, task: Task, settings: PrepareSettings) -> tuple[dict[str, 
     }
     first_path, first = case.images[task.modalities[0]], images[task.modalities[0]]
     for modality, image in images.items():
-        _check_grid(first_path, first, case.images[modality], image)
+        check_grid(case.images[modality], image, first_path, first)
         images[modality] = Volume(image.data, first.affine)
     if case.label is None:
         return images, None
     label = read_labels(case.label)
-    _check_grid(first_path, first, case.label, label)
+    check_grid(case.label, label, first_path, first)
     return images, Volume(task.read_labels(label.data, case.label), first.affine)
 
 
@@ -314,22 +364,19 @@ def _to_working(image: Volume, settings: PrepareSettings, where: Path) -> tuple[
     if settings.bias_field:
         image = correct_bias(image, where)
     if settings.spacing is not None:
-        spacing = _triple_of(settings.spacing)
-        mask = resample(Volume(mask, image.affine), spacing, "nearest").data
-        image = resample(image, spacing, "linear")
+        mask = _resampled(Volume(mask, image.affine), settings.spacing, "nearest", where).data
+        image = _resampled(image, settings.spacing, "linear", where)
     if not mask.any():
         raise InputError(f"{where}: expected an image with foreground (got 0 in every voxel)")
     return image, mask
 
 
-def _check_grid(first_path: Path, first: Volume, path: Path, other: Volume) -> None:
-    if first.shape != other.shape:
-        raise InputError(f"{path}: expected the shape of {first_path}, {first.shape} (got {other.shape})")
-    if not same_grid(first, other):
-        raise InputError(
-            f"{path}: expected the affine of {first_path}, {first.affine.tolist()} "
-            f"(got {other.affine.tolist()})"
-        )
+def _resampled(volume: Volume, spacing: Spacing, interpolation: Interpolation, where: Path | None) -> Volume:
+    triple = spacing if isinstance(spacing, tuple) else (spacing, spacing, spacing)
+    try:
+        return resample(volume, triple, interpolation)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def _check_not_empty(prepared: Prepared, task: Task) -> None:
@@ -339,10 +386,6 @@ def _check_not_empty(prepared: Prepared, task: Task) -> None:
             f"{prepared.case.label}: expected a voxel of some region of task {task.name}, "
             f"labels {sorted(wanted)} (got only labels {list(prepared.present)})"
         )
-
-
-def _triple_of(spacing: float | tuple[float, float, float]) -> tuple[float, float, float]:
-    return spacing if isinstance(spacing, tuple) else (spacing, spacing, spacing)
 
 
 def _key(case: Case, task: Task, settings: PrepareSettings) -> str:

@@ -1,7 +1,9 @@
 """Entries of the cache of prepared cases: safetensors files whose content is checked before it is trusted."""
 
+import hashlib
 import json
 import zlib
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from timm_ext.documents import parse_json, validated
 from timm_ext.errors import InputError
 from timm_ext.files import atomic_write
 
@@ -17,28 +20,51 @@ Arrays = dict[str, npt.NDArray[Any]]
 _KEY = "timm_ext"
 
 
+@dataclass(frozen=True)
+class Stored:
+    """What an entry says of one of its arrays: numpy's name of its type, its shape and its bytes' CRC-32."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    crc32: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What an entry says of itself.
+
+    Attributes:
+        notes: JSON values.
+        arrays: its arrays by name.
+        digest: SHA-256 over both.
+    """
+
+    notes: dict[str, Any]
+    arrays: dict[str, Stored]
+    digest: str
+
+
 def write_entry(path: Path, arrays: Arrays, notes: dict[str, Any]) -> None:
-    """Write arrays and JSON notes with a checksum, atomically.
+    """Write arrays and JSON notes with their checksums, atomically.
 
     Raises:
         InputError: the file cannot be written.
     """
     whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    metadata = {_KEY: json.dumps({"notes": notes, "checksum": _checksum(whole)})}
+    stored = {name: _stored(array) for name, array in whole.items()}
+    entry = Entry(notes, stored, _digest(notes, stored))
     with atomic_write(path) as temporary:
-        temporary.write_bytes(save(whole, metadata))
+        temporary.write_bytes(save(whole, {_KEY: json.dumps(asdict(entry))}))
 
 
-def read_notes(path: Path) -> dict[str, Any] | None:
-    """Return the notes of an entry, or None where it is absent, truncated or altered."""
+def read_entry(path: Path) -> Entry | None:
+    """Return what an entry says of itself, or None where it is absent, truncated or altered in any place."""
     try:
         with safe_open(path, "numpy") as file:
-            record = json.loads((file.metadata() or {})[_KEY])
-            whole = record["checksum"] == _checksum({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, ValueError):
+            entry = _entry(file, path)
+            return entry if all(_is_whole(file, name, entry) for name in entry.arrays) else None
+    except (OSError, SafetensorError, InputError):
         return None
-    notes: dict[str, Any] = record["notes"]
-    return notes if whole else None
 
 
 def read_array(path: Path, name: str) -> npt.NDArray[Any]:
@@ -49,15 +75,39 @@ def read_array(path: Path, name: str) -> npt.NDArray[Any]:
     """
     try:
         with safe_open(path, "numpy") as file:
+            entry = _entry(file, path)
             array: npt.NDArray[Any] = file.get_tensor(name)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, InputError) as error:
         raise InputError(f"{path}: the cached case cannot be read, prepare it again ({error})") from error
+    if entry.arrays.get(name) != _stored(array):
+        raise InputError(f"{path}: the cached case cannot be read, prepare it again ({name} is damaged)")
     return array
 
 
-def _checksum(arrays: Arrays) -> int:
-    value = 0
-    for name in sorted(arrays):
-        value = zlib.crc32(name.encode(), value)
-        value = zlib.crc32(arrays[name].reshape(-1).view(np.uint8).data, value)
-    return value
+def _entry(file: Any, path: Path) -> Entry:
+    """Return the entry of an open file.
+
+    Raises:
+        InputError: it says nothing of itself, something of another form, or not what its digest was made of.
+    """
+    text = (file.metadata() or {}).get(_KEY, "{}")
+    entry = validated(Entry, parse_json(text, path), path, strict=True)
+    if entry.digest != _digest(entry.notes, entry.arrays) or set(entry.arrays) != set(file.keys()):
+        raise InputError(f"{path}: expected the notes and arrays of the digest (got others)")
+    return entry
+
+
+def _is_whole(file: Any, name: str, entry: Entry) -> bool:
+    return entry.arrays[name] == _stored(file.get_tensor(name))
+
+
+def _stored(array: npt.NDArray[Any]) -> Stored:
+    contiguous = np.ascontiguousarray(array)
+    return Stored(
+        contiguous.dtype.str, contiguous.shape, zlib.crc32(contiguous.reshape(-1).view(np.uint8).data)
+    )
+
+
+def _digest(notes: dict[str, Any], arrays: dict[str, Stored]) -> str:
+    described = {name: asdict(stored) for name, stored in arrays.items()}
+    return hashlib.sha256(json.dumps([notes, described], sort_keys=True).encode()).hexdigest()

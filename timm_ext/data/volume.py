@@ -163,6 +163,27 @@ def same_grid(first: Volume, second: Volume) -> bool:
     return bool(apart <= 0.01 * min(first.spacing))
 
 
+def check_grid(path: Path | str, volume: Volume, like: Path | str, reference: Volume) -> None:
+    """Refuse a volume that does not lie on another one's grid.
+
+    Args:
+        path: of the volume, for the message.
+        volume: as read from there.
+        like: file of the other one.
+        reference: as read from there.
+
+    Raises:
+        InputError: shape or affine differ; the message tells where an sform or qform that does not count
+            would agree.
+    """
+    if reference.shape != volume.shape:
+        raise InputError(f"{path}: expected the shape of {like}, {reference.shape} (got {volume.shape})")
+    if not same_grid(reference, volume):
+        expected, got = _rounded(reference.affine), _rounded(volume.affine)
+        hint = _agreeing_forms(path, like, reference.shape)
+        raise InputError(f"{path}: expected the affine of {like}, {expected} (got {got}){hint}")
+
+
 def to_canonical(volume: Volume) -> Volume:
     """Turn and flip axes so that D runs to the right, H to the front and W upward (RAS), without resampling.
 
@@ -272,6 +293,24 @@ def to_itk(volume: Volume, *, linear: bool = True) -> Any:
 def from_itk(image: Any) -> Array:
     """Return a SimpleITK image's voxels as `[D, H, W]`, D being ITK's first axis."""
     return np.ascontiguousarray(sitk.GetArrayFromImage(image).transpose(2, 1, 0))
+
+
+def _rounded(affine: Affine) -> list[list[float]]:
+    return [[float(f"{value:.10g}") for value in row] for row in affine.tolist()]
+
+
+def _agreeing_forms(path: Path | str, like: Path | str, shape: tuple[int, int, int]) -> str:
+    """Tell which of two NIfTI files' affines agree where those that count, sform before qform, do not."""
+    empty = np.empty((0, *shape), dtype=np.uint8)
+    own, other = read_header(path).forms, read_header(like).forms
+    for name, affine in own.items():
+        for reference, its in other.items():
+            if same_grid(Volume(empty, affine), Volume(empty, its)):
+                return (
+                    f"; its {name} agrees with the {reference} of {like}, but an sform that has a code goes "
+                    "before the qform; if the voxels belong together, give both files one sform and qform"
+                )
+    return ""
 
 
 def _itk_geometry(affine: Affine) -> tuple[list[float], list[float], list[float]]:
