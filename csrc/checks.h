@@ -10,6 +10,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "cuda/element.h"
 
@@ -27,20 +28,32 @@ void check(bool condition, const Parts&... parts) {
 }
 
 inline std::string dtype_name(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::Long:
-      return "int64";
-    default:
-      return "dtype " + std::to_string(static_cast<int>(type));
+  static constexpr std::pair<ScalarType, const char*> kNames[] = {
+      {ScalarType::Byte, "uint8"},
+      {ScalarType::Char, "int8"},
+      {ScalarType::Short, "int16"},
+      {ScalarType::Int, "int32"},
+      {ScalarType::Long, "int64"},
+      {ScalarType::UInt16, "uint16"},
+      {ScalarType::UInt32, "uint32"},
+      {ScalarType::UInt64, "uint64"},
+      {ScalarType::Bool, "bool"},
+      {ScalarType::Half, "float16"},
+      {ScalarType::BFloat16, "bfloat16"},
+      {ScalarType::Float, "float32"},
+      {ScalarType::Double, "float64"},
+      {ScalarType::Float8_e5m2, "float8_e5m2"},
+      {ScalarType::Float8_e4m3fn, "float8_e4m3fn"},
+      {ScalarType::Float8_e5m2fnuz, "float8_e5m2fnuz"},
+      {ScalarType::Float8_e4m3fnuz, "float8_e4m3fnuz"},
+      {ScalarType::ComplexHalf, "complex32"},
+      {ScalarType::ComplexFloat, "complex64"},
+      {ScalarType::ComplexDouble, "complex128"},
+  };
+  for (const auto& [known, name] : kNames) {
+    if (known == type) return name;
   }
+  return "dtype " + std::to_string(static_cast<int>(type));
 }
 
 inline std::string device_name(const Tensor& tensor) {

@@ -1,19 +1,42 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the convolutions of float32 volumes on the CPU ask of their arguments.
+// What the convolutions ask of their arguments, so that no kernel meets a number it cannot reckon with in 64 bits.
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <limits>
 #include <vector>
 
 #include "checks.h"
+#include "math/conv_shape.h"
 
 namespace timm_ext {
+
+/// The largest size, stride, padding or dilation, and elements of a padded channel.
+constexpr int64_t kLargestNumber = std::numeric_limits<int32_t>::max();
+
+/// One number for each axis.
+inline void check_numbers(const char* op, const char* name, const std::vector<int64_t>& values, int64_t axes,
+                          int64_t least) {
+  const bool fit = static_cast<int64_t>(values.size()) == axes &&
+                   std::all_of(values.begin(), values.end(), [&](int64_t value) { return value >= least; });
+  check(fit, op, ": ", name, " must hold ", axes, " numbers >= ", least, " (got ", list(values), ")");
+  const bool known = std::all_of(values.begin(), values.end(), [](int64_t value) { return value <= kLargestNumber; });
+  check(known, op, ": ", name, " must hold numbers < 2^31 (got ", list(values), ")");
+}
+
+inline void check_sizes(const char* op, const char* name, const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  check(std::all_of(sizes.begin(), sizes.end(), [](int64_t size) { return size <= kLargestNumber; }), op, ": ", name,
+        " must have sizes < 2^31 (got ", list(sizes), ")");
+}
 
 inline void check_volume(const char* op, const char* name, const Tensor& tensor, int64_t axes, const Tensor& input) {
   check_same_device(op, name, tensor, "input", input);
   check_dtype(op, name, tensor, ScalarType::Float, "");
   check(tensor.dim() == axes, op, ": ", name, " must have ", axes, " axes (got ", list(tensor.sizes()), ")");
+  check_sizes(op, name, tensor);
 }
 
 inline void check_bias(const char* op, const std::optional<Tensor>& bias, int64_t outputs, const Tensor& input) {
@@ -23,17 +46,44 @@ inline void check_bias(const char* op, const std::optional<Tensor>& bias, int64_
         list(bias->sizes()), ")");
 }
 
-/// Three numbers, one for each axis.
-inline void check_three(const char* op, const char* name, const std::vector<int64_t>& values, int64_t least) {
-  const bool fit =
-      values.size() == 3 && std::all_of(values.begin(), values.end(), [&](int64_t value) { return value >= least; });
-  check(fit, op, ": ", name, " must hold 3 numbers >= ", least, " (got ", list(values), ")");
+/// Whether a product stays below 2^57, which leaves the kernels' own layouts room.
+inline bool small_product(std::initializer_list<int64_t> factors) {
+  int64_t product = 1 << 6;
+  return std::all_of(factors.begin(), factors.end(),
+                     [&](int64_t factor) { return !__builtin_mul_overflow(product, factor, &product); });
+}
+
+/// Of the axis of a convolution whose numbers are below 2^31, the size of the input with its padding, and how far the
+/// taps of a point reach.
+inline int64_t padded_size(const math::ConvShape& s, int axis) { return s.in[axis] + 2 * s.padding[axis]; }
+inline int64_t kernel_reach(const math::ConvShape& s, int axis) { return (s.kernel[axis] - 1) * s.dilation[axis] + 1; }
+
+/// Kernels go through whole channels with their padding.
+inline void check_padded(const char* op, const math::ConvShape& s, int64_t examples) {
+  const std::array<int64_t, 3> padded{padded_size(s, 0), padded_size(s, 1), padded_size(s, 2)};
+  int64_t product = 1;
+  const bool fit = std::all_of(padded.begin(), padded.end(), [&](int64_t size) {
+    return !__builtin_mul_overflow(product, size, &product) && product <= kLargestNumber;
+  });
+  check(fit && small_product({examples, std::max(s.inputs, s.outputs), product}), op,
+        ": input with its padding must hold fewer than 2^31 elements for each channel (got ",
+        list({padded[0], padded[1], padded[2]}), " for ", s.inputs, " channels)");
 }
 
 /// Sums of neighbours, one more on each axis than the volume of even sizes whose they are.
 inline void check_sums(const char* op, const Tensor& sums) {
   const bool odd = sums.size(2) % 2 == 1 && sums.size(3) % 2 == 1 && sums.size(4) % 2 == 1;
   check(odd, op, ": sums must have odd sizes (got ", list(sums.sizes()), ")");
+}
+
+/// What a convolution of no input channels gives, [examples, outputs, ...]: the bias, or 0.
+inline void write_bias(const Tensor& result, const std::optional<Tensor>& bias) {
+  const int64_t outputs = result.size(1), planes = result.size(0) * outputs, points = result.numel() / planes;
+  const auto* const values = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
+  auto* const to = static_cast<float*>(result.mutable_data_ptr());
+  for (int64_t plane = 0; plane < planes; ++plane) {
+    std::fill_n(to + plane * points, points, values != nullptr ? values[plane % outputs] : 0.0f);
+  }
 }
 
 }  // namespace timm_ext

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "checks.h"
+#include "conv3d_checks.h"
 #include "conv_square_on_cpu.h"
 #include "cuda/conv_square.h"
 #include "cuda_launch.h"
@@ -23,16 +23,11 @@ void set_axes(int64_t (&to)[3], const int64_t* from, int64_t axes, int64_t missi
   std::copy(from, from + axes, to + 3 - axes);
 }
 
-void check_axes(const char* name, const std::vector<int64_t>& values, int64_t axes, int64_t least) {
-  const bool fit = static_cast<int64_t>(values.size()) == axes &&
-                   std::all_of(values.begin(), values.end(), [&](int64_t value) { return value >= least; });
-  check(fit, kOp, ": ", name, " must hold ", axes, " numbers >= ", least, " (got ", list(values), ")");
-}
-
 void check_tensor(const char* name, const Tensor& tensor, const Tensor& acc) {
   check_same_device(kOp, name, tensor, "acc", acc);
   check(tensor.dim() == acc.dim(), kOp, ": ", name, " must have as many axes as acc, ", acc.dim(), " (got ",
         list(tensor.sizes()), ")");
+  check_sizes(kOp, name, tensor);
   check(!overlap(acc, tensor), kOp, ": acc must not share memory with ", name);
 }
 
@@ -50,8 +45,8 @@ void check_types(const Tensor& acc, const Tensor& grad, const Tensor& input) {
 ConvShape shape_of(const Tensor& acc, const Tensor& grad, const Tensor& input, const std::vector<int64_t>& stride,
                    const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups) {
   const int64_t axes = acc.dim() - 2;
-  check(groups >= 1 && acc.size(0) % groups == 0, kOp, ": groups must divide the channels of grad, ", acc.size(0),
-        " (got ", groups, ")");
+  check(groups >= 1 && groups <= kLargestNumber && acc.size(0) % groups == 0, kOp,
+        ": groups must divide the channels of grad, ", acc.size(0), " (got ", groups, ")");
   check(grad.size(0) == input.size(0) && grad.size(1) == acc.size(0) && input.size(1) == acc.size(1) * groups, kOp,
         ": acc, grad and input must be [O, I / groups, ...], [B, O, ...] and [B, I, ...] (got ", list(acc.sizes()),
         ", ", list(grad.sizes()), " and ", list(input.sizes()), " in ", groups, " groups)");
@@ -63,10 +58,11 @@ ConvShape shape_of(const Tensor& acc, const Tensor& grad, const Tensor& input, c
   set_axes(s.padding, padding.data(), axes, 0);
   set_axes(s.dilation, dilation.data(), axes, 1);
   for (int a = 0; a < 3; ++a) {
-    const int64_t reach = (s.out[a] - 1) * s.stride[a] + (s.kernel[a] - 1) * s.dilation[a] + 1;
-    check(reach <= s.in[a] + 2 * s.padding[a], kOp, ": grad must have no larger sizes than the output (got ",
-          list(grad.sizes()), " for input ", list(input.sizes()), ")");
+    check((s.out[a] - 1) * s.stride[a] + kernel_reach(s, a) <= padded_size(s, a), kOp,
+          ": grad must have no larger sizes than the output (got ", list(grad.sizes()), " for input ",
+          list(input.sizes()), ")");
   }
+  check_padded(kOp, s, grad.size(0));
   return s;
 }
 
@@ -97,11 +93,12 @@ void conv_weight_grad_square(const Tensor& acc, const Tensor& grad, const Tensor
   check_types(acc, grad, input);
   check(acc.dim() >= 3 && acc.dim() <= 5 && acc.is_contiguous(), kOp,
         ": acc must be [O, I / groups, ...] with one to three axes, contiguous (got ", list(acc.sizes()), ")");
+  check_sizes(kOp, "acc", acc);
   check_tensor("grad", grad, acc);
   check_tensor("input", input, acc);
-  check_axes("stride", stride, acc.dim() - 2, 1);
-  check_axes("padding", padding, acc.dim() - 2, 0);
-  check_axes("dilation", dilation, acc.dim() - 2, 1);
+  check_numbers(kOp, "stride", stride, acc.dim() - 2, 1);
+  check_numbers(kOp, "padding", padding, acc.dim() - 2, 0);
+  check_numbers(kOp, "dilation", dilation, acc.dim() - 2, 1);
   const ConvShape shape = shape_of(acc, grad, input, stride, padding, dilation, groups);
   if (acc.numel() == 0 || grad.numel() == 0) return;
 

@@ -8,6 +8,7 @@
 // layer_ops.py and doubling_ops.py), definitions in plain PyTorch in timm_ext/reference.py.
 #include <torch/csrc/stable/library.h>
 
+#include "guarded.h"
 #include "operators.h"
 
 STABLE_TORCH_LIBRARY(timm_ext, m) {
@@ -126,36 +127,38 @@ STABLE_TORCH_LIBRARY(timm_ext, m) {
   m.def("new_tensor(Tensor like, int[] sizes) -> Tensor");
 }
 
-#define TIMM_EXT_REGISTER_BOTH_DEVICES(m)                                                           \
-  m.impl("conv_weight_grad_square_", TORCH_BOX(&timm_ext::conv_weight_grad_square));                \
-  m.impl("fused_merge", TORCH_BOX(&timm_ext::fused_merge));                                         \
-  m.impl("fused_merge.out", TORCH_BOX(&timm_ext::fused_merge_out));                                 \
-  m.impl("fused_merge_backward_log_weight", TORCH_BOX(&timm_ext::fused_merge_backward_log_weight)); \
-  m.impl("fused_merge_backward_planes", TORCH_BOX(&timm_ext::fused_merge_backward_planes));         \
-  m.impl("new_tensor", TORCH_BOX(&timm_ext::new_tensor));                                           \
-  m.impl("sample_labels", TORCH_BOX(&timm_ext::sample_labels));                                     \
-  m.impl("square_accumulate_", TORCH_BOX(&timm_ext::square_accumulate))
+#define TIMM_EXT_BOX(operation) TORCH_BOX(&timm_ext::Guarded<&timm_ext::operation>::call)
+
+#define TIMM_EXT_REGISTER_BOTH_DEVICES(m)                                                   \
+  m.impl("conv_weight_grad_square_", TIMM_EXT_BOX(conv_weight_grad_square));                \
+  m.impl("fused_merge", TIMM_EXT_BOX(fused_merge));                                         \
+  m.impl("fused_merge.out", TIMM_EXT_BOX(fused_merge_out));                                 \
+  m.impl("fused_merge_backward_log_weight", TIMM_EXT_BOX(fused_merge_backward_log_weight)); \
+  m.impl("fused_merge_backward_planes", TIMM_EXT_BOX(fused_merge_backward_planes));         \
+  m.impl("new_tensor", TIMM_EXT_BOX(new_tensor));                                           \
+  m.impl("sample_labels", TIMM_EXT_BOX(sample_labels));                                     \
+  m.impl("square_accumulate_", TIMM_EXT_BOX(square_accumulate))
 
 STABLE_TORCH_LIBRARY_IMPL(timm_ext, CPU, m) {
   TIMM_EXT_REGISTER_BOTH_DEVICES(m);
-  m.impl("doubled_conv3d", TORCH_BOX(&timm_ext::doubled_conv3d));
-  m.impl("doubled_conv3d_input_gradient", TORCH_BOX(&timm_ext::doubled_conv3d_input_gradient));
-  m.impl("doubled_conv3d_weight_grad_square_", TORCH_BOX(&timm_ext::doubled_conv3d_weight_grad_square));
-  m.impl("instance_norm", TORCH_BOX(&timm_ext::instance_norm));
-  m.impl("instance_norm_backward", TORCH_BOX(&timm_ext::instance_norm_backward));
-  m.impl("log_weights", TORCH_BOX(&timm_ext::log_weights));
-  m.impl("log_weights_backward", TORCH_BOX(&timm_ext::log_weights_backward));
-  m.impl("nearest_doubling3d", TORCH_BOX(&timm_ext::nearest_doubling3d));
-  m.impl("neighbour_sums3d", TORCH_BOX(&timm_ext::neighbour_sums3d));
-  m.impl("small_conv3d", TORCH_BOX(&timm_ext::small_conv3d));
-  m.impl("strided_conv3d_input_gradient", TORCH_BOX(&timm_ext::strided_conv3d_input_gradient));
-  m.impl("winograd_conv3d", TORCH_BOX(&timm_ext::winograd_conv3d));
+  m.impl("doubled_conv3d", TIMM_EXT_BOX(doubled_conv3d));
+  m.impl("doubled_conv3d_input_gradient", TIMM_EXT_BOX(doubled_conv3d_input_gradient));
+  m.impl("doubled_conv3d_weight_grad_square_", TIMM_EXT_BOX(doubled_conv3d_weight_grad_square));
+  m.impl("instance_norm", TIMM_EXT_BOX(instance_norm));
+  m.impl("instance_norm_backward", TIMM_EXT_BOX(instance_norm_backward));
+  m.impl("log_weights", TIMM_EXT_BOX(log_weights));
+  m.impl("log_weights_backward", TIMM_EXT_BOX(log_weights_backward));
+  m.impl("nearest_doubling3d", TIMM_EXT_BOX(nearest_doubling3d));
+  m.impl("neighbour_sums3d", TIMM_EXT_BOX(neighbour_sums3d));
+  m.impl("small_conv3d", TIMM_EXT_BOX(small_conv3d));
+  m.impl("strided_conv3d_input_gradient", TIMM_EXT_BOX(strided_conv3d_input_gradient));
+  m.impl("winograd_conv3d", TIMM_EXT_BOX(winograd_conv3d));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(timm_ext, CompositeExplicitAutograd, m) {
-  m.impl("keep_memory", TORCH_BOX(&timm_ext::keep_memory));
-  m.impl("kept_bytes", TORCH_BOX(&timm_ext::kept_bytes));
-  m.impl("release_memory", TORCH_BOX(&timm_ext::release_memory));
+  m.impl("keep_memory", TIMM_EXT_BOX(keep_memory));
+  m.impl("kept_bytes", TIMM_EXT_BOX(kept_bytes));
+  m.impl("release_memory", TIMM_EXT_BOX(release_memory));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(timm_ext, CUDA, m) { TIMM_EXT_REGISTER_BOTH_DEVICES(m); }

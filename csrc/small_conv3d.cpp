@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <torch/csrc/stable/ops.h>
 
-#include <limits>
 #include <vector>
 
 #include "conv3d_checks.h"
@@ -19,12 +18,13 @@ constexpr const char* kOp = "small_conv3d";
 /// The shape of the convolution; a mirrored weight is [inputs, outputs, ...].
 ConvShape shape_of(const Tensor& input, const Tensor& weight, const std::vector<int64_t>& stride,
                    const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, bool mirrored) {
-  check(weight.size(mirrored ? 0 : 1) == input.size(1) && weight.numel() > 0, kOp, ": weight must be ",
-        mirrored ? "[" : "[O, ", input.size(1), mirrored ? ", O, ...], mirrored," : ", ...]", " for input ",
-        list(input.sizes()), " (got ", list(weight.sizes()), ")");
-  check_three(kOp, "stride", stride, 1);
-  check_three(kOp, "padding", padding, 0);
-  check_three(kOp, "dilation", dilation, 1);
+  const bool has_taps = weight.size(2) > 0 && weight.size(3) > 0 && weight.size(4) > 0;
+  check(weight.size(mirrored ? 0 : 1) == input.size(1) && has_taps, kOp, ": weight must be ", mirrored ? "[" : "[O, ",
+        input.size(1), mirrored ? ", O, ...], mirrored," : ", ...]", " for input ", list(input.sizes()), " (got ",
+        list(weight.sizes()), ")");
+  check_numbers(kOp, "stride", stride, 3, 1);
+  check_numbers(kOp, "padding", padding, 3, 0);
+  check_numbers(kOp, "dilation", dilation, 3, 1);
   ConvShape s{weight.size(mirrored ? 1 : 0), input.size(1), {}, {}, {}, {}, {}, {}};
   for (int a = 0; a < 3; ++a) {
     s.in[a] = input.size(a + 2);
@@ -32,11 +32,12 @@ ConvShape shape_of(const Tensor& input, const Tensor& weight, const std::vector<
     s.stride[a] = stride[a];
     s.padding[a] = padding[a];
     s.dilation[a] = dilation[a];
-    const int64_t free = s.in[a] + 2 * s.padding[a] - (s.kernel[a] - 1) * s.dilation[a] - 1;
+    const int64_t free = padded_size(s, a) - kernel_reach(s, a);
     check(s.in[a] >= 1 && free >= 0, kOp, ": input with its padding must be at least as large as the kernel (got ",
           list(input.sizes()), " with padding ", list(padding), " for a kernel ", list(weight.sizes()), ")");
     s.out[a] = free / s.stride[a] + 1;
   }
+  check_padded(kOp, s, input.size(0));
   return s;
 }
 
@@ -71,12 +72,17 @@ Tensor small_conv3d(const Tensor& input, const Tensor& weight, const std::option
   const int64_t examples = input.size(0), points = s.out[0] * s.out[1] * s.out[2];
   const Tensor result = new_tensor(input, {examples, s.outputs, s.out[0], s.out[1], s.out[2]});
   if (result.numel() == 0) return result;
+  if (s.inputs == 0) {
+    write_bias(result, bias);
+    return result;
+  }
 
   const int64_t taps = s.kernel[0] * s.kernel[1] * s.kernel[2], each = cpu::kSmallConvPoints;
   const int64_t width = (examples * points + each - 1) / each * each;
   const int64_t padded = cpu::small_conv_padded(s, 0) * cpu::small_conv_padded(s, 1) * cpu::small_conv_padded(s, 2);
-  check(padded <= std::numeric_limits<int32_t>::max() / examples, kOp,
-        ": input with its padding must hold fewer than 2^31 elements for each channel (got ", list(input.sizes()), ")");
+  check(padded <= kLargestNumber / examples && small_product({s.inputs, taps, width}), kOp,
+        ": input with its padding must hold fewer than 2^31 elements for each channel of all examples (got ",
+        list(input.sizes()), " with padding ", list(padding), ")");
   const std::vector<int32_t> places = places_of(s, examples, width, mirrored);
   const Tensor x = torch::stable::contiguous(input), g = torch::stable::contiguous(weight);
   const Tensor columns = new_tensor(x, {s.inputs * taps * width});

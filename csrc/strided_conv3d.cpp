@@ -69,6 +69,10 @@ Tensor run(const Way& way, const Tensor& from, const Tensor& weight, const std::
            const int64_t (&small)[3], const int64_t (&large)[3]) {
   const Tensor result = new_tensor(from, sizes_of(from, way, weight, way.spread ? large : small));
   if (result.numel() == 0) return result;
+  if (from.size(1) == 0) {
+    write_bias(result, bias);
+    return result;
+  }
   const Tensor x = torch::stable::contiguous(from), prepared = prepare(way, weight);
   StridedConvProblem problem{x.size(0),
                              result.size(1),
@@ -93,7 +97,7 @@ Tensor run(const Way& way, const Tensor& from, const Tensor& weight, const std::
 Tensor strided_conv3d_input_gradient(const Tensor& grad, const Tensor& weight, std::vector<int64_t> size) {
   const Way way{"strided_conv3d_input_gradient", false, false, false, true};
   check_arguments(way, "grad", grad, weight);
-  check_three(way.op, "size", size, 1);
+  check_numbers(way.op, "size", size, 3, 1);
   const int64_t large[3] = {size[0], size[1], size[2]};
   const int64_t small[3] = {(size[0] + 1) / 2, (size[1] + 1) / 2, (size[2] + 1) / 2};
   check(grad.size(2) == small[0] && grad.size(3) == small[1] && grad.size(4) == small[2], way.op,

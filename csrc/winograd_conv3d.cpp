@@ -21,16 +21,17 @@ ConvShape shape_of(const Tensor& input, const Tensor& weight, const std::vector<
             weight.size(4) >= 1,
         kOp, ": weight must be ", mirrored ? "[" : "[O, ", input.size(1), mirrored ? ", O" : "", ", 3, 3, K]",
         mirrored ? ", mirrored," : "", " for input ", list(input.sizes()), " (got ", list(weight.sizes()), ")");
-  check_three(kOp, "padding", padding, 0);
+  check_numbers(kOp, "padding", padding, 3, 0);
   ConvShape s{weight.size(mirrored ? 1 : 0), input.size(1), {}, {}, {}, {1, 1, 1}, {}, {1, 1, 1}};
   for (int a = 0; a < 3; ++a) {
     s.in[a] = input.size(a + 2);
     s.kernel[a] = weight.size(a + 2);
     s.padding[a] = padding[a];
-    s.out[a] = s.in[a] + 2 * s.padding[a] - s.kernel[a] + 1;
+    s.out[a] = padded_size(s, a) - kernel_reach(s, a) + 1;
     check(s.in[a] >= 1 && s.out[a] >= 1, kOp, ": input with its padding must be at least as large as the kernel (got ",
           list(input.sizes()), " with padding ", list(padding), " for a kernel ", list(weight.sizes()), ")");
   }
+  check_padded(kOp, s, input.size(0));
   return s;
 }
 
@@ -44,6 +45,10 @@ Tensor winograd_conv3d(const Tensor& input, const Tensor& weight, const std::opt
   check_bias(kOp, bias, shape.outputs, input);
   const Tensor result = new_tensor(input, {input.size(0), shape.outputs, shape.out[0], shape.out[1], shape.out[2]});
   if (result.numel() == 0) return result;
+  if (shape.inputs == 0) {
+    write_bias(result, bias);
+    return result;
+  }
 
   const Tensor x = torch::stable::contiguous(input), g = torch::stable::contiguous(weight);
   const int64_t blocks = cpu::winograd_blocks(shape);

@@ -34,7 +34,7 @@ ALLOWED = {
     "ops": BASE | {"operands", "merge_ops"},
     "layer_ops": {"operands"},
     "doubling_ops": {"operands"},
-    "memory": set(),
+    "memory": {"operands"},
     "modes": set(),
     "parameters": BASE,
     "groups": BASE | {"parameters"},

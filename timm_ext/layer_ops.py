@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import register_fake
 
-from timm_ext.operands import check_tensors, no_derivative
+from timm_ext.operands import check_tensors, integers, no_derivative
 
 _ops = torch.ops.timm_ext
 
@@ -132,7 +132,13 @@ def small_conv3d(
     check_tensors(input=input, weight=weight, bias=bias)
     with torch.no_grad():
         output: Tensor = _ops.small_conv3d.default(
-            input, weight, bias, list(stride), list(padding), list(dilation), mirrored
+            input,
+            weight,
+            bias,
+            integers("stride", stride),
+            integers("padding", padding),
+            integers("dilation", dilation),
+            mirrored,
         )
     return output
 
@@ -170,7 +176,7 @@ def strided_conv3d_input_gradient(grad: Tensor, weight: Tensor, size: Sequence[i
     """
     check_tensors(grad=grad, weight=weight)
     with torch.no_grad():
-        output: Tensor = _ops.strided_conv3d_input_gradient.default(grad, weight, list(size))
+        output: Tensor = _ops.strided_conv3d_input_gradient.default(grad, weight, integers("size", size))
     return output
 
 
@@ -207,7 +213,9 @@ def winograd_conv3d(
     """
     check_tensors(input=input, weight=weight, bias=bias)
     with torch.no_grad():
-        output: Tensor = _ops.winograd_conv3d.default(input, weight, bias, list(padding), mirrored)
+        output: Tensor = _ops.winograd_conv3d.default(
+            input, weight, bias, integers("padding", padding), mirrored
+        )
     return output
 
 

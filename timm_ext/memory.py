@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.library import register_fake
 
+from timm_ext.operands import check_tensors, integers
+
 _ops = torch.ops.timm_ext
 
 
@@ -39,7 +41,8 @@ def kept_bytes() -> int:
 
 def new_tensor(like: Tensor, sizes: Sequence[int]) -> Tensor:
     """Return an uninitialised tensor of another's type and device, from kept memory where it is large."""
-    tensor: Tensor = _ops.new_tensor.default(like, list(sizes))
+    check_tensors(like=like)
+    tensor: Tensor = _ops.new_tensor.default(like, integers("sizes", sizes))
     return tensor
 
 

@@ -1,5 +1,7 @@
 """What all operators ask of the tensors they are given, before the compiled library sees them."""
 
+from collections.abc import Iterable
+from operator import index
 from typing import Any
 
 import torch
@@ -27,6 +29,23 @@ def type_name(value: object) -> str:
     """Return the name of a value's type with its package: `numpy.ndarray`, `list`."""
     kind = type(value)
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def integers(name: str, values: Iterable[Any]) -> list[int]:
+    """Return whole numbers as the list that an operator takes.
+
+    Raises:
+        InputError: they are no such numbers, or do not fit into 64 bits.
+    """
+    if torch.compiler.is_compiling():
+        return list(values)
+    try:
+        numbers: list[Any] = [v if isinstance(v, torch.SymInt) else index(v) for v in values]
+    except TypeError:
+        raise InputError(f"{name}: expected a list of whole numbers (got {values!r})") from None
+    if any(not -(2**63) <= number < 2**63 for number in numbers):
+        raise InputError(f"{name}: expected numbers of 64 bits (got {numbers})")
+    return numbers
 
 
 def transformed() -> bool:

@@ -13,7 +13,7 @@ from torch.library import register_fake
 
 from timm_ext.errors import InputError
 from timm_ext.merge_ops import log_weights, merge
-from timm_ext.operands import check_tensors, no_derivative, refuse_tangents, transformed
+from timm_ext.operands import check_tensors, integers, no_derivative, refuse_tangents, transformed
 
 Mixing = Literal["sigmoid", "softmax", "ratios"]
 Sampled = Literal["bernoulli", "categorical"]
@@ -258,7 +258,14 @@ def conv_weight_grad_square_(
     check_tensors(acc=acc, grad=grad, input=input)
     with torch.no_grad():
         _ops.conv_weight_grad_square_.default(
-            acc, grad, input, list(stride), list(padding), list(dilation), groups, float(scale)
+            acc,
+            grad,
+            input,
+            integers("stride", stride),
+            integers("padding", padding),
+            integers("dilation", dilation),
+            integers("groups", [groups])[0],
+            float(scale),
         )
     _mark_changed([acc])
 

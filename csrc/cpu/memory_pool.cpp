@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "memory_pool.h"
 
+#if defined(__linux__)
+#include <pthread.h>
+#endif
+
 #include <iterator>
+#include <limits>
 
 #include "pages.h"
 
@@ -11,6 +16,8 @@ namespace {
 constexpr size_t kPage = size_t{1} << 16;  // of the largest pages in use without huge ones
 constexpr size_t kHugePage = size_t{1} << 21;
 constexpr size_t kGrowth = size_t{1} << 24;  // at least; a multiple of a huge page
+
+constexpr size_t kMost = std::numeric_limits<size_t>::max() / 2;  // which may be rounded up
 
 size_t rounded(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
@@ -48,8 +55,19 @@ void offer_pages(char*, size_t) {}
 }  // namespace
 
 MemoryPool& MemoryPool::instance() {
-  static MemoryPool* const pool = new MemoryPool;
+  static MemoryPool* const pool = [] {
+    auto* const made = new MemoryPool;
+    keep_whole_in_forks();
+    return made;
+  }();
   return *pool;
+}
+
+void MemoryPool::keep_whole_in_forks() {
+#if defined(__linux__)
+  (void)pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
+                       [] { instance().mutex_.unlock(); });
+#endif
 }
 
 void MemoryPool::open() {
@@ -69,7 +87,7 @@ void MemoryPool::release() {
 }
 
 void* MemoryPool::take(size_t bytes) {
-  if (bytes < kLeast) return nullptr;
+  if (bytes < kLeast || bytes > kMost) return nullptr;
   const size_t size = rounded(bytes, kPage);
   const std::lock_guard<std::mutex> lock(mutex_);
   if (open_ == 0) return nullptr;

@@ -44,6 +44,9 @@ class MemoryPool {
   size_t held() const;
 
  private:
+  /// A fork waits until no thread is in the pool: the child has no other thread that would leave it.
+  static void keep_whole_in_forks();
+
   using Holes = std::map<char*, size_t>;  // size by address; neighbours are joined
 
   bool grow(size_t bytes);
