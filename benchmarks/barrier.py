@@ -58,7 +58,7 @@ def make_cases(folder: Path, seed: int, count: int) -> list[Prepared]:
     """Phantoms of the task."""
     generate = GenerateSettings(task=TASK.name, seed=seed, spacing=SPACING, size=SIZE)
     cases = generate_cases(folder / "cases", generate, count)
-    prepare = PrepareSettings(spacing=SPACING, size=SIZE)
+    prepare = PrepareSettings(spacing=SPACING, spacing_tolerance=None, size=SIZE)
     return prepare_cases(cases, TASK, prepare, folder / "prepared", workers=0, progress=False)
 
 

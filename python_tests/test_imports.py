@@ -47,9 +47,10 @@ ALLOWED = {
     "metrics": BASE | {"data"},
     "inference": BASE | {"data", "modes", "networks"},
     "training": BASE | MODEL | MERGE | WORK,
+    "planning": BASE | {"machine", "data", "inference", "networks"},
     "study": BASE | MODEL | MERGE | WORK,
     "config": BASE | {"data", "training", "study"},
-    "cli": BASE | MODEL | MERGE | WORK | {"config", "study"},
+    "cli": BASE | MODEL | MERGE | WORK | {"config", "planning", "study"},
 }
 
 # Packages that `import timm_ext` must not load, and the modules that may import them at their top.

@@ -1,11 +1,21 @@
 """Typed settings of every command: read from YAML, overridden by `--set`, written beside each output."""
 
+import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    TypeAdapter,
+    model_validator,
+)
 
 from timm_ext.data.prepare import PrepareSettings
 from timm_ext.documents import Location, parse_yaml, read_yaml, validated
@@ -15,6 +25,18 @@ from timm_ext.study.sources import Recipe
 from timm_ext.training.settings import AdaptSettings, TrainSettings
 
 _MOST_PARTS = 8  # of the name of a setting
+
+AUTO = "auto"
+PLANNED = {
+    "prepare.spacing": "scan",
+    "train.steps": None,
+    "train.batch_size": None,
+    "train.validate_every": "epoch",
+    "train.patch": "whole",
+    "fisher.patch": "whole",
+    "predict.window": "whole",
+}
+"""Fields that may be `auto`, decided from data, network and machine; and the word for None in their YAML."""
 
 
 class Section(BaseModel):
@@ -28,7 +50,7 @@ class NetworkSettings(Section):
 
     Attributes:
         name: one of `timm_ext.networks.registry.network_names()`.
-        options: the network's own options.
+        options: the network's own options; its depth is planned with the patch unless it stands here.
     """
 
     name: str = "isensee2017"
@@ -44,6 +66,8 @@ class FisherSettings(Section):
         samples: label draws per example.
         seed: of the draws.
         batch_size: examples per pass, of one size where more than one; does not change the result.
+        patch: edges in voxels of the patches that are the examples, or None for whole volumes.
+        patches: of each case, half of them on voxels of a region, as in training; drawn with `seed`.
     """
 
     likelihood: Literal["bernoulli", "categorical", "dice"] = "bernoulli"
@@ -51,6 +75,8 @@ class FisherSettings(Section):
     samples: int = Field(default=1, ge=1)
     seed: int = 0
     batch_size: int = Field(default=1, ge=1)
+    patch: tuple[int, int, int] | None = None
+    patches: int = Field(default=4, ge=1)
 
 
 class PredictSettings(Section):
@@ -71,7 +97,11 @@ class PredictSettings(Section):
 
 
 class RunSettings(Section):
-    """All settings of the commands; every section and field has a default."""
+    """All settings of the commands; every section and field has a default.
+
+    The fields of `PLANNED` are `auto` unless they are given: `automatic` names those. Until `planned` fills
+    them in they hold what they mean without a plan. In YAML they are words: `auto`, and those of `PLANNED`.
+    """
 
     network: NetworkSettings = NetworkSettings()
     prepare: PrepareSettings = PrepareSettings()
@@ -80,6 +110,38 @@ class RunSettings(Section):
     merge: Recipe = Recipe()
     adapt: AdaptSettings = AdaptSettings()
     predict: PredictSettings = PredictSettings()
+    _automatic: frozenset[str] = PrivateAttr(default=frozenset(PLANNED))
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _read_words(cls, values: Any, handler: ModelWrapValidatorHandler["RunSettings"]) -> "RunSettings":
+        if not isinstance(values, dict):
+            return handler(values)
+        plain, automatic = _without_words(values)
+        settings = handler(plain)
+        settings._automatic = automatic
+        return settings
+
+    @property
+    def automatic(self) -> frozenset[str]:
+        """Names of the fields that a plan is to decide, `section.field`."""
+        return self._automatic
+
+    def planned(self, values: Mapping[str, Any]) -> "RunSettings":
+        """Fill in fields that are `auto`; those that are not keep what the user said.
+
+        Args:
+            values: by name, `section.field`.
+        """
+        result = self
+        for name in values.keys() & self._automatic:
+            section, field = name.split(".")
+            old = getattr(result, section)
+            change = {field: values[name]}
+            new = old.model_copy(update=change) if isinstance(old, Section) else replace(old, **change)
+            result = result.model_copy(update={section: new})
+        result._automatic = self._automatic - values.keys()
+        return result
 
 
 Kind = TypeVar("Kind")
@@ -141,7 +203,34 @@ def settings_to_dict(settings: BaseModel) -> dict[str, Any]:
 
 def settings_to_yaml(settings: BaseModel) -> str:
     """Return settings as YAML."""
-    return yaml.safe_dump(settings_to_dict(settings), sort_keys=False)
+    values = settings_to_dict(settings)
+    if isinstance(settings, RunSettings):
+        for name, word in PLANNED.items():
+            section, field = name.split(".")
+            if name in settings.automatic:
+                values[section][field] = AUTO
+            elif values[section][field] is None:
+                values[section][field] = word
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def _without_words(values: Mapping[str, Any]) -> tuple[dict[str, Any], frozenset[str]]:
+    """Take the words of `PLANNED` out of what was read, and tell which fields are left to a plan."""
+    plain = copy.deepcopy(dict(values))
+    automatic = set()
+    for name, word in PLANNED.items():
+        section, field = name.split(".")
+        given = plain.get(section, {})
+        if not isinstance(given, dict):
+            continue  # a section that is made already, or is wrong and refused as such
+        if given.get(field, AUTO) == AUTO:
+            automatic.add(name)
+            given.pop(field, None)
+        elif word is not None and given[field] == word:
+            given[field] = None
+    if isinstance(train := plain.get("train"), dict) and train.get("epochs") is not None:
+        automatic.discard("train.steps")
+    return plain, frozenset(automatic)
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Location, int]]:

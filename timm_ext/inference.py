@@ -55,7 +55,7 @@ def predict_logits(
     """
     divisor = size_divisor_of(model)
     if window is None:
-        size = _fitting(images.shape[2:], divisor)
+        size = fitting_size(images.shape[2:], divisor)
         padding = [
             length
             for edge, full in zip(images.shape[:1:-1], size[::-1], strict=True)
@@ -70,7 +70,7 @@ def predict_logits(
         raise InputError(f"overlap: must lie in [0, 1) (got {overlap})")
     result = sliding_window_inference(
         images,
-        roi_size=_fitting(window, divisor),
+        roi_size=fitting_size(window, divisor),
         sw_batch_size=batch_size,
         predictor=lambda part: _checked(model(part)),
         overlap=overlap,
@@ -239,8 +239,8 @@ def predict_case(
     return labels
 
 
-def _fitting(size: Sequence[int], divisor: int) -> tuple[int, ...]:
-    """Round edges up to the divisor, and one edge further where the coarsest grid would be one voxel."""
+def fitting_size(size: Sequence[int], divisor: int) -> tuple[int, ...]:
+    """Round edges up to a network's divisor, one edge further where the coarsest grid would be one voxel."""
     edges = [math.ceil(edge / divisor) * divisor for edge in size]
     if divisor > 1 and all(edge == divisor for edge in edges):
         edges[-1] *= 2

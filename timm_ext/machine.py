@@ -9,6 +9,10 @@ from pathlib import Path
 from timm_ext.errors import InputError
 
 _CGROUP = Path("/sys/fs/cgroup")
+_GROUP_FILES = (
+    ("memory.max", "memory.current", "file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_cache"),
+)
 _MOST_CORES = 1024
 
 
@@ -19,6 +23,11 @@ def available_memory() -> int:
     of the process (`ulimit -v`, `ulimit -d`) leave.
     """
     return max(0, int(min(_of_system(), _of_group(), _of_limits())))
+
+
+def total_memory() -> int:
+    """Return the bytes that processes may take here, whoever has them now: the system's or the group's."""
+    return int(min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_group_limits()))
 
 
 def check_memory(needed: int, what: str, *, available: int | None = None) -> None:
@@ -52,10 +61,7 @@ def _of_system() -> int:
 
 def _of_group() -> float:
     """Return what the control group (version 2 or 1) leaves; cached files do not count, they can go."""
-    for most, used, cache in (
-        ("memory.max", "memory.current", "file"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_cache"),
-    ):
+    for most, used, cache in _GROUP_FILES:
         with contextlib.suppress(OSError, ValueError):
             limit = int((_CGROUP / most).read_text())
             taken = int((_CGROUP / used).read_text())
@@ -63,6 +69,15 @@ def _of_group() -> float:
             cached = dict(line.split() for line in stats.read_text().splitlines()).get(cache, 0)
             return limit - taken + int(cached)
     return math.inf
+
+
+def _group_limits() -> list[float]:
+    """Return the limit of the control group, infinity where it has none."""
+    limits = [math.inf]
+    for most, _, _ in _GROUP_FILES:
+        with contextlib.suppress(OSError, ValueError):
+            limits.append(int((_CGROUP / most).read_text()))
+    return limits
 
 
 def _of_limits() -> float:

@@ -81,8 +81,6 @@ def test_full_disk(place, tmp_path, command):
                 str(place / "cache"),
                 "--set",
                 "prepare.crop=false",
-                "--set",
-                "prepare.multiple=4",
             ]
         )
     done = limited(arguments, 8192)

@@ -16,7 +16,7 @@ from timm_ext.data.prepare import prepare_cases
 from timm_ext.data.tasks import get_task, task_from_dict, task_to_dict
 from timm_ext.fisher import Fisher, estimate_fisher
 from timm_ext.networks.io import load_network, save_network
-from timm_ext.networks.registry import build_network
+from timm_ext.networks.registry import build_network, size_divisor_of
 
 
 def test_fisher_of_volumes_of_different_size(place, tmp_path):
@@ -28,7 +28,7 @@ def test_fisher_of_volumes_of_different_size(place, tmp_path):
 def test_fisher_is_of_the_prepared_images_as_they_are(place, tmp_path):
     network, checkpoint = load_network(place / "M1.safetensors")
     task = task_from_dict(checkpoint.metadata["task"])
-    settings = fit_volumes(RunSettings(), network).prepare
+    settings = fit_volumes(RunSettings(), size_divisor_of(network)).prepare
     cases = prepare_cases(
         read_cases(place / "brains", task)[:1], task, settings, tmp_path, workers=0, progress=False
     )

@@ -68,7 +68,7 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index(tmp_path):
     options = {"patch": (6, 6, 6), "samples_per_case": 3, "augment": AugmentSettings(affine=1, intensity=1)}
     first, again, other = (CaseDataset(prepared, TASK, seed=seed, **options) for seed in (1, 1, 2))
     assert len(first) == 6
-    assert [first[index]["id"] for index in range(6)] == ["c0"] * 3 + ["c1"] * 3
+    assert [first[index]["id"] for index in range(6)] == ["c0#1", "c0#2", "c0#3", "c1#1", "c1#2", "c1#3"]
     backwards = {index: again[index] for index in reversed(range(6))}
     assert all(equal(first[index], backwards[index]) for index in range(6))
     assert not equal(first[0], other[0])

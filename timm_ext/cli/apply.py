@@ -13,9 +13,9 @@ from timm_ext.cli.common import (
     TaskOption,
     check_output,
     note_settings,
-    settings_from,
     task_of,
 )
+from timm_ext.cli.planned import settings_of_network, tell_far_scans
 from timm_ext.errors import InputError, listed
 from timm_ext.files import check_outputs, ending_of, stem_of
 
@@ -66,11 +66,12 @@ def predict(
     from timm_ext.data.layouts import read_cases
     from timm_ext.inference import predict_case
     from timm_ext.networks.io import load_network
+    from timm_ext.networks.registry import config_of
 
     check_output(out / "settings.yaml")
     model, checkpoint = load_network(network)
     chosen = task_of(task, checkpoint)
-    settings = settings_from(config, overrides, checkpoint)
+    settings = settings_of_network(config, overrides, checkpoint, config_of(model))
     if (cases is None) == (not images):
         raise InputError("predict: expected either CASES or --image MODALITY=FILE for each modality")
     if cases is not None:
@@ -82,6 +83,7 @@ def predict(
     inputs = [network, *(file for scan in scans for file in scan.images.values())]
     labels = [scan.label for scan in scans if scan.label is not None]
     check_outputs([file for files in outputs for file in files], [*inputs, *labels])
+    tell_far_scans(settings, scans)
     for scan, (label_map, *more) in track(zip(scans, outputs, strict=True), "Segmenting", total=len(scans)):
         predict_case(
             model,

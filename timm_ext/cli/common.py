@@ -106,12 +106,41 @@ def with_alignment(overrides: list[str] | None, align: bool) -> list[str]:
 def settings_from(
     config: Path | None, overrides: Sequence[str] | None, checkpoint: "Checkpoint | None" = None
 ) -> "RunSettings":
-    """Read the settings; what a network was prepared with holds unless the user says otherwise."""
+    """Read the settings; what a network was prepared with holds unless the user says otherwise.
+
+    A voxel size that the network's file leaves open stays `auto`.
+    """
+    from dataclasses import asdict
+
     from timm_ext.config import RunSettings, load_settings
 
-    noted = (checkpoint.metadata.get("settings") or {}) if checkpoint is not None else {}
-    base = {"prepare": noted["prepare"]} if isinstance(noted.get("prepare"), dict) else None
-    return load_settings(RunSettings, config, overrides or (), base=base)
+    if checkpoint is None:
+        return load_settings(RunSettings, config, overrides or ())
+    prepare = asdict(noted_settings(checkpoint).prepare)
+    spacing = prepare.pop("spacing")
+    settings = load_settings(RunSettings, config, overrides or (), base={"prepare": prepare})
+    return settings if spacing is None else settings.planned({"prepare.spacing": spacing})
+
+
+def noted_settings(checkpoint: "Checkpoint") -> "RunSettings":
+    """Return what a network's file notes about its use: preparation of cases and window of prediction.
+
+    Raises:
+        InputError: the notes make no sense.
+    """
+    from timm_ext.config import RunSettings
+    from timm_ext.documents import validated
+    from timm_ext.errors import InputError, shown
+
+    noted = checkpoint.metadata.get("settings") or {}
+    if not isinstance(noted, dict):
+        raise InputError(f"{checkpoint.path}: expected its settings by section (got {shown(noted)})")
+    sections = {name: noted.get(name) or {} for name in ("prepare", "train", "predict")}
+    predict, train = sections["predict"], sections.pop("train")
+    if isinstance(train, dict) and isinstance(predict, dict):
+        # Networks of a study note the patches they were trained on alone.
+        sections["predict"] = {"window": predict.get("window", train.get("patch"))}
+    return validated(RunSettings, sections, f"{checkpoint.path}: its settings")
 
 
 def check_output(path: Path) -> None:
@@ -148,14 +177,12 @@ def hold_output(path: Path, *, folder: bool, inputs: Iterable[Path] = ()) -> Non
         hold(folder_lock(path) if folder else output_lock(path))
 
 
-def fit_volumes(settings: "RunSettings", model: "nn.Module") -> "RunSettings":
-    """Round prepared volumes up to edges that the network takes whole."""
+def fit_volumes(settings: "RunSettings", divisor: int) -> "RunSettings":
+    """Round prepared volumes up to edges that a network with this divisor takes whole."""
     from dataclasses import replace
     from math import lcm
 
-    from timm_ext.networks.registry import size_divisor_of
-
-    multiple = lcm(settings.prepare.multiple, size_divisor_of(model))
+    multiple = lcm(settings.prepare.multiple, divisor)
     return settings.model_copy(update={"prepare": replace(settings.prepare, multiple=multiple)})
 
 
@@ -300,15 +327,16 @@ def training_parts(
     settings: "RunSettings",
     cache: Path,
     workers: int,
-) -> "tuple[list[Prepared], list[Prepared], Task]":
+) -> "tuple[RunSettings, tuple[list[Prepared], list[Prepared]], Task]":
     """Read, divide and prepare the training and validation cases.
 
     Returns:
-        Both, and the task with the label numbers that they use.
+        The settings with the voxel size of the cases; both parts; the task with the label numbers they use.
 
     Raises:
         InputError: cases cannot be read or prepared, or they number a region in two ways.
     """
+    from timm_ext.cli.planned import with_spacing
     from timm_ext.data.layouts import read_cases, split_cases
     from timm_ext.data.prepare import resolve_task
 
@@ -317,11 +345,12 @@ def training_parts(
         parts = [every, read_cases(val, task, require_labels=True)]
     else:
         parts = split_cases(every, [1 - val_share, val_share], seed=settings.train.seed)
+    settings = with_spacing(settings, [case for part in parts for case in part])
     train_part, val_part = (prepare_labelled(part, task, settings, cache, workers) for part in parts)
     where = cases if val is None else f"{cases} and {val}"
     resolved = resolve_task(task, [*train_part, *val_part], where)
     _tell_open(resolved)
-    return train_part, val_part, resolved
+    return settings, (train_part, val_part), resolved
 
 
 def _tell_open(task: "Task") -> None:

@@ -14,6 +14,7 @@ from timm_ext.cli.common import (
     note_settings,
     settings_from,
 )
+from timm_ext.cli.planned import with_spacing
 
 
 def phantom(
@@ -70,7 +71,9 @@ def prepare(
 
     settings = settings_from(config, overrides)
     chosen = get_task(task)
-    prepared = prepare_cases(read_cases(cases, chosen), chosen, settings.prepare, cache, workers=workers)
+    every = read_cases(cases, chosen)
+    settings = with_spacing(settings, every)
+    prepared = prepare_cases(every, chosen, settings.prepare, cache, workers=workers)
     note_settings(cache, settings, folder=True)
     for case in prepared:
         labels = f"labels {list(case.present)}" if case.has_label else "no label"

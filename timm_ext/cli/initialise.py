@@ -18,13 +18,22 @@ from timm_ext.cli.common import (
     ValCases,
     ValShare,
     Workers,
-    fit_volumes,
     hold_output,
     note_settings,
     settings_dict,
     settings_from,
     training_parts,
     with_alignment,
+)
+from timm_ext.cli.planned import (
+    as_before,
+    fit_whole_volumes,
+    note_run,
+    tell_plan,
+    training_sets,
+    with_network,
+    with_noted_window,
+    with_training_plan,
 )
 from timm_ext.cli.streamed import merge_as_they_are, refuse_streams, refuse_together
 from timm_ext.errors import InputError
@@ -37,6 +46,8 @@ if TYPE_CHECKING:
     from timm_ext.data.tasks import Task
     from timm_ext.study.sources import Recipe, Sources, Start
     from timm_ext.training.examples import Examples
+
+_SHARE_OF_STEPS = 0.2  # of a whole training that an adaptation takes unless the settings say
 
 
 def merge(
@@ -106,6 +117,7 @@ def _merge_by_method(
     from timm_ext.data.tasks import get_task, task_to_dict
     from timm_ext.merging import get_method
     from timm_ext.networks.io import save_network
+    from timm_ext.networks.registry import config_of
     from timm_ext.study.sources import load_sources, network_of, start_from
 
     wanted = get_method(method)
@@ -114,6 +126,9 @@ def _merge_by_method(
     _refuse_study_rows(method)
     settings = settings_from(config, overrides, _first_of(networks))
     sources = load_sources(networks, fishers or ())
+    settings = with_noted_window(
+        with_network(settings, config_of(sources.networks[0]), networks[0]), _first_of(networks)
+    )
     chosen = get_task(task) if task is not None else sources.tasks[0]
     target = network_of(sources, chosen, settings.merge.seed)
     start = start_from(method, target, chosen, sources, settings.merge)
@@ -124,7 +139,7 @@ def _merge_by_method(
         start.model,
         task=task_to_dict(chosen),
         parents=sources.hashes,
-        settings=settings_dict(settings, "prepare", "merge"),
+        settings=settings_dict(settings, "prepare", "merge", "predict"),
         kind="merged",
         merge={"method": method, "sources": list(sources.names)},
     )
@@ -160,14 +175,15 @@ def adapt(
     from timm_ext.data.tasks import get_task, task_to_dict
     from timm_ext.merging import MergedModel, get_method
     from timm_ext.networks.io import save_network
+    from timm_ext.networks.registry import config_of
     from timm_ext.study.sources import load_sources, network_of, start_from
-    from timm_ext.training.stages import make_sets
 
     hold_output(out, folder=True, inputs=[*networks, *(fishers or ())])
     wanted = get_method(method)
     if wanted.adapt == "none" and not wanted.learns_ratios:
         raise InputError(f"method: {method} learns nothing before fine-tuning; use timm-ext merge")
     settings = settings_from(config, with_alignment(overrides, align), _first_of(networks))
+    settings = as_before(settings, out) if resume else settings
     settings.train.refuse_ties("timm-ext adapt")
     settings.adapt.of(wanted)
     sources = load_sources(networks, fishers or ())
@@ -176,26 +192,30 @@ def adapt(
     start = start_from(method, target, chosen, sources, settings.merge)
     _tell_unseen(sources, chosen, settings.merge)
     _tell_statistics(target, start)
-    settings = fit_volumes(settings, target)
-    train_part, val_part, chosen = training_parts(
+    network = config_of(target)
+    settings = fit_whole_volumes(with_network(settings, network, networks[0]), network)
+    settings, parts, chosen = training_parts(
         data, val, val_share, chosen, settings, cache or out / "prepared", workers
     )
-    train_set, val_set = make_sets(train_part, val_part, chosen, settings.train)
+    share = 1.0 if wanted.weight_pull else _SHARE_OF_STEPS
+    settings, plan = with_training_plan(settings, network, parts, fixed=True, share=share)
+    tell_plan(settings, plan, parts, start.model)
+    train_set, val_set = training_sets(parts, chosen, settings)
     run = out / "training"
+    note_run(out, run, settings, resume=resume)
     facts: dict[str, Any] = {"method": method, "sources": list(sources.names)}
-    network = _learn(start, train_set, val_set, settings, run, resume=resume)
+    learned = _learn(start, train_set, val_set, settings, run, resume=resume)
     if isinstance(start.model, MergedModel):
         facts |= start.model.provenance()
     save_network(
         out / NETWORK_NAME,
-        network,
+        learned,
         task=task_to_dict(chosen),
         parents=sources.hashes,
-        settings=settings_dict(settings, "prepare", "merge", "adapt", "train"),
+        settings=settings_dict(settings, "prepare", "merge", "adapt", "train", "predict"),
         kind="merged",
         merge=facts,
     )
-    note_settings(out, settings, folder=True)
     ratios = f", mean ratios {[round(x, 2) for x in facts['mean_ratios']]}" if "mean_ratios" in facts else ""
     print(f"{out / NETWORK_NAME}: {start.method.title} of {', '.join(sources.names)}{ratios}")
 

@@ -27,6 +27,18 @@ from timm_ext.cli.common import (
     task_of,
     training_parts,
 )
+from timm_ext.cli.planned import (
+    as_before,
+    check_fisher_memory,
+    fit_whole_volumes,
+    network_of_task,
+    note_run,
+    settings_of_network,
+    tell_plan,
+    training_sets,
+    with_network,
+    with_training_plan,
+)
 
 
 def train(
@@ -61,34 +73,39 @@ def train(
     """
     from timm_ext.data.tasks import get_task, task_to_dict
     from timm_ext.networks.io import load_network, save_network
-    from timm_ext.networks.registry import heads_of
+    from timm_ext.networks.registry import config_of, heads_of
     from timm_ext.parameters import split_parameters
     from timm_ext.study.sources import new_network
-    from timm_ext.training.stages import fine_tune, make_sets
+    from timm_ext.training.stages import fine_tune
 
     hold_output(out, folder=True, inputs=[init] if init is not None else [])
-    checkpoint = None
+    start, checkpoint = load_network(init) if init is not None else (None, None)
     chosen = get_task(task)
-    if init is not None:
-        model, checkpoint = load_network(init)
     settings = settings_from(config, overrides, checkpoint)
-    if checkpoint is not None:
-        model = fitted(model, checkpoint, chosen, settings)
+    settings = as_before(settings, out) if resume else settings
+    if start is not None and checkpoint is not None:
+        start = fitted(start, checkpoint, chosen, settings)
+        settings = with_network(settings, config_of(start), init)
     else:
         settings.train.refuse_ties("timm-ext train without --init")
-        model = new_network(settings.network.name, settings.network.options, chosen, settings.train.seed)
-    settings = fit_volumes(settings, model)
-    train_part, val_part, chosen = training_parts(
+    network = network_of_task(settings, chosen)
+    settings = fit_whole_volumes(settings, network)
+    settings, parts, chosen = training_parts(
         cases, val, val_share, chosen, settings, cache or out / "prepared", workers
     )
-    train_set, val_set = make_sets(train_part, val_part, chosen, settings.train)
+    settings, plan = with_training_plan(settings, network, parts, fixed=start is not None)
+    model = start or new_network(settings.network.name, settings.network.options, chosen, settings.train.seed)
+    tell_plan(settings, plan, parts, model)
+    train_set, val_set = training_sets(parts, chosen, settings)
     run = out / "training"
+    note_run(out, run, settings, resume=resume)
+    title = "training" if checkpoint is None else "fine-tuning"
     norms = settings.merge.transfer_norms
     shared: tuple[str, ...] = ()
     if checkpoint is not None:
         shared = split_parameters(model, heads=heads_of(model), transfer_norms=norms).shared
     model, history = fine_tune(
-        model, train_set, val_set, settings.train, run, tied=shared, resume=resume, progress=True
+        model, train_set, val_set, settings.train, run, tied=shared, resume=resume, progress=True, title=title
     )
     path = out / NETWORK_NAME
     save_network(
@@ -96,9 +113,8 @@ def train(
         model,
         task=task_to_dict(chosen),
         parents=[str(checkpoint.sha256)] if checkpoint is not None else [],
-        settings=settings_dict(settings, "prepare", "train"),
+        settings=settings_dict(settings, "prepare", "train", "predict"),
     )
-    note_settings(out, settings, folder=True)
     best = "" if history.best_step is None else f", lowest validation loss at step {history.best_step}"
     print(f"{path}: {len(history.rows)} steps{best}")
 
@@ -118,6 +134,9 @@ def fisher(
 ) -> None:
     """Estimate the diagonal Fisher of a network on cases of its task.
 
+    Where the network was trained on patches, so is this: its examples are `fisher.patches` patches of each
+    case, half of them on a region. Else, or with `fisher.patch` whole, they are whole volumes.
+
     Interrupted and started again, it goes on where it was.
 
     Example: `timm-ext fisher M1.safetensors cases/ --out F1.safetensors --set fisher.samples=4`
@@ -128,19 +147,31 @@ def fisher(
     from timm_ext.data.tasks import task_to_dict
     from timm_ext.fisher import estimate_fisher, remove_partial
     from timm_ext.networks.io import load_network
+    from timm_ext.networks.registry import config_of, size_divisor_of
+    from timm_ext.planning import keep_in_memory
     from timm_ext.training.device import keep_freed_memory
 
     hold_output(out, folder=False, inputs=[network])
     keep_freed_memory()
     model, checkpoint = load_network(network)
     chosen = task_of(task, checkpoint)
-    settings = fit_volumes(settings_from(config, overrides, checkpoint), model)
+    settings = settings_of_network(config, overrides, checkpoint, config_of(model))
+    if settings.fisher.patch is None:
+        settings = fit_volumes(settings, size_divisor_of(model))
     every = read_cases(cases, chosen, require_labels=True)[:limit]
     prepared = prepare_labelled(every, chosen, settings, cache, workers)
     chosen = resolve_task(chosen, prepared, cases)
-    data = CaseDataset(prepared, chosen, in_memory=True)
+    check_fisher_memory(settings, prepared, config_of(model))
+    data = CaseDataset(
+        prepared,
+        chosen,
+        patch=settings.fisher.patch,
+        samples_per_case=1 if settings.fisher.patch is None else settings.fisher.patches,
+        seed=settings.fisher.seed,
+        in_memory=keep_in_memory(prepared, len(chosen.modalities)),
+    )
     partial = out.with_name(f"{out.name}.partial")
-    options = settings.fisher.model_dump()
+    options = settings.fisher.model_dump(exclude={"patch", "patches"})
     estimate = estimate_fisher(model, data, **options, progress=True, partial=partial)
     estimate.save(
         out,
@@ -150,4 +181,5 @@ def fisher(
     )
     note_settings(out, settings, folder=False)
     remove_partial(partial)
-    print(f"{out}: {estimate.kind.value}, {estimate.count} cases")
+    patches = "" if settings.fisher.patch is None else f" patches of {len(prepared)}"
+    print(f"{out}: {estimate.kind.value}, {estimate.count}{patches} cases")

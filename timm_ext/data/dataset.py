@@ -34,7 +34,8 @@ class CaseDataset(Dataset[Sample]):
         cases: prepared cases with labels.
         task: says which regions become the target's channels.
         patch: voxels of a patch; None gives whole volumes. A volume smaller than the patch is zero-padded.
-        samples_per_case: samples that a case gives per epoch; with whole volumes leave it at 1.
+        samples_per_case: samples that a case gives per epoch; with whole volumes leave it at 1. Of more than
+            one each has an id of its own, `ID#1`, `ID#2`, ….
         foreground: share of patches that are centred on a voxel of a region: first a region of those that
             occur in the case, then one of its voxels. The others lie anywhere in the volume.
         augment: how samples change; None leaves them as they are.
@@ -99,7 +100,9 @@ class CaseDataset(Dataset[Sample]):
 
     def sample(self, index: int, epoch: int) -> Sample:
         """Make sample `index` of an epoch, whatever epoch is set."""
-        case = self.cases[index // self.samples_per_case]
+        place, number = divmod(index, self.samples_per_case)
+        case = self.cases[place]
+        name = case.id if self.samples_per_case == 1 else f"{case.id}#{number + 1}"
         generator = np.random.default_rng([self.seed, epoch, index])
         image, label = case.image, case.label
         assert label is not None
@@ -107,12 +110,12 @@ class CaseDataset(Dataset[Sample]):
             start = self._start(label, self.patch, generator)
             image, label = take_box(image, start, self.patch), take_box(label, start, self.patch)
         if self.augment is None:
-            return Sample(id=case.id, image=torch.from_numpy(image.copy()), target=self._target(label))
+            return Sample(id=name, image=torch.from_numpy(image.copy()), target=self._target(label))
         change = draw(self.augment, len(image), generator)
         changed, moved = apply(
             change, torch.from_numpy(image.copy()), torch.from_numpy(label.copy()), spacing_of(case.affine)
         )
-        return Sample(id=case.id, image=changed.contiguous(), target=self._target(moved.numpy()))
+        return Sample(id=name, image=changed.contiguous(), target=self._target(moved.numpy()))
 
     def _target(self, label: Array) -> Tensor:
         return torch.from_numpy(self.task.targets(label)).float()
@@ -148,7 +151,7 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
     if len(set(shapes.values())) > 1:
         listing = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise InputError(
-            f"batch: expected samples of one shape; set size, patch or batch size 1 (got {listing})"
+            f"batch: expected samples of one shape; use patches, one size or batch size 1 (got {listing})"
         )
     batch: dict[str, Any] = default_collate(list(samples))
     return batch

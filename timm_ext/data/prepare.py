@@ -40,6 +40,9 @@ from timm_ext.machine import check_memory
 
 Spacing = float | tuple[float, float, float]
 
+SPACING_TOLERANCE = 1e-3
+"""Relative difference up to which a scan's voxel size counts as the one wanted."""
+
 
 @dataclass(frozen=True)
 class PrepareSettings:
@@ -53,6 +56,8 @@ class PrepareSettings:
         bias_field: correct each image by N4 (Tustison et al. 2010), estimated on its positive voxels.
         spacing: voxel size in mm, one number or one per axis (right, anterior, superior); None keeps the
             scan's.
+        spacing_tolerance: relative difference up to which a scan's own voxel size is taken for `spacing`, and
+            the scan is not resampled; None resamples whatever its voxel size.
         normalise: per volume and modality over its foreground: `zscore` (float64 statistics), `histogram`
             (each voxel → its empirical CDF, as Geyer et al. 2019), or `none`.
         crop: cut to the box of the foreground of all modalities together.
@@ -65,6 +70,7 @@ class PrepareSettings:
     nonfinite: Literal["error", "zero"] = "error"
     bias_field: bool = False
     spacing: Spacing | None = None
+    spacing_tolerance: float | None = SPACING_TOLERANCE
     normalise: Normalisation = "zscore"
     crop: bool = True
     margin: int = 0
@@ -89,6 +95,10 @@ class PrepareSettings:
             raise InputError(f"spacing: must be one or three lengths > 0 in mm (got {self.spacing})")
         if self.size is not None and (len(self.size) != 3 or min(self.size) < 1):
             raise InputError(f"size: must be three numbers of voxels ≥ 1 (got {self.size})")
+        if self.spacing_tolerance is not None and not 0 <= self.spacing_tolerance < 1:
+            raise InputError(
+                f"spacing_tolerance: must be at least 0 and less than 1 (got {self.spacing_tolerance})"
+            )
         if self.margin < 0 or self.multiple < 1:
             raise InputError(
                 f"margin and multiple: must be ≥ 0 and ≥ 1 (got {self.margin} and {self.multiple})"
@@ -314,6 +324,8 @@ def _outcomes(
 def _build(case: Case, task: Task, settings: PrepareSettings) -> tuple[Arrays, Grid, tuple[int, ...]]:
     images, label = _read(case, task, settings)
     first = images[task.modalities[0]]
+    if _has_spacing(first, settings):
+        settings = replace(settings, spacing=None)
     present = tuple(np.unique(label.data).tolist()) if label is not None else ()
     working, masks = {}, {}
     for modality, image in images.items():
@@ -386,6 +398,14 @@ def _check_not_empty(prepared: Prepared, task: Task) -> None:
             f"{prepared.case.label}: expected a voxel of some region of task {task.name}, "
             f"labels {sorted(wanted)} (got only labels {list(prepared.present)})"
         )
+
+
+def _has_spacing(image: Volume, settings: PrepareSettings) -> bool:
+    """Whether a scan's own voxel size is taken for the one wanted."""
+    if settings.spacing is None or settings.spacing_tolerance is None:
+        return False
+    own = to_canonical(image).spacing
+    return bool(np.allclose(own, settings.spacing, rtol=settings.spacing_tolerance, atol=0))
 
 
 def _key(case: Case, task: Task, settings: PrepareSettings) -> str:

@@ -125,6 +125,21 @@ def _no_label(path: Path | str, data: Array, fractional: Array, header: Header) 
     )
 
 
+def read_geometry(path: Path | str) -> tuple[tuple[float, float, float], tuple[int, int, int]]:
+    """Return the voxel size in mm and the number of voxels along R, A, S, as a file's header tells them.
+
+    Raises:
+        InputError: the file is missing or of another kind, or its header makes no sense.
+    """
+    header = read_header(path)
+    axes = io_orientation(header.affine)[:, 0].astype(int)
+    spacing, shape = np.empty(3), np.empty(3, dtype=int)
+    spacing[axes], shape[axes] = spacing_of(header.affine), header.shape[:3]
+    right, front, up = spacing.tolist()
+    depth, height, width = shape.tolist()
+    return (right, front, up), (depth, height, width)
+
+
 def write_nifti(path: Path | str, volume: Volume, *, like: Path | str | None = None) -> None:
     """Write a volume as NIfTI, atomically.
 

@@ -32,6 +32,8 @@ class NetworkSpec:
             `in_channels`.
         defaults: options that are set unless the caller sets them.
         divisor: number by which every edge of an image must be divisible, from the options.
+        depth: the option that says on how many grids it works, each half as fine as the one before; None for
+            a network whose depth is not one number.
     """
 
     name: str
@@ -40,6 +42,7 @@ class NetworkSpec:
     input_layers: tuple[str, ...] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     divisor: Callable[[Mapping[str, Any]], int] = lambda options: _UNKNOWN_DIVISOR
+    depth: str | None = None
 
 
 def _stride_product(options: Mapping[str, Any]) -> int:
@@ -69,6 +72,7 @@ _SPECS: dict[str, NetworkSpec] = {
         input_layers=("encoder.0.entry.conv.weight",),
         defaults={"base_filters": 16, "levels": 5, "dropout": 0.3, "negative_slope": 0.01},
         divisor=lambda options: 2 ** (options["levels"] - 1),
+        depth="levels",
     )
 }
 

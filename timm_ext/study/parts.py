@@ -84,7 +84,7 @@ def prepare_settings(settings: CommonSettings) -> PrepareSettings:
     Raises:
         InputError: `prepare` holds a field that does not exist or is set elsewhere.
     """
-    base = PrepareSettings(spacing=settings.spacing, size=settings.size)
+    base = PrepareSettings(spacing=settings.spacing, spacing_tolerance=None, size=settings.size)
     check_fields("prepare", settings.prepare, set(to_json(base)) - {"spacing", "size"})
     return replace(base, **settings.prepare)
 

@@ -55,9 +55,21 @@ class Adaptation:
 
 
 def make_sets(
-    train_cases: Sequence[Prepared], val_cases: Sequence[Prepared], task: Task, settings: TrainSettings
+    train_cases: Sequence[Prepared],
+    val_cases: Sequence[Prepared],
+    task: Task,
+    settings: TrainSettings,
+    *,
+    in_memory: bool = True,
 ) -> tuple[CaseDataset, CaseDataset | None]:
     """Turn prepared cases into a training set as the settings want it and a validation set of whole volumes.
+
+    Args:
+        train_cases: prepared cases with labels.
+        val_cases: likewise; none gives no validation set.
+        task: says which regions become the targets' channels.
+        settings: of the training.
+        in_memory: hold all cases in memory instead of reading them for each sample; samples are the same.
 
     Raises:
         InputError: there is no training case, or a case has no label.
@@ -68,9 +80,9 @@ def make_sets(
         patch=settings.patch,
         augment=AugmentSettings() if settings.augment else None,
         seed=settings.seed,
-        in_memory=True,
+        in_memory=in_memory,
     )
-    return train_set, CaseDataset(val_cases, task, in_memory=True) if val_cases else None
+    return train_set, CaseDataset(val_cases, task, in_memory=in_memory) if val_cases else None
 
 
 def train(

@@ -1,0 +1,366 @@
+"""What commands decide from data, network and machine: told in a few lines, noted in the settings."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from timm_ext.locks import is_first_of_launched
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from timm_ext.checkpoint import Checkpoint
+    from timm_ext.config import RunSettings
+    from timm_ext.data.dataset import CaseDataset
+    from timm_ext.data.layouts import Case
+    from timm_ext.data.prepare import Prepared
+    from timm_ext.data.tasks import Task
+    from timm_ext.planning import Choice, Machine, TrainingPlan
+
+    Parts = tuple[list[Prepared], list[Prepared]]
+
+SETTINGS_NAME = "settings.yaml"
+_PER_TRAINING = ("train.steps", "train.batch_size", "train.validate_every", "train.patch")
+_FAR = 1.5
+
+
+def network_of_task(settings: "RunSettings", task: "Task") -> dict[str, Any]:
+    """Return the `network_config` of the settings for a task; options that are not given stay open.
+
+    Raises:
+        InputError: the network cannot be built.
+    """
+    from timm_ext.planning import footprint_of
+
+    network = {
+        "name": settings.network.name,
+        "in_channels": len(task.modalities),
+        "out_channels": len(task.regions),
+        "options": settings.network.options,
+    }
+    footprint_of(network)
+    return network
+
+
+def fit_whole_volumes(settings: "RunSettings", network: Mapping[str, Any]) -> "RunSettings":
+    """Where whole volumes are trained on, prepare them with edges that the network takes."""
+    from timm_ext.cli.common import fit_volumes
+    from timm_ext.planning import footprint_of
+
+    if "train.patch" in settings.automatic or settings.train.patch is not None:
+        return settings
+    return fit_volumes(settings, footprint_of(network).divisor)
+
+
+def settings_of_network(
+    config: Path | None,
+    overrides: Sequence[str] | None,
+    checkpoint: "Checkpoint",
+    network: Mapping[str, Any],
+) -> "RunSettings":
+    """Read the settings of a command that applies a network, with what its file notes and what it is."""
+    from timm_ext.cli.common import settings_from
+
+    settings = with_network(settings_from(config, overrides, checkpoint), network, checkpoint.path)
+    return without_noted_spacing(with_noted_window(settings, checkpoint), checkpoint.path)
+
+
+def training_sets(
+    parts: "Parts", task: "Task", settings: "RunSettings"
+) -> "tuple[CaseDataset, CaseDataset | None]":
+    """Turn prepared cases into data sets, held in memory where they fit."""
+    from timm_ext.planning import keep_in_memory
+    from timm_ext.training.stages import make_sets
+
+    fits = keep_in_memory([case for part in parts for case in part], len(task.modalities))
+    return make_sets(*parts, task, settings.train, in_memory=fits)
+
+
+def note_run(out: Path, run: Path, settings: "RunSettings", *, resume: bool) -> None:
+    """Write the settings of a run before it begins, but not over those of another, which is refused later."""
+    from timm_ext.cli.common import note_settings
+    from timm_ext.training.state import STATE_NAME
+
+    if resume or not (run / STATE_NAME).exists():
+        note_settings(out, settings, folder=True)
+
+
+def check_fisher_memory(
+    settings: "RunSettings", cases: "Sequence[Prepared]", network: Mapping[str, Any]
+) -> None:
+    """Refuse a Fisher of examples that memory does not hold.
+
+    Raises:
+        InputError: as said.
+    """
+    from math import prod
+
+    from timm_ext.errors import InputError
+    from timm_ext.inference import fitting_size
+    from timm_ext.machine import check_memory
+    from timm_ext.planning import footprint_of, held_bytes
+
+    footprint, patch = footprint_of(network), settings.fisher.patch
+    voxels = max(prod(patch or fitting_size(case.shape, footprint.divisor)) for case in cases)
+    needed = footprint.step_bytes(voxels * settings.fisher.batch_size) + held_bytes(
+        cases, network["in_channels"]
+    )
+    try:
+        check_memory(
+            needed, "fisher: " + ("whole volumes" if patch is None else f"a patch of {_edges(patch)}")
+        )
+    except InputError as error:
+        raise InputError(
+            f"{error}; --set fisher.patch=[64,64,64] takes patches of that size, --set fisher.batch_size=1 "
+            "one at a time"
+        ) from error
+
+
+def with_network(settings: "RunSettings", network: Mapping[str, Any], where: object) -> "RunSettings":
+    """Note the network that is there; what the settings say about it must be true of it.
+
+    Args:
+        settings: of the command.
+        network: `network_config`.
+        where: the file it is from, for the message.
+
+    Raises:
+        InputError: the settings name another network, or other options.
+    """
+    from timm_ext.config import NetworkSettings
+    from timm_ext.errors import InputError
+
+    given, options = settings.network, dict(network["options"])
+    if given.name not in (network["name"], NetworkSettings().name):
+        raise InputError(f"network.name: expected {network['name']}, as in {where} (got {given.name})")
+    for name, value in given.options.items():
+        if options.get(name) != value:
+            raise InputError(
+                f"network.options: expected {name} {options.get(name)}, as in {where} (got {value})"
+            )
+    return settings.model_copy(update={"network": NetworkSettings(name=network["name"], options=options)})
+
+
+def as_before(settings: "RunSettings", out: Path) -> "RunSettings":
+    """Take what was planned for a run from its settings file: it goes on as it began, on any machine."""
+    from timm_ext.config import PLANNED, NetworkSettings, RunSettings, load_settings
+
+    path = out / SETTINGS_NAME
+    if not path.is_file():
+        return settings
+    before = load_settings(RunSettings, path)
+    values = {}
+    for name in PLANNED.keys() - before.automatic:
+        section, field = name.split(".")
+        values[name] = getattr(getattr(before, section), field)
+    network = settings.network
+    if network.name == before.network.name:
+        network = NetworkSettings(name=network.name, options={**before.network.options, **network.options})
+    return settings.planned(values).model_copy(update={"network": network})
+
+
+def with_noted_window(settings: "RunSettings", checkpoint: "Checkpoint") -> "RunSettings":
+    """Apply a network in windows of the patches it was trained on, unless the user says otherwise."""
+    from timm_ext.cli.common import noted_settings
+
+    window = noted_settings(checkpoint).predict.window
+    return settings.planned({"predict.window": window, "fisher.patch": window})
+
+
+def with_spacing(settings: "RunSettings", cases: "Sequence[Case]") -> "RunSettings":
+    """Make the voxel size concrete: planned, or where the scans' own is wanted and all have one, that one."""
+    from timm_ext.planning import plan_spacing
+
+    planned = "prepare.spacing" in settings.automatic
+    if not planned and settings.prepare.spacing is not None:
+        return settings
+    plan = plan_spacing(cases)
+    if plan is None:
+        return settings.planned({"prepare.spacing": None})
+    if planned:
+        of_all = f"the median; {plan.resampled} of {plan.cases} cases are resampled"
+        _print(f"Voxels of {_lengths(plan.spacing)} mm, {of_all if plan.resampled else 'those of all cases'}")
+        return settings.planned({"prepare.spacing": plan.spacing})
+    if plan.resampled:
+        _print("Voxel sizes differ and are kept: the network will take any scan at its own")
+        return settings
+    prepare = replace(settings.prepare, spacing=plan.spacing)
+    return settings.model_copy(update={"prepare": prepare})
+
+
+def without_noted_spacing(settings: "RunSettings", where: object) -> "RunSettings":
+    """Take scans at their own voxel size where a network's file notes none, and say so."""
+    if "prepare.spacing" in settings.automatic:
+        _print(
+            f"{where} notes no voxel size: scans are taken at their own; --set prepare.spacing=S resamples "
+            "them to the one it was trained at"
+        )
+    return settings.planned({"prepare.spacing": None})
+
+
+def tell_far_scans(settings: "RunSettings", scans: "Sequence[Case]") -> None:
+    """Say which scans have voxels of quite another size than those that the network was trained on."""
+    from timm_ext.errors import listed
+    from timm_ext.planning import case_spacing
+
+    wanted = settings.prepare.spacing
+    if wanted is None:
+        return
+    three = wanted if isinstance(wanted, tuple) else (wanted,) * 3
+    far = []
+    for scan in scans:
+        own = case_spacing(scan)
+        if own and any(max(one / two, two / one) > _FAR for one, two in zip(own, three, strict=True)):
+            far.append(f"{scan.id} {_lengths(own)} mm")
+    if far:
+        _print(
+            f"Voxels of another size than the network was trained on are resampled to {_lengths(wanted)} mm: "
+            f"{listed(far)}"
+        )
+
+
+def with_training_plan(
+    settings: "RunSettings",
+    network: Mapping[str, Any],
+    parts: "Parts",
+    *,
+    fixed: bool,
+    share: float = 1.0,
+) -> "tuple[RunSettings, TrainingPlan]":
+    """Plan a training, and note in the settings what the user has left to the plan.
+
+    Args:
+        settings: of the command.
+        network: `network_config`.
+        parts: prepared training and validation cases.
+        fixed: the network exists and keeps its depth.
+        share: of the steps of a training that this one takes.
+
+    Raises:
+        InputError: no training case; a patch that the network does not take, or more memory than there is.
+    """
+    from timm_ext.config import NetworkSettings
+    from timm_ext.errors import InputError
+    from timm_ext.planning import plan_training, this_machine
+
+    if not parts[0]:
+        raise InputError("training: expected at least one case (got none)")
+    machine = this_machine(settings.train.accelerator, settings.train.devices)
+    train, val = ([case.shape for case in part] for part in parts)
+    choice = _choice(settings, network, fixed, share)
+    plan = plan_training(train, val, _median_spacing(parts), machine, choice)
+    settings = settings.planned(
+        {
+            "train.patch": plan.patch,
+            "train.batch_size": plan.batch_size,
+            "train.steps": plan.steps,
+            "train.validate_every": plan.validate_every,
+        }
+    )
+    settings = settings.planned(
+        {"predict.window": settings.train.patch, "fisher.patch": settings.train.patch}
+    )
+    options = plan.network["options"]
+    settings = settings.model_copy(
+        update={"network": NetworkSettings(name=network["name"], options=dict(options))}
+    )
+    _check_memory(plan, parts, machine, network["in_channels"])
+    return settings, plan
+
+
+def tell_plan(settings: "RunSettings", plan: "TrainingPlan", parts: "Parts", model: "nn.Module") -> None:
+    """Print a plan: what is trained on, how long, and what it takes."""
+    from math import ceil
+
+    import numpy as np
+
+    from timm_ext.planning import step_seconds, this_machine
+    from timm_ext.planning.budget import GIB
+    from timm_ext.study.cost import told
+
+    train, count = settings.train, len(parts[0])
+    machine = this_machine(train.accelerator, train.devices)
+    if not is_first_of_launched():
+        return
+    shape = np.median([case.shape for part in parts for case in part], axis=0).astype(int)
+    examples = "whole volumes"
+    if train.patch is not None:
+        examples = f"patches of {_edges(train.patch)} voxels, half of them on a region"
+    depth = plan.network["options"].get("levels")
+    every, steps = train.round_steps(count), train.total_steps(count)
+    lines = [
+        f"Plan for {count} training and {len(parts[1])} validation cases of {_edges(shape)} voxels (median), "
+        f"on a {machine.kind.upper()}:",
+        f"a step takes {train.batch_size} {examples}; {plan.network['name']}"
+        + (f" with {depth} levels" if depth else ""),
+        f"at most {steps} steps, " + (f"validation every {every}" if parts[1] else "no validation"),
+    ]
+    taken = f"about {plan.step_bytes / GIB:.1f} GiB"
+    if machine.devices == 1:
+        seconds = step_seconds(model, plan, machine)
+        validation = plan.validation_in_steps * ceil(steps / every)
+        taken += f", {seconds:.2g} s a step, {told(seconds * (steps + validation))} in all"
+    lines.append(f"{taken}; --set train.FIELD=… changes it, --resume goes on")
+    print("\n  ".join(lines), flush=True)
+
+
+def _choice(settings: "RunSettings", network: Mapping[str, Any], fixed: bool, share: float) -> "Choice":
+    """Return what the user has decided already."""
+    from timm_ext.planning import Choice
+
+    auto, train = settings.automatic, settings.train
+    given = {name.partition(".")[2]: name not in auto for name in _PER_TRAINING}
+    return Choice(
+        network=network,
+        fixed=fixed,
+        patch=train.patch if given["patch"] else None,
+        whole=given["patch"] and train.patch is None,
+        batch_size=train.batch_size if given["batch_size"] else None,
+        steps=train.steps if given["steps"] else None,
+        share=share,
+    )
+
+
+def _check_memory(plan: "TrainingPlan", parts: "Parts", machine: "Machine", channels: int) -> None:
+    from timm_ext.errors import InputError
+    from timm_ext.machine import check_memory
+    from timm_ext.planning import free_memory, held_bytes
+
+    data = [case for part in parts for case in part]
+    needed = plan.step_bytes + (held_bytes(data, channels) if machine.kind == "cpu" else 0)
+    what = f"training: {plan.batch_size} examples of {_edges(plan.size)} voxels"
+    try:
+        check_memory(needed, what, available=free_memory(machine))
+    except InputError as error:
+        divisor = plan.footprint.divisor
+        smaller = ",".join(str(max(edge // 2 // divisor, 1) * divisor) for edge in plan.size)
+        raise InputError(
+            f"{error}; --set train.patch=[{smaller}] or --set train.batch_size=1 takes less"
+        ) from error
+
+
+def _median_spacing(parts: "Parts") -> tuple[float, float, float]:
+    import numpy as np
+
+    from timm_ext.data.volume import spacing_of
+
+    first, second, third = np.median(
+        [spacing_of(case.affine) for part in parts for case in part], axis=0
+    ).tolist()
+    return first, second, third
+
+
+def _lengths(spacing: float | tuple[float, float, float]) -> str:
+    values = spacing if isinstance(spacing, tuple) else (spacing,)
+    told = [f"{value:.4g}" for value in values]
+    return told[0] if len(set(told)) == 1 else " × ".join(told)
+
+
+def _edges(values: Iterable[int]) -> str:
+    return " × ".join(str(int(value)) for value in values)
+
+
+def _print(line: str) -> None:
+    if is_first_of_launched():
+        print(line, flush=True)
