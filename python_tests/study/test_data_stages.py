@@ -1,5 +1,7 @@
 import shutil
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 from timm_ext.data.generate import GenerateSettings, generate_cases
@@ -9,6 +11,7 @@ from timm_ext.data.tasks import get_task
 from timm_ext.errors import InputError
 from timm_ext.study.data_stages import prepare_pool, take_cases
 from timm_ext.study.settings import to_json
+from timm_ext.study.stages import settled_task
 from timm_ext.study.worker import Context
 
 KINDS = {"T1": "t1", "T1c": "t1ce", "T2": "t2", "FLAIR": "flair", "label": "seg"}
@@ -48,6 +51,21 @@ def test_a_pool_is_prepared_once_for_all_that_take_from_it(brats, tmp_path):
     cases = read_cases(tmp_path / "part" / "cases", get_task("brats"), require_labels=True)
     assert [case.id for case in cases] == ["case-000", "case-002"]
     assert sorted(path.name for path in (tmp_path / "part" / "prepared").iterdir()) == prepared
+
+
+def test_a_part_has_the_label_numbers_of_its_data_set(brats, tmp_path):
+    """Though only cases that are not taken say that the enhancing tumour is 3."""
+    shutil.copytree(brats, tmp_path / "BraTS")
+    for path in (tmp_path / "BraTS").rglob("*_seg.nii.gz"):
+        image = nib.load(path)
+        label = np.asanyarray(image.dataobj).copy()
+        label[label == 4] = 3 if "case-001" in str(path) else 1
+        nib.save(nib.Nifti1Image(label, image.affine), path)
+    made = settings(tmp_path / "BraTS", cases=["case-000"])
+    prepare_pool({**made, "files": {f"case-{i:03d}": {} for i in range(3)}}, {}, context(tmp_path / "pool"))
+    take_cases(made, {"pool": tmp_path / "pool"}, context(tmp_path / "part"))
+    assert settled_task(made, {"train": tmp_path / "part"}).labels == {0, 1, 2, 3}
+    assert settled_task(made, {}).labels == {0, 1, 2, 3, 4}
 
 
 def test_a_data_set_that_has_changed_is_refused(brats, tmp_path):

@@ -249,8 +249,12 @@ def resolve_task(task: Task, cases: Sequence[Prepared], where: object = "the dat
     Raises:
         InputError: the data set mixes two numberings of one region.
     """
-    present = {label for case in cases for label in (*case.present, *case.case.numbers)}
-    return task.resolve(present, where)
+    return task.resolve(label_numbers(cases), where)
+
+
+def label_numbers(cases: Sequence[Prepared]) -> list[int]:
+    """Return the label numbers that occur in some cases, or that their data sets say they use."""
+    return sorted({number for case in cases for number in (*case.present, *case.case.numbers)})
 
 
 def restore(data: npt.NDArray[Any], prepared: Prepared) -> npt.NDArray[Any]:

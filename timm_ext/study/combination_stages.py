@@ -7,7 +7,6 @@ from typing import Any
 from torch import nn
 
 from timm_ext.data.dataset import CaseDataset
-from timm_ext.data.tasks import get_task
 from timm_ext.documents import read_json, validated
 from timm_ext.files import write_json
 from timm_ext.merging import LogitEnsemble, get_method, uniform_soup
@@ -20,6 +19,7 @@ from timm_ext.study.stages import (
     prepared_cases,
     save_result,
     segment_and_score,
+    settled_task,
     train_settings,
 )
 from timm_ext.study.worker import Context
@@ -38,7 +38,7 @@ def combine_and_test(settings: Settings, inputs: Inputs, context: Context) -> di
 
     Settings: `task`, `method`, `prepare`, `train` (of the members). Inputs: `member-1` …, `val`, `test`.
     """
-    task = get_task(settings["task"])
+    task = settled_task(settings, inputs)
     members = [folder for role, folder in sorted(inputs.items()) if role.startswith("member-")]
     loaded = [load_network(member / NETWORK) for member in members]
     networks = [network for network, _ in loaded]

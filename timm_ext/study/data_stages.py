@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from timm_ext.data.layouts import LIST_NAME, Case, read_cases, write_list
-from timm_ext.data.prepare import PrepareSettings, prepare_case
+from timm_ext.data.prepare import PrepareSettings, label_numbers, prepare_case, resolve_task
 from timm_ext.data.tasks import get_task
+from timm_ext.documents import read_json
 from timm_ext.errors import InputError
-from timm_ext.study.stages import CACHE, CASES
+from timm_ext.files import write_json
+from timm_ext.study.stages import CACHE, CASES, LABELS
 from timm_ext.study.worker import Context
 
 Settings = Mapping[str, Any]
@@ -27,11 +29,12 @@ def prepare_pool(settings: Settings, inputs: Inputs, context: Context) -> dict[s
         raise InputError(
             f"{settings['data']}: expected the cases of the plan (changed: {', '.join(changed)})"
         )
-    present: set[int] = set()
+    prepared = []
     for number, case in enumerate(cases, 1):
-        present.update(prepare_case(case, task, prepare, context.folder / CACHE).present)
+        prepared.append(prepare_case(case, task, prepare, context.folder / CACHE))
         context.report(number / len(cases))
-    task.check_exclusive(present, settings["data"])
+    resolve_task(task, prepared, settings["data"])
+    write_json(context.folder / LABELS, label_numbers(prepared))
     return {"cases": len(cases)}
 
 
@@ -40,6 +43,8 @@ def take_cases(settings: Settings, inputs: Inputs, context: Context) -> dict[str
     chosen = set(settings["cases"])
     cases = [case for case in read_cases(settings["data"], get_task(settings["task"])) if case.id in chosen]
     write_list(context.folder / CASES / LIST_NAME, [_absolute(case) for case in cases])
+    if (noted := inputs["pool"] / LABELS).is_file():  # of all cases, whichever are taken
+        write_json(context.folder / LABELS, read_json(noted))
     link = context.folder / CACHE
     with suppress(FileExistsError):
         link.symlink_to(os.path.relpath(inputs["pool"] / CACHE, context.folder))

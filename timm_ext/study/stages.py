@@ -15,10 +15,11 @@ from torch import nn
 from timm_ext.data.dataset import CaseDataset, Sample
 from timm_ext.data.generate import GenerateSettings, generate_cases
 from timm_ext.data.layouts import read_cases
-from timm_ext.data.prepare import Prepared, PrepareSettings, prepare_case, prepare_cases
+from timm_ext.data.prepare import Prepared, PrepareSettings, label_numbers, prepare_case, prepare_cases
 from timm_ext.data.synthesis import SynthesisSettings
 from timm_ext.data.tasks import Task, get_task, task_from_dict, task_to_dict
 from timm_ext.data.tumour import TumourSettings
+from timm_ext.documents import read_json
 from timm_ext.files import write_json
 from timm_ext.fisher import estimate_fisher, remove_partial
 from timm_ext.inference import labels_from_probabilities, predict_case, predict_probabilities
@@ -50,6 +51,7 @@ Inputs = Mapping[str, Path]
 NETWORK = "network.safetensors"
 INITIAL = "initial.safetensors"
 FISHER = "fisher.safetensors"
+LABELS = "labels.json"
 CASES, CACHE, TRAINING, PREDICTIONS = "cases", "prepared", "training", "predictions"
 TIMES = "times.json"
 
@@ -71,7 +73,10 @@ def make_cases(settings: Settings, inputs: Inputs, context: Context) -> dict[str
         progress=lambda done, count: context.report(0.9 * done / count),
     )
     task = get_task(generate.task)
-    prepare_cases(cases, task, _prepare_settings(settings), context.folder / CACHE, workers=0, progress=False)
+    prepared = prepare_cases(
+        cases, task, _prepare_settings(settings), context.folder / CACHE, workers=0, progress=False
+    )
+    write_json(context.folder / LABELS, label_numbers(prepared))
     return {"cases": [case.id for case in cases]}
 
 
@@ -81,8 +86,7 @@ def train_source(settings: Settings, inputs: Inputs, context: Context) -> dict[s
     Settings: `task` (its name or all of it), `network`, `prepare`, `train`, `recipe`. Inputs: `train` and
     `test`, or `train-1` …, `test-1` … for the cases of several tasks, and `parent` for a start by transfer.
     """
-    told = settings["task"]
-    task = get_task(told) if isinstance(told, str) else task_from_dict(told)
+    task = settled_task(settings, inputs)
     recipe = Recipe(**settings["recipe"])
     network = settings["network"]
     model = new_network(network["name"], network["options"], task, recipe.seed)
@@ -113,7 +117,7 @@ def train_source(settings: Settings, inputs: Inputs, context: Context) -> dict[s
 
 def source_fisher(settings: Settings, inputs: Inputs, context: Context) -> dict[str, Any]:
     """Estimate a source network's Fisher on its training cases; settings: `task`, `prepare`, `fisher`."""
-    task = get_task(settings["task"])
+    task = settled_task(settings, inputs)
     model, checkpoint = load_network(inputs["model"] / NETWORK)
     cases = prepared_cases(inputs["train"], task, settings)
     data = CaseDataset(cases, task, in_memory=True)
@@ -135,7 +139,7 @@ def adapt_start(settings: Settings, inputs: Inputs, context: Context) -> dict[st
     Settings: `task`, `method`, `prepare`, `recipe`, `train`, `logit_lr`, `adapt`. Inputs: `model-1` …,
     `fisher-1` …, `train`, `val`.
     """
-    task = get_task(settings["task"])
+    task = settled_task(settings, inputs)
     sources = _sources(inputs)
     recipe = Recipe(**settings["recipe"])
     start = start_from(settings["method"], network_of(sources, task, recipe.seed), task, sources, recipe)
@@ -167,7 +171,7 @@ def tune_and_test(settings: Settings, inputs: Inputs, context: Context) -> dict[
     way `logit_lr`, `adapt`. Inputs: `start` (an adaptation) or, without one, `model-1` …, `fisher-1` …; and
     `train`, `val`, `test`.
     """
-    task = get_task(settings["task"])
+    task = settled_task(settings, inputs)
     network, parents = _initial_network(settings, inputs, context, task)
     method = get_method(settings["method"])
     schedule = train_settings(settings)
@@ -245,6 +249,18 @@ def _prepare_settings(settings: Settings) -> PrepareSettings:
 def train_settings(settings: Settings) -> TrainSettings:
     """Return the settings of a training from those of its step."""
     return TrainSettings(**_tuples(settings["train"]))
+
+
+def settled_task(settings: Settings, inputs: Inputs) -> Task:
+    """Return a step's task, `settings["task"]`, with the label numbers of the data sets its cases are from.
+
+    Raises:
+        InputError: the data sets number a region in two ways.
+    """
+    told = settings["task"]
+    task = get_task(told) if isinstance(told, str) else task_from_dict(told)
+    noted = [folder / LABELS for folder in inputs.values() if (folder / LABELS).is_file()]
+    return task.resolve({number for path in noted for number in read_json(path)}, "the cases of the study")
 
 
 def prepared_cases(folder: Path, task: Task, settings: Settings) -> list[Prepared]:
