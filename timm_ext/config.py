@@ -68,6 +68,7 @@ class FisherSettings(Section):
         batch_size: examples per pass, of one size where more than one; does not change the result.
         patch: edges in voxels of the patches that are the examples, or None for whole volumes.
         patches: of each case, half of them on voxels of a region, as in training; drawn with `seed`.
+        strict: refuse frozen and tied parameters.
     """
 
     likelihood: Literal["bernoulli", "categorical", "dice"] = "bernoulli"
@@ -77,6 +78,7 @@ class FisherSettings(Section):
     batch_size: int = Field(default=1, ge=1)
     patch: tuple[int, int, int] | None = None
     patches: int = Field(default=4, ge=1)
+    strict: bool = True
 
 
 class PredictSettings(Section):

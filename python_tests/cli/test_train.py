@@ -1,11 +1,13 @@
 import csv
 import json
+import warnings
 
 import nibabel as nib
 import numpy as np
 import torch
 from cli_cases import NETWORK, SMALL, TRAIN, failure, fishers, save_source, sources
 from safetensors.torch import load_file
+from torch import nn
 
 from timm_ext.checkpoint import load_checkpoint
 from timm_ext.cli import run
@@ -15,14 +17,47 @@ from timm_ext.data.layouts import read_cases
 from timm_ext.data.prepare import prepare_cases
 from timm_ext.data.tasks import get_task, task_from_dict, task_to_dict
 from timm_ext.fisher import Fisher, estimate_fisher
+from timm_ext.networks import registry
 from timm_ext.networks.io import load_network, save_network
-from timm_ext.networks.registry import build_network, size_divisor_of
+from timm_ext.networks.registry import NetworkSpec, build_network, register_network, size_divisor_of
 
 
 def test_fisher_of_volumes_of_different_size(place, tmp_path):
     out = tmp_path / "F.safetensors"
     assert run(["fisher", sources(place)[0], str(place / "brains"), "--out", str(out)]) == 0
     assert load_checkpoint(out).metadata["fisher"]["count"] == 2
+
+
+class _Spare(nn.Module):
+    """A network with a layer that is off and a parameter that is frozen."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.body, self.head = nn.Conv3d(in_channels, 2, 3, padding=1), nn.Conv3d(2, out_channels, 1)
+        self.spare = nn.Conv3d(2, out_channels, 1)
+        self.body.bias.requires_grad_(False)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def test_fisher_of_unused_and_frozen_parameters(place, tmp_path, capsys):
+    register_network(NetworkSpec(name="spare", build=_Spare))
+    try:
+        model = build_network("spare", in_channels=2, out_channels=7, seed=0)
+        network, out = tmp_path / "M.safetensors", tmp_path / "F.safetensors"
+        save_network(network, model, task=task_to_dict(get_task("parcellation-1-7")))
+        command = ["fisher", network, place / "brains", "--out", out, "--limit", "1"]
+        assert "frozen body.bias; strict=False" in failure(capsys, command)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            assert run([*map(str, command), "--set", "fisher.strict=false"]) == 0
+    finally:
+        del registry._SPECS["spare"]
+    assert "2 parameters take no part in the output and have F = 0: spare.weight" in capsys.readouterr().out
+    fisher = Fisher.load(out)
+    assert fisher.unused == ("spare.weight", "spare.bias")
+    assert "body.bias" not in fisher.tensors
 
 
 def test_fisher_is_of_the_prepared_images_as_they_are(place, tmp_path):

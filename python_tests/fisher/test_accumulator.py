@@ -322,7 +322,7 @@ def nan_at(x, index):
         (lambda x, y, ids: (x, None, ids), "y: expected shape .* .got NoneType"),
         (
             lambda x, y, ids: (x, y, ids[:1]),
-            r"ids: expected 2 strings, one for each example .got \['case0'\]",
+            r"ids: expected 2 strings, one for each example \(got 1: 'case0'\)",
         ),
         (lambda x, y, ids: (x, y, [1, 2]), "ids: expected 2 strings"),
         (lambda x, y, ids: (x, y, ["a", "a"]), "example a: expected once"),

@@ -57,7 +57,7 @@ def test_examples_of_different_shapes_need_batches_of_one(model):
             return data[index]
 
     assert estimate_fisher(model, Uneven(), batch_size=1).count == 2
-    with pytest.raises(InputError, match=r"batch: expected examples of one shape, or batch_size=1 \(got"):
+    with pytest.raises(InputError, match=r"batch: expected images as tensors of one shape, or batch_size=1"):
         estimate_fisher(model, Uneven(), batch_size=2)
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from timm_ext.checkpoint import load_checkpoint, save_checkpoint
 from timm_ext.errors import InputError
-from timm_ext.fisher import estimate_fisher, remove_partial
+from timm_ext.fisher import estimate_fisher, micro_batch, remove_partial
 
 
 @pytest.fixture
@@ -98,19 +99,56 @@ def interrupted_after_one(model, tmp_path):
     return path
 
 
-def test_other_batches_are_refused(model, interrupted_after_one):
+def test_other_batches_change_the_rounding_alone(model, interrupted_after_one, assert_same_fisher):
+    """Examples that the first run has seen are left out of the batches in which they come."""
     x = torch.cat([batch[0] for batch in batches()])
-    other = [(x[:3], None, ["case0", "case1", "case2"])]
-    with pytest.raises(
-        InputError, match=r"F\.partial: expected the batches .* \(got others in example case2;"
-    ):
-        estimate_fisher(model, other, partial=interrupted_after_one)
+    other = [(x[n : n + 3], None, [f"case{m}" for m in range(n, n + 3)]) for n in range(0, 12, 3)]
+    resumed = estimate_fisher(model, other, partial=interrupted_after_one)
+    assert resumed.count == 12
+    assert_same_fisher(resumed.tensors, estimate_fisher(model, batches()).tensors, relative=1e-5)
+
+
+def test_a_batch_that_was_interrupted_half_way(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(micro_batch, "examples_at_a_time", lambda x, parameters: 1)
+    x = torch.cat([batch[0] for batch in batches()])
+    y = (x[:, :1] > 0).float()
+    data = [(x[n : n + 4], y[n : n + 4], [f"case{m}" for m in range(n, n + 4)]) for n in range(0, 12, 4)]
+    expected = estimate_fisher(model, data, labels="true")
+    path, passes = tmp_path / "F.partial", []
+
+    def stop(module, inputs, output):
+        passes.append(len(inputs[0]))
+        if len(passes) == 8:  # two of them are the checks of the first example alone
+            raise KeyboardInterrupt
+
+    handle = model.register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        estimate_fisher(model, data, labels="true", partial=path)
+    handle.remove()
+    assert_same_bits(estimate_fisher(model, data, labels="true", partial=path), expected)
+
+
+def test_a_part_of_a_batch_with_labels_that_cannot_be_divided(model, interrupted_after_one):
+    def likelihood(logits, target):
+        return -(logits.flatten(1) - torch.tensor(target)[:, None]).square().sum(1)
+
+    options = {"likelihood": likelihood, "labels": "true"}
+    interrupted_after_one.unlink()
+    data = [(x, [0.0, 1.0], ids) for x, _, ids in batches()]
+    with pytest.raises(KeyboardInterrupt):
+        estimate_fisher(
+            model, interrupted(data, 1, KeyboardInterrupt()), partial=interrupted_after_one, **options
+        )
+    x = torch.cat([batch[0] for batch in data])
+    mixed = [(x[:3], [0.0, 1.0, 0.0], ["case0", "case1", "case2"])]
+    with pytest.raises(InputError, match=r"the batches of the interrupted run \(got case0, case1 together"):
+        estimate_fisher(model, mixed, partial=interrupted_after_one, **options)
 
 
 def test_other_images_of_the_same_names_are_refused(model, interrupted_after_one):
     (x, y, ids), *rest = batches()
     with pytest.raises(
-        InputError, match=r"and the data of the interrupted run \(got others in example case1;"
+        InputError, match=r"expected the data of the interrupted run \(got others in example case1;"
     ):
         estimate_fisher(
             model,
@@ -138,3 +176,65 @@ def test_a_damaged_file_is_refused(model, tmp_path):
     path.write_bytes(b"no safetensors")
     with pytest.raises(InputError, match=r"F\.partial"):
         estimate_fisher(model, batches(), partial=path)
+
+
+DROPPED = object()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"examples": DROPPED}, r"F\.partial: examples: "),
+        ({"examples": ["case0"]}, r"F\.partial: examples: "),
+        ({"examples": {"case0": 7}}, r"F\.partial: examples\.case0: .* \(got 7\)"),
+        ({"examples": {}}, r"expected the sums of an interrupted estimate"),
+        ({"coverage": {"0.weight": "rule"}}, r"F\.partial: coverage\.0\.weight: .*"),
+        ({"coverage": {"9.weight": ["rule"]}}, r"expected the sums .* in 9\.weight;"),
+        ({"zero": None}, r"expected the sums of an interrupted estimate \(got other ones;"),
+        ({"zero": ["9.bias"]}, r"expected the sums .* in 9\.bias;"),
+        ({"settings": 3}, r"F\.partial: settings: .* \(got 3\)"),
+        ({"model": None}, r"F\.partial: model: .* \(got None\)"),
+    ],
+)
+def test_foreign_metadata_are_refused(model, interrupted_after_one, change, message):
+    checkpoint = load_checkpoint(interrupted_after_one)
+    about = {
+        key: value
+        for key, value in {**checkpoint.metadata["partial"], **change}.items()
+        if value is not DROPPED
+    }
+    save_checkpoint(interrupted_after_one, checkpoint.tensors, kind="fisher-partial", partial=about)
+    with pytest.raises(InputError, match=message):
+        estimate_fisher(model, batches(), partial=interrupted_after_one)
+
+
+@pytest.mark.parametrize("about", [None, [], "x", 3, {}])
+def test_missing_metadata_are_refused(model, interrupted_after_one, about):
+    checkpoint = load_checkpoint(interrupted_after_one)
+    save_checkpoint(interrupted_after_one, checkpoint.tensors, kind="fisher-partial", partial=about)
+    with pytest.raises(InputError, match=r"F\.partial"):
+        estimate_fisher(model, batches(), partial=interrupted_after_one)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda sums: sums.pop("0.weight"),
+        lambda sums: sums.update(extra=torch.ones(1)),
+        lambda sums: sums.update({"0.bias": torch.ones(1)}),
+        lambda sums: sums.update({"0.bias": sums["0.bias"].double()}),
+        lambda sums: sums.update({"0.bias": sums["0.bias"] - 1e9}),
+        lambda sums: sums.update({"0.bias": sums["0.bias"] * float("nan")}),
+    ],
+)
+def test_foreign_sums_are_refused(model, interrupted_after_one, change):
+    checkpoint = load_checkpoint(interrupted_after_one)
+    change(checkpoint.tensors)
+    save_checkpoint(
+        interrupted_after_one,
+        checkpoint.tensors,
+        kind="fisher-partial",
+        partial=checkpoint.metadata["partial"],
+    )
+    with pytest.raises(InputError, match=r"expected the sums of an interrupted estimate \(got other ones in"):
+        estimate_fisher(model, batches(), partial=interrupted_after_one)

@@ -67,9 +67,17 @@ def test_bad_values_are_refused(tmp_path, tensors, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "gauss-true"}, "expected the metadata of a Fisher"),
-        ({"count": None}, "expected the metadata of a Fisher"),
+        ({"kind": "gauss-true"}, r"safetensors: metadata: kind: .*gauss-true"),
+        ({"count": None}, r"metadata: count: .* \(got None\)"),
+        ({"count": 0}, r"expected counts of at least 1 \(got 0 and 1\)"),
+        ({"count": "7"}, r"metadata: count: .* \(got '7'\)"),
+        ({"count": True}, r"metadata: count: .* \(got True\)"),
+        ({"scaling": 3}, r"metadata: scaling: .* \(got 3\)"),
+        ({"seed": 0.5}, r"metadata: seed: .* \(got 0.5\)"),
+        ({"zero": "a"}, r"metadata: zero: .* \(got 'a'\)"),
+        ({"zero": [1]}, r"metadata: zero\.0: .* \(got 1\)"),
         ({"zero": ["c"]}, "expected tensors for all of zero .got none for c"),
+        ({"unused": ["c"]}, "expected tensors for all of unused .got none for c"),
     ],
 )
 def test_bad_metadata_is_refused(tmp_path, change, message):
@@ -78,6 +86,38 @@ def test_bad_metadata_is_refused(tmp_path, change, message):
     save_checkpoint(path, {"a": torch.ones(1)}, kind="fisher", fisher=about | change)
     with pytest.raises(InputError, match=message):
         Fisher.load(path)
+
+
+@pytest.mark.parametrize("about", [None, [], "fisher", 3, {}])
+def test_missing_metadata_are_refused(tmp_path, about):
+    path = tmp_path / "fisher.safetensors"
+    save_checkpoint(path, {"a": torch.ones(1)}, kind="fisher", fisher=about)
+    with pytest.raises(InputError, match=r"fisher\.safetensors: metadata"):
+        Fisher.load(path)
+
+
+def test_odd_tensors_are_refused(tmp_path):
+    path = tmp_path / "fisher.safetensors"
+    about = {"kind": "bernoulli-true", "count": 1, "scaling": "", "zero": [], "samples": 1, "seed": None}
+    for tensors, message in (
+        ({"a": torch.ones(1, dtype=torch.int64)}, r"a: of type torch\.int64"),
+        ({"a": torch.ones(1, dtype=torch.bool)}, r"a: of type torch\.bool"),
+        ({"a": torch.ones(1).to(torch.float8_e4m3fn)}, r"a: of type torch\.float8_e4m3fn"),
+        ({}, r"expected a Fisher of some tensors \(got none\)"),
+    ):
+        save_checkpoint(path, tensors, kind="fisher", fisher=about)
+        with pytest.raises(InputError, match=message):
+            Fisher.load(path)
+    save_checkpoint(path, {"a": torch.ones(1)}, kind="fisher", fisher=about, provenance=["x"])
+    with pytest.raises(InputError, match=r"expected a mapping as provenance"):
+        Fisher.load(path)
+
+
+def test_unused_parameters_are_noted(tmp_path):
+    path = tmp_path / "fisher.safetensors"
+    name = next(iter(fisher().tensors))
+    fisher(unused=(name,)).save(path)
+    assert Fisher.load(path).unused == (name,)
 
 
 def test_another_kind_of_file_is_refused(tmp_path):

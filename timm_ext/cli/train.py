@@ -1,5 +1,6 @@
 """Commands that train a network and estimate its Fisher."""
 
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -146,6 +147,7 @@ def fisher(
     from timm_ext.data.prepare import resolve_task
     from timm_ext.data.tasks import task_to_dict
     from timm_ext.fisher import estimate_fisher, remove_partial
+    from timm_ext.fisher.result import unused_note
     from timm_ext.networks.io import load_network
     from timm_ext.networks.registry import config_of, size_divisor_of
     from timm_ext.planning import keep_in_memory
@@ -172,7 +174,9 @@ def fisher(
     )
     partial = out.with_name(f"{out.name}.partial")
     options = settings.fisher.model_dump(exclude={"patch", "patches"})
-    estimate = estimate_fisher(model, data, **options, progress=True, partial=partial)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Fisher:")  # said below in a line of its own
+        estimate = estimate_fisher(model, data, **options, progress=True, partial=partial)
     estimate.save(
         out,
         network_sha256=checkpoint.sha256,
@@ -181,5 +185,7 @@ def fisher(
     )
     note_settings(out, settings, folder=False)
     remove_partial(partial)
+    if estimate.unused:
+        print(unused_note(estimate.unused))
     patches = "" if settings.fisher.patch is None else f" patches of {len(prepared)}"
     print(f"{out}: {estimate.kind.value}, {estimate.count}{patches} cases")

@@ -1,5 +1,6 @@
 """Sums of squared per-example gradients, batch by batch."""
 
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from types import TracebackType
@@ -8,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from timm_ext.errors import InputError
+from timm_ext.errors import InputError, listed
+from timm_ext.fisher.batch import applied, check_labels, check_surroundings, checked_batch, plain
 from timm_ext.fisher.fallback import square_examples_one_by_one
 from timm_ext.fisher.gradients import SquareSums
 from timm_ext.fisher.graph import Graph, read_graph
 from timm_ext.fisher.likelihoods import (
     Likelihood,
     LogLikelihood,
-    can_sample,
     example_keys,
     get_likelihood,
     require_finite,
@@ -27,8 +28,10 @@ from timm_ext.fisher.nodes import Tape
 from timm_ext.fisher.partial import Partial
 from timm_ext.fisher.precision import autocast, check_precision, precise, tolerance
 from timm_ext.fisher.reduction import Share, add_over_ranks, gather
-from timm_ext.fisher.result import Fisher, FisherKind
-from timm_ext.fisher.rules import Rules, run_backward
+from timm_ext.fisher.result import Fisher, FisherKind, unused_note
+from timm_ext.fisher.rules import Rules, close_modes, open_modes, run_backward
+from timm_ext.fisher.unused import cut_off
+from timm_ext.fisher.unwrap import bare_network, uncompiled
 from timm_ext.memory import kept_memory, release_memory
 from timm_ext.modes import evaluating
 
@@ -49,14 +52,16 @@ class FisherAccumulator:
         fisher = accumulator.result()
 
     Args:
-        model: from `[B, ...]` to logits `[B, K, ...]`, or to several such maps, which are added.
+        model: from `[B, ...]` to logits `[B, K, ...]`, or to several such maps, which are added. Wrappers are
+            taken off (`bare_network`), compiled parts run uncompiled; TorchScript works, more slowly.
         likelihood: `bernoulli`, `categorical`, `dice`, a `Likelihood`, or a function of logits `[B, K, ...]`
             and target that returns log-likelihoods `[B]`.
         labels: `sampled` from the network's own prediction (the Fisher) or `true` (the empirical Fisher).
         samples: labels drawn for each example S; they share one forward.
         seed: of the sampled labels.
-        strict: refuse frozen, tied and unused parameters; otherwise frozen ones are left out, tied ones
-            counted once, unused ones get F = 0.
+        strict: refuse frozen and tied parameters; otherwise frozen ones are left out, tied ones counted once.
+            Unused ones have F = 0 and are named (`Fisher.unused`); ones that change the output although no
+            gradient reaches them are refused.
         precision: `ieee` (the parameters' own type), `tf32` (on CUDA by cuDNN; the fused convolution kernel
             is IEEE only), `bf16-mixed` or `16-mixed`. Sums are float32, or float64 for float64 parameters.
         micro_batch: examples of an update that go through the model at a time, None for all of them; `auto`
@@ -80,13 +85,13 @@ class FisherAccumulator:
         micro_batch: MicroBatch = "auto",
     ):
         self._likelihood = get_likelihood(likelihood)
-        _check_labels(self._likelihood, labels, samples)
+        check_labels(self._likelihood, labels, samples, seed)
         check_precision(precision)
         check_micro_batch(micro_batch)
-        self._model, self._micro_batch = model, micro_batch
+        self._model, self._micro_batch = bare_network(model), micro_batch
         self._labels, self._samples, self._seed = labels, samples, seed
-        self._strict, self._precision = strict, precision
-        self._tracked = examine_model(model, strict=strict)
+        self._precision = precision
+        self._tracked = examine_model(self._model, strict=strict)
         self._sums = {
             name: torch.zeros_like(
                 p, dtype=torch.promote_types(p.dtype, torch.float32), memory_format=torch.contiguous_format
@@ -99,6 +104,7 @@ class FisherAccumulator:
         self._zero: frozenset[str] | None = None
         self._refused: set[str] = set()
         self._probed: set[bool] = set()
+        self._without_effect: set[str] = set()
         self._broken = False
         self._reduced = False
         self._open = ExitStack()
@@ -132,27 +138,32 @@ class FisherAccumulator:
                 is not covered. Nothing of the micro-batch has then been added.
         """
         self._check_usable()
-        names = _check_batch(x, ids, self._ids)
-        x = _plain(x.detach())
+        x, names = checked_batch(x, ids, self._ids)
         require_finite(x, names, "x")
         labels = y if self._labels == "true" else None
         parameters = sum(total.numel() for total in self._sums.values())
-        for part in micro_batches(self._micro_batch, x, labels, names, parameters):
-            self._add(*part)
+        modes = open_modes()
+        try:
+            for part in micro_batches(self._micro_batch, x, labels, names, parameters):
+                self._add(*part)
+        finally:
+            close_modes(modes)
 
     def _add(self, x: Tensor, y: Any, names: list[str]) -> None:
-        """Add the squared gradients of a micro-batch."""
-        with torch.enable_grad(), precise(self._precision, x.device):
+        """Add the squared gradients of a micro-batch, all of them, or be broken from then on."""
+        with torch.enable_grad(), precise(self._precision, x.device), uncompiled():
             alone = self._probe(x)
             tape = Tape(len(x), self._tracked.names, x.device, self._refused)
             with Rules(tape):
                 logits = self._forward(x)
             self._check_logits(logits, names, alone)
             graph = read_graph(logits, self._tracked.names)
-            self._check_used(graph)
+            self._check_graph(graph, x)
             self._accumulate(x, y, names, logits, graph, tape)
+        self._note_graph(graph)
         self._ids.update(dict.fromkeys(names))
         self._count += len(names)
+        self._broken = False  # last: sums and examples agree again, whatever came in between
 
     @property
     def broken(self) -> bool:
@@ -160,7 +171,12 @@ class FisherAccumulator:
         return self._broken
 
     def partial(self) -> Partial:
-        """Return the sums so far, not copied, and the examples seen."""
+        """Return the sums so far, not copied, and the examples seen.
+
+        Raises:
+            InputError: an update failed half-way.
+        """
+        self._check_whole("partial")
         return Partial(dict(self._sums), tuple(self._ids), dict(self._coverage), self._zero, self._settings())
 
     def restore(self, partial: Partial) -> None:
@@ -171,10 +187,12 @@ class FisherAccumulator:
         """
         if self._count:
             raise InputError(f"restore: expected an accumulator without examples (got {self._count})")
+        self._broken = True
         for name, total in self._sums.items():
             total.copy_(partial.sums[name])
         self._ids, self._count = dict.fromkeys(partial.ids), len(partial.ids)
         self._note(partial.coverage, partial.zero)
+        self._broken = False
 
     def _settings(self) -> str:
         return (
@@ -202,12 +220,14 @@ class FisherAccumulator:
                 broken=self._broken,
             )
         )
+        self._broken = True
         add_over_ranks(self._sums)
         self._reduced = True
         self._ids = {id: None for share in shares for id in share.ids}
         self._count = len(self._ids)
         for share in shares:
             self._note(share.coverage, share.zero)
+        self._broken = False
 
     def result(self) -> Fisher:
         """Return the mean over the examples seen; the memory of the passes goes back to the system before.
@@ -215,22 +235,25 @@ class FisherAccumulator:
         Raises:
             InputError: there was no example, an update failed half-way, or a sum is not finite.
         """
-        if self._broken:
-            raise InputError("Fisher: expected whole updates (got one that failed half-way: start again)")
+        self._check_whole("Fisher")
         if not self._count:
             raise InputError("Fisher: expected at least one example (got none)")
         release_memory()
         tensors = {name: total / self._count for name, total in self._sums.items()}
         if bad := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
             raise InputError(
-                f"Fisher: expected finite values (got overflow in {', '.join(bad)}; use precision='ieee')"
+                f"Fisher: expected finite values (got overflow in {listed(bad)}; use precision='ieee')"
             )
+        unused = tuple(name for name in tensors if self._coverage.get(name) == frozenset({"unused"}))
+        if unused:
+            warnings.warn(unused_note(unused), stacklevel=2)
         return Fisher(
             tensors=tensors,
             count=self._count,
             kind=FisherKind.of(self._likelihood.name, self._labels),
             scaling=self._likelihood.scaling,
             zero=tuple(name for name in tensors if name in (self._zero or ())),
+            unused=unused,
             samples=self._samples,
             seed=self._seed if self._labels == "sampled" else None,
         )
@@ -247,7 +270,7 @@ class FisherAccumulator:
 
     def _forward(self, x: Tensor) -> Tensor:
         with autocast(self._precision, x.device):
-            return summed_logits(self._model(x))
+            return summed_logits(applied(self._model, x))
 
     def _probe(self, x: Tensor) -> Tensor | None:
         """Run the first example alone, once at first and once beside others; return its logits.
@@ -277,13 +300,28 @@ class FisherAccumulator:
                 f"{ids[0]} alone than within its batch)"
             )
 
-    def _check_used(self, graph: Graph) -> None:
-        unused = [name for name in self._sums if name not in graph.uses and name not in graph.direct]
-        if self._strict and unused:
+    def _check_graph(self, graph: Graph, x: Tensor) -> None:
+        """Refuse a graph that does not reach parameters on which the output depends."""
+        if graph.reentrant:
             raise InputError(
-                "model: expected every parameter to take part in the output "
-                f"(got unused {', '.join(unused)}; strict=False gives them F = 0)"
+                "model: expected activation checkpointing with use_reentrant=False, or none (got reentrant "
+                "checkpointing, which hides its layers from the graph)"
             )
+        unreached = {
+            name: self._tracked.parameters[name]
+            for name in self._sums
+            if name not in graph.uses and name not in graph.direct and name not in self._without_effect
+        }
+        if not unreached:
+            return
+        limit = tolerance(self._precision, next(iter(unreached.values())).dtype)
+        if lost := cut_off(self._forward, x[:1], unreached, limit):
+            raise InputError(
+                "model: expected a gradient for all parameters on which the output depends (got none for "
+                f"{listed(lost)}: detach, no_grad or reentrant checkpointing cuts them off; freeze them and "
+                "pass strict=False to leave them out)"
+            )
+        self._without_effect |= unreached.keys()
 
     def _accumulate(
         self, x: Tensor, y: Any, ids: Sequence[str], logits: Tensor, graph: Graph, tape: Tape
@@ -305,14 +343,12 @@ class FisherAccumulator:
                 scores.append(score)
         if direct:
             square_examples_one_by_one(self._forward, x, scores, direct, self._sums, scale)
-        self._broken = False
-        self._note_graph(graph)
 
     def _score(self, logits: Tensor, y: Any, ids: Sequence[str], sample: int) -> Tensor:
         if self._labels == "sampled":
             keys = example_keys(ids, seed=self._seed, sample=sample).to(logits.device)
             return self._likelihood.sampled_score(logits, keys, ids)
-        target = _plain(y).to(logits.device) if isinstance(y, Tensor) else y
+        target = plain(y).to(logits.device) if isinstance(y, Tensor) else y
         self._likelihood.check(logits, target, ids)
         return self._likelihood.score(logits, target, ids)
 
@@ -334,41 +370,9 @@ class FisherAccumulator:
             raise InputError("update: expected a call inside `with accumulator:` (got one outside)")
         if self._reduced:
             raise InputError("update: expected no call after all_reduce (got one)")
+        self._check_whole("update")
+        check_surroundings()
+
+    def _check_whole(self, what: str) -> None:
         if self._broken:
-            raise InputError("update: expected whole updates (got one after one that failed half-way)")
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """Drop a subclass, such as MONAI's `MetaTensor`, whose own functions would hide calls from the rules."""
-    return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
-
-
-def _check_labels(likelihood: Likelihood, labels: str, samples: int) -> None:
-    if labels not in ("sampled", "true"):
-        raise InputError(f"labels: expected 'sampled' or 'true' (got {labels!r})")
-    if labels == "sampled" and not can_sample(likelihood):
-        raise InputError(
-            "likelihood: expected one that can sample labels (got a function; use labels='true' or subclass "
-            "timm_ext.fisher.Likelihood)"
-        )
-    if not isinstance(samples, int) or samples < 1:
-        raise InputError(f"samples: expected at least 1 (got {samples!r})")
-    if labels == "true" and samples != 1:
-        raise InputError(f"samples: expected 1 for true labels (got {samples})")
-
-
-def _check_batch(x: Any, ids: Sequence[str], seen: dict[str, None]) -> list[str]:
-    if not isinstance(x, Tensor) or not x.dim() or not len(x):
-        got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise InputError(f"x: expected a tensor [B, ...] with B >= 1 (got {got})")
-    names = [ids] if isinstance(ids, str) else list(ids)
-    if len(names) != len(x) or not all(isinstance(id, str) for id in names):
-        raise InputError(f"ids: expected {len(x)} strings, one for each example (got {names!r})")
-    fresh: set[str] = set()
-    for id in names:
-        if id in seen or id in fresh:
-            raise InputError(
-                f"example {id}: expected once (got it again; each example counts once in the mean)"
-            )
-        fresh.add(id)
-    return names
+            raise InputError(f"{what}: expected whole updates (got one that failed half-way: start again)")

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from timm_ext.fisher.nodes import Call
 
+_REENTRANT = "CheckpointFunctionBackward"  # of PyTorch, fairscale and DeepSpeed
+
 
 @dataclass(frozen=True)
 class Graph:
@@ -19,12 +21,14 @@ class Graph:
         rules: by parameter name, the rules its uses were recorded by.
         direct: parameters also (or only) used where no rule covers them.
         zero: biases that every use feeds into nothing but instance norms, which subtract them again.
+        reentrant: whether a checkpoint hides a part of the graph.
     """
 
     uses: Counter[str]
     rules: Mapping[str, frozenset[str]]
     direct: frozenset[str]
     zero: frozenset[str]
+    reentrant: bool
 
 
 def read_graph(logits: Tensor, names: Mapping[int, str]) -> Graph:
@@ -40,6 +44,7 @@ def read_graph(logits: Tensor, names: Mapping[int, str]) -> Graph:
     direct: set[str] = set()
     zero: set[str] = set()
     felt: set[str] = set()
+    hidden = any(node.name() == _REENTRANT for node in consumers)
     for node, above in consumers.items():
         variable = getattr(node, "variable", None)
         if variable is not None and id(variable) in names:
@@ -53,7 +58,7 @@ def read_graph(logits: Tensor, names: Mapping[int, str]) -> Graph:
             (zero if _is_removed(call, above) else felt).add(call.bias)
         if call.weight is not None:
             felt.add(call.weight)
-    return Graph(uses, rules, frozenset(direct), frozenset(zero - felt - direct))
+    return Graph(uses, rules, frozenset(direct), frozenset(zero - felt - direct), hidden)
 
 
 def _is_removed(call: Call, above: list[Any]) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from timm_ext.errors import InputError
+from timm_ext.errors import InputError, listed
 from timm_ext.ops import sample_labels
 
 LogLikelihood = Callable[[Tensor, Any], Tensor]
@@ -72,9 +72,9 @@ class Likelihood(ABC):
         variable = logits.detach().requires_grad_()
         with torch.enable_grad():
             value = self.log_likelihood(variable, target)
-        if value.shape != (len(ids),):
+        if not isinstance(value, Tensor) or value.shape != (len(ids),):
             raise InputError(
-                f"likelihood: expected one value for each example, [{len(ids)}] (got {list(value.shape)})"
+                f"likelihood: expected one value for each example, [{len(ids)}] (got {_describe(value)})"
             )
         if not value.requires_grad:
             raise InputError("likelihood: expected a differentiable function of the logits (got a constant)")
@@ -292,7 +292,7 @@ def require_finite(tensor: Tensor, ids: Sequence[str], what: str) -> None:
     finite = tensor.isfinite().reshape(len(ids), -1).all(1)
     if not bool(finite.all()):
         bad = [id for id, ok in zip(ids, finite.tolist(), strict=True) if not ok]
-        raise InputError(f"{what}: expected finite values (got NaN or infinity in example {', '.join(bad)})")
+        raise InputError(f"{what}: expected finite values (got NaN or infinity in example {listed(bad)})")
 
 
 def _require_tensor(target: Any, shape: Sequence[int], what: str) -> None:

@@ -1,13 +1,13 @@
 """What a model must be for its Fisher to be defined: its parameters examined, its mode set and restored."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from timm_ext.errors import InputError
+from timm_ext.errors import InputError, listed
 from timm_ext.parameters import named_parameters, parameter_aliases
 
 
@@ -38,19 +38,21 @@ def examine_model(model: nn.Module, *, strict: bool) -> Tracked:
         InputError: naming all parameters concerned.
     """
     every = named_parameters(model)
-    if odd := [f"{name} {p.dtype}" for name, p in every.items() if not p.is_floating_point()]:
-        raise InputError(f"model: expected floating-point parameters (got {', '.join(odd)})")
+    _refuse_odd(every)
     _refuse_batch_statistics(model)
     _refuse_tied(model, strict)
     frozen = tuple(name for name, parameter in every.items() if not parameter.requires_grad)
+    if len(frozen) == len(every):
+        raise InputError(
+            "model: expected parameters that require gradients (got none: a frozen network, or one from "
+            "torch.jit.freeze, whose weights are constants)"
+        )
     if strict and frozen:
         raise InputError(
-            f"model: expected parameters that require gradients (got frozen {', '.join(frozen)}; "
+            f"model: expected parameters that require gradients (got frozen {listed(frozen)}; "
             "strict=False leaves them out)"
         )
     wanted = {name: parameter for name, parameter in every.items() if parameter.requires_grad}
-    if not wanted:
-        raise InputError("model: expected parameters that require gradients (got none)")
     return Tracked(wanted, {id(parameter): name for name, parameter in wanted.items()}, frozen)
 
 
@@ -75,23 +77,44 @@ def _generator_states(device: torch.device) -> list[torch.Tensor]:
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
+def _refuse_odd(parameters: Mapping[str, nn.Parameter]) -> None:
+    for what, odd in _ODD.items():
+        if found := [f"{name} {kind}" for name, parameter in parameters.items() if (kind := odd(parameter))]:
+            raise InputError(f"model: expected {what} (got {listed(found)})")
+
+
+_ODD: dict[str, Callable[[Tensor], str]] = {
+    "floating-point parameters": lambda p: "" if p.is_floating_point() else str(p.dtype),
+    "parameters with values": lambda p: "on meta" if p.is_meta else "",
+    "ordinary parameters": lambda p: "made in torch.inference_mode" if p.is_inference() else "",
+}
+
+
 def _refuse_batch_statistics(model: nn.Module) -> None:
     bad = [
-        f"{path}.weight" if module.affine else path
+        f"{path}.weight" if getattr(module, "weight", None) is not None else path
         for path, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None
+        if _is_batch_norm(module) and getattr(module, "running_mean", None) is None
     ]
     if bad:
         raise InputError(
-            f"batch norm {', '.join(bad)}: expected running statistics (got statistics of the batch, in "
+            f"batch norm {listed(bad)}: expected running statistics (got statistics of the batch, in "
             "which one example changes another's gradient)"
         )
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return True
+    script_of = getattr(module, "original_name", "")  # the class of what TorchScript was made from
+    return isinstance(script_of, str) and "BatchNorm" in script_of
 
 
 def _refuse_tied(model: nn.Module, strict: bool) -> None:
     """Refuse a parameter owned by two modules; one module registered under two names is no tie."""
     aliases = parameter_aliases(model)
-    places = {name: _place(model, name) for name in aliases}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    places = {name: (id(modules[name.rpartition(".")[0]]), name.rpartition(".")[2]) for name in aliases}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tied = [
         f"{name} = {first}"
@@ -100,15 +123,10 @@ def _refuse_tied(model: nn.Module, strict: bool) -> None:
     ]
     if tied:
         raise InputError(
-            f"model: expected parameters of one place each (got tied {', '.join(tied)}"
+            f"model: expected parameters of one place each (got tied {listed(tied)}"
             + (
                 "; strict=False counts a tied parameter once)"
                 if strict
                 else " as two objects that share memory)"
             )
         )
-
-
-def _place(model: nn.Module, name: str) -> tuple[int, str]:
-    path, _, attribute = name.rpartition(".")
-    return id(model.get_submodule(path)), attribute

@@ -2,8 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 from timm_ext.checkpoint import load_checkpoint, save_checkpoint
-from timm_ext.errors import InputError
+from timm_ext.documents import validated
+from timm_ext.errors import InputError, listed, shown
 
 if TYPE_CHECKING:
     from timm_ext.fisher.accumulator import FisherAccumulator
@@ -38,6 +38,25 @@ class Partial:
     settings: str
 
 
+@dataclass(frozen=True)
+class _About:
+    """The metadata of a file, as `PartialFile.write` leaves them.
+
+    Attributes:
+        examples: digest by id of each example seen, in order.
+        coverage: rules by parameter name.
+        zero: as in `Partial`.
+        settings: of the estimate.
+        model: digest of its weights.
+    """
+
+    examples: dict[str, str]
+    coverage: dict[str, list[str]]
+    zero: list[str] | None
+    settings: str
+    model: str
+
+
 class PartialFile:
     """Where one process keeps its part of an estimate while it runs.
 
@@ -55,7 +74,8 @@ class PartialFile:
         if distributed.is_available() and distributed.is_initialized():
             rank, self._processes = distributed.get_rank(), distributed.get_world_size()
         self.path = Path(path) if self._processes == 1 else Path(f"{path}.{rank}")
-        self._model = _digest(*model.state_dict().values())
+        tensors = (value for value in model.state_dict().values() if isinstance(value, Tensor))
+        self._model = _digest(*tensors)
         self._seconds = seconds
         self._written = time.monotonic()
         self._digests: dict[str, str] = {}
@@ -70,45 +90,73 @@ class PartialFile:
         if not self.path.exists():
             return
         checkpoint = load_checkpoint(self.path, kind=_KIND)
-        about = checkpoint.metadata["partial"]
-        settings = accumulator.partial().settings
+        about = validated(_About, checkpoint.metadata.get("partial"), self.path, strict=True)
+        fresh = accumulator.partial()
         for what, found, wanted in (
-            ("these settings", about["settings"], self._settings(settings)),
-            ("this model", about["model"], self._model),
+            ("these settings", about.settings, self._settings(fresh.settings)),
+            ("this model", about.model, self._model),
         ):
             if found != wanted:
                 raise InputError(
-                    f"{self.path}: expected an estimate with {what}, {wanted} (got {found}; delete the file "
-                    "to start again)"
+                    f"{self.path}: expected an estimate with {what}, {wanted} (got {shown(found)}; delete "
+                    "the file to start again)"
                 )
-        self._digests = about["examples"]
+        self._check_sums(checkpoint.tensors, fresh.sums, about)
+        self._digests = dict(about.examples)
         self._awaited = set(self._digests)
-        coverage = {name: frozenset(rules) for name, rules in about["coverage"].items()}
-        zero = None if about["zero"] is None else frozenset(about["zero"])
-        accumulator.restore(Partial(checkpoint.tensors, tuple(self._digests), coverage, zero, settings))
+        coverage = {name: frozenset(rules) for name, rules in about.coverage.items()}
+        zero = None if about.zero is None else frozenset(about.zero)
+        accumulator.restore(Partial(checkpoint.tensors, tuple(self._digests), coverage, zero, fresh.settings))
 
-    def holds(self, x: Tensor, y: Any, ids: Sequence[str]) -> bool:
-        """Tell whether the interrupted run has seen a batch; otherwise note it.
+    def _check_sums(self, found: dict[str, Tensor], wanted: dict[str, Tensor], about: "_About") -> None:
+        """Refuse sums that are not those of the model's parameters."""
+        odd = [
+            name
+            for name in {**wanted, **found}
+            if name not in wanted
+            or name not in found
+            or (found[name].shape, found[name].dtype) != (wanted[name].shape, wanted[name].dtype)
+            or not bool((found[name] >= 0).all())  # which NaN is not, either
+        ]
+        odd += sorted({*about.coverage, *(about.zero or ())} - wanted.keys())
+        if odd or (about.zero is None) != (not about.examples):
+            raise InputError(
+                f"{self.path}: expected the sums of an interrupted estimate (got other ones"
+                f"{f' in {listed(odd)}' if odd else ''}; delete the file to start again)"
+            )
+
+    def left_of(self, x: Tensor, y: Any, ids: list[str]) -> tuple[Tensor, Any, list[str]] | None:
+        """Return the examples of a batch that the interrupted run has not seen, and note them; None for none.
+
+        Args:
+            x: `[B, ...]`.
+            y: labels where they are needed; only a tensor `[B, ...]` can be divided.
+            ids: of the examples.
 
         Raises:
-            InputError: it has seen a part of it, or other tensors under the same names.
+            InputError: the interrupted run saw other tensors under the same names, or a part of a batch whose
+                labels cannot be divided.
         """
-        names = [ids] if isinstance(ids, str) else list(ids)
-        if len(names) != len(x):
-            return False  # the accumulator refuses it
-        labels = [*y] if isinstance(y, Tensor) else [None] * len(x)
-        digests = {id: _digest(*pair) for id, *pair in zip(names, x, labels, strict=True)}
-        known = [id for id in names if id in self._awaited]
-        if not known:
-            self._digests |= digests
-            return False
-        if other := [id for id in names if self._digests.get(id) != digests[id]]:
+        whole = not isinstance(y, Tensor) or not y.dim() or len(y) != len(x)
+        labels = [None] * len(x) if whole else list(y)
+        digests = {id: _digest(*pair) for id, *pair in zip(ids, x, labels, strict=True)}
+        known = {id for id in ids if id in self._awaited}
+        if other := [id for id in ids if id in known and self._digests[id] != digests[id]]:
             raise InputError(
-                f"{self.path}: expected the batches and the data of the interrupted run (got others in "
-                f"example {', '.join(other)}; delete the file to start again)"
+                f"{self.path}: expected the data of the interrupted run (got others in example "
+                f"{listed(other)}; delete the file to start again)"
             )
-        self._awaited -= set(known)
-        return True
+        left = [place for place, id in enumerate(ids) if id not in known]
+        if known and left and y is not None and whole:
+            raise InputError(
+                f"{self.path}: expected the batches of the interrupted run (got {listed(sorted(known))} "
+                "together with others; delete the file to start again)"
+            )
+        self._digests |= digests
+        self._awaited -= known
+        if not known:
+            return x, y, ids
+        return (x[left], y if y is None else y[left], [ids[place] for place in left]) if left else None
 
     def require_all_met(self) -> None:
         """Refuse data that lack examples of the interrupted run.
@@ -119,7 +167,7 @@ class PartialFile:
         if self._awaited:
             raise InputError(
                 f"{self.path}: expected the data of the interrupted run (got none of the examples "
-                f"{', '.join(sorted(self._awaited))}; delete the file to start again)"
+                f"{listed(sorted(self._awaited))}; delete the file to start again)"
             )
 
     def due(self) -> bool:
@@ -132,14 +180,14 @@ class PartialFile:
         Raises:
             InputError: the file cannot be written.
         """
-        about = {
-            "examples": {id: self._digests[id] for id in partial.ids},
-            "coverage": {name: sorted(rules) for name, rules in partial.coverage.items()},
-            "zero": None if partial.zero is None else sorted(partial.zero),
-            "settings": self._settings(partial.settings),
-            "model": self._model,
-        }
-        save_checkpoint(self.path, partial.sums, kind=_KIND, partial=about)
+        about = _About(
+            examples={id: self._digests[id] for id in partial.ids},
+            coverage={name: sorted(rules) for name, rules in partial.coverage.items()},
+            zero=None if partial.zero is None else sorted(partial.zero),
+            settings=self._settings(partial.settings),
+            model=self._model,
+        )
+        save_checkpoint(self.path, partial.sums, kind=_KIND, partial=asdict(about))
         self._written = time.monotonic()
 
     def _settings(self, settings: str) -> str:

@@ -1,7 +1,7 @@
 """Arithmetic of a Fisher estimate, set for its duration only."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -43,8 +43,11 @@ def precise(precision: str, device: torch.device) -> Iterator[None]:
     before = [backend.fp32_precision for backend in backends]
     for backend in backends:
         backend.fp32_precision = wanted
+    # The caller's own autocast would make another precision of it, also in the backward.
+    ambient = torch.is_autocast_enabled(device.type)
     try:
-        yield
+        with torch.autocast(device.type, enabled=False) if ambient else nullcontext():
+            yield
     finally:
         for backend, value in zip(backends, before, strict=True):
             backend.fp32_precision = value

@@ -1,15 +1,17 @@
 """The diagonal Fisher of a network, with what is needed to compare and trust it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from timm_ext.checkpoint import load_checkpoint, save_checkpoint
-from timm_ext.errors import InputError
+from timm_ext.documents import validated
+from timm_ext.errors import InputError, lines_of, listed, shown
 
 
 class FisherKind(str, Enum):
@@ -42,6 +44,7 @@ class Fisher:
         kind: likelihood and labels.
         scaling: what the log-likelihood of one example adds up.
         zero: parameters whose Fisher is zero by structure: biases in front of an instance norm.
+        unused: parameters that took no part in any output, whose Fisher is zero for that reason.
         samples: labels drawn for each example S, 1 for true labels.
         seed: of the sampled labels, None for true ones.
         metadata: provenance, such as the network's SHA-256 and the task; JSON values.
@@ -52,6 +55,7 @@ class Fisher:
     kind: FisherKind
     scaling: str
     zero: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     samples: int = 1
     seed: int | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -90,6 +94,7 @@ class Fisher:
                 "count": self.count,
                 "scaling": self.scaling,
                 "zero": list(self.zero),
+                "unused": list(self.unused),
                 "samples": self.samples,
                 "seed": self.seed,
             },
@@ -105,42 +110,68 @@ class Fisher:
                 are named.
         """
         checkpoint = load_checkpoint(path, kind="fisher")
-        about: Any = checkpoint.metadata.get("fisher")
-        try:
-            fisher = cls(
-                tensors=checkpoint.tensors,
-                count=int(about["count"]),
-                kind=FisherKind(about["kind"]),
-                scaling=str(about["scaling"]),
-                zero=tuple(about["zero"]),
-                samples=int(about["samples"]),
-                seed=about["seed"],
-                metadata=dict(checkpoint.metadata.get("provenance") or {}),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: expected the metadata of a Fisher (got {about!r})") from error
-        _check_values(fisher.tensors, str(path))
-        if unknown := [name for name in fisher.zero if name not in fisher.tensors]:
-            raise InputError(f"{path}: expected tensors for all of zero (got none for {', '.join(unknown)})")
-        return fisher
+        about = validated(_About, checkpoint.metadata.get("fisher"), f"{path}: metadata", strict=True)
+        provenance = checkpoint.metadata.get("provenance") or {}
+        if not isinstance(provenance, dict):
+            raise InputError(f"{path}: expected a mapping as provenance (got {shown(repr(provenance))})")
+        _check_values(checkpoint.tensors, str(path))
+        for what, names in (("zero", about.zero), ("unused", about.unused)):
+            if unknown := [name for name in names if name not in checkpoint.tensors]:
+                raise InputError(
+                    f"{path}: expected tensors for all of {what} (got none for {listed(unknown)})"
+                )
+        return cls(
+            tensors=checkpoint.tensors,
+            count=about.count,
+            kind=about.kind,
+            scaling=about.scaling,
+            zero=about.zero,
+            unused=about.unused,
+            samples=about.samples,
+            seed=about.seed,
+            metadata=provenance,
+        )
+
+
+@dataclass(frozen=True)
+class _About:
+    """The metadata of a file, as `Fisher.save` leaves them; see `Fisher`."""
+
+    kind: FisherKind
+    count: int
+    scaling: str
+    zero: tuple[str, ...]
+    samples: int
+    seed: int | None
+    unused: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.samples < 1:
+            raise InputError(f"expected counts of at least 1 (got {self.count} and {self.samples})")
+
+
+def unused_note(names: Sequence[str]) -> str:
+    """Say which parameters have F = 0 since no output depends on them."""
+    return f"Fisher: {len(names)} parameters take no part in the output and have F = 0: {listed(names)}"
 
 
 def _check_values(tensors: Mapping[str, Tensor], what: str) -> None:
-    bad = [
-        f"{name}: {problem}"
-        for name, tensor in tensors.items()
-        for problem, found in (
-            ("NaN or infinite", not bool(tensor.isfinite().all())),
-            ("negative", bool((tensor < 0).any())),
-        )
-        if found
-    ]
+    if not tensors:
+        raise InputError(f"{what}: expected a Fisher of some tensors (got none)")
+    bad = [f"{name}: {problem}" for name, tensor in tensors.items() if (problem := _problem(tensor))]
     if bad:
         raise InputError(
-            "\n  ".join(
-                [
-                    f"{what}: expected a finite, non-negative Fisher (got {len(bad)} tensors that are not)",
-                    *bad,
-                ]
-            )
+            f"{what}: expected a finite, non-negative Fisher (got {len(bad)} tensors that are not)"
+            f"{lines_of(bad)}"
         )
+
+
+def _problem(tensor: Tensor) -> str:
+    if tensor.dtype not in _TYPES:
+        return f"of type {tensor.dtype}"
+    if not bool(tensor.isfinite().all()):
+        return "NaN or infinite"
+    return "negative" if bool((tensor < 0).any()) else ""
+
+
+_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

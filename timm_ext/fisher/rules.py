@@ -297,6 +297,21 @@ class Rules(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def open_modes() -> int:
+    """Return how many modes see the functions that are called now."""
+    return torch._C._len_torch_function_stack()
+
+
+def close_modes(count: int) -> None:
+    """Take the latest modes away until `count` are left.
+
+    Ctrl-C right before the end of a `with` block keeps Python from leaving it, and a mode that stays behind
+    would see all that the process does with tensors from then on.
+    """
+    while open_modes() > count:
+        torch.overrides._pop_mode()
+
+
 def run_backward(logits: Tensor, score: Tensor, tape: Tape, *, retain_graph: bool) -> None:
     """Send `score` back from `logits` through every recorded call; no `.grad` is touched.
 
