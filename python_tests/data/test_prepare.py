@@ -181,13 +181,13 @@ def test_case_without_label(tmp_path):
 @pytest.fixture
 def builds(monkeypatch):
     """The names of the cases that were really built."""
-    names, build = [], prepare._build
+    names, build = [], prepare.build_arrays
 
     def counted(case, *rest):
         names.append(case.id)
         return build(case, *rest)
 
-    monkeypatch.setattr(prepare, "_build", counted)
+    monkeypatch.setattr(prepare, "build_arrays", counted)
     return names
 
 
@@ -477,7 +477,7 @@ def test_no_memory_and_killed_workers_are_one_line(tmp_path, monkeypatch):
         raise MemoryError
 
     with monkeypatch.context() as change:
-        change.setattr(prepare, "_build", full)
+        change.setattr(prepare, "build_arrays", full)
         with pytest.raises(InputError, match=r"2 of 2 cases .*:\n  a: expected a case that fits"):
             prepare_cases(cases, TASK, PrepareSettings(), None, progress=False)
     with pytest.raises(InputError, match=r"a process that prepares cases was killed"):

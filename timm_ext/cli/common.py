@@ -136,6 +136,9 @@ def noted_settings(checkpoint: "Checkpoint") -> "RunSettings":
     if not isinstance(noted, dict):
         raise InputError(f"{checkpoint.path}: expected its settings by section (got {shown(noted)})")
     sections = {name: noted.get(name) or {} for name in ("prepare", "train", "predict")}
+    if isinstance(prepare := sections["prepare"], dict) and prepare:
+        # Files from before the window note the preparation that they were trained with, without one.
+        sections["prepare"] = {"hounsfield": None, **prepare}
     predict, train = sections["predict"], sections.pop("train")
     if isinstance(train, dict) and isinstance(predict, dict):
         # Networks of a study note the patches they were trained on alone.

@@ -1,7 +1,8 @@
 """Intensities made comparable between scans: one volume of one modality at a time.
 
 Foreground is every voxel that is not exactly 0: skull-stripped scans are 0 outside the brain, and resampled
-ones hold negative values inside it. Background stays exactly 0.
+ones hold negative values inside it. Background stays exactly 0. Hounsfield units are comparable as they are:
+one window for all scans takes the place of statistics of each.
 """
 
 from typing import Literal
@@ -10,6 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from timm_ext.errors import InputError
+
+HOUNSFIELD_WINDOW = (-1000.0, 1000.0)
+"""From air to dense bone: what CT is clipped to unless the settings say otherwise."""
+
+_BRIGHTEST = 1500.0  # of images that were masked with 0 and hold no air
 
 Normalisation = Literal["zscore", "histogram", "none"]
 Image = npt.NDArray[np.float32]
@@ -60,3 +66,31 @@ def _zscore(values: npt.NDArray[np.float64], where: object) -> npt.NDArray[np.fl
     if values.min() == values.max():
         raise InputError(f"{where}: expected different foreground intensities (got only {values[0]:g})")
     return (values - float(values.mean())) / float(values.std())
+
+
+def clip_to_window(image: npt.NDArray[np.number], window: tuple[float, float]) -> Image:
+    """Turn Hounsfield units into 0 … 1: (min(max(v, low), high) − low) / (high − low).
+
+    What is put around an image, 0, is air then, or whatever lies below the window.
+
+    Args:
+        image: `[D, H, W]` in HU.
+        window: low and high in HU.
+    """
+    low, high = window
+    clipped = np.clip(image.astype(np.float64), low, high)
+    return ((clipped - low) / (high - low)).astype(np.float32)
+
+
+def check_hounsfield(image: npt.NDArray[np.number], where: object) -> None:
+    """Refuse intensities that cannot be Hounsfield units: an offset that the file does not tell.
+
+    Raises:
+        InputError: no voxel is below 0, where fat and air are, though some are brighter than most bone.
+    """
+    low, high = float(image.min()), float(image.max())
+    if low >= 0 and high > _BRIGHTEST:
+        raise InputError(
+            f"{where}: expected Hounsfield units, where water is 0 and air −1000 (got {low:g} to {high:g}); "
+            "--set prepare.hounsfield=null takes such images as they are"
+        )

@@ -8,7 +8,6 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from functools import cache as once
 from functools import partial
-from math import prod
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
@@ -17,26 +16,19 @@ import numpy as np
 import numpy.typing as npt
 from rich.progress import track
 
-from timm_ext.data.bias import correct_bias
-from timm_ext.data.grid import Grid, Triple, fit_box, foreground_box
+from timm_ext.data.case_arrays import build_arrays
+from timm_ext.data.grid import Grid, Triple
 from timm_ext.data.layouts import Case
-from timm_ext.data.normalise import Mask, Normalisation, normalise
+from timm_ext.data.normalise import HOUNSFIELD_WINDOW, Normalisation
 from timm_ext.data.store import Arrays, read_array, read_entry, write_entry
 from timm_ext.data.tasks import Labels, Task, task_to_dict
 from timm_ext.data.volume import (
     Affine,
-    Interpolation,
-    Volume,
-    check_grid,
-    read_labels,
-    read_volume,
-    resample,
-    to_canonical,
 )
 from timm_ext.documents import validated
 from timm_ext.errors import InputError, lines_of
 from timm_ext.files import ending_of, sha256
-from timm_ext.machine import check_memory
+from timm_ext.modality_names import in_hounsfield_units
 
 Spacing = float | tuple[float, float, float]
 
@@ -49,7 +41,9 @@ class PrepareSettings:
     """How a case becomes an array; the steps run in the order of the attributes.
 
     Foreground is every voxel that is not exactly 0 (negative values occur inside real brains); where a
-    modality was resampled, it is the foreground of its input, resampled by nearest neighbour.
+    modality was resampled, it is the foreground of its input, resampled by nearest neighbour. Of modalities
+    in Hounsfield units (`in_hounsfield_units`, such as CT), where 0 is water, it is what lies above the lower
+    end of their window.
 
     Attributes:
         nonfinite: what to do with NaN or infinite voxels: refuse the file, or set them to 0.
@@ -60,6 +54,10 @@ class PrepareSettings:
             the scan is not resampled; None resamples whatever its voxel size.
         normalise: per volume and modality over its foreground: `zscore` (float64 statistics), `histogram`
             (each voxel → its empirical CDF, as Geyer et al. 2019), or `none`.
+        hounsfield: window of modalities in Hounsfield units, whose values are comparable between scans: they
+            are clipped to it, and it becomes 0 … 1, instead of what `bias_field` and `normalise` say (unless
+            that is `none`). Networks of one window have like inputs and can be merged. None takes these
+            modalities as any other.
         crop: cut to the box of the foreground of all modalities together.
         margin: voxels kept around that box.
         size: voxels of the result, reached by cutting and zero-padding about the centre of the box.
@@ -72,6 +70,7 @@ class PrepareSettings:
     spacing: Spacing | None = None
     spacing_tolerance: float | None = SPACING_TOLERANCE
     normalise: Normalisation = "zscore"
+    hounsfield: tuple[float, float] | None = HOUNSFIELD_WINDOW
     crop: bool = True
     margin: int = 0
     size: tuple[int, int, int] | None = None
@@ -79,7 +78,7 @@ class PrepareSettings:
     empty_labels: Literal["error", "allow"] = "error"
 
     def __post_init__(self) -> None:
-        for name in ("spacing", "size"):
+        for name in ("spacing", "size", "hounsfield"):
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
         choices = {
@@ -93,6 +92,10 @@ class PrepareSettings:
         spacing = self.spacing if isinstance(self.spacing, tuple) else (self.spacing or 1.0,) * 3
         if len(spacing) != 3 or not all(0 < length < np.inf for length in spacing) or self.spacing == 0:
             raise InputError(f"spacing: must be one or three lengths > 0 in mm (got {self.spacing})")
+        if (window := self.hounsfield) is not None and not (
+            len(window) == 2 and -1e6 <= window[0] < window[1] <= 1e6
+        ):
+            raise InputError(f"hounsfield: must be two values in HU, the lower first (got {window})")
         if self.size is not None and (len(self.size) != 3 or min(self.size) < 1):
             raise InputError(f"size: must be three numbers of voxels ≥ 1 (got {self.size})")
         if self.spacing_tolerance is not None and not 0 <= self.spacing_tolerance < 1:
@@ -190,12 +193,12 @@ def prepare_case(case: Case, task: Task, settings: PrepareSettings, cache: Path 
     if missing := [modality for modality in task.modalities if modality not in case.images]:
         raise InputError(f"{case.id}: missing modality {', '.join(missing)} of task {task.name}")
     if cache is None:
-        arrays, grid, present = _build(case, task, settings)
+        arrays, grid, present = build_arrays(case, task, settings)
         prepared = Prepared(case, grid, present, arrays)
     else:
         path = Path(cache) / f"{case.id}-{_key(case, task, settings)}.safetensors"
         if (cached := _cached(path, case, task)) is None:
-            arrays, grid, present = _build(case, task, settings)
+            arrays, grid, present = build_arrays(case, task, settings)
             write_entry(path, arrays, {"grid": grid.to_dict(), "present": present})
             cached = Prepared(case, grid, present, path)
         prepared = cached
@@ -325,76 +328,6 @@ def _outcomes(
             ) from error
 
 
-def _build(case: Case, task: Task, settings: PrepareSettings) -> tuple[Arrays, Grid, tuple[int, ...]]:
-    images, label = _read(case, task, settings)
-    first = images[task.modalities[0]]
-    if _has_spacing(first, settings):
-        settings = replace(settings, spacing=None)
-    present = tuple(np.unique(label.data).tolist()) if label is not None else ()
-    working, masks = {}, {}
-    for modality, image in images.items():
-        working[modality], masks[modality] = _to_working(image, settings, case.images[modality])
-    frame = next(iter(working.values()))
-    foreground = np.any(list(masks.values()), axis=0)
-    start, size = foreground_box(foreground, settings.margin) if settings.crop else ((0, 0, 0), frame.shape)
-    start, size = fit_box(start, size, settings.size, settings.multiple)
-    place = Grid(
-        first.shape, first.affine, frame.shape, frame.affine, settings.spacing is not None, start, size
-    )
-    check_memory(4 * len(working) * prod(size), f"{case.id}: an image of {size} voxels")
-    channels = [
-        normalise(image.data, masks[modality], settings.normalise, case.images[modality])
-        for modality, image in working.items()
-    ]
-    arrays: Arrays = {"image": place.take(np.stack(channels))}
-    if label is not None:
-        label = to_canonical(label)
-        if settings.spacing is not None:
-            label = _resampled(label, settings.spacing, "nearest", case.label)
-        arrays["label"] = place.take(label.data)
-    return arrays, place, present
-
-
-def _read(case: Case, task: Task, settings: PrepareSettings) -> tuple[dict[str, Volume], Volume | None]:
-    images = {
-        modality: read_volume(
-            case.images[modality], nonfinite=settings.nonfinite, channel=case.channels.get(modality)
-        )
-        for modality in task.modalities
-    }
-    first_path, first = case.images[task.modalities[0]], images[task.modalities[0]]
-    for modality, image in images.items():
-        check_grid(case.images[modality], image, first_path, first)
-        images[modality] = Volume(image.data, first.affine)
-    if case.label is None:
-        return images, None
-    label = read_labels(case.label)
-    check_grid(case.label, label, first_path, first)
-    return images, Volume(task.read_labels(label.data, case.label), first.affine)
-
-
-def _to_working(image: Volume, settings: PrepareSettings, where: Path) -> tuple[Volume, Mask]:
-    """Bring one image to the working grid, with the mask of its foreground."""
-    image = to_canonical(image)
-    mask = image.data != 0
-    if settings.bias_field:
-        image = correct_bias(image, where)
-    if settings.spacing is not None:
-        mask = _resampled(Volume(mask, image.affine), settings.spacing, "nearest", where).data
-        image = _resampled(image, settings.spacing, "linear", where)
-    if not mask.any():
-        raise InputError(f"{where}: expected an image with foreground (got 0 in every voxel)")
-    return image, mask
-
-
-def _resampled(volume: Volume, spacing: Spacing, interpolation: Interpolation, where: Path | None) -> Volume:
-    triple = spacing if isinstance(spacing, tuple) else (spacing, spacing, spacing)
-    try:
-        return resample(volume, triple, interpolation)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
-
-
 def _check_not_empty(prepared: Prepared, task: Task) -> None:
     wanted = {label for region in task.regions for label in region.labels}
     if not wanted.intersection(prepared.present):
@@ -402,14 +335,6 @@ def _check_not_empty(prepared: Prepared, task: Task) -> None:
             f"{prepared.case.label}: expected a voxel of some region of task {task.name}, "
             f"labels {sorted(wanted)} (got only labels {list(prepared.present)})"
         )
-
-
-def _has_spacing(image: Volume, settings: PrepareSettings) -> bool:
-    """Whether a scan's own voxel size is taken for the one wanted."""
-    if settings.spacing is None or settings.spacing_tolerance is None:
-        return False
-    own = to_canonical(image).spacing
-    return bool(np.allclose(own, settings.spacing, rtol=settings.spacing_tolerance, atol=0))
 
 
 def _key(case: Case, task: Task, settings: PrepareSettings) -> str:
@@ -423,6 +348,7 @@ def _key(case: Case, task: Task, settings: PrepareSettings) -> str:
         "settings": {key: value for key, value in asdict(settings).items() if key != "empty_labels"},
         "task": {key: described[key] for key in ("modalities", "freesurfer")},
         "labels": described["labels"] if task.freesurfer else None,
+        "in_hu": [in_hounsfield_units(modality) for modality in task.modalities],
         "channels": [case.channels.get(modality) for modality in task.modalities],
         "files": [(sha256(file), ending_of(file)) for file in files],
         "label": case.label is not None,
@@ -433,6 +359,8 @@ def _key(case: Case, task: Task, settings: PrepareSettings) -> str:
 @once
 def _code_version() -> str:
     """Hash the code that makes the arrays, so that an entry of another version is never taken."""
-    names = ("bias", "grid", "normalise", "prepare", "store", "tasks", "volume", "volume_file")
+    names = (
+        *("bias", "case_arrays", "grid", "normalise", "prepare", "store", "tasks", "volume", "volume_file"),
+    )
     hashes = [sha256(Path(__file__).with_name(f"{name}.py")) for name in names]
     return hashlib.sha256("".join(hashes).encode()).hexdigest()

@@ -1,0 +1,143 @@
+"""The arrays of a case: its files read, checked, brought to one grid and normalised."""
+
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from timm_ext.data.bias import correct_bias
+from timm_ext.data.grid import Grid, fit_box, foreground_box
+from timm_ext.data.layouts import Case
+from timm_ext.data.normalise import Mask, check_hounsfield, clip_to_window, normalise
+from timm_ext.data.store import Arrays
+from timm_ext.data.tasks import Task
+from timm_ext.data.volume import (
+    Array,
+    Interpolation,
+    Volume,
+    check_grid,
+    read_labels,
+    read_volume,
+    resample,
+    to_canonical,
+)
+from timm_ext.errors import InputError
+from timm_ext.machine import check_memory
+from timm_ext.modality_names import in_hounsfield_units
+
+if TYPE_CHECKING:
+    from timm_ext.data.prepare import PrepareSettings, Spacing
+
+
+def build_arrays(case: Case, task: Task, settings: "PrepareSettings") -> tuple[Arrays, Grid, tuple[int, ...]]:
+    """Read and preprocess a case.
+
+    Returns:
+        `image` `[C, D, H, W]` float32 and, where the case has a label file, `label` `[D, H, W]` uint8; where
+        they lie in the input; and the labels of the whole file.
+
+    Raises:
+        InputError: as for `prepare_case`.
+    """
+    images, label = _read(case, task, settings)
+    first = images[task.modalities[0]]
+    if _has_spacing(first, settings):
+        settings = replace(settings, spacing=None)
+    present = tuple(np.unique(label.data).tolist()) if label is not None else ()
+    working, masks = {}, {}
+    for modality, image in images.items():
+        working[modality], masks[modality] = _to_working(
+            image, settings, case.images[modality], _window_of(modality, settings)
+        )
+    frame = next(iter(working.values()))
+    foreground = np.any(list(masks.values()), axis=0)
+    start, size = foreground_box(foreground, settings.margin) if settings.crop else ((0, 0, 0), frame.shape)
+    start, size = fit_box(start, size, settings.size, settings.multiple)
+    place = Grid(
+        first.shape, first.affine, frame.shape, frame.affine, settings.spacing is not None, start, size
+    )
+    check_memory(4 * len(working) * prod(size), f"{case.id}: an image of {size} voxels")
+    channels = [
+        _normalised(image.data, masks[modality], modality, settings, case.images[modality])
+        for modality, image in working.items()
+    ]
+    arrays: Arrays = {"image": place.take(np.stack(channels))}
+    if label is not None:
+        label = to_canonical(label)
+        if settings.spacing is not None:
+            label = _resampled(label, settings.spacing, "nearest", case.label)
+        arrays["label"] = place.take(label.data)
+    return arrays, place, present
+
+
+def _read(case: Case, task: Task, settings: "PrepareSettings") -> tuple[dict[str, Volume], Volume | None]:
+    images = {
+        modality: read_volume(
+            case.images[modality], nonfinite=settings.nonfinite, channel=case.channels.get(modality)
+        )
+        for modality in task.modalities
+    }
+    first_path, first = case.images[task.modalities[0]], images[task.modalities[0]]
+    for modality, image in images.items():
+        check_grid(case.images[modality], image, first_path, first)
+        images[modality] = Volume(image.data, first.affine)
+    if case.label is None:
+        return images, None
+    label = read_labels(case.label)
+    check_grid(case.label, label, first_path, first)
+    return images, Volume(task.read_labels(label.data, case.label), first.affine)
+
+
+def _window_of(modality: str, settings: "PrepareSettings") -> tuple[float, float] | None:
+    return settings.hounsfield if in_hounsfield_units(modality) else None
+
+
+def _normalised(
+    image: Array, mask: Mask, modality: str, settings: "PrepareSettings", where: Path
+) -> npt.NDArray[np.float32]:
+    window = _window_of(modality, settings)
+    if window is None:
+        return normalise(image, mask, settings.normalise, where)
+    return image.astype(np.float32) if settings.normalise == "none" else clip_to_window(image, window)
+
+
+def _to_working(
+    image: Volume, settings: "PrepareSettings", where: Path, window: tuple[float, float] | None
+) -> tuple[Volume, Mask]:
+    """Bring one image to the working grid, with the mask of its foreground."""
+    image = to_canonical(image)
+    if window is None:
+        mask = image.data != 0
+    else:
+        check_hounsfield(image.data, where)
+        mask = image.data > window[0]
+    if settings.bias_field and window is None:
+        image = correct_bias(image, where)
+    if settings.spacing is not None:
+        mask = _resampled(Volume(mask, image.affine), settings.spacing, "nearest", where).data
+        image = _resampled(image, settings.spacing, "linear", where)
+    if not mask.any():
+        got = "0 in every voxel" if window is None else f"no voxel above {window[0]:g} HU"
+        raise InputError(f"{where}: expected an image with foreground (got {got})")
+    return image, mask
+
+
+def _resampled(
+    volume: Volume, spacing: "Spacing", interpolation: Interpolation, where: Path | None
+) -> Volume:
+    triple = spacing if isinstance(spacing, tuple) else (spacing, spacing, spacing)
+    try:
+        return resample(volume, triple, interpolation)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def _has_spacing(image: Volume, settings: "PrepareSettings") -> bool:
+    """Whether a scan's own voxel size is taken for the one wanted."""
+    if settings.spacing is None or settings.spacing_tolerance is None:
+        return False
+    own = to_canonical(image).spacing
+    return bool(np.allclose(own, settings.spacing, rtol=settings.spacing_tolerance, atol=0))
