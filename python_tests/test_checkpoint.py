@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import settings as options
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
@@ -29,6 +30,7 @@ tensors = st.dictionaries(
 )
 
 
+@options(deadline=None)  # the first case imports what checks metadata
 @given(tensors=tensors, settings=st.dictionaries(st.text(), st.integers() | st.text() | st.none()))
 def test_round_trip(tmp_path_factory: pytest.TempPathFactory, tensors: dict, settings: dict) -> None:
     path = tmp_path_factory.mktemp("round") / "x.safetensors"

@@ -11,7 +11,7 @@ import timm_ext
 PACKAGE = Path(timm_ext.__file__).parent
 
 BASE = {"errors", "files", "locks", "documents", "machine", "modality_names"}
-MODEL = {"modes", "parameters", "groups", "checkpoint", "networks"}
+MODEL = {"modes", "parameters", "groups", "metadata", "checkpoint", "networks"}
 MERGE = {"ops", "fisher", "merging"}
 WORK = {"data", "training", "inference", "metrics"}
 
@@ -38,8 +38,12 @@ ALLOWED = {
     "modes": set(),
     "parameters": BASE,
     "groups": BASE | {"parameters"},
-    "checkpoint": BASE | {"parameters"},
-    "networks": BASE | {"modes", "parameters", "checkpoint"},
+    "integrity": {"errors"},
+    "metadata": BASE,
+    "torch_files": BASE,
+    "state_dicts": BASE,
+    "checkpoint": BASE | {"integrity", "metadata", "torch_files", "state_dicts"},
+    "networks": BASE | {"modes", "parameters", "metadata", "state_dicts", "checkpoint"},
     "fisher": BASE | {"ops", "layer_ops", "doubling_ops", "memory", "modes", "parameters", "checkpoint"},
     "merging": BASE
     | {"_library", "modes", "ops", "parameters", "groups", "checkpoint", "fisher", "networks"},

@@ -1,11 +1,8 @@
 """Named tensors on disk as safetensors, with where they came from; foreign checkpoints without their code."""
 
 import json
-import pickle
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata as packages
 from pathlib import Path
@@ -16,15 +13,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from timm_ext.errors import InputError
+from timm_ext.documents import parse_json
+from timm_ext.errors import InputError, lines_of, shown
 from timm_ext.files import atomic_write, sha256
+from timm_ext.integrity import BLANK, check_seal, seal
+from timm_ext.metadata import read_metadata, write_metadata
+from timm_ext.state_dicts import StateDict, find_state_dict, without_wrappers
+from timm_ext.torch_files import read_torch_file
 
 _KEY = "timm_ext"
+_FORMAT = 2  # from which on a file holds its digest
 _NETWORKS = ("network", "merged")
 _TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".pkl", ".bin")
 _TORCH_MAGIC = (b"PK\x03\x04", b"\x80")  # a zip archive, a bare pickle
-_NESTINGS = ("state_dict", "model_state_dict", "network_weights", "model", "net", "weights")
-_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 
 
 @dataclass
@@ -36,12 +37,15 @@ class Checkpoint:
         metadata: JSON values: `kind`, `versions` and what the writer added: network, task, parents.
         path: the file they were read from.
         sha256: of that file, by which children name it as their parent.
+        notes: how the tensors were found in another program's file, in words: where they lay, what was taken
+            off their names, what was left out; empty where they were taken as they are.
     """
 
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]
     path: Path | None = None
     sha256: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -67,38 +71,47 @@ def save_checkpoint(path: Path | str, tensors: Mapping[str, Tensor], *, kind: st
         InputError: the file cannot be written; nothing is left behind.
     """
     first_names, aliases = _without_aliases(tensors)
-    about = {"kind": kind, "versions": versions(), **metadata}
-    header = {_KEY: json.dumps(about)} | ({f"{_KEY}.aliases": json.dumps(aliases)} if aliases else {})
+    about = {"digest": BLANK, "format": _FORMAT, "kind": kind, "versions": versions(), **metadata}
+    header = {_KEY: write_metadata(about | ({"aliases": aliases} if aliases else {}), path)}
     whole = _disjoint({name: tensors[name].detach().contiguous() for name in first_names})
     with atomic_write(path) as temporary:
         try:
             save_file(whole, temporary, metadata=header)
         except (SafetensorError, RuntimeError) as error:  # also what a full disk raises
             raise InputError(f"{path}: cannot be written ({_one_line(error)})") from error
-        return sha256(temporary)
+        return seal(temporary)
 
 
-def load_checkpoint(path: Path | str, *, kind: str | Sequence[str] | None = None) -> Checkpoint:
-    """Read named tensors: safetensors, or a PyTorch file of plain tensors.
+def load_checkpoint(
+    path: Path | str,
+    *,
+    kind: str | Sequence[str] | None = None,
+    names: Collection[str] | None = None,
+) -> Checkpoint:
+    """Read named tensors: safetensors, or a PyTorch file of plain tensors, whatever the suffix says.
 
-    A PyTorch file may hold the tensors directly or under a usual key (`state_dict`, `model`,
-    `network_weights` and the like); it is read without running any code in it, and counts as a network.
+    A file of `save_checkpoint` is checked against the digest in it, a PyTorch archive against its checksums.
+    Another program's file counts as a network and is read without running any code in it. Its tensors may lie
+    in a record (under `state_dict`, `model`, `network_weights` and the like) and carry the names of wrappers
+    (`module.`, `_orig_mod.`, averaged weights, shards), which are taken off; `notes` says what was.
 
     Args:
         path: of the file.
         kind: what it must be, or several words of which it must be one; None takes all.
+        names: of the tensors of the network that it should hold, where that is known. They decide which
+            tensors of a record are meant, and which prefix is not the network's own.
 
     Raises:
-        InputError: the file is missing, truncated or of another kind, or holds code, NaN or infinity.
+        InputError: the file is missing, damaged or of another kind, or holds code, NaN or infinity.
     """
     path = Path(path)
-    checkpoint = _read_torch(path) if _is_torch_file(path) else _read_safetensors(path)
+    checkpoint = _read_torch(path, names) if _is_torch_file(path) else _read_safetensors(path, names)
     kinds = (kind,) if isinstance(kind, str) else kind
     if kinds is not None and checkpoint.kind not in kinds:
-        raise InputError(f"{path}: expected a {' or '.join(kinds)} checkpoint (got {checkpoint.kind})")
+        raise InputError(f"{path}: expected a {' or '.join(kinds)} checkpoint (got {shown(checkpoint.kind)})")
     if checkpoint.kind in _NETWORKS and (bad := non_finite(checkpoint.tensors)):
         raise InputError(
-            "\n  ".join([f"{path}: expected finite weights (got {len(bad)} tensors that are not)", *bad])
+            f"{path}: expected finite weights (got {len(bad)} tensors that are not){lines_of(bad)}"
         )
     return checkpoint
 
@@ -106,7 +119,8 @@ def load_checkpoint(path: Path | str, *, kind: str | Sequence[str] | None = None
 def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Return one line for each tensor with NaN or infinite elements."""
     lines = []
-    for name, tensor in tensors.items():
+    for name, stored in tensors.items():
+        tensor = stored.float() if stored.is_floating_point() and stored.itemsize == 1 else stored
         if tensor.is_floating_point() and (bad := tensor.numel() - int(tensor.isfinite().sum())):
             lines.append(f"{name}: {bad} of {tensor.numel()} elements are NaN or infinite")
     return lines
@@ -128,6 +142,7 @@ def describe(path: Path | str) -> dict[str, Any]:
         "tensors": len(tensors),
         "elements": sum(tensor.numel() for tensor in tensors),
         "dtypes": dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)),
+        **({"notes": list(checkpoint.notes)} if checkpoint.notes else {}),
         **{key: value for key, value in checkpoint.metadata.items() if key != "kind"},
     }
 
@@ -176,68 +191,46 @@ def _is_torch_file(path: Path) -> bool:
     return path.suffix in _TORCH_SUFFIXES or start.startswith(_TORCH_MAGIC)
 
 
-def _read_safetensors(path: Path) -> Checkpoint:
+def _read_safetensors(path: Path, names: Collection[str] | None) -> Checkpoint:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             # A copy of its own for each: safetensors would lend out the mapped file, which others may change.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except Exception as error:  # a damaged header may claim anything
         raise InputError(f"{path}: expected a whole safetensors file (got: {_one_line(error)})") from error
-    try:
-        metadata = json.loads(header.get(_KEY, "{}"))
-        aliases = json.loads(header.get(f"{_KEY}.aliases", "{}"))
-        tensors |= {name: tensors[first] for name, first in aliases.items()}
-        kind = metadata.get("kind", "")
-    except (ValueError, KeyError, AttributeError) as error:
-        raise InputError(f"{path}: expected metadata written by timm_ext (got {_one_line(error)})") from error
-    if not isinstance(kind, str):
-        raise InputError(f"{path}: expected metadata written by timm_ext (got the kind {kind!r})")
-    return Checkpoint(tensors, metadata, path, sha256(path))
-
-
-def _read_torch(path: Path) -> Checkpoint:
-    try:
-        with _numpy_numbers():
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = (
-            f"a pickle that calls {found[1]}"
-            if found
-            else f"a pickle that cannot be read: {_one_line(error)}"
-        )
-        raise InputError(f"{path}: expected plain tensors (got {what}); it was not run") from error
-    except Exception as error:  # a damaged file may raise anything
-        raise InputError(f"{path}: expected a whole PyTorch file (got: {_one_line(error)})") from error
-    return Checkpoint(_plain_tensors(content, path), {}, path, sha256(path))
-
-
-@contextmanager
-def _numpy_numbers() -> Iterator[None]:
-    """Let PyTorch read numpy scalars, which nnU-Net keeps beside its weights; they hold numbers only."""
-    import numpy as np
-
-    scalar: Any = np.float64(0).__reduce__()[0]
-    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
-    dtypes = [type(np.dtype(code)) for code in "?bhilqBHILQefd"]
-    with torch.serialization.safe_globals([*[(scalar, name) for name in names], np.dtype, *dtypes]):
-        yield
-
-
-def _plain_tensors(content: Any, path: Path) -> dict[str, Tensor]:
-    nested = next((content[key] for key in _NESTINGS if isinstance(content, dict) and key in content), None)
-    tensors = nested if isinstance(nested, dict) else content
-    if not isinstance(tensors, dict) or not tensors:
-        raise InputError(f"{path}: expected tensors by name (got {type(tensors).__name__})")
-    if other := [str(name) for name, value in tensors.items() if not isinstance(value, Tensor)]:
+    if _KEY not in header:
+        if any(BLANK.partition(":")[0] in value and '"versions"' in value for value in header.values()):
+            raise InputError(
+                f"{path}: expected metadata under {_KEY!r} (got it elsewhere: the file is damaged)"
+            )
+        plain = without_wrappers(tensors, names)
+        return Checkpoint(plain.tensors, {}, path, sha256(path), plain.notes)
+    metadata = read_metadata(header[_KEY], path)
+    digest = metadata.pop("digest", None)
+    if metadata.pop("format", 1) >= _FORMAT and digest is None:
+        raise InputError(f"{path}: expected a digest in its metadata (got none: the file is damaged)")
+    file_hash = check_seal(path, digest)
+    aliases = metadata.pop("aliases", None) or _old_aliases(header, path)
+    if missing := [first for first in aliases.values() if first not in tensors]:
         raise InputError(
-            f"{path}: expected tensors by name (got something else under {', '.join(other[:6])})"
+            f"{path}: expected the tensor {shown(missing[0])}, which has further names (got none)"
         )
-    for prefix in _WRAPPERS:
-        if all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return {name: tensor.detach() for name, tensor in tensors.items()}
+    tensors |= {name: tensors[first] for name, first in aliases.items()}
+    plain = without_wrappers(tensors, names) if names is not None else StateDict(tensors)
+    return Checkpoint(plain.tensors, metadata, path, file_hash, plain.notes)
+
+
+def _old_aliases(header: Mapping[str, str], path: Path) -> dict[str, str]:
+    """Return further names of tensors from where files without a digest have them."""
+    text = header.get(f"{_KEY}.aliases", "{}")
+    aliases: dict[str, str] = read_metadata(json.dumps({"aliases": parse_json(text, path)}), path)["aliases"]
+    return aliases
+
+
+def _read_torch(path: Path, names: Collection[str] | None) -> Checkpoint:
+    found = find_state_dict(read_torch_file(path), path, names)
+    return Checkpoint(found.tensors, {}, path, sha256(path), found.notes)
 
 
 def _one_line(error: BaseException) -> str:

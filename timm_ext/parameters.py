@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timm_ext.errors import InputError
+from timm_ext.errors import InputError, lines_of
 
 _NORMS = (
     nn.modules.batchnorm._NormBase,  # batch and instance norms of every dimension
@@ -334,9 +334,7 @@ def check_compatible(
         InputError: with one line for each tensor that differs.
     """
     if lines := compatibility_report(models, layout=layout, ignore=ignore):
-        raise InputError(
-            "\n  ".join([f"models: expected the same tensors (got {len(lines)} that differ)", *lines])
-        )
+        raise InputError(f"models: expected the same tensors (got {len(lines)} that differ){lines_of(lines)}")
 
 
 def _against_layout(

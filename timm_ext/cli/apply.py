@@ -14,6 +14,7 @@ from timm_ext.cli.common import (
     check_output,
     note_settings,
     task_of,
+    tell_notes,
 )
 from timm_ext.cli.planned import settings_of_network, tell_far_scans
 from timm_ext.errors import InputError, listed
@@ -70,6 +71,7 @@ def predict(
 
     check_output(out / "settings.yaml")
     model, checkpoint = load_network(network)
+    tell_notes(network, checkpoint.notes)
     chosen = task_of(task, checkpoint)
     settings = settings_of_network(config, overrides, checkpoint, config_of(model))
     if (cases is None) == (not images):

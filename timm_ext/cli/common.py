@@ -189,6 +189,14 @@ def fit_volumes(settings: "RunSettings", divisor: int) -> "RunSettings":
     return settings.model_copy(update={"prepare": replace(settings.prepare, multiple=multiple)})
 
 
+def tell_notes(where: object, notes: Sequence[str]) -> None:
+    """Say in one line how the tensors of another program's file were found."""
+    if notes:
+        from timm_ext.errors import printable
+
+        print(printable(f"{where}: {'; '.join(notes)}"))
+
+
 def note_settings(output: Path, settings: "RunSettings", *, folder: bool) -> None:
     """Write the effective settings beside an output: `settings.yaml` in a folder or `NAME.settings.yaml`."""
     import torch

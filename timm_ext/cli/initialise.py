@@ -22,6 +22,7 @@ from timm_ext.cli.common import (
     note_settings,
     settings_dict,
     settings_from,
+    tell_notes,
     training_parts,
     with_alignment,
 )
@@ -134,6 +135,8 @@ def _merge_by_method(
     start = start_from(method, target, chosen, sources, settings.merge)
     _tell_unseen(sources, chosen, settings.merge)
     _tell_statistics(target, start)
+    for path, notes in zip(networks, sources.notes, strict=True):
+        tell_notes(path, notes)
     save_network(
         out,
         start.model,
@@ -192,6 +195,8 @@ def adapt(
     start = start_from(method, target, chosen, sources, settings.merge)
     _tell_unseen(sources, chosen, settings.merge)
     _tell_statistics(target, start)
+    for path, notes in zip(networks, sources.notes, strict=True):
+        tell_notes(path, notes)
     network = config_of(target)
     settings = fit_whole_volumes(with_network(settings, network, networks[0]), network)
     settings, parts, chosen = training_parts(

@@ -26,6 +26,7 @@ from timm_ext.cli.common import (
     settings_dict,
     settings_from,
     task_of,
+    tell_notes,
     training_parts,
 )
 from timm_ext.cli.planned import (
@@ -82,6 +83,8 @@ def train(
     hold_output(out, folder=True, inputs=[init] if init is not None else [])
     start, checkpoint = load_network(init) if init is not None else (None, None)
     chosen = get_task(task)
+    if init is not None and checkpoint is not None:
+        tell_notes(init, checkpoint.notes)
     settings = settings_from(config, overrides, checkpoint)
     settings = as_before(settings, out) if resume else settings
     if start is not None and checkpoint is not None:
@@ -156,6 +159,7 @@ def fisher(
     hold_output(out, folder=False, inputs=[network])
     keep_freed_memory()
     model, checkpoint = load_network(network)
+    tell_notes(network, checkpoint.notes)
     chosen = task_of(task, checkpoint)
     settings = settings_of_network(config, overrides, checkpoint, config_of(model))
     if settings.fisher.patch is None:

@@ -1,6 +1,7 @@
 """Networks on disk: weights together with what rebuilds the network and where it came from."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from timm_ext.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from timm_ext.errors import InputError
+from timm_ext.errors import InputError, shown
+from timm_ext.metadata import NetworkConfig, network_config
+from timm_ext.networks.fit import check_tensors
+from timm_ext.networks.outline import TooLargeError, outline_network
 from timm_ext.networks.registry import build_network, config_of
-from timm_ext.parameters import check_compatible, named_parameters, parameter_aliases
+from timm_ext.parameters import named_parameters, parameter_aliases
+from timm_ext.state_dicts import without_wrappers
 
-_CONFIG_KEYS = {"name", "in_channels", "out_channels", "options"}
+_MOST_GROWTH = 4  # of a network over the tensors of its file
+_MOST_WORK = 64  # bytes that building a network may pass through, over those of its file
+_ROOM = 64 << 20
+_MOST_SMALL = 20_000  # tensors
 
 
 def save_network(
@@ -68,29 +76,73 @@ def load_network(
 
     Raises:
         InputError: the file cannot be read, does not say what network it is, or holds other tensors than that
-            network; all that differ are listed.
+            network; it then says why they may differ, and lists some. A network that would be much larger
+            than the file is refused before it is built.
     """
-    checkpoint = load_checkpoint(path, kind=("network", "merged"))
-    config = network if network is not None else checkpoint.metadata.get("network")
-    if not isinstance(config, Mapping) or not config.keys() <= _CONFIG_KEYS or "name" not in config:
-        raise InputError(
-            f"{path}: expected a network saved by timm_ext; say which network a foreign checkpoint holds"
-        )
-    model = build_network(
-        config["name"],
-        in_channels=int(config.get("in_channels", 0)),
-        out_channels=int(config.get("out_channels", 0)),
-        seed=0,
-        **config.get("options", {}),
-    )
+    path = Path(path)
+    config = None if network is None else network_config(network, "network")
+    names = None if config is None else list(_outline(config, path, _size_of(path)).state_dict())
+    checkpoint = load_checkpoint(path, kind=("network", "merged"), names=names)
+    if config is None:
+        config = _noted_config(checkpoint, path)
+    model = _build_within(config, path, checkpoint.tensors)
+    plain = without_wrappers(checkpoint.tensors, model.state_dict())
     first_names = parameter_aliases(model)
-    found = {first_names.get(name, name): tensor for name, tensor in checkpoint.tensors.items()}
+    found = {first_names.get(name, name): tensor for name, tensor in plain.tensors.items()}
     expected = _tensors(model)
-    check_compatible({f"network {config['name']}": expected, str(path): found})
+    notes = (*checkpoint.notes, *plain.notes)
+    check_tensors(found, expected, f"network {config.name}", path, notes)
     with torch.no_grad():
         for name, tensor in expected.items():
             tensor.copy_(found[name])
-    return model.eval(), checkpoint
+    return model.eval(), replace(checkpoint, tensors=plain.tensors, notes=notes)
+
+
+def _noted_config(checkpoint: Checkpoint, path: Path) -> NetworkConfig:
+    noted = checkpoint.metadata.get("network")
+    if noted is None:
+        raise InputError(
+            f"{path}: expected a network saved by timm_ext; say which network a foreign checkpoint holds"
+        )
+    return network_config(noted, path)
+
+
+def _build_within(config: NetworkConfig, path: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Build a network, unless it would be much larger than the tensors that are there for it."""
+    there = sum(tensor.nbytes for tensor in tensors.values())
+    outline = _outline(config, path, there)
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in outline.state_dict().values())
+    if needed > _MOST_GROWTH * there + _ROOM:
+        expected = {**dict(outline.named_parameters()), **dict(outline.named_buffers())}
+        check_tensors(dict(tensors), expected, f"network {config.name}", path, ())
+    return build_network(
+        config.name,
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        seed=0,
+        **config.options,
+    )
+
+
+def _outline(config: NetworkConfig, path: Path, nbytes: int) -> nn.Module:
+    """Return the network without memory where it can be built so, within what a file of a size can hold."""
+    try:
+        return outline_network(
+            config, most_bytes=_MOST_WORK * nbytes + _ROOM, most_tensors=nbytes // 8 + _MOST_SMALL
+        )
+    except TooLargeError as error:
+        raise InputError(
+            f"{path}: expected tensors of {nbytes} bytes to be those of the network {config.name} with "
+            f"{config.in_channels} inputs, {config.out_channels} outputs and {shown(config.options)} "
+            "(got a much larger network)"
+        ) from error
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from timm_ext.errors import InputError
 
 DEEP_SUPERVISION_LEVELS = 3  # the finest decoder levels that carry a segmentation head
+MOST_LEVELS = 16  # of edges that are multiples of 2^15
 
 
 class Isensee2017(nn.Module):
@@ -174,5 +175,7 @@ def _check_options(
             raise InputError(f"isensee2017: {name} must be at least 1 (got {value})")
     if levels < 2:
         raise InputError(f"isensee2017: levels must be at least 2 (got {levels})")
+    if levels > MOST_LEVELS:
+        raise InputError(f"isensee2017: levels must be at most {MOST_LEVELS} (got {levels})")
     if not 0 <= dropout < 1:
         raise InputError(f"isensee2017: dropout must lie in [0, 1) (got {dropout})")

@@ -38,6 +38,7 @@ class Sources:
         hashes: SHA-256 of each file.
         fishers: of each network, None where the method needs none.
         in_order: their channels are in the order of the first network's.
+        notes: how the tensors of each file were found, see `Checkpoint`.
     """
 
     names: tuple[str, ...]
@@ -46,6 +47,7 @@ class Sources:
     hashes: tuple[str, ...]
     fishers: tuple[Fisher, ...] | None = None
     in_order: bool = False
+    notes: tuple[tuple[str, ...], ...] = ()
 
     def states(self) -> dict[str, Mapping[str, Tensor]]:
         """Return each network's tensors by its name."""
@@ -185,6 +187,7 @@ def load_sources(
         tuple(tasks),
         hashes,
         read or None,
+        notes=tuple(checkpoint.notes for _, checkpoint in loaded),
     )
 
 

@@ -1,0 +1,216 @@
+"""Named tensors inside what training tools write: which of a file's entries they are, and their own names.
+
+Tools nest the tensors of a network in records (`{"state_dict": …, "epoch": 3}`) and put names of wrappers in
+front of the network's own (`module.`, `model.`). Which names are a network's own is known for certain only
+where the network is: MONAI's UNet has tensors that begin with `model.` themselves.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from timm_ext.errors import InputError, listed, shown
+from timm_ext.machine import check_memory
+
+# Where the tensors of a network lie in a record, the first that is there; averaged weights come last.
+_NESTINGS = (
+    *("state_dict", "model_state_dict", "network_state_dict", "network_weights"),
+    *("network", "model", "net", "module", "weights", "state", "params"),
+    *("ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "ema", "swa_state_dict", "swa_model"),
+    *("averaged_model", "averaged"),
+)
+_MOST_LEVELS = 6
+# Parts that wrappers put into names, at any place: torch.compile, FSDP, activation checkpoints, DeepSpeed.
+_PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+_FRONTS = ("module.", "ema_model.", "averaged_model.")  # what no network calls all of itself
+_NO_WEIGHTS = ("optim", "lr_sched", "sched", "callback", "loops", "hyper", "metric", "logg", "scaler", "amp")
+_AVERAGED = ("ema", "swa", "averag", "teacher")
+_BESIDE_AVERAGED = ("online",)
+
+Place = tuple[str, ...]
+Values = Mapping[Any, Any]
+
+
+@dataclass(frozen=True)
+class StateDict:
+    """Tensors by the names that a network has for them.
+
+    Attributes:
+        tensors: by name.
+        notes: what was taken off or left out, in words; empty where nothing was.
+    """
+
+    tensors: dict[str, Tensor]
+    notes: tuple[str, ...] = ()
+
+
+def find_state_dict(content: Any, path: Path, names: Collection[str] | None = None) -> StateDict:
+    """Find the tensors of a network in what a file holds.
+
+    Args:
+        content: mappings and values, as `read_torch_file` returns them.
+        path: of the file, for messages.
+        names: of the network's tensors, where it is known: decides between several sets of tensors, and lets
+            plain values beside the tensors pass.
+
+    Raises:
+        InputError: there are no tensors by name, or several sets of them, or other things among them.
+    """
+    found = list(_candidates(content))
+    if not found:
+        raise InputError(f"{path}: expected tensors by name (got {_what(content)})")
+    place, tensors = _choose(found, content, path, names)
+    where = (f"taken from {'.'.join(place)!r}",) if place else ()
+    others = [".".join(other) for other, _ in found if other[: len(place)] != place]
+    left = (f"left alone: {listed(others)}",) if others else ()
+    only = {
+        key: value for key, value in tensors.items() if isinstance(key, str) and isinstance(value, Tensor)
+    }
+    if names is None and len(only) < len(tensors):
+        other = listed(key for key in tensors if key not in only)
+        raise InputError(f"{path}: expected tensors by name (got something else under {other})")
+    _check_dense(only, path)
+    plain = without_wrappers({name: tensor.detach() for name, tensor in only.items()}, names)
+    return StateDict(plain.tensors, (*where, *plain.notes, *left))
+
+
+def without_wrappers(tensors: Mapping[str, Tensor], names: Collection[str] | None = None) -> StateDict:
+    """Take the names of wrappers off, whatever their order.
+
+    Without `names`, only what no network is called: `module.` in front of all names, in any depth, the parts
+    that compilers and shards put in, and the counter beside averaged weights. With `names`, any prefix behind
+    which all of them lie; tensors without that prefix, such as a loss's, are left out.
+
+    Args:
+        tensors: by the names in the file.
+        names: of the network's tensors, each at least once.
+    """
+    parts = [part for part in _PARTS if not any(part in name.split(".") for name in names or ())]
+    renamed = {_without_parts(name, parts): tensor for name, tensor in tensors.items()}
+    taken = [f"{part}." for part in parts if any(part in name.split(".") for name in tensors)]
+    if len(renamed) < len(tensors):  # two names became one: these parts tell tensors apart
+        renamed, taken = dict(tensors), []
+    if names is None:
+        prefix = _front_of(renamed)
+    elif all(name in renamed for name in names):
+        prefix = ""
+    else:
+        prefix = _prefix_of(renamed, set(names))
+    kept = {n.removeprefix(prefix): t for n, t in renamed.items() if n.startswith(prefix)}
+    left = [name for name in renamed if not name.startswith(prefix)]
+    notes = [f"{listed(map(repr, [*taken, *([prefix] if prefix else [])]))} taken off the names"]
+    notes = (notes if taken or prefix else []) + ([f"left out: {listed(left)}"] if left else [])
+    return StateDict(kept, tuple(notes))
+
+
+def _candidates(content: Any, place: Place = ()) -> Iterator[tuple[Place, Values]]:
+    """Yield mappings that hold tensors by name, each with the keys that lead to it, outer ones first."""
+    if not isinstance(content, Mapping) or len(place) > _MOST_LEVELS:
+        return
+    if any(_is_weight(key, value) for key, value in content.items()):
+        yield place, content
+    for key, value in content.items():
+        if isinstance(key, str) and not key.startswith(_NO_WEIGHTS):
+            yield from _candidates(value, (*place, key))
+
+
+def _is_weight(key: Any, value: Any) -> bool:
+    return isinstance(key, str) and isinstance(value, Tensor) and value.ndim > 0
+
+
+def _choose(
+    found: list[tuple[Place, Values]], content: Any, path: Path, names: Collection[str] | None
+) -> tuple[Place, Values]:
+    usual = next((entry for entry in found if entry[0] == _usual_place(content)), None)
+    if names is not None:
+        ordered = [usual, *found] if usual else found
+        if fitting := next((entry for entry in ordered if _fits(entry[1], names)), None):
+            return fitting
+    if usual:
+        return usual
+    if len(found) > 1:
+        places = [".".join(place) or "the file itself" for place, _ in found]
+        raise InputError(f"{path}: expected the tensors of one network (got several sets: {listed(places)})")
+    return found[0]
+
+
+def _usual_place(content: Any) -> tuple[str, ...]:
+    """Follow the usual keys as long as there are some."""
+    place: tuple[str, ...] = ()
+    while isinstance(content, Mapping) and len(place) < _MOST_LEVELS:
+        key = next((k for k in _NESTINGS if isinstance(content.get(k), Mapping) and content[k]), None)
+        if key is None:
+            break
+        place, content = (*place, key), content[key]
+    return place
+
+
+def _fits(values: Values, names: Collection[str]) -> bool:
+    tensors = {
+        key: value for key, value in values.items() if isinstance(key, str) and isinstance(value, Tensor)
+    }
+    kept = without_wrappers(tensors, names).tensors
+    return all(name in kept for name in names)
+
+
+def _check_dense(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse tensors that are not plain arrays of a network, or are more than there is memory."""
+    if flat := [name for name in tensors if name.rpartition(".")[2] == "_flat_param"]:
+        raise InputError(
+            f"{path}: expected tensors by the names of a network (got flattened shards of FSDP: "
+            f"{listed(flat)}); save its full state_dict"
+        )
+    if odd := [
+        f"{name} ({'quantised' if tensor.is_quantized else tensor.layout})"
+        for name, tensor in tensors.items()
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta
+    ]:
+        raise InputError(f"{path}: expected dense tensors (got others: {listed(odd)})")
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    check_memory(needed, f"{path}: {len(tensors)} tensors")
+
+
+def _front_of(tensors: Mapping[str, Tensor]) -> str:
+    """Return the names of wrappers in front of all tensors but counters and the network beside averages."""
+    own = [
+        name for name, tensor in tensors.items() if tensor.ndim > 0 and not name.startswith("online_model.")
+    ]
+    prefix = ""
+    while own:
+        fronts = [front for front in _FRONTS if all(name.startswith(prefix + front) for name in own)]
+        if not fronts:
+            break
+        prefix += fronts[0]
+    return prefix
+
+
+def _prefix_of(tensors: Mapping[str, Tensor], names: Collection[str]) -> str:
+    """Return the prefix behind which all names lie; of several the network's own; else that of the most."""
+    counts = Counter(
+        ".".join([*parts[:cut], ""]) if cut else ""
+        for parts in (name.split(".") for name in tensors)
+        for cut in range(len(parts))
+        if ".".join(parts[cut:]) in names
+    )
+    most = max(counts.values(), default=0)
+    best = [prefix for prefix, count in counts.items() if count == most]
+    averaged = [prefix for prefix in best if any(word in prefix for word in _AVERAGED)]
+    beside = [prefix for prefix in best if any(word in prefix for word in _BESIDE_AVERAGED)]
+    own = [prefix for prefix in best if prefix not in averaged and prefix not in beside]
+    return next(iter(own or averaged or best), "")
+
+
+def _without_parts(name: str, parts: Collection[str]) -> str:
+    return ".".join(part for part in name.split(".") if part not in parts)
+
+
+def _what(content: Any) -> str:
+    if not isinstance(content, Mapping):
+        return type(content).__name__
+    keys = listed(shown(repr(key), 40) for key in content)
+    return f"{type(content).__name__} with {keys}" if content else type(content).__name__
