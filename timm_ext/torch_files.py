@@ -105,13 +105,15 @@ def _refuse_programs(path: Path, names: list[str]) -> None:
 
 
 def _refused(error: pickle.UnpicklingError) -> str:
-    """Say what a pickle holds that is not read, and close the bracket."""
+    """Say what a pickle holds that is not read, without PyTorch's advice to trust it, and close the bracket."""
     if found := re.search(r"GLOBAL (\S+)", str(error)):
         return (
             f"a pickle that calls {shown(found[1])}); it was not run; if it is a whole module, pass a file "
             "of its state_dict"
         )
-    return f"a pickle that cannot be read: {shown(next(iter(str(error).strip().splitlines()), 'empty'))})"
+    reason = re.search(r"WeightsUnpickler error: *(.+)", str(error))
+    what = f": {shown(reason[1])}" if reason else ""
+    return f"a pickle of something else{what}); it was not run"
 
 
 @contextmanager
