@@ -99,11 +99,7 @@ def evaluate_files(prediction: Path | str, truth: Path | str, task: Task) -> Sco
         InputError: a file cannot be read, the two lie on different grids, or hold labels outside the task's
             set.
     """
-    predicted, true = read_labels(prediction), read_labels(truth)
-    check_grid(prediction, predicted, truth, true)
-    return evaluate_case(
-        task.read_labels(predicted.data, prediction), task.read_labels(true.data, truth), task, true.spacing
-    )
+    return _scored(prediction, truth, task, (set(), set()))
 
 
 def evaluate_pairs(
@@ -121,11 +117,15 @@ def evaluate_pairs(
         The scores of all cases and their summary.
 
     Raises:
-        InputError: no case, a case that cannot be scored, or a folder that cannot be written.
+        InputError: no case, a case that cannot be scored, predictions or truths that number a region in two
+            ways, or a folder that cannot be written.
     """
     if not pairs:
         raise InputError("evaluation: expected at least one case (got none)")
-    cases = {case: evaluate_files(predicted, true, task) for case, (predicted, true) in pairs.items()}
+    seen: tuple[set[int], set[int]] = set(), set()
+    cases = {case: _scored(predicted, true, task, seen) for case, (predicted, true) in pairs.items()}
+    for labels, what in zip(seen, ("predictions", "true label maps"), strict=True):
+        task.check_exclusive(labels, f"the {what}")
     evaluation = Evaluation(cases, summarise(cases))
     if out_dir is not None:
         _write(Path(out_dir), evaluation, task)
@@ -192,6 +192,16 @@ def summarise(cases: Mapping[str, Scores]) -> dict[str, dict[str, dict[str, floa
         region: {metric: _statistics([score[metric] for score in scores]) for metric in _METRICS}
         for region, scores in rows.items()
     }
+
+
+def _scored(prediction: Path | str, truth: Path | str, task: Task, seen: tuple[set[int], set[int]]) -> Scores:
+    """Score one file, and add the labels of prediction and truth to those seen."""
+    predicted, true = read_labels(prediction), read_labels(truth)
+    check_grid(prediction, predicted, truth, true)
+    maps = task.read_labels(predicted.data, prediction), task.read_labels(true.data, truth)
+    for labels, data in zip(seen, maps, strict=True):
+        labels.update(np.unique(data).tolist())
+    return evaluate_case(*maps, task, true.spacing)
 
 
 def _regions(values: npt.ArrayLike, task: Task, what: str) -> Labels:

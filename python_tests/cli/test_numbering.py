@@ -118,6 +118,33 @@ def test_a_fisher_on_data_in_another_numbering(folders, tmp_path, capsys):
     assert Fisher.load(tmp_path / "F.safetensors").metadata["task"]["labels"] == [0, 1, 2, 4]
 
 
+def test_an_evaluation_of_two_numberings_is_refused(folders, tmp_path, capsys):
+    for name in ("three", "four"):
+        for path in (folders / name).glob("*/*_label.nii.gz"):
+            (tmp_path / "true").mkdir(exist_ok=True), (tmp_path / name).mkdir(exist_ok=True)
+            shutil.copy(path, tmp_path / name / path.name)
+            shutil.copy(path, tmp_path / "true" / f"{name}-{path.name}")
+    assert run(["evaluate", str(tmp_path / "four"), str(tmp_path / "three")]) == 0
+    assert "1.000 ± 0.000" in capsys.readouterr().out  # the same regions, whatever their numbers
+    arguments = ["evaluate", tmp_path / "true", tmp_path / "true", "--out", tmp_path / "scores"]
+    assert "the predictions: expected one of the labels [3, 4]" in failure(capsys, arguments)
+    assert not (tmp_path / "scores" / "metrics.json").exists()
+
+
+def test_label_maps_of_a_data_set_are_checked_by_its_names(folders, tmp_path, capsys):
+    (path, _) = (folders / "three").glob("*/*_label.nii.gz")
+    (tmp_path / "labelsTr").mkdir()
+    shutil.copy(path, tmp_path / "labelsTr" / "a.nii.gz")
+    (tmp_path / "dataset.json").write_text(
+        '{"channel_names": {"0": "T1"}, "labels": {"background": 0, "edema": 1, "necrosis": 2, "ET": 3}}'
+    )
+    for truth in (tmp_path / "labelsTr", tmp_path / "labelsTr" / "a.nii.gz"):
+        error = failure(capsys, ["evaluate", truth, truth])
+        assert "dataset.json: label 1 is called 'edema' there, but task brats takes it for WT, TC" in error
+    labels = str(tmp_path / "labelsTr")
+    assert run(["evaluate", labels, labels, "--task", str(tmp_path / "dataset.json")]) == 0
+
+
 def test_one_cache_serves_open_and_settled_tasks(folders, tmp_path):
     cache = ["--cache", str(tmp_path / "cache")]
     assert run(["prepare", str(folders / "three"), *cache]) == 0

@@ -144,12 +144,14 @@ def evaluate(
 def _evaluate(predictions: Path, truth: Path, task: "Task", out: Path | None) -> "Evaluation":
     from dataclasses import replace
 
+    from timm_ext.data.layouts import check_names_beside
     from timm_ext.data.volume_file import volume_files
     from timm_ext.metrics import evaluate_folder, evaluate_pairs
 
     for path in (predictions, truth):
         if not path.exists():
             raise InputError(f"{path}: no such file or folder")
+    check_names_beside(truth, task)
     if predictions.is_file() and truth.is_file():
         return evaluate_pairs({stem_of(predictions): (predictions, truth)}, task, out)
     if predictions.is_file():

@@ -86,15 +86,29 @@ def read_cases(
         raise InputError(
             f"{path}: expected cases in a known layout: BraTS, nnU-Net, Decathlon, CSV or JSON (got none)"
         )
-    labelled = use_labels and any(entry.labels for entry in listing.entries)
-    if labelled and listing.source is not None:
-        remedy = f"; --task {listing.source} takes the numbers as they are named there"
-        check_label_names(listing.names, task, listing.source, remedy)
+    if use_labels and any(entry.labels for entry in listing.entries):
+        _check_names(listing.names, task, listing.source)
     found = [_case(entry, listing, task, require_labels, use_labels) for entry in listing.entries]
     cases = [case for case in found if isinstance(case, Case)]
     problems = [problem for case in found if not isinstance(case, Case) for problem in case]
     _refuse(path, [*problems, *_duplicates(entry.id for entry in listing.entries)])
     return sorted(cases, key=lambda case: case.id)
+
+
+def check_names_beside(labels: Path, task: Task) -> None:
+    """Check the names of labels for a folder of label maps, or one of them, that lies in a data set.
+
+    Args:
+        labels: a folder `labels*` beside a `dataset.json`, or a file in one; others pass.
+        task: what the numbers should mean.
+
+    Raises:
+        InputError: the names contradict the task.
+    """
+    folder = labels if labels.is_dir() else labels.parent
+    header = folder.absolute().parent / HEADER_NAME
+    if folder.name.startswith("labels") and header.is_file():
+        _check_names(read_header(header).labels, task, header)
 
 
 def write_list(path: Path | str, cases: Sequence[Case]) -> None:
@@ -171,6 +185,11 @@ def _listing(path: Path) -> Listing:
     if path.suffix == ".json":
         return json_list(path)
     raise InputError(f"{path}: expected a folder, a .csv or a .json file")
+
+
+def _check_names(names: Mapping[str, tuple[int, ...]], task: Task, source: Path | None) -> None:
+    remedy = f"; --task {source} takes the numbers as they are named there"
+    check_label_names(names, task, source, remedy)
 
 
 def _case(
