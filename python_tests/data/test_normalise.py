@@ -44,3 +44,24 @@ def test_empty_and_constant_images():
         InputError, match=r"a\.nii: expected different foreground intensities \(got only 0\.1\)"
     ):
         normalise(flat, flat != 0, "zscore", "a.nii")
+
+
+@pytest.mark.parametrize("scale", [1e-320, 1e-200, 1e-30, 1e30, 1e200, 1e300])
+def test_zscore_does_not_depend_on_the_unit(scale):
+    image = IMAGE * scale
+    expected = normalise(IMAGE, IMAGE != 0, "zscore", "a.nii")
+    tolerance = 1e-2 if scale < 1e-300 else 1e-6  # numbers below 1e-308 have fewer digits
+    assert np.allclose(normalise(image, IMAGE != 0, "zscore", "a.nii"), expected, rtol=tolerance)
+
+
+def test_zscore_keeps_the_bits_of_the_plain_formula():
+    values = np.random.default_rng(0).gamma(2.0, 300.0, (9, 9, 9))
+    mask = np.ones(values.shape, bool)
+    flat = values[mask]
+    expected = ((flat - flat.mean()) / flat.std()).astype(np.float32)
+    assert np.array_equal(normalise(values, mask, "zscore", "a.nii")[mask], expected)
+
+
+def test_intensities_beyond_float32_are_refused():
+    with pytest.raises(InputError, match=r"intensities that 32 bits hold \(got -2e\+200 to 1e\+201\)"):
+        normalise(IMAGE * 1e200, IMAGE != 0, "none", "a.nii")

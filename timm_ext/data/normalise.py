@@ -35,18 +35,24 @@ def normalise(image: npt.NDArray[np.floating], mask: Mask, method: Normalisation
         `[D, H, W]` float32, 0 outside the mask.
 
     Raises:
-        InputError: the foreground is empty, or constant where `zscore` needs a spread.
+        InputError: the foreground is empty, or constant where `zscore` needs a spread, or the result is
+            beyond float32.
     """
     values = image[mask].astype(np.float64)
     if not values.size:
         raise InputError(f"{where}: expected an image with foreground (got 0 in every voxel)")
     result = np.zeros(image.shape, dtype=np.float32)
-    if method == "zscore":
-        result[mask] = _zscore(values, where)
-    elif method == "histogram":
-        result[mask] = empirical_cdf(values)
-    else:
-        result[mask] = values
+    with np.errstate(all="ignore"):  # what is not finite is refused below
+        if method == "zscore":
+            result[mask] = _zscore(values, where)
+        elif method == "histogram":
+            result[mask] = empirical_cdf(values)
+        else:
+            result[mask] = values
+    if not np.isfinite(result).all():
+        raise InputError(
+            f"{where}: expected intensities that 32 bits hold (got {values.min():g} to {values.max():g})"
+        )
     return result
 
 
@@ -65,6 +71,8 @@ def empirical_cdf(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 def _zscore(values: npt.NDArray[np.float64], where: object) -> npt.NDArray[np.float64]:
     if values.min() == values.max():
         raise InputError(f"{where}: expected different foreground intensities (got only {values[0]:g})")
+    _, exponent = np.frexp(np.abs(values).max())
+    values = np.ldexp(values, -int(exponent))  # exact, and no square overflows or vanishes
     return (values - float(values.mean())) / float(values.std())
 
 
