@@ -4,6 +4,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from timm_ext.errors import InputError
+from timm_ext.training.device import launch
+from timm_ext.training.settings import TrainSettings
 
 PROBE = """
 import sys
@@ -32,3 +37,12 @@ def test_freed_memory_stays_with_the_process(mode: str, kept: bool) -> None:
     if done.stdout.strip() == "unknown":
         pytest.skip("malloc has no mallopt")
     assert (int(done.stdout) >= 60) == kept
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "auto"])
+def test_float16_on_a_cpu_is_refused(accelerator, monkeypatch):
+    """Lightning Fabric takes bfloat16 in its place, with no more than a warning."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    settings = TrainSettings(accelerator=accelerator, precision="16-mixed")
+    with pytest.raises(InputError, match=r"expected a GPU for precision 16-mixed \(got a CPU: use 32-true"):
+        launch(settings)

@@ -280,7 +280,7 @@ def test_overlapping_parameter_groups_are_refused(tmp_path):
 
 def test_unwritable_folder_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"settings\.json: cannot be written"):
+    with pytest.raises(InputError, match=r"file/run: cannot be written"):
         Trainer(settings(), tmp_path / "file" / "run").fit(small_network(), Blobs(1))
 
 

@@ -180,6 +180,7 @@ def adapt(
     from timm_ext.networks.io import save_network
     from timm_ext.networks.registry import config_of
     from timm_ext.study.sources import load_sources, network_of, start_from
+    from timm_ext.training.device import check_precision
 
     hold_output(out, folder=True, inputs=[*networks, *(fishers or ())])
     wanted = get_method(method)
@@ -187,6 +188,7 @@ def adapt(
         raise InputError(f"method: {method} learns nothing before fine-tuning; use timm-ext merge")
     settings = settings_from(config, with_alignment(overrides, align), _first_of(networks))
     settings = as_before(settings, out) if resume else settings
+    check_precision(settings.train)
     settings.train.refuse_ties("timm-ext adapt")
     settings.adapt.of(wanted)
     sources = load_sources(networks, fishers or ())

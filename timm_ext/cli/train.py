@@ -78,6 +78,7 @@ def train(
     from timm_ext.networks.registry import config_of, heads_of
     from timm_ext.parameters import split_parameters
     from timm_ext.study.sources import new_network
+    from timm_ext.training.device import check_precision
     from timm_ext.training.stages import fine_tune
 
     hold_output(out, folder=True, inputs=[init] if init is not None else [])
@@ -87,6 +88,7 @@ def train(
         tell_notes(init, checkpoint.notes)
     settings = settings_from(config, overrides, checkpoint)
     settings = as_before(settings, out) if resume else settings
+    check_precision(settings.train)
     if start is not None and checkpoint is not None:
         start = fitted(start, checkpoint, chosen, settings)
         settings = with_network(settings, config_of(start), init)

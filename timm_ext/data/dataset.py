@@ -90,6 +90,11 @@ class CaseDataset(Dataset[Sample]):
         """Choose the epoch, before the data loader's iterator is made; workers see it too."""
         self._epoch.fill_(epoch)
 
+    @property
+    def image_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes `[C, D, H, W]` of all images that it gives."""
+        return [(len(self.task.modalities), *(self.patch or case.shape)) for case in self.cases]
+
     def __len__(self) -> int:
         return len(self.cases) * self.samples_per_case
 

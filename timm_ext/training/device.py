@@ -33,6 +33,7 @@ def launch(settings: TrainSettings) -> Fabric:
         raise InputError(
             f"training: batch_size must be a multiple of the {world} processes (got {settings.batch_size})"
         )
+    check_precision(settings)
     try:
         fabric = Fabric(
             accelerator=settings.accelerator,
@@ -53,6 +54,21 @@ def launch(settings: TrainSettings) -> Fabric:
     if fabric.device.type == "cpu":
         keep_freed_memory()
     return fabric
+
+
+def check_precision(settings: TrainSettings) -> None:
+    """Refuse float16 on a CPU, where Fabric would take bfloat16 instead.
+
+    Raises:
+        InputError: as said.
+    """
+    gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    cpu = settings.accelerator == "cpu" or (settings.accelerator == "auto" and not gpu)
+    if cpu and settings.precision == "16-mixed":
+        raise InputError(
+            "training: expected a GPU for precision 16-mixed (got a CPU: use 32-true, or bf16-mixed for "
+            "bfloat16)"
+        )
 
 
 def keep_freed_memory() -> bool:

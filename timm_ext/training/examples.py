@@ -1,6 +1,6 @@
 """Training examples in an order that is a function of seed, epoch and position alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -104,13 +104,27 @@ def training_batches(examples: Examples, order: BatchOrder, workers: int) -> Ite
         _, found, message = str(error).rpartition("timm_ext.errors.InputError: ")
         if not found:
             raise
-        raise InputError(message.strip()) from error
+        # Its last newline, which belongs to no message, was shown as an escape.
+        raise InputError(message.removesuffix("\\n").strip()) from error
 
 
 def region_names(examples: Examples, count: int) -> tuple[str, ...]:
     """Return the names of the regions of a data set that has a `task`, else their numbers."""
     task = getattr(examples, "task", None)
     return tuple(map(str, range(count))) if task is None else tuple(task.region_names)
+
+
+def examine(examples: Examples, what: str) -> tuple[int, list[tuple[int, ...]]]:
+    """Return the number of regions and the shapes `[C, D, H, W]` of the images.
+
+    The shapes are all those of a data set that says them (`image_shapes`), else that of the first image.
+
+    Raises:
+        InputError: as `first_sample`.
+    """
+    first = first_sample(examples, what)
+    said: Sequence[tuple[int, ...]] | None = getattr(examples, "image_shapes", None)
+    return len(first["target"]), sorted(set(said)) if said else [tuple(first["image"].shape)]
 
 
 def first_sample(examples: Examples, what: str) -> dict[str, Any]:

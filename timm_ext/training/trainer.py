@@ -20,12 +20,13 @@ from timm_ext.training.examples import (
     BatchOrder,
     Examples,
     dropout_seed,
-    first_sample,
+    examine,
     region_names,
     training_batches,
 )
 from timm_ext.training.log import Row, RunLog
 from timm_ext.training.losses import Loss, soft_dice_loss
+from timm_ext.training.norms import check_norms
 from timm_ext.training.parameter_groups import hold_back, named_groups, rate_columns
 from timm_ext.training.progress import StepProgress
 from timm_ext.training.schedule import Schedule
@@ -127,11 +128,9 @@ class Trainer:
                 that differ from those of the run that is resumed.
         """
         groups = named_groups(model, parameter_groups, self.settings.lr)
-        regions = len(first_sample(train_set, "training set")["target"])
-        if (
-            val_set is not None
-            and (found := len(first_sample(val_set, "validation set")["target"])) != regions
-        ):
+        regions, shapes = examine(train_set, "training set")
+        found, val_shapes = (regions, []) if val_set is None else examine(val_set, "validation set")
+        if found != regions:
             raise InputError(
                 f"validation set: expected the {regions} regions of the training set (got {found})"
             )
@@ -139,6 +138,7 @@ class Trainer:
         trained = [parameter for group in groups for parameter in group["params"]]
         alone = folder_lock(self.run_dir) if fabric.is_global_zero else nullcontext()
         with alone, only_trained(model, trained), reproducible(fabric.device):
+            check_norms(model, shapes, val_shapes, self.settings, fabric.world_size)
             run = _Run(
                 self,
                 fabric,
