@@ -174,6 +174,14 @@ def test_a_task_that_cannot_be_generated_is_refused(tmp_path):
         draw_case(replace(SMALL, task=str(path)), 0)
 
 
+def test_a_task_that_numbers_tumours_otherwise_is_refused(tmp_path):
+    path = tmp_path / "other.json"
+    regions = {"edema": [1], "necrosis": [2], "enhancing tumor": [3]}
+    path.write_text(json.dumps({"name": "other", "modalities": ["T1"], "regions": regions}))
+    with pytest.raises(InputError, match="generated cases: label 1 is called 'necrotic core' there"):
+        draw_case(replace(SMALL, task=str(path)), 0)
+
+
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real label maps are not here")
 def test_tumours_grow_in_real_label_maps():
     drawn = draw_case(

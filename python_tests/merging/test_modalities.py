@@ -138,3 +138,8 @@ def test_missing_input_layer_is_refused() -> None:
         fit_to_target({"w": weight(1)}, None, **names)
     with pytest.raises(InputError, match=r"expected the Fisher to have v \(got none\)"):
         fit_to_target({"w": weight(1), "v": weight(1)}, FisherStub({"w": weight(1)}), **names)
+
+
+def test_two_rules_for_one_modality_are_refused() -> None:
+    with pytest.raises(InputError, match=r"unseen: expected each modality once \(got FLAIR and t2f\)"):
+        unseen_modalities(["T1", "T2"], NAMES, {"FLAIR": "T1", "t2f": "T2"})

@@ -43,7 +43,7 @@ CasesArgument = Annotated[
     Path,
     typer.Argument(
         metavar="CASES",
-        help="BraTS folder, nnU-Net raw folder (`dataset.json`), or a CSV or JSON list of cases.",
+        help="BraTS folder, nnU-Net or Decathlon folder (`dataset.json`), or a CSV or JSON list of cases.",
     ),
 ]
 TaskOption = Annotated[
@@ -51,7 +51,7 @@ TaskOption = Annotated[
     typer.Option(
         "--task",
         metavar="TASK",
-        help="Name of a task (`timm-ext info` lists them), or its YAML or JSON file.",
+        help="Name of a task (`timm-ext info` lists them), its YAML or JSON file, or a `dataset.json`.",
     ),
 ]
 TaskOfNetwork = Annotated[

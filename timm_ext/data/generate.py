@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from timm_ext.data.label_maps import classes_of, draw_subject, label_map_files
+from timm_ext.data.label_names import check_label_names
 from timm_ext.data.layouts import LIST_NAME, Case, write_list
 from timm_ext.data.noise import keyed_generator
 from timm_ext.data.synthesis import MODALITIES, SynthesisSettings, pool_labels, pooled_affine, render
@@ -206,6 +207,10 @@ def _checked(settings: GenerateSettings) -> Task:
             f"task {task.name}: expected a parcellation or the tumour labels 1, 2 and 4 or 3 to generate "
             f"(got the labels {sorted(task.labels)})"
         )
+    if not task.freesurfer:
+        enhancing = ENHANCING if ENHANCING in task.labels else 3
+        drawn = {"necrotic core": (1,), "oedema": (2,), "enhancing tumour": (enhancing,)}
+        check_label_names(drawn, task, "generated cases")
     names = settings.modalities or task.modalities
     if unknown := [name for name in names if name not in MODALITIES]:
         raise InputError(f"modalities: expected some of {', '.join(MODALITIES)} (got {', '.join(unknown)})")

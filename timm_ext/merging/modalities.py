@@ -149,6 +149,7 @@ def fit_to_target(
 
 
 def _rules(unseen: Mapping[str, str], target: Sequence[str], place: Mapping[str, int]) -> dict[str, str]:
+    distinct_keys(list(unseen), "unseen")
     wanted = {modality_key(name) for name in target}
     for name, stand_in in unseen.items():
         if modality_key(name) in wanted and modality_key(stand_in) not in place:

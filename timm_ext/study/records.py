@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from timm_ext.documents import read_json, validated
 from timm_ext.errors import InputError, listed, shown
-from timm_ext.files import write_json
+from timm_ext.files import visible, write_json
 from timm_ext.locks import LOCK_NAME, folder_lock
 from timm_ext.study.results import Failure
 
@@ -228,7 +228,7 @@ class Folder:
                     f"{self.path}: holds results of other settings ({listing}); choose another folder"
                 )
         elif self.path.exists() and (
-            others := sorted(p.name for p in self.path.iterdir() if p.name != LOCK_NAME)
+            others := sorted(p.name for p in visible(self.path) if p.name != LOCK_NAME)
         ):
             raise InputError(
                 f"{self.path}: expected a new, empty or earlier run's folder (got {others[0]} in it)"

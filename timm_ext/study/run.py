@@ -10,6 +10,7 @@ from rich.table import Table
 
 from timm_ext.data.generate import PHANTOM
 from timm_ext.errors import InputError
+from timm_ext.files import visible
 from timm_ext.study.collect import environment
 from timm_ext.study.cost import Cost, costs_of, measure_step, told
 from timm_ext.study.gather import gather
@@ -25,7 +26,7 @@ PLANS = Path(__file__).with_name("plans")
 
 def bundled_plans() -> dict[str, Path]:
     """Return the plan files of the package by name."""
-    return {path.stem: path for path in sorted(PLANS.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(visible(PLANS, "*.yaml"))}
 
 
 def find_plan(name: str) -> Path:
