@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -105,13 +106,13 @@ def _refuse_programs(path: Path, names: list[str]) -> None:
 
 
 def _refused(error: pickle.UnpicklingError) -> str:
-    """Say what a pickle holds that is not read, without PyTorch's advice to trust it, and close the bracket."""
+    """Say what a pickle holds that is not read, without PyTorch's advice, and close the bracket."""
     if found := re.search(r"GLOBAL (\S+)", str(error)):
         return (
             f"a pickle that calls {shown(found[1])}); it was not run; if it is a whole module, pass a file "
             "of its state_dict"
         )
-    reason = re.search(r"WeightsUnpickler error: *(.+)", str(error))
+    reason = re.search(r"WeightsUnpickler error: *(\S.*)", str(error))
     what = f": {shown(reason[1])}" if reason else ""
     return f"a pickle of something else{what}); it was not run"
 
@@ -126,5 +127,7 @@ def _known_values() -> Iterator[None]:
     dtypes = [type(np.dtype(code)) for code in "?bhilqBHILQefd"]
     unread: list[Any] = [(_Unread, name) for name in _BESIDE]
     unread += [(OrderedDict, name) for name in _MAPPINGS_BESIDE]
-    with torch.serialization.safe_globals([*[(scalar, name) for name in names], np.dtype, *dtypes, *unread]):
+    known = [*[(scalar, name) for name in names], np.dtype, *dtypes, *unread]
+    with torch.serialization.safe_globals(known), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is refused anyway
         yield

@@ -1,11 +1,13 @@
 """A network whose shared weights are a function of mixing logits."""
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from timm_ext.errors import InputError
 from timm_ext.groups import Granularity, make_groups
@@ -29,7 +31,9 @@ class MergedModel(nn.Module):
     trained while the mixing still is, and `fold` gives the plain network.
 
     Parameters are `logits`, the offset if there is one, and the network's task-specific parameters, nothing
-    else: the shared ones have empty slots in `network` and exist only during a forward. The bank is a buffer
+    else: the shared ones have empty slots in `network`. They exist during a forward, and after one that is to
+    be differentiated until the next, so that activations can be computed anew in the backward
+    (`torch.utils.checkpoint`, reentrant or not). The bank is a buffer
     that moves with the module and keeps its own dtype, be the network in another: a bank in half precision
     gives weights rounded to it. It is left out of `state_dict` (the sources have files of their own) and
     shared by deep copies.
@@ -121,10 +125,13 @@ class MergedModel(nn.Module):
         """Run the network on the merged weights; takes and returns what the network does."""
         if not (self.training or torch.compiler.is_compiling()):
             self._follow()
-        merged = self.layout.split(self.merge())
-        shared = {name: self._view(name, merged[first]) for name, first in self._aliases.items()}
-        # Ties among the shared parameters are resolved above; nothing is left to look for.
-        return torch.func.functional_call(self.network, shared, args, kwargs, tie_weights=False)
+        self._take_back()
+        merged = self.merge()
+        # Ties among the shared parameters are resolved; nothing is left to look for.
+        out = torch.func.functional_call(self.network, self._shared(merged), args, kwargs, tie_weights=False)
+        if torch.is_grad_enabled() and _is_plain(merged):
+            self._leave(merged)
+        return out
 
     def merge(self) -> Tensor:
         """Return the shared weights `[P]`, θ* or θ* + Δ, in the network's dtype; differentiable."""
@@ -150,7 +157,9 @@ class MergedModel(nn.Module):
     def fold(self) -> nn.Module:
         """Return a plain copy of the network with the merged weights, all of them trainable."""
         self._follow()
+        left = self._take_back()
         network = copy.deepcopy(self.network)
+        self._put(left)
         with torch.no_grad():
             merged = self.layout.split(self.merge())
         folded = {name: nn.Parameter(tensor.clone()) for name, tensor in merged.items()}
@@ -204,6 +213,36 @@ class MergedModel(nn.Module):
             self._merged_buffers = self._merge_buffers()
             set_buffers(self.network, self._merged_buffers)
 
+    def _shared(self, merged: Tensor) -> dict[str, Tensor]:
+        """Return the shared parameters by every name of theirs."""
+        parts = self.layout.split(merged)
+        return {name: self._view(name, parts[first]) for name, first in self._aliases.items()}
+
+    def _leave(self, merged: Tensor) -> None:
+        """Leave the weights of a forward in the network, where a checkpoint of activations looks for them.
+
+        A reentrant one walks their graph once for each of its parts, so they have a graph that can be walked
+        repeatedly.
+        """
+        value = merged.detach()
+        if merged.requires_grad:
+            value = _Repeatable.apply(weakref.ref(self), value, self.logits, self.offset)
+        self._put(self._shared(value))
+
+    def _put(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            path, _, last = name.rpartition(".")
+            vars(self.network.get_submodule(path))[last] = tensor
+
+    def _take_back(self) -> dict[str, Tensor]:
+        """Empty the slots of the shared weights, and return what an earlier forward left there."""
+        left = {}
+        for name in self._aliases:
+            path, _, last = name.rpartition(".")
+            if (tensor := vars(self.network.get_submodule(path)).pop(last, None)) is not None:
+                left[name] = tensor
+        return left
+
     def _view(self, name: str, tensor: Tensor) -> Tensor:
         """Return a merged tensor as the parameter `name` sees it."""
         if name not in self._views:
@@ -213,6 +252,7 @@ class MergedModel(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MergedModel":
         """Move the bank, too, but as bytes: Fishers would leave the range of another dtype."""
+        self._take_back()
         dtype = self._planes.dtype
         self._planes = self._planes.view(torch.uint8)
         try:
@@ -225,9 +265,44 @@ class MergedModel(nn.Module):
         memo[id(self._planes)] = self._planes  # constant and large
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
+        left = self._take_back()
         for key, value in vars(self).items():
             vars(twin)[key] = copy.deepcopy(value, memo)
+        self._put(left)
         return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._take_back()
+        return vars(self)
+
+
+class _Repeatable(torch.autograd.Function):
+    """The merged weights with a graph of one node that merges anew when it is walked, however often."""
+
+    @staticmethod
+    def forward(ctx: Any, model: Any, value: Tensor, logits: Tensor, offset: Tensor | None) -> Tensor:
+        ctx.model = model
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        model = ctx.model()
+        wanted = [None, None, model.logits, model.offset]
+        inputs = [tensor for tensor, needed in zip(wanted, ctx.needs_input_grad, strict=True) if needed]
+        differentiable = torch.is_grad_enabled()
+        with torch.enable_grad():
+            merged = model.merge()
+        found = iter(torch.autograd.grad(merged, inputs, grads[0], create_graph=differentiable))
+        return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Tell whether a tensor outlives the call it is made in: no compiler or transform is at work."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        or forward_ad.unpack_dual(tensor).tangent is not None
+    )
 
 
 class _GradientScale:
