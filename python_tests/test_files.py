@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from timm_ext import files
 from timm_ext.documents import read_json
 from timm_ext.errors import InputError
 from timm_ext.files import (
@@ -241,3 +242,18 @@ def test_outputs_that_would_overwrite_are_refused(
 
 def test_outputs_that_are_alone_are_taken(tmp_path: Path) -> None:
     check_outputs([tmp_path / "a", tmp_path / "b", tmp_path / "c" / "a"], [tmp_path / "d", tmp_path / "d"])
+
+
+def test_a_writer_whose_process_is_hidden_counts_as_living(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(pid: int, signal: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    with atomic_write(tmp_path / "x") as temporary:
+        temporary.write_text("half")
+        with monkeypatch.context() as change:
+            change.setattr(files, "_start_of", lambda pid: None)
+            change.setattr(os, "kill", refuse)
+            assert remove_stale_partials(tmp_path) == []
+    assert (tmp_path / "x").read_text() == "half"

@@ -185,7 +185,7 @@ def _is_being_written(path: Path) -> bool:
     found = _PARTIAL.fullmatch(path.name)
     machine, pid, start = found.groups() if found else (None, None, None)
     if machine == _machine() and pid is not None and start is not None:
-        return _start_of(int(pid)) == int(start)
+        return _start_of(int(pid)) == int(start) or _runs_out_of_sight(int(pid))
     return time.time() - _last_change(path) < _ABANDONED
 
 
@@ -215,6 +215,15 @@ def _start_of(pid: int) -> int | None:
     except OSError:
         return None
     return None if fields[0] in "ZX" else int(fields[19])
+
+
+def _runs_out_of_sight(pid: int) -> bool:
+    """Tell whether a process of another user runs, of which the system shows nothing more."""
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError) and _start_of(pid) is None
+    return False
 
 
 def write_json(path: Path | str, value: Any) -> None:

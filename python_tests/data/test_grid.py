@@ -1,5 +1,6 @@
 import itertools
 import json
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -101,3 +102,10 @@ def test_notes_of_another_form_are_no_grid():
             Grid.from_dict(value, "notes")
     with pytest.raises(InputError, match=r"^notes: size"):
         Grid.from_dict({key: value for key, value in notes.items() if key != "size"}, "notes")
+
+
+def test_a_prediction_that_does_not_fit_in_memory_is_refused_before_it_is_taken():
+    grid, _ = grid_for(np.zeros((4, 5, 6)), np.eye(4), (0, 0, 0), (2, 3, 2))
+    large = replace(grid, input_shape=(100_000, 100_000, 100_000))
+    with pytest.raises(InputError, match=r"a prediction of \(7, 100000, .* voxels needs .* of memory"):
+        large.restore(np.zeros((7, 2, 3, 2), np.float32))

@@ -1,11 +1,13 @@
 import gzip
 import struct
+import tracemalloc
 
 import nibabel as nib
 import numpy as np
 import pytest
 
 from timm_ext import machine
+from timm_ext.data import volume_file
 from timm_ext.data.label_maps import read_label_map
 from timm_ext.data.tasks import Region, Task
 from timm_ext.data.volume import Volume, read_labels, read_volume, write_nifti
@@ -166,7 +168,7 @@ def test_footers_of_freesurfer_files(tmp_path, footer, read):
 def test_each_file_is_decompressed_once(tmp_path, monkeypatch):
     given = []
 
-    class Counting(gzip.GzipFile):
+    class Counting(volume_file._Stream):
         def read(self, size=-1):
             given.append(len(block := super().read(size)))
             return block
@@ -174,7 +176,7 @@ def test_each_file_is_decompressed_once(tmp_path, monkeypatch):
         def rewind(self):
             raise AssertionError("a second pass")
 
-    monkeypatch.setattr(gzip, "GzipFile", Counting)
+    monkeypatch.setattr(volume_file, "_Stream", Counting)
     for name in ("a.nii.gz", "a.mgz"):
         given.clear()
         path = saved(tmp_path / name)
@@ -346,6 +348,17 @@ def test_volumes_of_a_folder(tmp_path):
         volume_files(tmp_path)
     with pytest.raises(InputError, match="no such folder"):
         volume_files(tmp_path / "none")
+
+
+def test_a_compressed_volume_is_held_in_memory_once(tmp_path):
+    values = np.random.default_rng(0).integers(0, 5, (200, 200, 200)).astype(np.int16)
+    path = saved(tmp_path / "a.nii.gz", values)
+    tracemalloc.start()
+    try:
+        assert np.array_equal(read_stored(path)[0], values)
+        assert tracemalloc.get_traced_memory()[1] < 1.3 * values.nbytes + (1 << 24)
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_header_alone_takes_no_voxels(tmp_path):

@@ -1,12 +1,14 @@
 """The way from a scan's own grid to the prepared one and back."""
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
 
 from timm_ext.data.volume import Affine, Array, Interpolation, Volume, from_canonical, resample_to
 from timm_ext.documents import validated
+from timm_ext.machine import check_memory
 
 Triple = tuple[int, int, int]
 
@@ -73,7 +75,12 @@ class Grid:
         Returns:
             `[D', H', W']` or `[R, D', H', W']` on the input's grid, 0 outside the box. Without resampling the
             voxels inside the box come back exactly.
+
+        Raises:
+            InputError: the result does not fit in memory.
         """
+        needed = 2 * data.itemsize * prod((*data.shape[:-3], *self.input_shape))
+        check_memory(needed, f"a prediction of {(*data.shape[:-3], *self.input_shape)} voxels")
         back = tuple(-first for first in self.start)
         working = take_box(data, (back[0], back[1], back[2]), self.working_shape)
         if not self.resampled:

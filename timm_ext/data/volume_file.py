@@ -37,6 +37,7 @@ _PAIRS = (".hdr", ".img", ".hdr.gz", ".img.gz")
 _GZIP_MAGIC = b"\x1f\x8b"
 _GZIP_RATIO = 1032  # deflate codes at most 258 bytes in two bits
 _MGH_BYTES, _NIFTI_BYTES, _NIFTI2_BYTES = 284, 348, 540
+_CHUNK = 1 << 20
 _BLOCK = 512  # files may be filled up with zeros to whole blocks
 _MOST_FOOTER = 64 << 20  # bytes of tags behind the voxels of an MGH file
 _LAST_TAG = 1000  # far beyond those in use
@@ -159,6 +160,18 @@ def unreadable(path: Path | str, reason: object) -> InputError:
     return InputError(f"{path}: cannot be read, the file is truncated or corrupt ({told})")
 
 
+class _Stream(gzip.GzipFile):
+    """A gzip stream that fills the memory it is given piece by piece; Python's own holds all of it twice."""
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer as far as the stream goes; return the number of bytes."""
+        place, filled = memoryview(buffer).cast("B"), 0
+        while block := self.read(min(_CHUNK, len(place) - filled)):
+            place[filled : filled + len(block)] = block
+            filled += len(block)
+        return filled
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """Open a file for one pass over its content, decompressed if need be; damage is an `InputError`."""
@@ -177,7 +190,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
             if ending_of(path) not in _COMPRESSED:
                 yield file
                 return
-            with gzip.GzipFile(fileobj=file, mode="rb") as stream:
+            with _Stream(fileobj=file, mode="rb") as stream:
                 yield stream  # type: ignore[misc]  # a binary stream in all that is used of it
     except InputError:
         raise
@@ -309,7 +322,7 @@ def _check_end(stream: BinaryIO, footer: bool) -> None:
     """
     most = _MOST_FOOTER if footer else _BLOCK - 1
     rest = bytearray()
-    while block := stream.read(min(1 << 20, most + 1 - len(rest))):
+    while block := stream.read(min(_CHUNK, most + 1 - len(rest))):
         rest += block
         if len(rest) > most:
             break
