@@ -190,6 +190,13 @@ def test_two_channels_of_one_modality(tmp_path, names):
         read_cases(tmp_path / "imagesTs", task)
 
 
+def test_names_against_a_task_that_was_settled_on_other_numbers(tmp_path):
+    save(tmp_path / "imagesTr" / "a_0000.nii.gz", np.ones((4, 4, 4), np.uint8))
+    header(tmp_path, channel_names={"0": "T1"}, labels={"background": 0, "ED": 2, "ET": 3})
+    with pytest.raises(InputError, match=r"label 3 is called 'ET' there.*; .*--task brats takes either"):
+        read_cases(tmp_path, BRATS.resolve({4}), require_labels=True)
+
+
 def test_numbers_that_are_stated_settle_the_task_though_no_file_holds_them(tmp_path):
     label = np.zeros((4, 4, 4), np.uint8)
     label[1:3] = 2

@@ -140,6 +140,13 @@ def test_several_indices_and_tensors_in_several_files(tmp_path):
         open_shards(folder)
 
 
+def test_companions_of_a_mac_are_no_shards(tmp_path):
+    save_file(TENSORS, tmp_path / "weights.safetensors")
+    for name in ("._weights.safetensors", "._weights.safetensors.index.json", ".DS_Store"):
+        (tmp_path / name).write_bytes(bytes.fromhex("0005160700020000") + bytes(64))
+    assert open_shards(tmp_path).tensors.keys() == TENSORS.keys()
+
+
 def write_plan(folder, plan, shards):
     """Write a planned file by itself, an oracle for the stream."""
     content = bytearray(plan.nbytes)

@@ -13,7 +13,7 @@ from timm_ext.data.grid import Triple, take_box
 from timm_ext.data.prepare import Prepared
 from timm_ext.data.tasks import Labels, Task
 from timm_ext.data.volume import Array, spacing_of
-from timm_ext.errors import InputError
+from timm_ext.errors import InputError, listed
 
 
 class Sample(TypedDict):
@@ -61,9 +61,7 @@ class CaseDataset(Dataset[Sample]):
         if not cases:
             raise InputError("data set: expected at least one case (got none)")
         if unlabelled := [case.id for case in cases if not case.has_label]:
-            raise InputError(
-                f"data set: expected a label for every case (got none for {', '.join(unlabelled)})"
-            )
+            raise InputError(f"data set: expected a label for every case (got none for {listed(unlabelled)})")
         if patch is not None and (len(patch) != 3 or min(patch) < 1):
             raise InputError(f"patch: must be three numbers of voxels ≥ 1 (got {patch})")
         if samples_per_case < 1 or not 0 <= foreground <= 1:
@@ -154,7 +152,7 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
     """
     shapes = {sample["id"]: tuple(sample["image"].shape) for sample in samples}
     if len(set(shapes.values())) > 1:
-        listing = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        listing = listed(f"{name} {shape}" for name, shape in shapes.items())
         raise InputError(
             f"batch: expected samples of one shape; use patches, one size or batch size 1 (got {listing})"
         )

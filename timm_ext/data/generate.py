@@ -19,7 +19,7 @@ from timm_ext.data.tasks import Task, get_task, task_to_dict
 from timm_ext.data.tumour import ENHANCING, TumourSettings, grow, push_aside
 from timm_ext.data.volume import Array, Volume, write_nifti
 from timm_ext.documents import read_json
-from timm_ext.errors import InputError
+from timm_ext.errors import InputError, listed
 from timm_ext.files import sha256, write_json
 from timm_ext.locks import folder_lock
 
@@ -232,7 +232,7 @@ def _subjects(settings: GenerateSettings) -> tuple[str | int, ...]:
     files = label_map_files(settings.source)
     if missing := [str(name) for name in settings.subjects if name not in files]:
         raise InputError(
-            f"{settings.source}: expected the label maps {', '.join(missing)} (got {', '.join(files)})"
+            f"{settings.source}: expected the label maps {listed(missing)} (got {listed(files)})"
         )
     return settings.subjects or tuple(files)
 

@@ -13,7 +13,7 @@ from timm_ext.data.phantom import brain_labels
 from timm_ext.data.tasks import FREESURFER_TO_CLASS, freesurfer_classes
 from timm_ext.data.volume import SUFFIXES, Affine, Array, Volume, read_labels, to_canonical
 from timm_ext.data.volume_file import volume_files
-from timm_ext.errors import InputError
+from timm_ext.errors import InputError, listed
 
 Tissue = npt.NDArray[np.uint8]
 
@@ -200,7 +200,7 @@ def draw_subject(
         return phantom_tissue(int(subject), shape, spacing_mm)
     files = label_map_files(source)
     if subject not in files:
-        raise InputError(f"{source}: expected a label map out of {', '.join(files)} (got {subject})")
+        raise InputError(f"{source}: expected a label map out of {listed(files)} (got {subject})")
     generator = keyed_generator(seed, subject, "warp")
     label_map = read_label_map(files[str(subject)])
     return draw_tissue(label_map, shape, spacing_mm, generator, skull_stripped=skull_stripped)

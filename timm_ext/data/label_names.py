@@ -21,6 +21,7 @@ _WORDS = {
     "nonenhancing": "non enhancing", "nonenhanced": "non enhancing", "unenhanced": "non enhancing",
     "ed": "edema", "edematous": "edema", "snfh": "edema", "flair": "edema", "ce": "enhancing",
     "et": "enhancing", "enhanced": "enhancing", "enhancement": "enhancing", "tumors": "tumor",
+    "ödem": "edema", "odem": "edema", "odema": "edema",
     "wt": "whole tumor", "tc": "tumor core", "rc": "cavity", "complete": "whole", "entire": "whole",
 }  # fmt: skip
 _CORE, _EDEMA, _ENHANCING, _CAVITY = "necrotic core", "oedema", "enhancing tumour", "resection cavity"
@@ -159,7 +160,8 @@ def _tissues(words: list[str]) -> set[str]:
     spared = re.sub(r"\bnon (contrast )?enhancing\b", "spared", text).split()
     found |= {_ENHANCING} if "enhancing" in spared else set()
     found |= {_CORE} if "necrosis" in words or ("spared" in spared and _EDEMA not in found) else set()
-    return found or ({_CORE, _ENHANCING} if {"tumor", "core"} <= set(words) else set())
+    core = {"tumor", "core"} <= set(words) or words == ["core"]
+    return found or ({_CORE, _ENHANCING} if core else set())
 
 
 def _plain(name: str) -> str:

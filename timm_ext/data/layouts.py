@@ -188,7 +188,8 @@ def _listing(path: Path) -> Listing:
 
 
 def _check_names(names: Mapping[str, tuple[int, ...]], task: Task, source: Path | None) -> None:
-    remedy = f"; --task {source} takes the numbers as they are named there"
+    either = task.either_of(number for numbers in names.values() for number in numbers)
+    remedy = either or f"; --task {source} takes the numbers as they are named there"
     check_label_names(names, task, source, remedy)
 
 

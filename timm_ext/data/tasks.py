@@ -156,14 +156,14 @@ class Task:
         if outside := sorted(set(present) - self.labels):
             raise InputError(
                 f"{where}: expected the labels {sorted(self.labels)} of task {self.name} "
-                f"(got {_short(outside)}){self._either(outside)}"
+                f"(got {_short(outside)}){self.either_of(outside)}"
             )
         self.check_exclusive(present, where)
 
-    def _either(self, outside: Iterable[int]) -> str:
-        """Say which task takes labels that this one, settled on another number for them, does not."""
-        general = TASKS.get(self.name)
-        if general is None or not general.exclusive or not set(outside) <= general.labels:
+    def either_of(self, numbers: Iterable[int]) -> str:
+        """Say which task takes numbers that this one does not, settled on others; nothing where none does."""
+        general, outside = TASKS.get(self.name), set(numbers) - self.labels
+        if general is None or not general.exclusive or not outside or not outside <= general.labels:
             return ""
         return f"; this task was settled on another data set's numbers, --task {self.name} takes either"
 

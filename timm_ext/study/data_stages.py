@@ -11,7 +11,7 @@ from timm_ext.data.layouts import LIST_NAME, Case, read_cases, write_list
 from timm_ext.data.prepare import PrepareSettings, label_numbers, prepare_case, resolve_task
 from timm_ext.data.tasks import get_task
 from timm_ext.documents import read_json
-from timm_ext.errors import InputError
+from timm_ext.errors import InputError, listed
 from timm_ext.files import write_json
 from timm_ext.study.stages import CACHE, CASES, LABELS
 from timm_ext.study.worker import Context
@@ -26,9 +26,7 @@ def prepare_pool(settings: Settings, inputs: Inputs, context: Context) -> dict[s
     prepare = PrepareSettings(**settings["prepare"])
     cases = read_cases(settings["data"], task, require_labels=True)
     if changed := sorted({case.id for case in cases} ^ settings["files"].keys()):
-        raise InputError(
-            f"{settings['data']}: expected the cases of the plan (changed: {', '.join(changed)})"
-        )
+        raise InputError(f"{settings['data']}: expected the cases of the plan (changed: {listed(changed)})")
     prepared = []
     for number, case in enumerate(cases, 1):
         prepared.append(prepare_case(case, task, prepare, context.folder / CACHE))
