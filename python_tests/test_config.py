@@ -40,8 +40,8 @@ def test_settings_are_frozen():
 def test_written_settings_are_read_back(tmp_path):
     settings = load(tmp_path, "prepare: {size: [8, 16, 24]}\npredict: {window: [8, 8, 8]}\n")
     path = tmp_path / "effective.yaml"
-    write_settings(path, settings, command="timm-ext train")
-    assert path.read_text().startswith("# command: timm-ext train\n")
+    write_settings(path, settings, command="timm-ext train", odd="a\nb\ud800")
+    assert path.read_text().startswith("# command: timm-ext train\n# odd: a\\nb\\ud800\n")
     assert load_settings(RunSettings, path) == settings
     assert settings_to_dict(settings)["prepare"]["size"] == [8, 16, 24]
 

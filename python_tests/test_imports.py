@@ -10,7 +10,7 @@ import timm_ext
 
 PACKAGE = Path(timm_ext.__file__).parent
 
-BASE = {"errors", "files", "locks", "documents", "machine", "modality_names"}
+BASE = {"errors", "files", "locks", "documents", "machine", "terminal", "modality_names"}
 MODEL = {"modes", "parameters", "groups", "metadata", "checkpoint", "networks"}
 MERGE = {"ops", "fisher", "merging"}
 WORK = {"data", "training", "inference", "metrics"}
@@ -25,6 +25,7 @@ ALLOWED = {
     "_yaml": set(),
     "documents": {"errors", "_yaml"},
     "machine": {"errors"},
+    "terminal": {"errors"},
     "locks": {"errors"},
     "modality_names": {"errors"},
     "reference": set(),

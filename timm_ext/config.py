@@ -19,7 +19,7 @@ from pydantic import (
 
 from timm_ext.data.prepare import PrepareSettings
 from timm_ext.documents import Location, parse_yaml, read_yaml, validated
-from timm_ext.errors import InputError, shown
+from timm_ext.errors import InputError, printable, shown
 from timm_ext.files import atomic_write
 from timm_ext.study.sources import Recipe
 from timm_ext.training.settings import AdaptSettings, TrainSettings
@@ -192,7 +192,7 @@ def write_settings(path: Path, settings: BaseModel, **facts: Any) -> None:
         settings: what was used.
         **facts: written as comments above, for example the command and versions.
     """
-    head = "".join(f"# {name}: {value}\n" for name, value in facts.items())
+    head = "".join(f"# {name}: {printable(str(value))}\n" for name, value in facts.items())
     with atomic_write(path) as temporary:
         temporary.write_text(head + settings_to_yaml(settings), encoding="utf-8")
 

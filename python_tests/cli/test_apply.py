@@ -1,11 +1,15 @@
 import json
+import os
 import re
+import subprocess
+import sys
 
 import nibabel as nib
 import pytest
 from cli_cases import failure, fishers, sources
 
 from timm_ext.cli import run
+from timm_ext.errors import printable
 
 
 def test_predict_from_single_images(place, tmp_path):
@@ -196,3 +200,34 @@ def test_evaluate_of_folders_without_a_common_name(place, tmp_path, capsys):
     assert "or label maps named like the predictions (got t1 for predictions p1)" in error
     error = failure(capsys, ["evaluate", tmp_path / "p" / "p1.nii.gz", tmp_path / "t"])
     assert "expected a label map to score one with (got a folder)" in error
+
+
+@pytest.mark.parametrize("name", ["[/bold]", "[red]x", "a\x1b[31m\nb", "±"])
+def test_region_names_are_printed_as_they_are(place, tmp_path, capsys, name):
+    task = {
+        "name": name,
+        "modalities": ["T1"],
+        "regions": {name: [1], "rest": [2, 4]},
+        "labels": [0, 1, 2, 4],
+    }
+    (tmp_path / "task.json").write_text(json.dumps(task))
+    truth = place / "tumours" / "case-000" / "case-000_label.nii.gz"
+    assert run(["evaluate", str(truth), str(truth), "--task", str(tmp_path / "task.json")]) == 0
+    printed = capsys.readouterr().out
+    assert printable(name) in printed
+    assert "\x1b" not in printed
+
+
+def test_scores_and_segmentations_on_a_terminal_of_ascii(place, tmp_path):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}
+    truth = str(place / "tumours" / "case-000" / "case-000_label.nii.gz")
+    folder = place / "brains" / "case-000"
+    for command in (
+        ["evaluate", truth, truth],
+        ["predict", sources(place)[0], *image_options(folder), "--out", str(tmp_path / "±")],
+        ["prepare", str(place / "brains"), "--task", "parcellation-1-7", "--cache", str(tmp_path / "c")],
+    ):
+        program = [sys.executable, "-m", "timm_ext", *map(str, command)]
+        result = subprocess.run(program, capture_output=True, env=environment, check=False)
+        assert result.returncode == 0, result.stderr.decode()
+        assert result.stdout.decode("ascii")

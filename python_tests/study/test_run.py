@@ -46,7 +46,7 @@ def results(out):
 
 def rows(out, stem):
     with open(out / "tables" / f"{stem}.csv", newline="", encoding="utf-8") as file:
-        return [{k: v for k, v in row.items() if k != "Seconds"} for row in csv.DictReader(file)]
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_stages_that_no_method_needs_are_left_out(tmp_path):
     process = start(tmp_path / "out", *methods)
     text, _ = process.communicate()
     assert process.returncode == 0, text
-    assert [row["Stage"] for row in rows(tmp_path / "out", "stages")] == [
+    assert [row["stage"] for row in rows(tmp_path / "out", "stages")] == [
         "Source of Transfer from joint training",
         "Source of Transfer from M1, all source cases",
         "Fine-tuning, From scratch",
@@ -80,8 +80,8 @@ def test_smoke_plan_end_to_end(undisturbed):
     assert "Cost of the study" in text
     assert "Report:" in text
     assert len(rows(out, "cases")) == 2 * 2 * 3  # methods, draws, test cases
-    assert {row["Draw"] for row in rows(out, "cases")} == {"0", "1"}
-    stages = [row["Stage"] for row in rows(out, "stages")]
+    assert {row["draw"] for row in rows(out, "cases")} == {"0", "1"}
+    stages = [row["stage"] for row in rows(out, "stages")]
     assert stages == [
         "M1: parcellation-1-7",
         "M2: parcellation-8-14",
@@ -89,7 +89,7 @@ def test_smoke_plan_end_to_end(undisturbed):
         "Fine-tuning, From scratch",
         "Fine-tuning, T-IMM",
     ]
-    assert [row["Initialisation"] for row in rows(out, "forgetting")] == ["T-IMM, N = 1"]
+    assert {row["title"] for row in rows(out, "forgetting")} == {"T-IMM, N = 1"}
     assert len(list((out / "figures").glob("*.png"))) == 5
     assert len((out / "report.html").read_bytes()) > 100_000
 
@@ -153,8 +153,8 @@ def test_two_processes_in_one_folder_are_refused(tmp_path, capsys):
 
 
 def test_a_folder_of_other_settings_is_refused(tmp_path):
-    Folder(tmp_path).claim({"steps": 9})
-    with pytest.raises(InputError, match=r"holds results of other settings \(.*steps 9 there, 6 here"):
+    Folder(tmp_path).claim({"adapt_steps": 9})
+    with pytest.raises(InputError, match=r"holds results of other settings \(.*adapt_steps 9 there, 2 here"):
         run_study(tiny(), tmp_path, console=Console(quiet=True))
 
 

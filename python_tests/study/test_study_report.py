@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from timm_ext.study.gather import Cell, StageRow, StudySummary, differences
-from timm_ext.study.statistics import holm
+from timm_ext.study.statistics import bootstrap_interval, holm
 from timm_ext.study.study_report import conclusions, limits, write_study_report
 from timm_ext.study.summary import Example, ForgettingRow, MethodResult, Ratios
 
@@ -107,21 +107,88 @@ def test_an_undefined_distance_is_the_diagonal_of_the_scan():
 
 def test_tables_are_those_of_the_arrays(folder):
     dice = table(folder, "dice")
-    assert [row["Initialisation"] for row in dice] == ["SCRATCH", "IMM-WARMUP", "T-IMM"]
-    mean = cell(8).methods[2].dice.mean()
-    assert dice[2]["N = 8"].startswith(f"{mean:.3f} [")
+    assert [row["title"] for row in dice] == ["SCRATCH", "IMM-WARMUP", "T-IMM"] * 2
+    scores = cell(8).dice(cell(8).methods[2])
+    assert (dice[5]["method"], dice[5]["train_cases"]) == ("t-imm", "8")
+    assert float(dice[5]["mean"]) == scores.mean()
+    assert (float(dice[5]["low"]), float(dice[5]["high"])) == bootstrap_interval(scores)
     cases = table(folder, "cases")
     assert len(cases) == 2 * 3 * DRAWS * SEEDS * CASES
-    assert cases[-1]["Draw"] == "1"
-    assert float(cases[-1]["Dice ET"]) == pytest.approx(cell(8).methods[2].dice[-1, -1, 2], abs=1e-4)
+    assert cases[-1]["draw"] == "1"
+    assert float(cases[-1]["dice ET"]) == cell(8).methods[2].dice[-1, -1, 2]
     assert len(table(folder, "region-comparisons")) == 6 * 2 * 3
     assert len(table(folder, "curves")) == 2 * 3 * DRAWS * SEEDS * 3
-    assert table(folder, "curves")[0]["Seconds"] == "1.00"
-    assert table(folder, "ratios")[0]["M1"] == "0.5000"
-    assert table(folder, "stages")[0]["Epochs"] == "25.0"
+    assert table(folder, "curves")[0]["seconds"] == "1.0"
+    assert table(folder, "ratios")[0]["M1"] == "0.5"
+    assert table(folder, "stages")[0] == {
+        "stage": "M1: task 1",
+        "train_cases": "",
+        "runs": "1",
+        "steps": "200",
+        "epochs": "25",
+        "val_dice": "0.6",
+        "seconds": "30.2",
+    }
     rows = table(folder, "forgetting")
-    assert [row["Initialisation"] for row in rows] == ["MODE-IMM", "T-IMM, N = 4", "T-IMM, N = 8"]
-    assert rows[1]["task 1"] == "0.350 ± 0.071"
+    assert [row["title"] for row in rows[::2]] == ["MODE-IMM", "T-IMM, N = 4", "T-IMM, N = 8"]
+    assert (rows[2]["task"], rows[2]["runs"]) == ("task 1", "2")
+    assert float(rows[2]["mean"]) == pytest.approx(0.35)
+    assert float(rows[2]["sd"]) == pytest.approx(0.1 / 2**0.5)
+
+
+def test_every_cell_of_a_csv_is_one_number_or_one_name(folder):
+    names = {"method", "title", "stage", "a", "b", "metric", "region", "task", "case", "layer"}
+    seen = 0
+    for path in (folder / "tables").iterdir():
+        for row in table(folder, path.stem):
+            for column in row.keys() - names:
+                assert row[column] in ("", "true", "false") or float(row[column]) is not None
+                seen += 1
+    assert seen > 1000
+
+
+def test_a_comparisons_numbers_are_those_of_the_statistics(folder):
+    for row, difference in zip(
+        table(folder, "comparisons"), differences(summary(), [("Dice", None)]), strict=True
+    ):
+        c = difference.comparison
+        assert (row["a"], row["b"], row["beyond_chance"]) == (
+            c.a,
+            c.b,
+            "true" if c.beyond_chance else "false",
+        )
+        numbers = {
+            "mean": c.difference,
+            "low": c.low,
+            "high": c.high,
+            "sd": c.seed_spread,
+            "effect": c.effect,
+        }
+        numbers |= {"p": c.p, "p_holm": c.p_holm, "p_runs": c.p_runs}
+        assert {name: float(row[name]) for name in numbers} == numbers
+
+
+EVIL = "$x_{$[/bold]<b>\x1b[31m"
+
+
+def test_names_are_taken_as_they_are(tmp_path):
+    image, labels = summary().examples[0].image, summary().examples[0].truth
+    examples = (Example(EVIL, EVIL, image, labels, {EVIL: labels}, {EVIL: 0.7}),)
+    forgetting = (ForgettingRow(EVIL, {"task 1": (0.25,), "task 2": (0.5,)}),)
+    odd = summary(
+        title=EVIL,
+        notes=(EVIL,),
+        regions=(EVIL, "TC", "ET"),
+        facts=((EVIL, EVIL),),
+        examples=examples,
+        labels={2: EVIL},
+        forgetting=forgetting,
+    )
+    page = Page(write_study_report(odd, tmp_path).read_text(encoding="utf-8"))
+    assert "$x_{$[/bold]<b>\\x1b[31m" in page.text
+    assert "b" not in {tag for tag, _ in page.tags}
+    assert "\x1b" not in page.text
+    assert {row["region"] for row in table(tmp_path, "regions")} == {EVIL, "TC", "ET"}
 
 
 class Page(HTMLParser):
@@ -173,4 +240,5 @@ def test_a_study_without_learned_ratios_and_distances(tmp_path):
     write_study_report(summary(cells=cells, forgetting=(), examples=()), tmp_path)
     assert not (tmp_path / "tables" / "ratios.csv").exists()
     assert not (tmp_path / "tables" / "forgetting.csv").exists()
-    assert "HD95 (mm) WT" not in table(tmp_path, "regions")[0]
+    assert {row["metric"] for row in table(tmp_path, "regions")} == {"Dice"}
+    assert "hd95 WT" not in table(tmp_path, "cases")[0]

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from timm_ext.errors import InputError
+from timm_ext.terminal import accept_any_text, say
 
 INTERRUPTED = 130
 USAGE = 2
@@ -44,6 +45,7 @@ def run(arguments: Sequence[str]) -> int:
         0 if it worked, 1 for a failure, 2 for wrong usage, 130 if interrupted.
     """
     debug = "--debug" in arguments
+    accept_any_text()
     command = typer.main.get_command(app)
     try:
         with _until_it_ends, warnings.catch_warnings():
@@ -69,7 +71,7 @@ def hold(context: AbstractContextManager[object]) -> None:
 
 def _tell(message: str, status: int) -> int:
     sys.stdout.flush()  # what was printed before the failure comes before it
-    print(f"error: {message}", file=sys.stderr)
+    say(f"error: {message}", lines=True, file=sys.stderr)
     return status
 
 

@@ -19,6 +19,7 @@ from timm_ext.cli.common import (
 from timm_ext.cli.planned import settings_of_network, tell_far_scans
 from timm_ext.errors import InputError, listed
 from timm_ext.files import check_outputs, ending_of, stem_of
+from timm_ext.terminal import make_console, say, show_table
 
 if TYPE_CHECKING:
     from timm_ext.data.entries import Image
@@ -100,7 +101,7 @@ def predict(
             flips=settings.predict.flips or ((0,) if flips else ()),
         )
     note_settings(out, settings, folder=True)
-    print(f"{len(scans)} label maps in {out}")
+    say(f"{len(scans)} label maps in {out}")
 
 
 def evaluate(
@@ -123,9 +124,6 @@ def evaluate(
 
     Example: `timm-ext evaluate predicted/ BraTS2021/ --task brats --out scores`
     """
-    from rich.console import Console
-    from rich.table import Table
-
     from timm_ext.data.tasks import get_task
     from timm_ext.metrics import JSON_NAME
 
@@ -134,11 +132,13 @@ def evaluate(
         check_output(out / JSON_NAME)
     evaluation = _evaluate(predictions, truth, chosen, out)
     if evaluation.left_out:
-        print(f"left out, no label maps of these cases: {listed(p.name for p in evaluation.left_out)}")
-    table = Table("Region", "Dice", "HD95 (mm)", title=f"Mean ± SD over {len(evaluation.cases)} cases")
-    for region, metrics in evaluation.summary.items():
-        table.add_row(region, *(_mean_sd(metrics[name]) for name in ("dice", "hd95")))
-    Console().print(table)
+        say(f"left out, no label maps of these cases: {listed(p.name for p in evaluation.left_out)}")
+    rows = [
+        (region, *(_mean_sd(metrics[name]) for name in ("dice", "hd95")))
+        for region, metrics in evaluation.summary.items()
+    ]
+    title = f"Mean ± SD over {len(evaluation.cases)} cases"
+    show_table(make_console(), ("Region", "Dice", "HD95 (mm)"), rows, title=title)
 
 
 def _evaluate(predictions: Path, truth: Path, task: "Task", out: Path | None) -> "Evaluation":

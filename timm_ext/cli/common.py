@@ -12,6 +12,7 @@ import typer
 from timm_ext.cli.app import hold
 from timm_ext.files import check_outputs, stem_of
 from timm_ext.locks import folder_lock, is_first_of_launched, output_lock
+from timm_ext.terminal import say
 
 if TYPE_CHECKING:
     from torch import nn
@@ -304,7 +305,7 @@ def fitted(
     noted = noted_task(checkpoint)
     if noted is None:
         _check_counts(task, checkpoint, "; its file names no task by which to match other channels")
-        print(
+        say(
             f"{checkpoint.path} names no task: its channels are taken for {', '.join(task.modalities)} and "
             f"{', '.join(task.region_names)}, in this order"
         )
@@ -317,7 +318,7 @@ def fitted(
         unseen=settings.merge.unseen,
     )
     for line in result.lines():
-        print(f"{checkpoint.path}: {line}")
+        say(f"{checkpoint.path}: {line}")
     return result.network
 
 
@@ -368,7 +369,7 @@ def _tell_open(task: "Task") -> None:
     """Say where no case settles which number of a group stands for a region."""
     for group in task.exclusive:
         names = [region.name for region in task.regions if set(group) <= set(region.labels)]
-        print(
+        say(
             f"task {task.name}: no case says which of the labels {' or '.join(map(str, group))} is "
             f"{names[-1] if names else 'used'}; predictions write {group[0]}"
         )

@@ -15,6 +15,7 @@ from timm_ext.cli.common import (
     settings_from,
 )
 from timm_ext.cli.planned import with_spacing
+from timm_ext.terminal import make_progress, say
 
 
 def phantom(
@@ -39,18 +40,16 @@ def phantom(
 
     Example: `timm-ext phantom cases --task brats --count 8`
     """
-    from rich.progress import Progress
-
     from timm_ext.data.generate import PHANTOM, GenerateSettings, generate_cases
 
     source = PHANTOM if label_maps is None else str(label_maps)
     settings = GenerateSettings(source=source, task=task, seed=seed, spacing=spacing, size=size)
-    with Progress() as bar:
+    with make_progress() as bar:
         row = bar.add_task("Drawing cases", total=count)
         cases = generate_cases(
             out, settings, count, workers=workers, progress=lambda done, _: bar.update(row, completed=done)
         )
-    print(f"{len(cases)} cases in {out}")
+    say(f"{len(cases)} cases in {out}")
 
 
 def prepare(
@@ -77,4 +76,4 @@ def prepare(
     note_settings(cache, settings, folder=True)
     for case in prepared:
         labels = f"labels {list(case.present)}" if case.has_label else "no label"
-        print(f"{case.id}: {' × '.join(map(str, case.shape))} voxels, {labels}")
+        say(f"{case.id}: {' × '.join(map(str, case.shape))} voxels, {labels}")

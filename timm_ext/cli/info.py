@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from timm_ext.terminal import say
+
 _TITLES = {
     "version": "timm_ext",
     "torch_running": "torch, running",
@@ -34,7 +36,7 @@ def info(
     if settings:
         from timm_ext.config import RunSettings, settings_to_yaml
 
-        print(settings_to_yaml(RunSettings()), end="")
+        say(settings_to_yaml(RunSettings()).rstrip(), lines=True)
         return
     if file is not None:
         from timm_ext.checkpoint import describe
@@ -64,4 +66,4 @@ def _print(facts: dict[str, Any]) -> None:
             text = ", ".join(map(str, value)) or "none"
         else:
             text = json.dumps(value) if isinstance(value, dict) else str(value)
-        print(f"{name + ':':<{width}}{text}")
+        say(f"{name + ':':<{width}}{text}")

@@ -38,6 +38,7 @@ from timm_ext.cli.planned import (
 )
 from timm_ext.cli.streamed import merge_as_they_are, refuse_streams, refuse_together
 from timm_ext.errors import InputError
+from timm_ext.terminal import say
 
 if TYPE_CHECKING:
     from torch import nn
@@ -147,7 +148,7 @@ def _merge_by_method(
         merge={"method": method, "sources": list(sources.names)},
     )
     note_settings(out, settings, folder=False)
-    print(f"{out}: {start.method.title} of {', '.join(sources.names)}")
+    say(f"{out}: {start.method.title} of {', '.join(sources.names)}")
 
 
 def adapt(
@@ -224,7 +225,7 @@ def adapt(
         merge=facts,
     )
     ratios = f", mean ratios {[round(x, 2) for x in facts['mean_ratios']]}" if "mean_ratios" in facts else ""
-    print(f"{out / NETWORK_NAME}: {start.method.title} of {', '.join(sources.names)}{ratios}")
+    say(f"{out / NETWORK_NAME}: {start.method.title} of {', '.join(sources.names)}{ratios}")
 
 
 def _tell_unseen(sources: "Sources", task: "Task", recipe: "Recipe") -> None:
@@ -233,7 +234,7 @@ def _tell_unseen(sources: "Sources", task: "Task", recipe: "Recipe") -> None:
 
     for name, source in zip(sources.names, sources.tasks, strict=True):
         if own := unseen_modalities(source.modalities, task.modalities, recipe.unseen):
-            print(
+            say(
                 f"{name} never saw {', '.join(own)}: there the first layer starts with the new network's own "
                 "weights (merge.unseen names a modality to start from)"
             )
@@ -248,7 +249,7 @@ def _tell_statistics(target: "nn.Module", start: "Start") -> None:
     names = [name for name, _ in target.named_buffers() if name.endswith(".running_mean")]
     own = [name.rpartition(".")[0] for name in names if name not in merged]
     if own and start.method.models:
-        print(
+        say(
             f"running statistics of {len(own)} norms start over, as these norms do "
             f"(merge.transfer_norms=true merges those outside the heads): {listed(own)}"
         )

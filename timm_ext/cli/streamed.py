@@ -5,7 +5,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from timm_ext.errors import InputError
+from timm_ext.errors import InputError, listed
+from timm_ext.terminal import make_console, make_progress, say
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -23,8 +24,7 @@ def merge_as_they_are(
     Raises:
         InputError: as for `merge_checkpoints`, or ratios or size cannot be read.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from timm_ext.merging.streamed import merge_checkpoints
 
@@ -32,9 +32,9 @@ def merge_as_they_are(
     size = None if shard_size is None else _parse_size(shard_size)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     begin = time.perf_counter()
-    console = Console(stderr=True)
-    with Progress("Merging", *columns, console=console, disable=not console.is_terminal) as bar:
-        row = bar.add_task("", total=None)
+    console = make_console(stderr=True)
+    with make_progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        row = bar.add_task("Merging", total=None)
         done = merge_checkpoints(
             sources,
             out,
@@ -48,12 +48,12 @@ def merge_as_they_are(
     shares = ", ".join(
         f"{number / sum(numbers):.4g} {path.name}" for number, path in zip(numbers, sources, strict=True)
     )
-    print(f"{out}: {done.tensors} tensors of {shares}")
+    say(f"{out}: {done.tensors} tensors of {shares}")
     _tell_exceptions("copied, being no floating-point numbers", done.copied)
     _tell_exceptions("taken from the source with the largest number", done.counters)
     _tell_exceptions("merged by the ratios alone, having no Fisher", done.without_fisher)
     moved = done.nbytes_read + done.nbytes_written
-    print(f"{moved / 1e9:.2f} GB read and written in {seconds:.1f} s, {moved / seconds / 1e9:.2f} GB/s")
+    say(f"{moved / 1e9:.2f} GB read and written in {seconds:.1f} s, {moved / seconds / 1e9:.2f} GB/s")
 
 
 def refuse_together(option: str, others: Mapping[str, object]) -> None:
@@ -86,7 +86,7 @@ def refuse_streams(paths: Sequence[Path], options: Mapping[str, object]) -> None
 
 def _tell_exceptions(what: str, names: Sequence[str]) -> None:
     if names:
-        print(f"{len(names)} tensors {what}: {', '.join(names[:6])}{', …' if len(names) > 6 else ''}")
+        say(f"{len(names)} tensors {what}: {listed(names)}")
 
 
 def _parse_ratios(text: str) -> list[float]:

@@ -41,6 +41,7 @@ from timm_ext.cli.planned import (
     with_network,
     with_training_plan,
 )
+from timm_ext.terminal import say
 
 
 def train(
@@ -122,7 +123,7 @@ def train(
         settings=settings_dict(settings, "prepare", "train", "predict"),
     )
     best = "" if history.best_step is None else f", lowest validation loss at step {history.best_step}"
-    print(f"{path}: {len(history.rows)} steps{best}")
+    say(f"{path}: {len(history.rows)} steps{best}")
 
 
 def fisher(
@@ -192,6 +193,6 @@ def fisher(
     note_settings(out, settings, folder=False)
     remove_partial(partial)
     if estimate.unused:
-        print(unused_note(estimate.unused))
+        say(unused_note(estimate.unused))
     patches = "" if settings.fisher.patch is None else f" patches of {len(prepared)}"
-    print(f"{out}: {estimate.kind.value}, {estimate.count}{patches} cases")
+    say(f"{out}: {estimate.kind.value}, {estimate.count}{patches} cases")

@@ -21,6 +21,7 @@ from timm_ext.study.runner import available_cores
 from timm_ext.study.settings import PlanSettings, settings_to_dict
 from timm_ext.study.stages import FISHER, INITIAL, NETWORK
 from timm_ext.study.summary import Summary
+from timm_ext.terminal import make_console, show_table, tell
 
 CHECKPOINTS = "checkpoints"
 TITLE = "T-IMM demo: initialisations for a small tumour task"
@@ -78,7 +79,7 @@ def run_demo(
         InputError: the folder is in use, holds other results or cannot be written, or steps failed; they are
             listed, and all that does not need them is done.
     """
-    console = console or Console()
+    console = console or make_console()
     folder = Folder(out)
     plan = make_plan(settings)
     count = workers or available_cores()
@@ -138,15 +139,12 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _print_end(console: Console, summary: Summary, page: Path, saved: Path) -> None:
-    from rich.table import Table
-
-    table = Table(
-        "Initialisation", "Steps", "Mean ± SD", *summary.regions, title="Test Dice over cases and seeds"
-    )
+    rows = []
     for method in summary.methods:
         mean, deviation = method.spread()
         regions = (f"{method.spread(region)[0]:.3f}" for region in range(len(summary.regions)))
-        table.add_row(method.title, str(method.steps), f"{mean:.3f} ± {deviation:.3f}", *regions)
-    console.print(table)
-    console.print(f"Report: {page}", soft_wrap=True, highlight=False)
-    console.print(f"Checkpoints for timm-ext predict: {saved}", soft_wrap=True, highlight=False)
+        rows.append((method.title, method.steps, f"{mean:.3f} ± {deviation:.3f}", *regions))
+    heads = ("Initialisation", "Steps", "Mean ± SD", *summary.regions)
+    show_table(console, heads, rows, title="Test Dice over cases and seeds")
+    tell(console, f"Report: {page}")
+    tell(console, f"Checkpoints for timm-ext predict: {saved}")

@@ -1,10 +1,12 @@
 """The report's figures, drawn from a summary with matplotlib."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from timm_ext.errors import printable
 from timm_ext.study.summary import Example, MethodResult, Ratios, Summary
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ def dice_figure(summary: Summary) -> "Figure":
             style = style_of(row)
             axis.plot(values, np.full(len(values), row), style["marker"], color=style["color"], alpha=0.7)
             axis.vlines(values.mean(), row - 0.35, row + 0.35, color=style["color"], linewidth=2)
-        axis.set_title(name)
+        axis.set_title(printable(name))
         axis.set_xlabel("test Dice")
         axis.locator_params(axis="x", nbins=4)
         axis.grid(axis="x", alpha=0.3)
@@ -115,7 +117,11 @@ def examples_figure(examples: Sequence[Example], labels: Mapping[int, str]) -> "
 def _draw_example(example: Example, axes: "Sequence[Axes]", numbers: Sequence[int]) -> None:
     low, high = np.percentile(example.image, [1, 99.5])
     overlays = [None, example.truth, *example.predictions.values()]
-    captions = [example.modality, "", *(f"Dice {example.dice[title]:.2f}" for title in example.predictions)]
+    captions = [
+        printable(example.modality),
+        "",
+        *(f"Dice {example.dice[title]:.2f}" for title in example.predictions),
+    ]
     for axis, overlay, caption in zip(axes, overlays, captions, strict=True):
         axis.imshow(example.image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), interpolation="nearest")
         if overlay is not None:
@@ -123,7 +129,7 @@ def _draw_example(example: Example, axes: "Sequence[Axes]", numbers: Sequence[in
         axis.set_xticks([])
         axis.set_yticks([])
         axis.set_xlabel(caption, fontsize=8)
-    axes[0].set_ylabel(example.case, fontsize=8)
+    axes[0].set_ylabel(printable(example.case), fontsize=8)
 
 
 def _coloured(
@@ -135,6 +141,15 @@ def _coloured(
     for index, number in enumerate(numbers):
         image[labels == number] = to_rgba(LABEL_COLOURS[index % len(LABEL_COLOURS)], 0.65)
     return image
+
+
+@contextmanager
+def plain_text() -> Iterator[None]:
+    """Take all texts of figures as they are while the block runs: a name with dollar signs is no formula."""
+    import matplotlib
+
+    with matplotlib.rc_context({"text.parse_math": False}):
+        yield
 
 
 def new_figure(

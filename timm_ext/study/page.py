@@ -1,9 +1,8 @@
 """A page of tables and figures: one self-contained HTML file, with its tables as CSV and figures as PNG."""
 
 import base64
-import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -11,7 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from timm_ext.errors import printable
 from timm_ext.files import atomic_write
+from timm_ext.study.sheets import Sheet, write_sheet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,7 +39,7 @@ li { max-width: 70rem; }
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts: file stem, caption, column heads and rows, whose first cell heads the row."""
+    """A table of texts on the page: name, caption, column heads and rows, whose first cell heads the row."""
 
     stem: str
     caption: str
@@ -64,7 +65,7 @@ def write_page(
     folder: Path,
     title: str,
     sections: Iterable[Section],
-    tables: Iterable[Table],
+    sheets: Iterable[Sheet],
     pictures: Iterable[Picture],
 ) -> Path:
     """Write `report.html`, `tables/*.csv` and `figures/*.png` into a folder.
@@ -73,7 +74,7 @@ def write_page(
         folder: is created where needed; files of an earlier report are replaced.
         title: of the page.
         sections: of the page, in order.
-        tables: written as CSV.
+        sheets: written as CSV.
         pictures: written as PNG.
 
     Returns:
@@ -82,8 +83,8 @@ def write_page(
     Raises:
         InputError: the folder cannot be written.
     """
-    for table in tables:
-        write_csv(folder / "tables" / f"{table.stem}.csv", table.head, table.rows)
+    for sheet in sheets:
+        write_sheet(folder / "tables" / f"{sheet.stem}.csv", sheet)
     for picture in pictures:
         with atomic_write(folder / "figures" / f"{picture.stem}.png") as temporary:
             temporary.write_bytes(picture.png)
@@ -95,21 +96,13 @@ def write_page(
 
 def render_page(title: str, sections: Iterable[Section]) -> str:
     """Return the page: no scripts, no fonts, no address outside itself."""
-    body = "".join(f"<section><h2>{escape(head)}</h2>{content}</section>\n" for head, content in sections)
+    body = "".join(f"<section><h2>{_text(head)}</h2>{content}</section>\n" for head, content in sections)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
-        f"<body>\n<main>\n<h1>{escape(title)}</h1>\n{body}</main>\n</body>\n</html>\n"
+        f"<title>{_text(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<body>\n<main>\n<h1>{_text(title)}</h1>\n{body}</main>\n</body>\n</html>\n"
     )
-
-
-def write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Write a table as CSV (RFC 4180, UTF-8), atomically."""
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(head)
-        writer.writerows(rows)
 
 
 def picture(stem: str, figure: "Figure", caption: str, alt: str) -> Picture:
@@ -123,35 +116,40 @@ def html_picture(picture: Picture) -> str:
     """Return a figure with its caption, the image inside the page."""
     data = base64.b64encode(picture.png).decode()
     return (
-        f'<figure><img src="data:image/png;base64,{data}" alt="{escape(picture.alt)}">'
-        f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
+        f'<figure><img src="data:image/png;base64,{data}" alt="{_text(picture.alt)}">'
+        f"<figcaption>{_text(picture.caption)}</figcaption></figure>"
     )
 
 
 def html_table(table: Table) -> str:
     """Return a table with its caption."""
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.head)
+    head = "".join(f'<th scope="col">{_text(cell)}</th>' for cell in table.head)
     rows = "".join(
-        f'<tr><th scope="row">{escape(first)}</th>'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in rest)
+        f'<tr><th scope="row">{_text(first)}</th>'
+        + "".join(f"<td>{_text(cell)}</td>" for cell in rest)
         + "</tr>\n"
         for first, *rest in table.rows
     )
     return (
-        f"<table><caption>{escape(table.caption)}</caption><thead><tr>{head}</tr></thead>"
+        f"<table><caption>{_text(table.caption)}</caption><thead><tr>{head}</tr></thead>"
         f"<tbody>{rows}</tbody></table>"
     )
 
 
 def html_items(sentences: Iterable[str]) -> str:
     """Return sentences as a list."""
-    return "<ul>" + "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences) + "</ul>"
+    return "<ul>" + "".join(f"<li>{_text(sentence)}</li>" for sentence in sentences) + "</ul>"
 
 
 def html_facts(facts: Iterable[tuple[str, str]]) -> str:
     """Return pairs of name and value as a list."""
-    pairs = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts)
+    pairs = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in facts)
     return f"<dl>{pairs}</dl>"
+
+
+def _text(value: str) -> str:
+    """Return a text for HTML: no tag in it acts, and control characters, which names may hold, are shown."""
+    return escape(printable(value, keep="\n"))
 
 
 def signed(value: float) -> str:

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from timm_ext.study.records import Folder, Step, with_needs
 from timm_ext.study.runner import Event, Listener
+from timm_ext.terminal import make_progress, tell
 
 
 @contextmanager
@@ -20,14 +21,13 @@ def plan_progress(steps: Iterable[Step], folder: Folder, console: Console) -> It
     """
     pending = [step for step in with_needs(steps) if folder.record(step) is None]
     columns = (
-        TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, speed_estimate_period=300) as bars:
+    with make_progress(*columns, console=console, transient=True, speed_estimate_period=300) as bars:
         yield _Display(bars, pending).hear
 
 
@@ -74,4 +74,4 @@ class _Display:
         return f", about {elapsed * (self._total / self._cost - 1):.0f} s left"
 
     def _print(self, line: str) -> None:
-        self._bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        tell(self._bars.console, line, lines=True)

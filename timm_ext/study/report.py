@@ -17,6 +17,7 @@ from timm_ext.study.page import (
     spread,
     write_page,
 )
+from timm_ext.study.sheets import demo_sheets
 from timm_ext.study.statistics import Comparison, mean_spread
 from timm_ext.study.summary import ForgettingRow, Summary, conclusions, limits
 
@@ -38,10 +39,9 @@ def write_report(summary: Summary, folder: Path) -> Path:
     tables = [dice_table(summary), comparison_table(summary, comparisons)]
     if summary.forgetting:
         tables.append(forgetting_table(summary.forgetting))
-    tables.append(cases_table(summary))
     pictures = draw(summary)
     sections = sections_of(summary, comparisons, tables, pictures)
-    return write_page(folder, summary.title, sections, tables, pictures)
+    return write_page(folder, summary.title, sections, demo_sheets(summary, comparisons), pictures)
 
 
 def dice_table(summary: Summary) -> Table:
@@ -100,19 +100,13 @@ def forgetting_table(results: Sequence[ForgettingRow]) -> Table:
     return Table("forgetting", caption, ("Initialisation", *tasks), rows)
 
 
-def cases_table(summary: Summary) -> Table:
-    """Mean Dice of every method on every case and seed: the numbers under the statistics."""
-    rows = tuple(
-        (method.title, str(seed), case, *(f"{d:.4f}" for d in dice))
-        for method in summary.methods
-        for seed, per_seed in zip(summary.seeds, method.dice, strict=True)
-        for case, dice in zip(summary.cases, per_seed, strict=True)
-    )
-    return Table("cases", "Dice per case", ("Initialisation", "Seed", "Case", *summary.regions), rows)
-
-
 def draw(summary: Summary) -> list[Picture]:
     """Draw all figures that the summary has data for."""
+    with figures.plain_text():
+        return _draw(summary)
+
+
+def _draw(summary: Summary) -> list[Picture]:
     means = "; ".join(f"{method.title} {method.spread()[0]:.2f}" for method in summary.methods)
     pictures = [
         picture(

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from timm_ext.data.generate import PHANTOM
-from timm_ext.errors import InputError
+from timm_ext.errors import InputError, lines_of
 from timm_ext.files import visible
 from timm_ext.study.collect import environment
 from timm_ext.study.cost import Cost, costs_of, measure_step, told
@@ -20,6 +19,7 @@ from timm_ext.study.records import Folder, Step
 from timm_ext.study.runner import Outcome, available_cores, run_steps, visible_gpus
 from timm_ext.study.settings import EXTENDABLE, StudySettings, settings_to_dict
 from timm_ext.study.study_report import write_study_report
+from timm_ext.terminal import make_console, show_table, tell
 
 PLANS = Path(__file__).with_name("plans")
 
@@ -70,7 +70,7 @@ def run_study(
         InputError: settings or data that cannot be used, a folder that is in use or holds other results, or
             steps that failed; they are listed, and all that does not need them is done.
     """
-    console = console or Console()
+    console = console or make_console()
     study = make_study(settings)  # settings and data are checked before anything is timed
     study = make_study(settings, measure_step(settings))
     folder = Folder(out)
@@ -84,7 +84,7 @@ def run_study(
         facts = environment()
         finish_steps(study.steps, folder, workers=count, retry=retry, console=console, facts=facts)
         page = write_study_report(gather(study, folder, _facts(study, facts)), out)
-    console.print(f"Report: {page}", soft_wrap=True, highlight=False)
+    tell(console, f"Report: {page}")
     return page
 
 
@@ -107,15 +107,15 @@ def finish_steps(
             steps, folder, workers=workers, listener=listener, facts={"environment": facts}, retry=retry
         )
     if not outcome.complete:
-        raise InputError("\n  ".join(_failures(outcome, folder)))
+        raise InputError(_failures(outcome, folder))
 
 
-def _failures(outcome: Outcome, folder: Folder) -> list[str]:
-    return [
-        f"{folder.path}: {len(outcome.failed)} of the steps failed:",
+def _failures(outcome: Outcome, folder: Folder) -> str:
+    lines = [
         *(f"{name}: {message}" for name, message in outcome.failed.items()),
         *(f"{name}: not run, it needs {cause}" for name, cause in outcome.skipped.items()),
     ]
+    return f"{folder.path}: {len(outcome.failed)} of the steps failed:{lines_of(lines)}"
 
 
 def _usual_workers(settings: StudySettings) -> int:
@@ -124,16 +124,14 @@ def _usual_workers(settings: StudySettings) -> int:
 
 
 def _print_costs(costs: Sequence[Cost], workers: int, console: Console) -> None:
-    table = Table("Steps", "Number", "Left", "Estimated time", title="Cost of the study")
-    for cost in costs:
-        table.add_row(cost.title, str(cost.count), str(cost.left), told(cost.seconds))
     total = sum(cost.seconds for cost in costs)
-    table.add_row("all", str(sum(c.count for c in costs)), str(sum(c.left for c in costs)), told(total))
-    console.print(table)
-    console.print(
+    rows = [(cost.title, cost.count, cost.left, told(cost.seconds)) for cost in costs]
+    rows.append(("all", sum(cost.count for cost in costs), sum(cost.left for cost in costs), told(total)))
+    show_table(console, ("Steps", "Number", "Left", "Estimated time"), rows, title="Cost of the study")
+    tell(
+        console,
         f"About {told(total / workers)} with {workers} worker{'s' * (workers != 1)}, from one training step "
         "timed here; trainings that stop early take less.",
-        highlight=False,
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from timm_ext.study import figures, study_figures
-from timm_ext.study.gather import Cell, Difference, StageRow, StudySummary, differences
+from timm_ext.study.gather import Difference, StageRow, StudySummary, differences
 from timm_ext.study.page import (
     Picture,
     Section,
@@ -19,11 +19,9 @@ from timm_ext.study.page import (
     write_page,
 )
 from timm_ext.study.report import forgetting_table
+from timm_ext.study.sheets import study_sheets
 from timm_ext.study.statistics import Scores, bootstrap_interval
 from timm_ext.study.summary import ForgettingRow
-
-_SHOWN = ("dice", "comparisons", "stages", "forgetting", "regions")
-_RUN_HEAD = ("Initialisation", "Training cases", "Draw", "Seed")
 
 
 def write_study_report(summary: StudySummary, folder: Path) -> Path:
@@ -36,22 +34,20 @@ def write_study_report(summary: StudySummary, folder: Path) -> Path:
     regions: list[tuple[str, int | None]] = [("Dice", region) for region in range(len(summary.regions))]
     if summary.has_hd95:
         regions += [("HD95", region) for region in range(len(summary.regions))]
+    by_region = differences(summary, regions)
+    forgetting = _forgetting(summary)
     tables = {
         "dice": dice_table(summary),
-        "comparisons": comparison_table(summary, main, "comparisons"),
+        "comparisons": comparison_table(summary, main),
         "regions": region_table(summary),
-        "region-comparisons": comparison_table(summary, differences(summary, regions), "region-comparisons"),
         "stages": stage_table(summary.stages),
-        "cases": cases_table(summary),
-        "curves": curves_table(summary),
     }
-    if any(cell.ratios for cell in summary.cells):
-        tables["ratios"] = ratios_table(summary)
-    if forgetting := _forgetting(summary):
+    if forgetting:
         tables["forgetting"] = forgetting_table(forgetting)
     pictures = draw_study(summary)
     sections = _sections(summary, main, tables, pictures)
-    return write_page(folder, summary.title, sections, tables.values(), pictures)
+    sheets = study_sheets(summary, main, by_region, forgetting)
+    return write_page(folder, summary.title, sections, sheets, pictures)
 
 
 def dice_table(summary: StudySummary) -> Table:
@@ -68,7 +64,7 @@ def dice_table(summary: StudySummary) -> Table:
     return Table("dice", caption, ("Initialisation", *_numbers(summary)), rows)
 
 
-def comparison_table(summary: StudySummary, rows: Sequence[Difference], stem: str) -> Table:
+def comparison_table(summary: StudySummary, rows: Sequence[Difference]) -> Table:
     """Paired differences with intervals, p-values and effect sizes."""
     cells = tuple(
         (
@@ -94,7 +90,7 @@ def comparison_table(summary: StudySummary, rows: Sequence[Difference], stem: st
         "t-test over runs."
     )
     head = ("Difference", "Training cases", "Of", "Mean", "95 % interval", "SD over runs", "Rank-biserial")
-    return Table(stem, caption, (*head, "p", "p (Holm)", "p (runs)", "Beyond chance"), cells)
+    return Table("comparisons", caption, (*head, "p", "p (Holm)", "p (runs)", "Beyond chance"), cells)
 
 
 def region_table(summary: StudySummary) -> Table:
@@ -152,52 +148,13 @@ def _forgetting(summary: StudySummary) -> list[ForgettingRow]:
     return rows
 
 
-def cases_table(summary: StudySummary) -> Table:
-    """Scores of every run on every case: the numbers under the statistics."""
-    rows = []
-    for cell in summary.cells:
-        for method in cell.methods:
-            for index, (draw, seed) in enumerate(_runs(summary)):
-                for number, case in enumerate(summary.cases):
-                    scores = [f"{value:.4f}" for value in method.dice[index, number]]
-                    if method.hd95 is not None:
-                        scores += ["" if v != v else f"{v:.2f}" for v in method.hd95[index, number]]
-                    rows.append((*_run_cells(cell, method.key, draw, seed), case, *scores))
-    names = [f"Dice {region}" for region in summary.regions]
-    names += [f"HD95 {region}" for region in summary.regions] * summary.has_hd95
-    return Table("cases", "Scores per case", (*_RUN_HEAD, "Case", *names), tuple(rows))
-
-
-def curves_table(summary: StudySummary) -> Table:
-    """Validation Dice of every run after so many steps and seconds of training, adaptation included."""
-    rows = []
-    for cell in summary.cells:
-        for method in cell.methods:
-            clocks = method.clocks or ((),) * len(method.curves)
-            for (draw, seed), curve, clock in zip(_runs(summary), method.curves, clocks, strict=True):
-                times = [f"{seconds:.2f}" for seconds, _ in clock] or [""] * len(curve)
-                for (step, dice), seconds in zip(curve, times, strict=True):
-                    run = _run_cells(cell, method.key, draw, seed)
-                    rows.append((*run, str(step), seconds, f"{dice:.4f}"))
-    head = (*_RUN_HEAD, "Step", "Seconds", "Validation Dice")
-    return Table("curves", "Learning curves", head, tuple(rows))
-
-
-def ratios_table(summary: StudySummary) -> Table:
-    """Learned mixing ratios of every run by layer."""
-    rows = tuple(
-        (*_run_cells(cell, name, draw, seed), layer, *(f"{ratio:.4f}" for ratio in values[number]))
-        for cell in summary.cells
-        for name, ratios in cell.ratios.items()
-        for (draw, seed), values in zip(_runs(summary), ratios.values, strict=True)
-        for number, layer in enumerate(ratios.groups)
-    )
-    sources = next(r.sources for cell in summary.cells for r in cell.ratios.values())
-    return Table("ratios", "Mixing ratios", (*_RUN_HEAD, "Layer", *sources), rows)
-
-
 def draw_study(summary: StudySummary) -> list[Picture]:
     """Draw all figures that the summary has data for."""
+    with figures.plain_text():
+        return _draw(summary)
+
+
+def _draw(summary: StudySummary) -> list[Picture]:
     count = f"{len(summary.cells[0].methods)} initialisations"
     pictures = [
         picture(
@@ -288,7 +245,7 @@ def _sections(
     summary: StudySummary, main: Sequence[Difference], tables: dict[str, Table], pictures: Sequence[Picture]
 ) -> list[Section]:
     shown = {one.stem: html_picture(one) for one in pictures}
-    parts = {name: html_table(tables[name]) for name in _SHOWN if name in tables}
+    parts = {name: html_table(table) for name, table in tables.items()}
     sections = [
         ("What was run", html_facts(summary.facts)),
         ("Dice on the test cases", parts["dice"] + shown["dice"]),
@@ -304,14 +261,6 @@ def _sections(
         ("Regions", parts["regions"]),
     ]
     return [(head, content) for head, content in sections if content]
-
-
-def _runs(summary: StudySummary) -> list[tuple[int, int]]:
-    return [(draw, seed) for draw in summary.draws for seed in summary.seeds]
-
-
-def _run_cells(cell: Cell, key: str, draw: int, seed: int) -> tuple[str, ...]:
-    return key, str(cell.train_cases), str(draw), str(seed)
 
 
 def _interval(scores: Scores, digits: int = 3) -> str:

@@ -2,22 +2,16 @@
 
 from types import TracebackType
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from timm_ext.terminal import make_progress
 
 
 class StepProgress:
     """Steps done, loss, validation Dice and time left; silent unless `shown`."""
 
     def __init__(self, title: str, total: int, done: int, *, shown: bool) -> None:
-        self._bar = Progress(
-            TextColumn("{task.description}"),
+        self._bar = make_progress(
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]}  Dice {task.fields[dice]}"),
