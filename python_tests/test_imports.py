@@ -10,7 +10,7 @@ import timm_ext
 
 PACKAGE = Path(timm_ext.__file__).parent
 
-BASE = {"errors", "files", "locks", "documents", "machine", "terminal", "modality_names"}
+BASE = {"errors", "files", "locks", "bounds", "documents", "machine", "terminal", "modality_names"}
 MODEL = {"modes", "parameters", "groups", "metadata", "checkpoint", "networks"}
 MERGE = {"ops", "fisher", "merging"}
 WORK = {"data", "training", "inference", "metrics"}
@@ -24,6 +24,7 @@ ALLOWED = {
     "files": {"errors"},
     "_yaml": set(),
     "documents": {"errors", "_yaml"},
+    "bounds": {"errors"},
     "machine": {"errors"},
     "terminal": {"errors"},
     "locks": {"errors"},
@@ -71,6 +72,7 @@ HEAVY = {
     "rich",
 }
 LIGHT = {
+    "bounds",
     "__init__",
     "_library",
     "errors",

@@ -8,7 +8,7 @@ import pytest
 
 from timm_ext import machine
 from timm_ext.errors import InputError
-from timm_ext.machine import available_memory, check_memory, most_workers
+from timm_ext.machine import available_memory, check_memory, check_workers
 
 
 def test_the_available_memory_is_no_more_than_there_is():
@@ -42,11 +42,15 @@ def test_the_limits_of_the_process_bound_it():
 
 def test_work_that_needs_more_is_refused():
     check_memory(100, "a volume", available=100)
-    with pytest.raises(InputError, match=r"^a volume needs 3\.0 GiB of memory \(got 2\.0 GiB available\)$"):
+    with pytest.raises(
+        InputError, match=r"^a volume: expected at most 2\.0 GiB of memory, which is free \(got 3\.0 GiB\)$"
+    ):
         check_memory(3 << 30, "a volume", available=2 << 30)
-    with pytest.raises(InputError, match=r"needs 1,024 PiB of memory"):
+    with pytest.raises(InputError, match=r"\(got 1,024 PiB\)"):
         check_memory(2**60, "a volume")
 
 
-def test_the_most_workers():
-    assert 4 <= most_workers() <= 1024
+def test_workers_take_memory_each():
+    check_workers(4, available=1 << 30)
+    with pytest.raises(InputError, match=r"^workers: 1000 processes: expected at most 1\.0 GiB"):
+        check_workers(1000, available=1 << 30)

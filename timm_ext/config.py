@@ -4,7 +4,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -17,12 +17,16 @@ from pydantic import (
     model_validator,
 )
 
+from timm_ext.bounds import MOST_BATCH, MOST_CASES, MOST_EDGE, MOST_SEED
 from timm_ext.data.prepare import PrepareSettings
 from timm_ext.documents import Location, parse_yaml, read_yaml, validated
 from timm_ext.errors import InputError, printable, shown
 from timm_ext.files import atomic_write
 from timm_ext.study.sources import Recipe
 from timm_ext.training.settings import AdaptSettings, TrainSettings
+
+Edge = Annotated[int, Field(ge=1, le=MOST_EDGE)]
+Axis = Annotated[int, Field(ge=0, le=2)]
 
 _MOST_PARTS = 8  # of the name of a setting
 
@@ -73,11 +77,11 @@ class FisherSettings(Section):
 
     likelihood: Literal["bernoulli", "categorical", "dice"] = "bernoulli"
     labels: Literal["sampled", "true"] = "sampled"
-    samples: int = Field(default=1, ge=1)
-    seed: int = 0
-    batch_size: int = Field(default=1, ge=1)
-    patch: tuple[int, int, int] | None = None
-    patches: int = Field(default=4, ge=1)
+    samples: int = Field(default=1, ge=1, le=MOST_CASES)
+    seed: int = Field(default=0, ge=0, le=MOST_SEED)
+    batch_size: int = Field(default=1, ge=1, le=MOST_BATCH)
+    patch: tuple[Edge, Edge, Edge] | None = None
+    patches: int = Field(default=4, ge=1, le=MOST_CASES)
     strict: bool = True
 
 
@@ -92,9 +96,9 @@ class PredictSettings(Section):
         threshold: probability from which a voxel belongs to a region.
     """
 
-    window: tuple[int, int, int] | None = None
+    window: tuple[Edge, Edge, Edge] | None = None
     overlap: float = Field(default=0.5, ge=0, lt=1)
-    flips: tuple[int, ...] = ()
+    flips: tuple[Axis, ...] = Field(default=(), max_length=3)
     threshold: float = Field(default=0.5, gt=0, lt=1)
 
 

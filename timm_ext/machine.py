@@ -13,7 +13,8 @@ _GROUP_FILES = (
     ("memory.max", "memory.current", "file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_cache"),
 )
-_MOST_CORES = 1024
+_WORKER_BYTES = 200 << 20
+"""What a worker process takes before it holds any data."""
 
 
 def available_memory() -> int:
@@ -43,12 +44,18 @@ def check_memory(needed: int, what: str, *, available: int | None = None) -> Non
     """
     there = available_memory() if available is None else available
     if needed > there:
-        raise InputError(f"{what} needs {_size(needed)} of memory (got {_size(there)} available)")
+        raise InputError(
+            f"{what}: expected at most {_size(there)} of memory, which is free (got {_size(needed)})"
+        )
 
 
-def most_workers() -> int:
-    """Return how many processes this machine can be asked for: four for each core, 1024 at most."""
-    return min(4 * (os.cpu_count() or 1), _MOST_CORES)
+def check_workers(count: int, *, available: int | None = None) -> None:
+    """Refuse more worker processes than memory holds, before the first is started.
+
+    Raises:
+        InputError: as said.
+    """
+    check_memory(count * _WORKER_BYTES, f"workers: {count} processes", available=available)
 
 
 def _of_system() -> int:

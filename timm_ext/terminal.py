@@ -50,7 +50,7 @@ def accept_any_text(*streams: IO[str]) -> None:
 
 def say(text: object, *, lines: bool = False, file: IO[str] | None = None) -> None:
     """Print a line, or several; control characters in it, which names may hold, are shown and do not act."""
-    print(printable(str(text), keep="\n" if lines else ""), file=file)
+    print(printable(str(text), keep="\n" if lines else ""), file=file, flush=True)
 
 
 def make_console(*, stderr: bool = False) -> "Console":

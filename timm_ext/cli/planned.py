@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from timm_ext.locks import is_first_of_launched
+from timm_ext.terminal import say
 
 if TYPE_CHECKING:
     from torch import nn
@@ -302,7 +303,7 @@ def tell_plan(settings: "RunSettings", plan: "TrainingPlan", parts: "Parts", mod
         validation = plan.validation_in_steps * ceil(steps / every)
         taken += f", {seconds:.2g} s a step, {told(seconds * (steps + validation))} in all"
     lines.append(f"{taken}; --set train.FIELD=… changes it, --resume goes on")
-    print("\n  ".join(lines), flush=True)
+    say("\n  ".join(lines), lines=True)
 
 
 def _choice(settings: "RunSettings", network: Mapping[str, Any], fixed: bool, share: float) -> "Choice":
@@ -363,4 +364,4 @@ def _edges(values: Iterable[int]) -> str:
 
 def _print(line: str) -> None:
     if is_first_of_launched():
-        print(line, flush=True)
+        say(line)

@@ -1,5 +1,6 @@
 """Generated data sets: cases of a task on phantoms or on label maps, in memory or as files."""
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from timm_ext.bounds import MOST_CASES, MOST_WORKERS, check_edges, check_number, check_seed, check_whole
 from timm_ext.data.label_maps import classes_of, draw_subject, label_map_files
 from timm_ext.data.label_names import check_label_names
 from timm_ext.data.layouts import LIST_NAME, Case, write_list
@@ -22,6 +24,7 @@ from timm_ext.documents import read_json
 from timm_ext.errors import InputError, listed
 from timm_ext.files import sha256, write_json
 from timm_ext.locks import folder_lock
+from timm_ext.machine import check_memory, check_workers
 
 RECORD_NAME = "generated.json"
 PHANTOM = "phantom"
@@ -29,6 +32,7 @@ PHANTOM = "phantom"
 _RECIPE = 1
 """Counts the changes after which the same settings give other images."""
 _FINE_MM = 2.0
+_BYTES_PER_VOXEL = 60
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def draw_case(settings: GenerateSettings, index: int) -> DrawnCase:
     task = _checked(settings)
     subject = _subject(settings, _subjects(settings), index)
     key = f"{settings.seed}/{settings.prefix}/{index}"
-    pool = 2 if settings.spacing >= 2 * _FINE_MM else 1
+    pool = _pool(settings)
     tissue = draw_subject(
         settings.source,
         subject,
@@ -144,8 +148,8 @@ def generate_cases(
             cases of other settings, cannot be written or is in use.
     """
     out_dir = Path(out_dir)
-    if count < 1:
-        raise InputError(f"count: expected at least 1 case (got {count})")
+    check_whole("count", count, 1, MOST_CASES)
+    check_whole("workers", workers, 0, MOST_WORKERS)
     task = _checked(settings)
     subjects = _subjects(settings)
     with folder_lock(out_dir):
@@ -178,7 +182,9 @@ def _written(out_dir: Path, settings: GenerateSettings, indices: list[int], work
         for index in indices:
             yield _write_case(out_dir, settings, index)
         return
-    with ProcessPoolExecutor(min(workers, len(indices)), mp_context=get_context("spawn")) as pool:
+    workers = min(workers, len(indices))
+    check_workers(workers)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         jobs: list[Future[int]] = [pool.submit(_write_case, out_dir, settings, index) for index in indices]
         try:
             for job in as_completed(jobs):
@@ -214,13 +220,23 @@ def _checked(settings: GenerateSettings) -> Task:
     names = settings.modalities or task.modalities
     if unknown := [name for name in names if name not in MODALITIES]:
         raise InputError(f"modalities: expected some of {', '.join(MODALITIES)} (got {', '.join(unknown)})")
-    if not 0.5 <= settings.spacing <= 8:
-        raise InputError(f"spacing: expected 0.5 to 8 mm (got {settings.spacing:g})")
-    if len(settings.size) != 3 or min(settings.size) < 8:
-        raise InputError(f"size: expected three lengths of at least 8 voxels (got {settings.size})")
+    check_seed("seed", settings.seed)
+    check_number("spacing", settings.spacing, 0.5, 8)
+    check_edges("size", settings.size, least=8)
+    check_memory(_bytes_to_draw(settings), f"size: drawing {' × '.join(map(str, settings.size))} voxels")
     if os.sep in settings.prefix or not settings.prefix:
         raise InputError(f"prefix: expected the beginning of a file name (got {settings.prefix!r})")
     return task
+
+
+def _bytes_to_draw(settings: GenerateSettings) -> int:
+    """Return the memory that drawing one case takes: float64 and float32 fields of the drawn grid."""
+    return math.prod(length * _pool(settings) for length in settings.size) * _BYTES_PER_VOXEL
+
+
+def _pool(settings: GenerateSettings) -> int:
+    """Return how many drawn voxels become one along each axis."""
+    return 2 if settings.spacing >= 2 * _FINE_MM else 1
 
 
 def _subjects(settings: GenerateSettings) -> tuple[str | int, ...]:

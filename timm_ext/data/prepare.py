@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from rich.progress import track
 
+from timm_ext.bounds import LEAST_MM, MOST_EDGE, MOST_MM, check_edges, check_number, check_whole
 from timm_ext.data.case_arrays import build_arrays
 from timm_ext.data.grid import Grid, Triple
 from timm_ext.data.layouts import Case
@@ -28,6 +29,7 @@ from timm_ext.data.volume import (
 from timm_ext.documents import validated
 from timm_ext.errors import InputError, lines_of
 from timm_ext.files import ending_of, sha256
+from timm_ext.machine import check_workers
 from timm_ext.modality_names import in_hounsfield_units
 
 Spacing = float | tuple[float, float, float]
@@ -90,22 +92,22 @@ class PrepareSettings:
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name}: must be one of {', '.join(allowed)} (got {getattr(self, name)!r})")
         spacing = self.spacing if isinstance(self.spacing, tuple) else (self.spacing or 1.0,) * 3
-        if len(spacing) != 3 or not all(0 < length < np.inf for length in spacing) or self.spacing == 0:
-            raise InputError(f"spacing: must be one or three lengths > 0 in mm (got {self.spacing})")
+        if len(spacing) != 3 or self.spacing == 0:
+            raise InputError(f"spacing: expected one or three lengths in mm (got {self.spacing})")
+        for length in spacing:
+            check_number("spacing", length, LEAST_MM, MOST_MM)
         if (window := self.hounsfield) is not None and not (
             len(window) == 2 and -1e6 <= window[0] < window[1] <= 1e6
         ):
             raise InputError(f"hounsfield: must be two values in HU, the lower first (got {window})")
-        if self.size is not None and (len(self.size) != 3 or min(self.size) < 1):
-            raise InputError(f"size: must be three numbers of voxels ≥ 1 (got {self.size})")
+        if self.size is not None:
+            check_edges("size", self.size)
         if self.spacing_tolerance is not None and not 0 <= self.spacing_tolerance < 1:
             raise InputError(
                 f"spacing_tolerance: must be at least 0 and less than 1 (got {self.spacing_tolerance})"
             )
-        if self.margin < 0 or self.multiple < 1:
-            raise InputError(
-                f"margin and multiple: must be ≥ 0 and ≥ 1 (got {self.margin} and {self.multiple})"
-            )
+        check_whole("margin", self.margin, 0, MOST_EDGE)
+        check_whole("multiple", self.multiple, 1, MOST_EDGE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -319,6 +321,8 @@ def _outcomes(
     shown = partial(track, description="Preparing cases", total=len(cases), disable=not progress)
     if not workers:
         return list(shown(map(job, cases)))
+    workers = min(workers, max(1, len(cases)))
+    check_workers(workers)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         try:
             return list(shown(pool.map(job, cases)))

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from timm_ext.bounds import check_number, check_seed
 from timm_ext.data.tasks import Task, task_from_dict
 from timm_ext.errors import InputError
 from timm_ext.files import stem_of
@@ -25,6 +26,8 @@ from timm_ext.merging import (
 from timm_ext.networks.io import load_network
 from timm_ext.networks.registry import build_network, config_of, heads_of, input_layers_of
 from timm_ext.parameters import Split, split_parameters
+
+_MOST_ANCHOR = 100.0  # of logits: beyond it float32 leaves nothing of the other source
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,10 @@ class Recipe:
     seed: int = 0
     anchor: float = 0.0
     align: bool = False
+
+    def __post_init__(self) -> None:
+        check_seed("merge: seed", self.seed)
+        check_number("merge: anchor", self.anchor, -_MOST_ANCHOR, _MOST_ANCHOR)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from timm_ext.data.dataset import Sample, collate
 from timm_ext.data.noise import keyed_generator
 from timm_ext.errors import InputError
+from timm_ext.machine import check_workers
 from timm_ext.training.settings import TrainSettings
 
 Key = tuple[int, int]
@@ -89,6 +90,7 @@ def training_batches(examples: Examples, order: BatchOrder, workers: int) -> Ite
     Raises:
         InputError: a case cannot be read, or the cases of a batch differ in shape.
     """
+    check_workers(workers)
     loader: DataLoader[Sample] = DataLoader(
         _Keyed(examples),
         batch_sampler=order,

@@ -4,6 +4,15 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from timm_ext.bounds import (
+    MOST_BATCH,
+    MOST_STEPS,
+    MOST_WORKERS,
+    check_edges,
+    check_number,
+    check_seed,
+    check_whole,
+)
 from timm_ext.errors import InputError
 
 if TYPE_CHECKING:
@@ -11,17 +20,12 @@ if TYPE_CHECKING:
 
 # What may change when a run is resumed: the machine, and what is only written.
 _FREE_ON_RESUME = {"accelerator", "devices", "workers", "save_every", "tensorboard"}
-_POSITIVE = (
-    "steps",
-    "epochs",
-    "batch_size",
-    "devices",
-    "lr",
-    "lr_patience",
-    "stop_patience",
-    "validate_every",
-    "save_every",
-)
+_MOST = {
+    **dict.fromkeys(("steps", "epochs", "lr_patience", "stop_patience"), MOST_STEPS),
+    **dict.fromkeys(("validate_every", "save_every"), MOST_STEPS),
+    "batch_size": MOST_BATCH,
+    "devices": MOST_WORKERS,
+}
 _DEFAULT_EPOCHS = 500
 
 TIES = ("l2_transfer", "drop_transfer")
@@ -87,12 +91,12 @@ class TrainSettings:
             raise InputError(
                 f"training: expected steps or epochs, not both (got {self.steps} and {self.epochs})"
             )
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise InputError(f"training: {name} must be greater than 0 (got {value})")
-        if self.workers < 0:
-            raise InputError(f"training: workers must not be negative (got {self.workers})")
+        for name, most in _MOST.items():
+            if (value := getattr(self, name)) is not None:
+                check_whole(f"training: {name}", value, 1, most)
+        check_number("training: lr", self.lr, 0, open_end=True)
+        check_whole("training: workers", self.workers, 0, MOST_WORKERS)
+        check_seed("training: seed", self.seed)
         for name, known in (
             ("schedule", ("plateau", "cosine", "constant")),
             ("keep", ("best", "last")),
@@ -102,14 +106,13 @@ class TrainSettings:
                 raise InputError(
                     f"training: {name} must be one of {', '.join(known)} (got {getattr(self, name)!r})"
                 )
-        if not 0 <= self.l2_transfer < math.inf:
-            raise InputError(f"training: l2_transfer must be finite and at least 0 (got {self.l2_transfer})")
+        check_number("training: l2_transfer", self.l2_transfer, 0)
         if not 0 <= self.drop_transfer < 1:
             raise InputError(
                 f"training: drop_transfer must be at least 0 and less than 1 (got {self.drop_transfer})"
             )
-        if self.patch is not None and (len(self.patch) != 3 or min(self.patch) < 1):
-            raise InputError(f"training: patch must be three positive edges (got {list(self.patch)})")
+        if self.patch is not None:
+            check_edges("training: patch", self.patch)
 
     def epoch_steps(self, cases: int) -> int:
         """Return the number of steps in an epoch over so many cases."""
@@ -192,13 +195,11 @@ class AdaptSettings:
 
     def __post_init__(self) -> None:
         for name in ("logit_lr", "specific_lr"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"adapt: {name} must be finite and greater than 0 (got {value})")
+            if (value := getattr(self, name)) is not None:
+                check_number(f"adapt: {name}", value, 0, open_end=True)
         for name in ("logit_pull", "weight_pull"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise InputError(f"adapt: {name} must be finite and at least 0 (got {value})")
+            if (value := getattr(self, name)) is not None:
+                check_number(f"adapt: {name}", value, 0)
         if self.warm_up is not None and not 0 <= self.warm_up < 1:
             raise InputError(f"adapt: warm_up must be at least 0 and less than 1 (got {self.warm_up})")
 
