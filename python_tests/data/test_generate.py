@@ -146,8 +146,15 @@ def test_modalities_can_be_chosen():
     ("change", "message"),
     [
         ({"modalities": ("T1", "PD")}, "modalities: expected some of T1, T1c, T2, FLAIR"),
-        ({"spacing": 20.0}, "spacing: expected 0.5 to 8 mm"),
-        ({"size": (4, 4, 4)}, "size: expected three lengths of at least 8"),
+        ({"spacing": 20.0}, "spacing: expected a finite number at least 0.5 and at most 8"),
+        ({"size": (4, 4, 4)}, r"size: expected a whole number from 8 to 4096 \(got 4\)"),
+        (
+            {"size": (4096, 4096, 4096)},
+            "size: drawing 4096 × 4096 × 4096 voxels: expected at most .* of memory",
+        ),
+        ({"size": (8, 8)}, "size: expected three numbers of voxels"),
+        ({"seed": -1}, "seed: expected a whole number from 0"),
+        ({"seed": 2**40}, "seed: expected a whole number from 0 to 4294967295"),
         ({"prefix": "a/b"}, "prefix: expected the beginning of a file name"),
         ({"subjects": ("anna",)}, "subjects: expected numbers of persons"),
         ({"source": "/nowhere"}, "expected a folder of label maps"),
@@ -163,7 +170,7 @@ def test_settings_that_do_not_fit_are_refused(tmp_path, change, message):
 def test_missing_label_maps_and_counts_are_refused(tmp_path, maps):
     with pytest.raises(InputError, match=r"expected the label maps dora \(got anna, bela, cara\)"):
         generate_cases(tmp_path / "set", replace(SMALL, source=str(maps), subjects=("dora",)), 1)
-    with pytest.raises(InputError, match="count: expected at least 1 case"):
+    with pytest.raises(InputError, match="count: expected a whole number from 1 to 1000000"):
         generate_cases(tmp_path / "set", SMALL, 0)
 
 

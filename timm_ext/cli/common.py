@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from timm_ext.bounds import MOST_WORKERS
 from timm_ext.cli.app import hold
 from timm_ext.files import check_outputs, stem_of
 from timm_ext.locks import folder_lock, is_first_of_launched, output_lock
@@ -66,7 +67,8 @@ Cache = Annotated[
     ),
 ]
 Workers = Annotated[
-    int, typer.Option("--workers", min=0, help="Processes that prepare cases; 0 uses this one.")
+    int,
+    typer.Option("--workers", min=0, max=MOST_WORKERS, help="Processes that prepare cases; 0 uses this one."),
 ]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with the run in the folder, at the exact step.")

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from timm_ext.bounds import MOST_CASES, MOST_SEED, MOST_WORKERS
 from timm_ext.cli.common import (
     CasesArgument,
     Config,
@@ -21,8 +22,10 @@ from timm_ext.terminal import make_progress, say
 def phantom(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the cases.")],
     task: TaskOption = "brats",
-    count: Annotated[int, typer.Option("--count", min=1, help="Number of cases.")] = 4,
-    seed: Annotated[int, typer.Option("--seed", help="Decides everything that is drawn.")] = 0,
+    count: Annotated[int, typer.Option("--count", min=1, max=MOST_CASES, help="Number of cases.")] = 4,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=MOST_SEED, help="Decides everything that is drawn.")
+    ] = 0,
     spacing: Annotated[float, typer.Option("--spacing", help="Voxel size in mm.")] = 2.0,
     size: Annotated[
         tuple[int, int, int],
@@ -34,7 +37,7 @@ def phantom(
             "--label-maps", metavar="DIR", help="Draw from FreeSurfer-style label maps instead of phantoms."
         ),
     ] = None,
-    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes.")] = 1,
+    workers: Annotated[int, typer.Option("--workers", min=1, max=MOST_WORKERS, help="Processes.")] = 1,
 ) -> None:
     """Generate labelled cases from procedural brains or from label maps.
 

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from timm_ext.bounds import MOST_WORKERS
+
 
 def demo(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the results.")] = Path(
@@ -16,9 +18,14 @@ def demo(
             "--label-maps", metavar="DIR", help="Draw from FreeSurfer-style label maps instead of phantoms."
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Repeats of adaptation and fine-tuning.")] = 3,
+    seeds: Annotated[
+        int, typer.Option("--seeds", min=1, max=1000, help="Repeats of adaptation and fine-tuning.")
+    ] = 3,
     workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="Processes of one thread each; default: the cores.")
+        int | None,
+        typer.Option(
+            "--workers", min=1, max=MOST_WORKERS, help="Processes of one thread each; default: the cores."
+        ),
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="A few steps on tiny images: shows that all runs, not how well.")

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from timm_ext.bounds import MOST_WORKERS
+
 
 def study(
     plan: Annotated[
@@ -28,7 +30,10 @@ def study(
     workers: Annotated[
         int | None,
         typer.Option(
-            "--workers", min=1, help="Processes; default: the GPUs if the plan uses them, or the cores."
+            "--workers",
+            min=1,
+            max=MOST_WORKERS,
+            help="Processes; default: the GPUs if the plan uses them, or the cores.",
         ),
     ] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Try runs again that failed before.")] = False,

@@ -2,17 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
 from timm_ext.data.generate import PHANTOM
+from timm_ext.data.tasks import get_task
 from timm_ext.errors import InputError
+from timm_ext.machine import check_memory
 from timm_ext.merging.methods import get_method
 from timm_ext.study.parts import available_train_cases
 from timm_ext.study.plan import Plan, make_plan
 from timm_ext.study.records import Step, with_needs
 from timm_ext.study.settings import PlanSettings, StudySettings
+
+_LEAST_CHANNELS = 2
+"""Of what a network makes of an image, at least so many are in memory with it."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ def make_study(settings: StudySettings, step_seconds: float | None = None) -> St
             too few; before anything is computed.
     """
     _check_lists(settings)
+    _check_memory(settings)
     settings = _with_absolute_source(settings)
     counts = _train_cases(settings)
     plans = {
@@ -65,13 +71,18 @@ def _check_lists(settings: StudySettings) -> None:
         values = getattr(settings, name)
         if len(set(values)) < len(values):
             raise InputError(f"{name}: expected each once (got {_listed(values)})")
-    for name in ("seeds", "draws"):
-        if min(getattr(settings, name)) < 0:
-            raise InputError(f"{name}: must be 0 or more (got {_listed(getattr(settings, name))})")
     for name in settings.methods:
         get_method(name)
     if strangers := [name for name in settings.references if name not in settings.methods]:
         raise InputError(f"references: expected some of {', '.join(settings.methods)} (got {strangers[0]!r})")
+
+
+def _check_memory(settings: StudySettings) -> None:
+    """Refuse images of which no batch fits into memory beside what a network makes of it."""
+    channels = len(get_task(settings.target_task).modalities) + _LEAST_CHANNELS
+    needed = 4 * settings.batch_size * channels * prod(settings.size)
+    size = " × ".join(map(str, settings.size))
+    check_memory(needed, f"size: a batch of {settings.batch_size} images of {size} voxels")
 
 
 def _with_absolute_source(settings: StudySettings) -> StudySettings:
@@ -116,8 +127,6 @@ def _plan_settings(settings: StudySettings, count: int, draw: int) -> PlanSettin
         ("adapt_epochs", "adapt_steps", count),
     ):
         if (number := getattr(settings, epochs)) is not None:
-            if number < 1:
-                raise InputError(f"{epochs}: must be at least 1 (got {number})")
             values[steps] = number * ceil(cases / settings.batch_size)
     return PlanSettings(**values)
 

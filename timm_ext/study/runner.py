@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from timm_ext.errors import InputError
+from timm_ext.machine import check_workers
 from timm_ext.study.records import Folder, Step, with_needs
 from timm_ext.study.worker import SINGLE_THREAD, Job, Reply, serve
 
@@ -77,6 +78,7 @@ def run_steps(
     """
     pending = [step for step in with_needs(steps) if folder.record(step) is None]
     count = min(workers or available_cores(), len(pending))
+    check_workers(count)
     with _worker_processes(count) as crew:
         return _Run(folder, crew, pending, listener, dict(facts or {}), retry).work()
 

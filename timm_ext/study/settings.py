@@ -6,7 +6,23 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from timm_ext.bounds import (
+    LEAST_MM,
+    MOST_BATCH,
+    MOST_CASES,
+    MOST_MM,
+    MOST_STEPS,
+    check_edges,
+    check_number,
+    check_seed,
+    check_whole,
+)
 from timm_ext.data.generate import PHANTOM
+from timm_ext.errors import InputError
+
+_EPOCHS = ("source_epochs", "epochs", "adapt_epochs")
+_MOST_LISTED = 1000
+_MOST_RUNS = 100_000
 
 
 @dataclass(frozen=True)
@@ -105,6 +121,26 @@ class CommonSettings:
     accelerator: str = "cpu"
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
 
+    def __post_init__(self) -> None:
+        check_number("spacing", self.spacing, LEAST_MM, MOST_MM)
+        check_edges("size", self.size, least=8)
+        check_whole("batch_size", self.batch_size, 1, MOST_BATCH)
+        for name, least in (("source_cases", 1), ("source_test", 0), ("val_cases", 0), ("test_cases", 1)):
+            check_whole(name, getattr(self, name), least, MOST_CASES)
+        for name in ("source_steps", "steps", "adapt_steps"):
+            check_whole(name, getattr(self, name), 1, MOST_STEPS)
+        if self.validate_every is not None:
+            check_whole("validate_every", self.validate_every, 1, MOST_STEPS)
+        for name in ("source_lr", "lr", "logit_lr"):
+            check_number(name, getattr(self, name), 0, open_end=True)
+        for name in ("data_seed", "source_seed"):
+            check_seed(name, getattr(self, name))
+        for name in ("methods", "source_tasks", "seeds"):
+            if (count := len(getattr(self, name))) > _MOST_LISTED:
+                raise InputError(f"{name}: expected at most {_MOST_LISTED} (got {count})")
+        for seed in self.seeds:
+            check_seed("seeds", seed)
+
 
 @dataclass(frozen=True)
 class PlanSettings(CommonSettings):
@@ -160,6 +196,22 @@ class StudySettings(CommonSettings):
     source_epochs: int | None = None
     epochs: int | None = None
     adapt_epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("draws", "train_cases", "fractions", "references"):
+            if (count := len(getattr(self, name))) > _MOST_LISTED:
+                raise InputError(f"{name}: expected at most {_MOST_LISTED} (got {count})")
+        for draw in self.draws:
+            check_seed("draws", draw)
+        for count in self.train_cases:
+            check_whole("train_cases", count, 1, MOST_CASES)
+        for name, most in (("pool", MOST_CASES), *((epochs, MOST_STEPS) for epochs in _EPOCHS)):
+            if (value := getattr(self, name)) is not None:
+                check_whole(name, value, 1, most)
+        sizes = len(self.train_cases) or len(self.fractions)
+        if (runs := len(self.methods) * len(self.seeds) * len(self.draws) * sizes) > _MOST_RUNS:
+            raise InputError(f"plan: expected at most {_MOST_RUNS} runs (got {runs})")
 
     def common(self) -> dict[str, Any]:
         """Return the fields that all runs have in common."""
