@@ -172,6 +172,11 @@ def test_labels_that_make_no_task(tmp_path, labels, message):
         get_task(header(tmp_path, channel_names={"0": "T1"}, labels=labels))
 
 
+def test_the_background_has_any_name(tmp_path):
+    task = get_task(header(tmp_path, channel_names={"0": "T1"}, labels={"rest": 0, "x": 1}))
+    assert task.region_names == ("x",)
+
+
 @pytest.mark.parametrize("channels", [{"0": "T1", "00": "T2"}, {"0": 1}, {"²": "T1"}, {"9" * 5000: "T1"}])
 def test_channels_of_another_kind(tmp_path, channels):
     with pytest.raises(InputError, match=r"dataset\.json: expected "):

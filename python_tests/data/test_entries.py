@@ -53,6 +53,12 @@ def test_kinds_of_two_words(tmp_path, kinds):
     assert [path.name for path in case.images.values()] == [f"P_1_{kind}.nii.gz" for kind in kinds[:4]]
 
 
+def test_a_word_before_the_contrast_belongs_to_the_id(tmp_path):
+    for session in ("pre", "post"):
+        brats_case(tmp_path, f"P1_{session}", ("T1", "T1c", "T2", "FLAIR"))
+    assert [case.id for case in read_cases(tmp_path, BRATS)] == ["P1_post", "P1_pre"]
+
+
 @pytest.mark.parametrize("twin", ["t1c", "t1gd", "T1-Gd", "t1_ce"])
 def test_two_images_of_one_modality_in_a_folder(tmp_path, twin):
     brats_case(tmp_path, "a")

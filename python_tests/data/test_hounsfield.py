@@ -91,6 +91,9 @@ def test_values_that_are_no_hounsfield_units(tmp_path):
         InputError, match=r"CT.nii.gz: expected Hounsfield units.*\(got 24 to 3024\); --set prepare"
     ):
         prepared(tmp_path, CT=body() + 1024)
+    for scaled in (body() / 2000 + 0.5, (body() - 100.0) / 400):
+        with pytest.raises(InputError, match="expected Hounsfield units"):
+            prepared(tmp_path, CT=scaled.astype(np.float32))
     with pytest.raises(
         InputError, match=r"expected an image with foreground \(got no voxel above -1000 HU\)"
     ):

@@ -369,7 +369,7 @@ def training_parts(
 
 def _tell_open(task: "Task") -> None:
     """Say where no case settles which number of a group stands for a region."""
-    for group in task.exclusive:
+    for group in task.exclusive if is_first_of_launched() else ():
         names = [region.name for region in task.regions if set(group) <= set(region.labels)]
         say(
             f"task {task.name}: no case says which of the labels {' or '.join(map(str, group))} is "

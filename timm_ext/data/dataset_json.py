@@ -18,7 +18,7 @@ from timm_ext.errors import InputError
 from timm_ext.files import visible
 
 HEADER_NAME = "dataset.json"
-_BACKGROUND, _IGNORE = "background", "ignore"
+_IGNORE = "ignore"
 _NUMBER = re.compile(r"[0-9]{1,5}")
 _LARGEST = 2**31 - 1
 
@@ -121,7 +121,7 @@ def task_of(header: Header) -> dict[str, Any]:
     Raises:
         InputError: there is no label besides the background, or an `ignore` label, which has no region.
     """
-    regions = {name: list(numbers) for name, numbers in header.labels.items() if name.lower() != _BACKGROUND}
+    regions = {name: list(numbers) for name, numbers in header.labels.items() if numbers != (0,)}
     if not regions:
         raise InputError(f"{header.path}: expected a label besides the background (got none)")
     if ignored := [name for name in regions if name.lower() == _IGNORE]:

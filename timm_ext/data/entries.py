@@ -121,14 +121,18 @@ def json_list(path: Path) -> Listing:
 
 
 def _brats_parts(file_name: str) -> tuple[str, str] | None:
-    """Divide `ID_KIND.nii.gz` into id and kind, which may have two words, as in `ID_T2-FLAIR`."""
+    """Divide `ID_KIND.nii.gz` into id and kind; that may have two words, as in `ID_T2-FLAIR` and `ID_T1-Gd`.
+
+    The first of two must be the contrast: in `ID_post_T1` the word before belongs to the id.
+    """
     match = _BRATS_ENDING.search(file_name)
     if match is None or match.end() != len(file_name):
         return None
     places = [found.start() for found in re.finditer(r"[_-]", file_name[: match.start()])]
     for place in places[-2:]:
         name, kind = file_name[:place], file_name[place + 1 : match.start()]
-        if name and modality_key(kind) in _BRATS_KINDS:
+        begins = re.match(r"t[12]|[a-z0-9]+$", kind, re.IGNORECASE)
+        if name and begins and modality_key(kind) in _BRATS_KINDS:
             return name, kind
     return None
 

@@ -16,6 +16,7 @@ HOUNSFIELD_WINDOW = (-1000.0, 1000.0)
 """From air to dense bone: what CT is clipped to unless the settings say otherwise."""
 
 _BRIGHTEST = 1500.0  # of images that were masked with 0 and hold no air
+_FAINTEST = 30.0  # that the brightest tissue of any scan is
 
 Normalisation = Literal["zscore", "histogram", "none"]
 Image = npt.NDArray[np.float32]
@@ -91,13 +92,14 @@ def clip_to_window(image: npt.NDArray[np.number], window: tuple[float, float]) -
 
 
 def check_hounsfield(image: npt.NDArray[np.number], where: object) -> None:
-    """Refuse intensities that cannot be Hounsfield units: an offset that the file does not tell.
+    """Refuse intensities that cannot be Hounsfield units: shifted or scaled ones.
 
     Raises:
-        InputError: no voxel is below 0, where fat and air are, though some are brighter than most bone.
+        InputError: no voxel is below 0, where fat and air are, though some are brighter than most bone; or all
+            are near 0, as those of images that were scaled already.
     """
     low, high = float(image.min()), float(image.max())
-    if low >= 0 and high > _BRIGHTEST:
+    if (low >= 0 and high > _BRIGHTEST) or max(-low, high) < _FAINTEST:
         raise InputError(
             f"{where}: expected Hounsfield units, where water is 0 and air −1000 (got {low:g} to {high:g}); "
             "--set prepare.hounsfield=null takes such images as they are"
