@@ -1,7 +1,7 @@
 """From a trained network and a scan to probabilities and a label file on the scan's own grid."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain, combinations
 from pathlib import Path
@@ -14,7 +14,7 @@ from monai.inferers.utils import sliding_window_inference
 from torch import Tensor, nn
 
 from timm_ext.data.layouts import Case
-from timm_ext.data.prepare import PrepareSettings, prepare_case, restore
+from timm_ext.data.prepare import Prepared, PrepareSettings, prepare_case, restore
 from timm_ext.data.tasks import Labels, Task
 from timm_ext.data.volume import Volume, write_nifti
 from timm_ext.errors import InputError
@@ -190,6 +190,7 @@ def predict_case(
     batch_size: int = 4,
     precision: Precision = "float32",
     device: torch.device | str | None = None,
+    check: Callable[[Prepared], None] | None = None,
 ) -> Labels:
     """Segment a case and write the label map on the grid of its own files: same shape, same affine.
 
@@ -211,6 +212,7 @@ def predict_case(
         batch_size: see `predict_probabilities`.
         precision: see `predict_probabilities`.
         device: see `predict_probabilities`.
+        check: called with the prepared case before the network sees it, to refuse what memory does not hold.
 
     Returns:
         The label map `[D, H, W]` as written.
@@ -219,6 +221,8 @@ def predict_case(
         InputError: the case cannot be prepared, does not fit the network, or the result cannot be written.
     """
     prepared = prepare_case(replace(case, label=None), task, settings, cache)
+    if check is not None:
+        check(prepared)
     probabilities = predict_probabilities(
         model,
         torch.from_numpy(np.array(prepared.image)),

@@ -184,6 +184,37 @@ def test_more_memory_than_there_is_is_refused_before_it_is_taken(heads, tmp_path
     assert "--set train.batch_size=1 takes less" in message
 
 
+def test_whole_volumes_that_memory_does_not_hold(heads, trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("timm_ext.machine.available_memory", lambda: 2**20)
+    command = ["predict", trained / "network.safetensors", heads / "brains", "--out", tmp_path / "out"]
+    message = failure(capsys, [*command, "--set", "predict.window=whole"])
+    assert "case-000: prediction of the whole volume needs" in message
+    assert "--set predict.window=[64,64,64]" in message
+    command = ["fisher", trained / "network.safetensors", heads / "brains", "--out", tmp_path / "f"]
+    message = failure(capsys, [*command, "--set", "fisher.patch=whole"])
+    assert "fisher: whole volumes needs" in message
+    assert "--set fisher.patch=[64,64,64]" in message
+
+
+def test_sources_of_other_preparation_are_named(heads, trained, tmp_path, capsys):
+    other = str(tmp_path / "other" / "network.safetensors")
+    command = [
+        "train",
+        str(heads / "brains"),
+        "--task",
+        "parcellation-8-14",
+        "--out",
+        str(tmp_path / "other"),
+    ]
+    options = ["--set", "prepare.spacing=9", "--set", "network.options={base_filters: 2, levels: 3}"]
+    assert run([*command, *FEW, *options]) == 0
+    data = ["--data", str(heads / "tumours"), "--out", str(tmp_path / "adapted"), "--method", "medmerge"]
+    assert run(["adapt", str(trained / "network.safetensors"), other, *data, *FEW]) == 0
+    assert "other/network.safetensors was trained on cases of prepare.spacing 9.0, here 6.0" in "".join(
+        capsys.readouterr().out.splitlines()
+    )
+
+
 def test_the_whole_flow_by_defaults(heads, trained, tmp_path, capsys):
     brains, tumours = str(heads / "brains"), str(heads / "tumours")
     first, second = trained / "network.safetensors", tmp_path / "m2" / "network.safetensors"

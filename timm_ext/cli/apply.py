@@ -17,6 +17,7 @@ from timm_ext.cli.common import (
     tell_notes,
 )
 from timm_ext.cli.planned import settings_of_network, tell_far_scans
+from timm_ext.cli.reckoned import within_memory
 from timm_ext.errors import InputError, listed
 from timm_ext.files import check_outputs, ending_of, stem_of
 from timm_ext.terminal import make_console, say, show_table
@@ -99,6 +100,7 @@ def predict(
             window=settings.predict.window,
             overlap=settings.predict.overlap,
             flips=settings.predict.flips or ((0,) if flips else ()),
+            check=within_memory(settings, config_of(model)),
         )
     note_settings(out, settings, folder=True)
     say(f"{len(scans)} label maps in {out}")

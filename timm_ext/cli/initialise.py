@@ -31,6 +31,7 @@ from timm_ext.cli.planned import (
     fit_whole_volumes,
     note_run,
     tell_plan,
+    tell_unlike_preparation,
     training_sets,
     with_network,
     with_noted_window,
@@ -205,6 +206,7 @@ def adapt(
     settings, parts, chosen = training_parts(
         data, val, val_share, chosen, settings, cache or out / "prepared", workers
     )
+    tell_unlike_preparation(settings, networks)
     share = 1.0 if wanted.weight_pull else _SHARE_OF_STEPS
     settings, plan = with_training_plan(settings, network, parts, fixed=True, share=share)
     tell_plan(settings, plan, parts, start.model)

@@ -1,10 +1,11 @@
 """What commands decide from data, network and machine: told in a few lines, noted in the settings."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from timm_ext.cli.reckoned import check_training_memory, edges
 from timm_ext.locks import is_first_of_launched
 from timm_ext.terminal import say
 
@@ -17,12 +18,13 @@ if TYPE_CHECKING:
     from timm_ext.data.layouts import Case
     from timm_ext.data.prepare import Prepared
     from timm_ext.data.tasks import Task
-    from timm_ext.planning import Choice, Machine, TrainingPlan
+    from timm_ext.planning import Choice, TrainingPlan
 
     Parts = tuple[list[Prepared], list[Prepared]]
 
 SETTINGS_NAME = "settings.yaml"
 _PER_TRAINING = ("train.steps", "train.batch_size", "train.validate_every", "train.patch")
+_OF_INTENSITY_AND_SIZE = ("spacing", "normalise", "bias_field")
 _FAR = 1.5
 
 
@@ -85,37 +87,6 @@ def note_run(out: Path, run: Path, settings: "RunSettings", *, resume: bool) -> 
 
     if resume or not (run / STATE_NAME).exists():
         note_settings(out, settings, folder=True)
-
-
-def check_fisher_memory(
-    settings: "RunSettings", cases: "Sequence[Prepared]", network: Mapping[str, Any]
-) -> None:
-    """Refuse a Fisher of examples that memory does not hold.
-
-    Raises:
-        InputError: as said.
-    """
-    from math import prod
-
-    from timm_ext.errors import InputError
-    from timm_ext.inference import fitting_size
-    from timm_ext.machine import check_memory
-    from timm_ext.planning import footprint_of, held_bytes
-
-    footprint, patch = footprint_of(network), settings.fisher.patch
-    voxels = max(prod(patch or fitting_size(case.shape, footprint.divisor)) for case in cases)
-    needed = footprint.step_bytes(voxels * settings.fisher.batch_size) + held_bytes(
-        cases, network["in_channels"]
-    )
-    try:
-        check_memory(
-            needed, "fisher: " + ("whole volumes" if patch is None else f"a patch of {_edges(patch)}")
-        )
-    except InputError as error:
-        raise InputError(
-            f"{error}; --set fisher.patch=[64,64,64] takes patches of that size, --set fisher.batch_size=1 "
-            "one at a time"
-        ) from error
 
 
 def with_network(settings: "RunSettings", network: Mapping[str, Any], where: object) -> "RunSettings":
@@ -188,6 +159,25 @@ def with_spacing(settings: "RunSettings", cases: "Sequence[Case]") -> "RunSettin
         return settings
     prepare = replace(settings.prepare, spacing=plan.spacing)
     return settings.model_copy(update={"prepare": prepare})
+
+
+def tell_unlike_preparation(settings: "RunSettings", networks: "Sequence[Path]") -> None:
+    """Say which networks were trained on cases that were prepared in another way than these are."""
+    from timm_ext.checkpoint import load_checkpoint
+    from timm_ext.cli.common import noted_settings
+
+    for path in networks:
+        checkpoint = load_checkpoint(path, kind=("network", "merged"))
+        if not (checkpoint.metadata.get("settings") or {}).get("prepare"):
+            continue
+        noted, own = noted_settings(checkpoint).prepare, settings.prepare
+        unlike = [
+            f"prepare.{name} {getattr(noted, name)}, here {getattr(own, name)}"
+            for name in _OF_INTENSITY_AND_SIZE
+            if getattr(noted, name) not in (None, getattr(own, name))
+        ]
+        if unlike:
+            _print(f"{path} was trained on cases of {'; '.join(unlike)}")
 
 
 def without_noted_spacing(settings: "RunSettings", where: object) -> "RunSettings":
@@ -266,7 +256,7 @@ def with_training_plan(
     settings = settings.model_copy(
         update={"network": NetworkSettings(name=network["name"], options=dict(options))}
     )
-    _check_memory(plan, parts, machine, network["in_channels"])
+    check_training_memory(plan, parts, machine, network["in_channels"])
     return settings, plan
 
 
@@ -287,11 +277,11 @@ def tell_plan(settings: "RunSettings", plan: "TrainingPlan", parts: "Parts", mod
     shape = np.median([case.shape for part in parts for case in part], axis=0).astype(int)
     examples = "whole volumes"
     if train.patch is not None:
-        examples = f"patches of {_edges(train.patch)} voxels, half of them on a region"
+        examples = f"patches of {edges(train.patch)} voxels, half of them on a region"
     depth = plan.network["options"].get("levels")
     every, steps = train.round_steps(count), train.total_steps(count)
     lines = [
-        f"Plan for {count} training and {len(parts[1])} validation cases of {_edges(shape)} voxels (median), "
+        f"Plan for {count} training and {len(parts[1])} validation cases of {edges(shape)} voxels (median), "
         f"on a {machine.kind.upper()}:",
         f"a step takes {train.batch_size} {examples}; {plan.network['name']}"
         + (f" with {depth} levels" if depth else ""),
@@ -323,24 +313,6 @@ def _choice(settings: "RunSettings", network: Mapping[str, Any], fixed: bool, sh
     )
 
 
-def _check_memory(plan: "TrainingPlan", parts: "Parts", machine: "Machine", channels: int) -> None:
-    from timm_ext.errors import InputError
-    from timm_ext.machine import check_memory
-    from timm_ext.planning import free_memory, held_bytes
-
-    data = [case for part in parts for case in part]
-    needed = plan.step_bytes + (held_bytes(data, channels) if machine.kind == "cpu" else 0)
-    what = f"training: {plan.batch_size} examples of {_edges(plan.size)} voxels"
-    try:
-        check_memory(needed, what, available=free_memory(machine))
-    except InputError as error:
-        divisor = plan.footprint.divisor
-        smaller = ",".join(str(max(edge // 2 // divisor, 1) * divisor) for edge in plan.size)
-        raise InputError(
-            f"{error}; --set train.patch=[{smaller}] or --set train.batch_size=1 takes less"
-        ) from error
-
-
 def _median_spacing(parts: "Parts") -> tuple[float, float, float]:
     import numpy as np
 
@@ -356,10 +328,6 @@ def _lengths(spacing: float | tuple[float, float, float]) -> str:
     values = spacing if isinstance(spacing, tuple) else (spacing,)
     told = [f"{value:.4g}" for value in values]
     return told[0] if len(set(told)) == 1 else " × ".join(told)
-
-
-def _edges(values: Iterable[int]) -> str:
-    return " × ".join(str(int(value)) for value in values)
 
 
 def _print(line: str) -> None:

@@ -31,7 +31,6 @@ from timm_ext.cli.common import (
 )
 from timm_ext.cli.planned import (
     as_before,
-    check_fisher_memory,
     fit_whole_volumes,
     network_of_task,
     note_run,
@@ -41,6 +40,7 @@ from timm_ext.cli.planned import (
     with_network,
     with_training_plan,
 )
+from timm_ext.cli.reckoned import check_fisher_memory
 from timm_ext.terminal import say
 
 

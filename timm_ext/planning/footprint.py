@@ -17,7 +17,7 @@ from timm_ext.networks.registry import build_network
 _EDGE = 32  # of the volume that is tried, at least
 _STATE = 16  # bytes of weight, gradient and Adam's two moments per parameter
 _BEYOND_SAVED = 2.0  # peak of a step over what its forward saves: gradients on their way, work space
-_INFERENCE = 0.5  # peak of a pass without gradients over what training would save
+_INFERENCE = 0.6  # peak of a pass without gradients over what training would save
 
 
 @dataclass(frozen=True)
