@@ -33,10 +33,10 @@ def shown(value: object, most: int = MOST_SHOWN) -> str:
     return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"
 
 
-def listed(items: Iterable[object], most: int = MOST_LISTED) -> str:
-    """Join items by commas; of a long list the first `most`, and how many more there are."""
+def listed(items: Iterable[object], most: int = MOST_LISTED, separator: str = ", ") -> str:
+    """Join items, as a rule by commas; of a long list the first `most`, and how many more there are."""
     every = [printable(str(item)) for item in items]
-    return ", ".join(_first(every, most))
+    return separator.join(_first(every, most))
 
 
 def lines_of(items: Iterable[object], most: int = MOST_LISTED) -> str:

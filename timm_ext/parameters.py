@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timm_ext.errors import InputError, lines_of
+from timm_ext.errors import InputError, lines_of, listed
 
 _NORMS = (
     nn.modules.batchnorm._NormBase,  # batch and instance norms of every dimension
@@ -106,8 +106,8 @@ def split_parameters(model: nn.Module, *, heads: Sequence[str], transfer_norms: 
     unmatched = [pattern for pattern in heads if not any(matches(name, [pattern]) for name in aliases)]
     if unmatched:
         raise InputError(
-            f"heads: expected patterns that match parameters (got {', '.join(map(repr, unmatched))}, "
-            f"which match none of {_few(list(aliases))})"
+            f"heads: expected patterns that match parameters (got {listed(map(repr, unmatched))}, "
+            f"which match none of {listed(aliases)})"
         )
     specific = {first for name, first in aliases.items() if matches(name, heads)}
     if not transfer_norms:
@@ -115,7 +115,7 @@ def split_parameters(model: nn.Module, *, heads: Sequence[str], transfer_norms: 
     names = [name for name, first in aliases.items() if name == first]
     if len(specific) == len(names):
         raise InputError(
-            f"heads: expected at least one shared parameter to remain (got all of {_few(names)})"
+            f"heads: expected at least one shared parameter to remain (got all of {listed(names)})"
         )
     return Split(
         shared=tuple(name for name in names if name not in specific),
@@ -217,7 +217,7 @@ class Layout:
         """
         parameters = named_parameters(model)
         if unknown := [name for name in names if name not in parameters]:
-            raise InputError(f"layout: expected names of the model's parameters (got {', '.join(unknown)})")
+            raise InputError(f"layout: expected names of the model's parameters (got {listed(unknown)})")
         entries = tuple(_entry_of(model, name, parameters[name]) for name in names)
         return cls(entries, tuple(buffer_owners(model, names)))
 
@@ -377,7 +377,3 @@ def _against_model(
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """Tell whether a shell pattern fits a name; one that ends in a dot stands for all names below."""
     return any(fnmatchcase(name, p + "*" if p.endswith(".") else p) for p in patterns)
-
-
-def _few(names: Sequence[str], count: int = 6) -> str:
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

@@ -6,7 +6,7 @@ import pytest
 from timm_ext.documents import read_json
 from timm_ext.errors import InputError
 from timm_ext.study.records import PLAN, Folder, Step, with_needs
-from timm_ext.study.results import Tested
+from timm_ext.study.results import Scored
 
 
 def step(name="a", needs=None, **settings):
@@ -92,7 +92,7 @@ def test_a_result_of_another_kind_is_refused(tmp_path, change, message):
     folder, mine = Folder(tmp_path), step()
     folder.write_record(mine, {"curve": [[1, 0.5]], "steps": 1, "scores": {"a": {"WT": None}}, **change})
     with pytest.raises(InputError, match=message):
-        folder.result(mine, Tested)
+        folder.result(mine, Scored)
 
 
 def hold(path, held, release):

@@ -219,7 +219,7 @@ def _checked(settings: GenerateSettings) -> Task:
         check_label_names(drawn, task, "generated cases")
     names = settings.modalities or task.modalities
     if unknown := [name for name in names if name not in MODALITIES]:
-        raise InputError(f"modalities: expected some of {', '.join(MODALITIES)} (got {', '.join(unknown)})")
+        raise InputError(f"modalities: expected some of {', '.join(MODALITIES)} (got {listed(unknown)})")
     check_seed("seed", settings.seed)
     check_number("spacing", settings.spacing, 0.5, 8)
     check_edges("size", settings.size, least=8)

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from timm_ext.data.label_maps import CHOROID_PLEXUS, CSF_TISSUE, OTHER, OUTSIDE, VESSEL, Tissue
 from timm_ext.data.noise import Field, keyed_generator, smooth_noise
 from timm_ext.data.volume import Affine, Volume
-from timm_ext.errors import InputError
+from timm_ext.errors import InputError, listed
 
 Table = npt.NDArray[np.float32]
 
@@ -121,7 +121,7 @@ def render(
             tissues without a brain.
     """
     if unknown := [name for name in modalities if name not in MODALITIES]:
-        raise InputError(f"modalities: expected some of {', '.join(MODALITIES)} (got {', '.join(unknown)})")
+        raise InputError(f"modalities: expected some of {', '.join(MODALITIES)} (got {listed(unknown)})")
     if any(length % pool for length in tissue.shape):
         raise InputError(f"pool: expected a divisor of the shape {tissue.shape} (got {pool})")
     if tumour is not None and tumour.shape != tissue.shape:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, distributed
 
-from timm_ext.errors import InputError
+from timm_ext.errors import InputError, lines_of
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,7 @@ def _check_alike(shares: Sequence[Share]) -> None:
         ]
         if names:
             listing = [f"{n}: {_shape(first, n)} on rank 0, {_shape(other, n)} on rank {rank}" for n in names]
-            raise InputError(
-                "\n  ".join([f"rank {rank}: expected the model of rank 0 (got another)", *listing])
-            )
+            raise InputError(f"rank {rank}: expected the model of rank 0 (got another){lines_of(listing)}")
 
 
 def _shape(share: Share, name: str) -> str:

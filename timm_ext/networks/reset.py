@@ -5,7 +5,7 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
-from timm_ext.errors import InputError
+from timm_ext.errors import InputError, listed
 from timm_ext.parameters import is_norm, named_parameters
 
 
@@ -28,7 +28,7 @@ def reset_specific(model: nn.Module, names: Collection[str], generator: torch.Ge
     wanted = set(names)
     parameters = named_parameters(model)
     if unknown := sorted(wanted - parameters.keys()):
-        raise InputError(f"reset: expected names of parameters (got {', '.join(unknown)})")
+        raise InputError(f"reset: expected names of parameters (got {listed(unknown)})")
     for name, parameter in parameters.items():
         if name in wanted:
             layer, _, kind = name.rpartition(".")

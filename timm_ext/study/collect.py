@@ -15,7 +15,7 @@ from timm_ext.errors import InputError, listed
 from timm_ext.merging import Method, get_method, unseen_modalities
 from timm_ext.study.plan import Plan
 from timm_ext.study.records import Folder, Step, with_needs
-from timm_ext.study.results import Cases, Forgetting, Learned, Scores, Tested, Times, Training
+from timm_ext.study.results import Cases, Forgetting, Learned, Scored, Scores, Times, Training
 from timm_ext.study.settings import CommonSettings
 from timm_ext.study.stages import CASES, PREDICTIONS, TIMES
 from timm_ext.study.summary import Array, Example, ForgettingRow, MethodResult, Ratios, Summary
@@ -95,7 +95,7 @@ def method_result(plan: Plan, folder: Folder, method: Method) -> MethodResult:
     for seed in plan.settings.seeds:
         chain = [plan.adaptations.get((method.name, seed)), plan.runs[method.name, seed]]
         stages = [step for step in chain if step is not None]
-        result, where = folder.result(stages[-1], Tested), folder.run_path(stages[-1])
+        result, where = folder.result(stages[-1], Scored), folder.run_path(stages[-1])
         dice.append(_table(result.scores or {}, cases, regions, where))
         hd95.append(result.hd95 and _table(result.hd95, cases, regions, where))
         curve, clock, length = _joined(folder, stages)

@@ -8,7 +8,7 @@ from typing import Any
 
 from timm_ext.data.generate import PHANTOM
 from timm_ext.data.tasks import get_task
-from timm_ext.errors import InputError
+from timm_ext.errors import InputError, listed
 from timm_ext.machine import check_memory
 from timm_ext.merging.methods import get_method
 from timm_ext.study.parts import available_train_cases
@@ -132,4 +132,4 @@ def _plan_settings(settings: StudySettings, count: int, draw: int) -> PlanSettin
 
 
 def _listed(values: Sequence[object]) -> str:
-    return ", ".join(map(str, values)) or "none"
+    return listed(values) or "none"

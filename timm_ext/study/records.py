@@ -223,7 +223,7 @@ class Folder:
                 if earlier.get(name) != json.loads(json.dumps(settings.get(name)))
             ]
             if differing:
-                listing = listed(differing)
+                listing = listed(differing, separator="; ")
                 raise InputError(
                     f"{self.path}: holds results of other settings ({listing}); choose another folder"
                 )

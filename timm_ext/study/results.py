@@ -32,7 +32,7 @@ class Learned(Training):
 
 
 @dataclass(frozen=True)
-class Tested(Training):
+class Scored(Training):
     """Of a run: Dice and, in mm, HD95 of every test case and region."""
 
     scores: Scores | None = None

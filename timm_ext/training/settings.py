@@ -13,7 +13,7 @@ from timm_ext.bounds import (
     check_seed,
     check_whole,
 )
-from timm_ext.errors import InputError
+from timm_ext.errors import InputError, listed
 
 if TYPE_CHECKING:
     from timm_ext.merging import Method
@@ -172,7 +172,9 @@ def check_facts(saved: dict[str, Any], now: dict[str, Any], where: object) -> No
         if saved.get(name) != now.get(name)
     ]
     if differing:
-        raise InputError(f"{where}: cannot be resumed with other settings: {'; '.join(differing)}")
+        raise InputError(
+            f"{where}: cannot be resumed with other settings: {listed(differing, separator='; ')}"
+        )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from timm_ext.data.augment import AugmentSettings
 from timm_ext.data.dataset import CaseDataset
 from timm_ext.data.prepare import Prepared
 from timm_ext.data.tasks import Task
-from timm_ext.errors import InputError
+from timm_ext.errors import InputError, listed
 from timm_ext.files import atomic_write
 from timm_ext.merging import MergedModel, squared_departure
 from timm_ext.parameters import named_parameters
@@ -256,7 +256,7 @@ def warm_up(
     settings.refuse_ties("warm-up")
     parameters = named_parameters(model)
     if unknown := sorted(set(specific) - parameters.keys()):
-        raise InputError(f"warm-up: expected names of the network's parameters (got {', '.join(unknown)})")
+        raise InputError(f"warm-up: expected names of the network's parameters (got {listed(unknown)})")
     chosen = [parameter for name, parameter in parameters.items() if name in set(specific)]
     return Trainer(settings, run_dir).fit(
         model,

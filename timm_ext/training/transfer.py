@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from timm_ext.data.noise import keyed_generator
-from timm_ext.errors import InputError
+from timm_ext.errors import InputError, listed
 from timm_ext.parameters import Entry, Layout, named_parameters
 from timm_ext.training.settings import TrainSettings
 
@@ -96,7 +96,7 @@ def make_tie(model: nn.Module, names: Collection[str] | None, settings: TrainSet
     parameters = named_parameters(model)
     names = parameters.keys() if names is None else names
     if unknown := sorted(set(names) - parameters.keys()):
-        raise InputError(f"tied: expected names of the model's parameters (got {', '.join(unknown)})")
+        raise InputError(f"tied: expected names of the model's parameters (got {listed(unknown)})")
     trained = [name for name in names if parameters[name].requires_grad]
     return Tie(model, trained, settings) if trained else None
 
