@@ -1,0 +1,497 @@
+"""The operators against their definitions in float64, for random shapes, strides, types and numbers."""
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from fuzz import Outcome, kind
+from torch import Tensor
+from torch.nn import functional
+
+import timm_ext
+from timm_ext import doubling_ops, layer_ops, ops, reference
+from timm_ext.errors import InputError
+from timm_ext.memory import kept_memory, new_tensor
+
+OWN_MESSAGE = re.compile(r"^[a-z_0-9]+: .+ must .+", re.DOTALL)
+ERROR = 1e-5  # of the largest sum of absolute terms: chains of float32, Winograd's forms
+
+
+def clear(call: Callable[[], Any]) -> Any:
+    """Call an operator; its own refusals count as clear."""
+    try:
+        return call()
+    except RuntimeError as error:
+        if OWN_MESSAGE.match(str(error)):
+            raise InputError(str(error)) from error
+        raise
+
+
+def drawn(rng: random.Random, *sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(rng.getrandbits(60))
+    return torch.randn(sizes, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def view(rng: random.Random, values: Tensor) -> Tensor:
+    """The same values within a larger tensor: with offset, steps, gaps, or axes in another order."""
+    axes = values.ndim
+    match rng.randrange(4):
+        case 0:
+            return values
+        case 1:
+            order = rng.sample(range(axes), axes)
+            return values.permute(order).contiguous().permute([order.index(a) for a in range(axes)])
+        case 2:
+            steps = [rng.randint(1, 2) for _ in range(axes)]
+            shape = [size * step for size, step in zip(values.shape, steps, strict=True)]
+            wide = torch.full(shape, torch.nan if values.is_floating_point() else 7, dtype=values.dtype)
+            part = wide[tuple(slice(None, None, step) for step in steps)]
+            part.copy_(values)
+            return part
+        case _:
+            gaps = [rng.randint(0, 3) for _ in range(axes)]
+            shape = [size + gap for size, gap in zip(values.shape, gaps, strict=True)]
+            wide = torch.full(shape, torch.nan if values.is_floating_point() else 7, dtype=values.dtype)
+            part = wide[tuple(slice(gap, None) for gap in gaps)]
+            part.copy_(values)
+            return part
+
+
+def assert_near(got: Tensor, expected: Tensor, scale: Tensor | float, error: float = ERROR) -> None:
+    assert got.shape == expected.shape, f"{list(got.shape)} for {list(expected.shape)}"
+    if got.numel():
+        excess = (got.double() - expected).abs() - (error * scale + 1e-35)
+        assert bool((excess <= 0).all()), f"{float(excess.max())} beyond the bound"
+
+
+def sizes_of(rng: random.Random, axes: int, most: int) -> list[int]:
+    most = rng.choice([2, 4, most])
+    return [rng.randint(1, most) for _ in range(axes)]
+
+
+# --- the merge ------------------------------------------------------------------------------------------
+
+
+def planes(rng: random.Random, values: Tensor) -> Tensor:
+    """Rows further apart, and not aligned."""
+    models, elements = values.shape
+    before, behind = rng.choice([0, 0, 1, 7]), rng.choice([0, 0, 1, 24])
+    wide = torch.full((models, before + elements + behind), torch.nan, dtype=values.dtype)
+    wide[:, before : before + elements] = values
+    return wide[:, before : before + elements]
+
+
+def fishers(rng: random.Random, models: int, elements: int, dtype: torch.dtype) -> Tensor | None:
+    how = rng.randrange(4)
+    if how == 0:
+        return None
+    values = drawn(rng, models, elements, dtype=torch.float64).abs() + 1e-3
+    if how == 2 and dtype in (torch.float32, torch.bfloat16):
+        values = 10 ** (drawn(rng, models, elements, dtype=torch.float64).clamp(-3, 3) * 12)
+    if how == 3:
+        values *= drawn(rng, models, elements) > 0
+    return values.to(dtype)
+
+
+@kind("operators-merge")
+def merge(rng: random.Random, folder: Path) -> Outcome:
+    """fused_merge, its gradients and its tangent."""
+    dtype = rng.choice([torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16])
+    models = rng.choice([1, 2, 3, 5, 9])
+    longest = rng.choice([1, 5, 40, 3000])
+    lengths = [rng.randint(1, longest) for _ in range(rng.randint(0, 8))]
+    elements = sum(lengths)
+    rows = rng.randint(1, 4) if rng.random() < 0.5 else len(lengths)
+    groups = torch.tensor([rng.randrange(rows) for _ in lengths], dtype=torch.int64) if rows else None
+    if rows == len(lengths) and rng.random() < 0.5:
+        groups = None
+    mixing = rng.choice(ops.MIXINGS)
+    logits = drawn(rng, rows, models, dtype=torch.float64) * rng.choice([1, 1, 30])
+    if mixing == "ratios":
+        logits = logits.abs() + 0.1
+    theta = planes(rng, drawn(rng, models, elements, dtype=dtype))
+    fisher = fishers(rng, models, elements, dtype)
+    fisher = None if fisher is None else planes(rng, fisher)
+    logits = view(rng, logits.to(torch.float64 if dtype == torch.float64 else torch.float32))
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    _check_merge(rng, (theta, fisher, logits, offsets), {"mixing": mixing, "groups": groups})
+    return Outcome.RIGHT
+
+
+def _check_merge(rng: random.Random, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    theta, fisher, logits, offsets = arguments
+    eps = torch.finfo(theta.dtype).eps
+    leaves = [None if value is None else value.requires_grad_() for value in (theta, fisher, logits)]
+    wide = [None if v is None else v.detach().double().clone().requires_grad_() for v in leaves]
+    merged = clear(lambda: timm_ext.fused_merge(*leaves, offsets, **options))
+    expected = reference.fused_merge(*wide, offsets, **options)
+    largest = wide[0].detach().abs().amax(0) if theta.numel() else 0.0
+    unit = 2.0**-24 if eps > 1e-10 else 2.0**-53  # log-weights are rounded to it
+    rounded = 8 * unit * (1 + float(logits.detach().abs().amax() if logits.numel() else 0))
+    assert_near(merged.detach(), expected.detach(), largest, max(2 * eps, rounded))
+    gradient = view(rng, drawn(rng, theta.shape[1], dtype=theta.dtype))
+    wanted = [place for place in (0, 2) if leaves[place] is not None]
+    got = torch.autograd.grad(merged, [leaves[p] for p in wanted], gradient)
+    right = torch.autograd.grad(expected, [wide[p] for p in wanted], gradient.double())
+    bound = (gradient.double().abs() * (largest + 1)).sum() if theta.numel() else 0.0
+    for one, other in zip(got, right, strict=True):
+        assert_near(one, other, bound, max(2 * eps, 10 * rounded))
+
+
+@kind("operators-squares")
+def squares(rng: random.Random, folder: Path) -> Outcome:
+    """square_accumulate_ and the squares of a convolution's weight gradients."""
+    if rng.random() < 0.3:
+        dtype = rng.choice([torch.float32, torch.float64, torch.bfloat16, torch.float16])
+        shapes = [sizes_of(rng, rng.randint(0, 4), 9) for _ in range(rng.randint(1, 4))]
+        acc = [
+            torch.ones(s, dtype=torch.float64 if dtype == torch.float64 else torch.float32) for s in shapes
+        ]
+        grads = [view(rng, drawn(rng, *s, dtype=dtype)) for s in shapes * rng.randint(1, 3)]
+        scale = rng.choice([1.0, 0.25, 1e-3])
+        wide = [a.double() for a in acc]
+        reference.square_accumulate_(wide, [g.double() for g in grads], scale)
+        clear(lambda: timm_ext.square_accumulate_(acc, grads, scale))
+        for one, other in zip(acc, wide, strict=True):
+            assert_near(one, other, other, 1e-6)
+        return Outcome.RIGHT
+    axes, groups, batch = rng.randint(1, 3), rng.choice([1, 1, 2, 3]), rng.randint(0, 3)
+    outputs, inputs = groups * rng.randint(1, 9), groups * rng.randint(1, 9)
+    stride, dilation = ([rng.randint(1, 3) for _ in range(axes)] for _ in range(2))
+    padding = [rng.randint(0, 3) for _ in range(axes)]
+    kernel, sizes = sizes_of(rng, axes, 3), sizes_of(rng, axes, 11)
+    room = zip(sizes, padding, kernel, dilation, stride, strict=True)
+    points = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, k, d, s in room]
+    if min(points) < 1:
+        points = [max(p, 1) for p in points]
+    acc = torch.rand(outputs, inputs // groups, *kernel)
+    grad, input = drawn(rng, batch, outputs, *points), drawn(rng, batch, inputs, *sizes)
+    geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    result = acc.clone()
+    clear(lambda: timm_ext.conv_weight_grad_square_(result, view(rng, grad), view(rng, input), **geometry))
+    wide = acc.double()
+    if batch:
+        reference.conv_weight_grad_square_(wide, grad.double(), input.double(), **geometry)
+    assert_near(result, wide, wide.amax())
+    return Outcome.RIGHT
+
+
+# --- single layers --------------------------------------------------------------------------------------
+
+
+@kind("operators-convolutions")
+def convolutions(rng: random.Random, folder: Path) -> Outcome:
+    """Every convolution of volumes."""
+    with kept_memory():
+        rng.choice([_small, _winograd, _back_through_a_stride, _doubled])(rng)
+    return Outcome.RIGHT
+
+
+def _small(rng: random.Random) -> None:
+    kernel, mirrored = sizes_of(rng, 3, 3), rng.random() < 0.3
+    stride, dilation = ([rng.randint(1, 3) for _ in range(3)] for _ in range(2))
+    padding = [rng.randint(0, 3) for _ in range(3)]
+    input, weight, bias = _operands(rng, kernel, 9)
+    stored = weight.transpose(0, 1).flip(2, 3, 4) if mirrored else weight
+    got = clear(
+        lambda: layer_ops.small_conv3d(
+            view(rng, input),
+            view(rng, stored),
+            bias,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            mirrored=mirrored,
+        )
+    )
+    _check_convolution(got, input, weight, bias, stride=stride, padding=padding, dilation=dilation)
+
+
+def _winograd(rng: random.Random) -> None:
+    kernel, mirrored = [3, 3, rng.choice([1, 2, 3, 3, 5])], rng.random() < 0.3
+    padding = [rng.randint(0, 3) for _ in range(3)]
+    input, weight, bias = _operands(rng, kernel, 20)
+    stored = weight.transpose(0, 1).flip(2, 3, 4) if mirrored else weight
+    got = clear(
+        lambda: layer_ops.winograd_conv3d(
+            view(rng, input), view(rng, stored), bias, padding=padding, mirrored=mirrored
+        )
+    )
+    _check_convolution(got, input, weight, bias, padding=padding)
+
+
+def _back_through_a_stride(rng: random.Random) -> None:
+    size = sizes_of(rng, 3, 17)
+    grad = drawn(rng, rng.randint(0, 2), rng.randint(1, 20), *((n + 1) // 2 for n in size))
+    weight = drawn(rng, grad.shape[1], rng.randint(1, 20), 3, 3, 3)
+    got = clear(lambda: layer_ops.strided_conv3d_input_gradient(view(rng, grad), view(rng, weight), size))
+
+    def back(g: Tensor, w: Tensor) -> Tensor:
+        extra = [1 - n % 2 for n in size]
+        return functional.conv_transpose3d(g.double(), w.double(), stride=2, padding=1, output_padding=extra)
+
+    assert_near(got, back(grad, weight), back(grad.abs(), weight.abs()).amax() if got.numel() else 0.0)
+
+
+def _doubled(rng: random.Random) -> None:
+    input, weight, bias = _operands(rng, [3, 3, 3], 9)
+    large = doubling_ops.nearest_doubling3d(view(rng, input))
+    assert torch.equal(large, functional.interpolate(input, scale_factor=2) if input.numel() else large)
+    got = clear(lambda: doubling_ops.doubled_conv3d(view(rng, input), view(rng, weight), bias))
+    _check_convolution(got, large, weight, bias, padding=[1, 1, 1])
+    if not input.numel():
+        return
+    grad = drawn(rng, *got.shape)
+    sums = clear(lambda: doubling_ops.neighbour_sums3d(view(rng, grad)))
+    below = clear(lambda: doubling_ops.doubled_conv3d_input_gradient(view(rng, sums), view(rng, weight)))
+
+    def back(g: Tensor, w: Tensor) -> Tensor:
+        spread = functional.conv_transpose3d(g.double(), w.double(), padding=1)
+        return functional.avg_pool3d(spread, 2) * 8
+
+    assert_near(below, back(grad, weight), back(grad.abs(), weight.abs()).amax())
+    acc = torch.zeros_like(weight)
+    clear(lambda: doubling_ops.doubled_conv3d_weight_grad_square_(acc, view(rng, sums), view(rng, input)))
+    wide = torch.zeros_like(weight, dtype=torch.float64)
+    geometry = {"stride": [1] * 3, "padding": [1] * 3, "dilation": [1] * 3}
+    reference.conv_weight_grad_square_(wide, grad.double(), large.double(), **geometry)
+    assert_near(acc, wide, wide.amax(), 2 * ERROR)
+
+
+def _operands(rng: random.Random, kernel: Sequence[int], most: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    inputs, outputs = rng.choice([0, 1, 3, 8, 20]), rng.choice([1, 3, 8, 17])
+    input = drawn(rng, rng.choice([0, 1, 1, 2, 3]), inputs, *sizes_of(rng, 3, most))
+    bias = drawn(rng, outputs) if rng.random() < 0.5 else None
+    return input, drawn(rng, outputs, inputs, *kernel), bias
+
+
+def _check_convolution(
+    got: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, **options: Any
+) -> None:
+    if input.shape[1] == 0:
+        expected = torch.zeros(weight.shape[0]) if bias is None else bias
+        assert torch.equal(got, expected.view(1, -1, 1, 1, 1).expand_as(got))
+        return
+    expected = functional.conv3d(input.double(), weight.double(), **options)
+    terms = functional.conv3d(input.double().abs(), weight.double().abs(), **options)
+    if bias is not None:
+        expected = expected + bias.double().view(1, -1, 1, 1, 1)
+    assert_near(got, expected, terms.amax() + 1 if got.numel() else 0.0)
+
+
+@kind("operators-norms-and-labels")
+def norms_and_labels(rng: random.Random, folder: Path) -> Outcome:
+    """Instance norms with their gradients, sampled labels, log-weights."""
+    rng.choice([_norm, _labels, _ratios])(rng)
+    return Outcome.RIGHT
+
+
+def _norm(rng: random.Random) -> None:
+    batch, channels = rng.randint(0, 3), rng.randint(1, 5)
+    input = drawn(rng, batch, channels, *sizes_of(rng, rng.randint(1, 3), 13)) * 3 + rng.choice([0, 5])
+    weight, bias = (drawn(rng, channels) if rng.random() < 0.7 else None for _ in range(2))
+    slope, epsilon = rng.choice([1.0, 0.0, 0.01]), rng.choice([1e-5, 1e-2])
+    output, mean, deviation = clear(
+        lambda: layer_ops.instance_norm(view(rng, input), weight, bias, epsilon=epsilon)
+    )
+    grad = drawn(rng, *input.shape)
+    got = clear(
+        lambda: layer_ops.instance_norm_backward(
+            view(rng, grad), view(rng, input), mean, deviation, weight, bias, slope=slope
+        )
+    )
+    if not input.numel():
+        return
+    x = input.double().requires_grad_()
+    axes = list(range(2, x.ndim))
+    gamma = (
+        torch.ones(batch, channels, dtype=torch.float64)
+        if weight is None
+        else weight.double().expand(batch, -1)
+    )
+    beta = (
+        torch.zeros(batch, channels, dtype=torch.float64) if bias is None else bias.double().expand(batch, -1)
+    )
+    gamma, beta = gamma.clone().requires_grad_(), beta.clone().requires_grad_()
+    centre = x.mean(axes, keepdim=True)
+    rstd = ((x - centre).square().mean(axes, keepdim=True) + epsilon).rsqrt()
+    shape = (batch, channels, *([1] * len(axes)))
+    normal = (x - centre) * rstd * gamma.view(shape) + beta.view(shape)
+    assert_near(output, normal.detach(), 100.0)
+    if bool((normal.detach().abs() < 1e-3).any()) and slope != 1.0:
+        return  # float32 may lie on the other side of the kink
+    right = torch.autograd.grad(functional.leaky_relu(normal, slope), [x, gamma, beta], grad.double())
+    scale = float(rstd.max()) * float(gamma.abs().max()) + 1
+    for one, other in zip(got, right, strict=True):
+        assert_near(one, other, 30 * (float(grad.abs().sum()) + 1) * scale)
+
+
+def _labels(rng: random.Random) -> None:
+    dtype = rng.choice([torch.float32, torch.float64])
+    logits = drawn(
+        rng, rng.randint(0, 3), rng.randint(1, 5), *sizes_of(rng, rng.randint(0, 3), 9), dtype=dtype
+    )
+    keys = torch.tensor([rng.getrandbits(63) for _ in range(len(logits))], dtype=torch.int64)
+    likelihood = rng.choice(["bernoulli", "categorical"])
+    labels, scores = clear(lambda: timm_ext.sample_labels(view(rng, logits), keys, likelihood))
+    if not logits.numel():
+        return
+    share = logits.double().sigmoid() if likelihood == "bernoulli" else logits.double().softmax(1)
+    hot = labels if likelihood == "bernoulli" else functional.one_hot(labels, logits.shape[1]).movedim(-1, 1)
+    assert_near(scores, hot.double() - share, 1.0, 1e-6)
+    expected, _ = reference.sample_labels(logits.double(), keys, likelihood)
+    assert float((labels != expected).double().mean()) <= 2 / labels.numel()
+
+
+def _ratios(rng: random.Random) -> None:
+    mixing = rng.choice(ops.MIXINGS)
+    logits = drawn(rng, rng.randint(0, 5), rng.randint(1, 6)) * rng.choice([1, 20])
+    logits = logits.abs() if mixing == "ratios" else logits
+    got = clear(lambda: timm_ext.ratios(view(rng, logits), mixing))
+    wide = logits.double()
+    share = {"sigmoid": wide.sigmoid(), "softmax": wide.exp(), "ratios": wide}[mixing]
+    assert_near(got, share / share.sum(1, keepdim=True), 1.0, 1e-6)
+
+
+# --- odd arguments --------------------------------------------------------------------------------------
+
+ODD_INTEGERS = [-(2**63), -(2**31), -2, -1, 0, 1, 2, 3, 5, 100, 2**31 - 1, 2**31, 2**32, 2**40]
+ODD_INTEGERS += [2**61 - 1, 2**61, 2**62, 2**63 - 1, 2**63, 2**70]
+GOOD: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
+    "fused_merge": lambda: (
+        timm_ext.fused_merge,
+        {
+            "theta": torch.randn(2, 10),
+            "fisher": torch.rand(2, 10),
+            "logits": torch.zeros(3, 2),
+            "offsets": torch.tensor([0, 2, 5, 10]),
+            "groups": torch.tensor([0, 1, 2]),
+            "out": torch.empty(10),
+        },
+    ),
+    "conv_weight_grad_square_": lambda: (
+        timm_ext.conv_weight_grad_square_,
+        {
+            "acc": torch.zeros(4, 2, 2, 2, 2),
+            "grad": torch.randn(2, 4, 2, 2, 2),
+            "input": torch.randn(2, 2, 3, 3, 3),
+            "stride": [1] * 3,
+            "padding": [0] * 3,
+            "dilation": [1] * 3,
+            "groups": 1,
+        },
+    ),
+    "sample_labels": lambda: (
+        timm_ext.sample_labels,
+        {"logits": torch.randn(2, 3, 4), "keys": torch.tensor([1, 2]), "likelihood": "bernoulli"},
+    ),
+    "small_conv3d": lambda: (
+        layer_ops.small_conv3d,
+        {
+            "input": torch.randn(2, 2, 3, 3, 3),
+            "weight": torch.randn(4, 2, 2, 2, 2),
+            "bias": torch.randn(4),
+            "stride": [1] * 3,
+            "padding": [1] * 3,
+            "dilation": [1] * 3,
+        },
+    ),
+    "winograd_conv3d": lambda: (
+        layer_ops.winograd_conv3d,
+        {
+            "input": torch.randn(2, 2, 3, 3, 3),
+            "weight": torch.randn(4, 2, 3, 3, 3),
+            "bias": torch.randn(4),
+            "padding": [1] * 3,
+        },
+    ),
+    "strided_conv3d_input_gradient": lambda: (
+        layer_ops.strided_conv3d_input_gradient,
+        {"grad": torch.randn(1, 2, 2, 2, 2), "weight": torch.randn(2, 3, 3, 3, 3), "size": [4, 4, 3]},
+    ),
+    "doubled_conv3d": lambda: (
+        doubling_ops.doubled_conv3d,
+        {"input": torch.randn(1, 2, 2, 2, 2), "weight": torch.randn(3, 2, 3, 3, 3), "bias": torch.randn(3)},
+    ),
+    "doubled_conv3d_input_gradient": lambda: (
+        doubling_ops.doubled_conv3d_input_gradient,
+        {"sums": torch.randn(1, 2, 3, 5, 3), "weight": torch.randn(2, 3, 3, 3, 3)},
+    ),
+    "doubled_conv3d_weight_grad_square_": lambda: (
+        doubling_ops.doubled_conv3d_weight_grad_square_,
+        {
+            "accumulator": torch.zeros(2, 3, 3, 3, 3),
+            "sums": torch.randn(1, 2, 3, 5, 3),
+            "input": torch.randn(1, 3, 1, 2, 1),
+        },
+    ),
+    "neighbour_sums3d": lambda: (doubling_ops.neighbour_sums3d, {"input": torch.randn(1, 2, 2, 3, 2)}),
+    "instance_norm": lambda: (
+        layer_ops.instance_norm,
+        {"input": torch.randn(2, 3, 4), "weight": torch.randn(3), "bias": torch.randn(3)},
+    ),
+    "instance_norm_backward": lambda: (
+        layer_ops.instance_norm_backward,
+        {
+            "grad": torch.randn(2, 3, 4),
+            "input": torch.randn(2, 3, 4),
+            "mean": torch.randn(6),
+            "deviation": torch.rand(6),
+            "weight": torch.randn(3),
+            "bias": torch.randn(3),
+        },
+    ),
+    "new_tensor": lambda: (new_tensor, {"like": torch.zeros(1), "sizes": [2, 3]}),
+}
+
+
+@kind("operators-odd-arguments", megabytes=2000)
+def odd_arguments(rng: random.Random, folder: Path) -> Outcome:
+    """Good calls with one or two arguments spoilt: a result, or an error that names what was wrong."""
+    torch.manual_seed(rng.getrandbits(60))
+    function, arguments = GOOD[rng.choice(list(GOOD))]()
+    for name in rng.sample(list(arguments), min(len(arguments), rng.randint(1, 2))):
+        arguments[name] = _spoilt(rng, arguments[name])
+    with kept_memory():
+        clear(lambda: function(**arguments))
+    return Outcome.RIGHT
+
+
+def _spoilt(rng: random.Random, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return _spoilt_tensor(rng, value)
+    if isinstance(value, list):
+        changed = list(value)
+        for _ in range(rng.randint(1, 3)):
+            changed[rng.randrange(len(changed))] = rng.choice(ODD_INTEGERS)
+        return rng.choice([changed, changed, changed, [*value, 1], value[:-1], [], [1.5] * len(value), ["1"]])
+    return rng.choice(ODD_INTEGERS) if isinstance(value, int) else rng.choice(["", "both", "categorical"])
+
+
+def _spoilt_tensor(rng: random.Random, value: Tensor) -> Any:
+    match rng.randrange(9):
+        case 0:
+            return value.numpy() if rng.random() < 0.5 else value.tolist()
+        case 1:
+            return value.to(rng.choice([torch.float32, torch.float64, torch.bfloat16]))
+        case 2:
+            return value.to(
+                rng.choice([torch.complex64, torch.float16, torch.int32, torch.int64, torch.bool])
+            )
+        case 3:
+            axis = rng.randrange(value.ndim)
+            return value.narrow(axis, 0, rng.randint(0, value.shape[axis]))
+        case 4:
+            return value.unsqueeze(rng.randint(0, value.ndim)) if rng.random() < 0.5 else value.flatten()
+        case 5:
+            axis = rng.randrange(value.ndim)
+            return torch.cat([value, value], axis)
+        case 6:
+            return value.transpose(0, -1)
+        case 7:
+            return value[:1].expand_as(value)
+        case _:
+            return view(rng, value)
