@@ -11,6 +11,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 OPERATORS = "timm_ext.libtimm_ext"
+LIBRARY = "timm_ext/libtimm_ext.torch.so"  # as CMake and timm_ext/_library.py name it: no Python module
 sys.path.insert(0, str(ROOT / "tools"))
 
 from build_backend import find_torch, torch_requirement  # noqa: E402
@@ -37,12 +38,8 @@ class CMakeBuild(build_ext):
     """Builds and installs the two libraries of the package with CMake and Ninja."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        """Leave the tag of the Python version off the library of operators, which is no Python module."""
-        return (
-            OPERATORS.replace(".", "/") + ".so"
-            if fullname == OPERATORS
-            else super().get_ext_filename(fullname)
-        )
+        """Give the library of operators its own name, without the tag of a Python version."""
+        return LIBRARY if fullname == OPERATORS else super().get_ext_filename(fullname)
 
     def build_extensions(self) -> None:
         """Configure, build and install into the folder of the package."""

@@ -26,7 +26,8 @@ target_compile_definitions(timm_ext PRIVATE TORCH_TARGET_VERSION=0x020a000000000
 target_link_libraries(timm_ext PRIVATE timm_ext_options ${isa_libraries} timm_ext_isa)
 target_link_options(timm_ext PRIVATE -Wl,--no-as-needed)
 target_link_libraries(timm_ext PRIVATE ${torch_library_dir}/libtorch.so ${torch_library_dir}/libtorch_cpu.so)
-set_target_properties(timm_ext PROPERTIES SKIP_BUILD_RPATH ON)
+# With a dot in its name it is no Python module to those who list the package's.
+set_target_properties(timm_ext PROPERTIES SKIP_BUILD_RPATH ON SUFFIX .torch.so)
 
 if(timm_ext_cuda)
   target_sources(timm_ext PRIVATE
@@ -42,7 +43,8 @@ if(timm_ext_cuda)
   target_compile_definitions(timm_ext PRIVATE TIMM_EXT_CUDA)
 endif()
 
-pybind11_add_module(_host csrc/host.cpp)
+# NO_EXTRAS: pybind11 would call strip by a shell, without quotes around the path.
+pybind11_add_module(_host NO_EXTRAS csrc/host.cpp)
 target_compile_definitions(_host PRIVATE
   TIMM_EXT_VERSION="${TIMM_EXT_VERSION}"
   TIMM_EXT_TORCH_VERSION="${TIMM_EXT_TORCH_VERSION}"

@@ -115,7 +115,7 @@ def test_a_missing_library_is_explained(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "path", [str(tmp_path / "other")])
     message = load_in([str(tmp_path / "timm_ext")])
     assert message.startswith("timm_ext: the compiled library could not be loaded.\n")
-    assert f"no libtimm_ext.so in {tmp_path / 'timm_ext'}" in message
+    assert f"no libtimm_ext.torch.so in {tmp_path / 'timm_ext'}" in message
     assert [line.split(".")[0].strip() for line in message.splitlines() if re.match(r"  \d\.", line)] == list(
         "1234"
     )
@@ -153,6 +153,21 @@ def test_import_costs_little_beside_torch() -> None:
         if ratios[-1] <= 1.2:
             break
     assert min(ratios) <= 1.2, f"import timm_ext took {min(ratios):.2f} times import torch"
+
+
+def test_every_module_of_the_package_can_be_imported() -> None:
+    code = (
+        "import importlib, pkgutil, timm_ext\n"
+        "names = [m.name for m in pkgutil.walk_packages(timm_ext.__path__, 'timm_ext.')]\n"
+        "print(len([importlib.import_module(n) for n in names]))\n"
+        "print(*names)"
+    )
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+    count, names = result.stdout.splitlines()
+    assert int(count) > 100
+    assert "timm_ext._host" in names.split()
+    assert not [name for name in names.split() if "libtimm" in name]
 
 
 def test_every_public_name_exists() -> None:

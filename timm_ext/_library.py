@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-LIBRARY = "libtimm_ext.so"
+LIBRARY = "libtimm_ext.torch.so"  # a name with a dot is no Python module to those who list modules
 OLDEST_TORCH = (2, 10)
 
 
