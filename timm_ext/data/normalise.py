@@ -95,8 +95,8 @@ def check_hounsfield(image: npt.NDArray[np.number], where: object) -> None:
     """Refuse intensities that cannot be Hounsfield units: shifted or scaled ones.
 
     Raises:
-        InputError: no voxel is below 0, where fat and air are, though some are brighter than most bone; or all
-            are near 0, as those of images that were scaled already.
+        InputError: no voxel is below 0, where fat and air are, though some are brighter than most bone; or
+            all are near 0, as those of images that were scaled already.
     """
     low, high = float(image.min()), float(image.max())
     if (low >= 0 and high > _BRIGHTEST) or max(-low, high) < _FAINTEST:
