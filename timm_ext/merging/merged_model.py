@@ -226,7 +226,9 @@ class MergedModel(nn.Module):
         """
         value = merged.detach()
         if merged.requires_grad:
-            value = _Repeatable.apply(weakref.ref(self), value, self.logits, self.offset)
+            value = _Repeatable.apply(  # type: ignore[no-untyped-call]
+                weakref.ref(self), value, self.logits, self.offset
+            )
         self._put(self._shared(value))
 
     def _put(self, tensors: Mapping[str, Tensor]) -> None:
