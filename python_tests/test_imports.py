@@ -48,7 +48,8 @@ ALLOWED = {
     "networks": BASE | {"modes", "parameters", "metadata", "state_dicts", "checkpoint"},
     "fisher": BASE | {"ops", "layer_ops", "doubling_ops", "memory", "modes", "parameters", "checkpoint"},
     "merging": BASE
-    | {"_library", "modes", "ops", "parameters", "groups", "checkpoint", "fisher", "networks"},
+    | {"_library", "modes", "ops", "parameters", "groups"}
+    | {"integrity", "metadata", "checkpoint", "fisher", "networks"},
     "data": BASE,
     "metrics": BASE | {"data"},
     "inference": BASE | {"data", "modes", "networks"},

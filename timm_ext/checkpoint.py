@@ -22,7 +22,7 @@ from timm_ext.state_dicts import StateDict, find_state_dict, without_wrappers
 from timm_ext.torch_files import read_torch_file
 
 _KEY = "timm_ext"
-_FORMAT = 2  # from which on a file holds its digest
+FORMAT = 2  # from which on a file holds its digest
 _NETWORKS = ("network", "merged")
 _TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".pkl", ".bin")
 _TORCH_MAGIC = (b"PK\x03\x04", b"\x80")  # a zip archive, a bare pickle
@@ -71,7 +71,7 @@ def save_checkpoint(path: Path | str, tensors: Mapping[str, Tensor], *, kind: st
         InputError: the file cannot be written; nothing is left behind.
     """
     first_names, aliases = _without_aliases(tensors)
-    about = {"digest": BLANK, "format": _FORMAT, "kind": kind, "versions": versions(), **metadata}
+    about = {"digest": BLANK, "format": FORMAT, "kind": kind, "versions": versions(), **metadata}
     header = {_KEY: write_metadata(about | ({"aliases": aliases} if aliases else {}), path)}
     whole = _disjoint({name: tensors[name].detach().contiguous() for name in first_names})
     with atomic_write(path) as temporary:
@@ -208,7 +208,7 @@ def _read_safetensors(path: Path, names: Collection[str] | None) -> Checkpoint:
         return Checkpoint(plain.tensors, {}, path, sha256(path), plain.notes)
     metadata = read_metadata(header[_KEY], path)
     digest = metadata.pop("digest", None)
-    if metadata.pop("format", 1) >= _FORMAT and digest is None:
+    if metadata.pop("format", 1) >= FORMAT and digest is None:
         raise InputError(f"{path}: expected a digest in its metadata (got none: the file is damaged)")
     file_hash = check_seal(path, digest)
     aliases = metadata.pop("aliases", None) or _old_aliases(header, path)

@@ -103,11 +103,12 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: Path | str) -> Iterator[Path]:
+def atomic_folder(path: Path | str, *, over: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `path` that takes its name only once it is complete and on disk.
 
     Args:
         path: the final folder, which must be absent or empty.
+        over: it may hold something, which is removed when the new one takes its place.
 
     Raises:
         InputError: the folder cannot be written or the disk is full; nothing is left behind.
@@ -119,7 +120,11 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         sync(temporary)
+        aside = _partial_beside(path)
+        if over and path.is_dir():
+            path.rename(aside)
         temporary.replace(path)
+        _remove(aside)
         sync(path.parent)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error

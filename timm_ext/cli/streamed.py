@@ -52,6 +52,8 @@ def merge_as_they_are(
     _tell_exceptions("copied, being no floating-point numbers", done.copied)
     _tell_exceptions("taken from the source with the largest number", done.counters)
     _tell_exceptions("merged by the ratios alone, having no Fisher", done.without_fisher)
+    if done.left_out:
+        say(f"left out, being links that lead out of {sources[0]}: {listed(done.left_out)}")
     moved = done.nbytes_read + done.nbytes_written
     say(f"{moved / 1e9:.2f} GB read and written in {seconds:.1f} s, {moved / seconds / 1e9:.2f} GB/s")
 

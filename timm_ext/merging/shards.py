@@ -9,9 +9,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from timm_ext.documents import read_json
-from timm_ext.errors import InputError
+from timm_ext.documents import parse_json, read_json
+from timm_ext.errors import InputError, lines_of, shown
 from timm_ext.files import visible
+from timm_ext.metadata import read_metadata
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -19,13 +20,18 @@ KEY = "timm_ext"
 _LARGEST_HEADER = 100_000_000  # as in the reference implementation
 _ALIGNMENT = 8  # of the first tensor in a file, and so of every tensor if wide types come first
 
-# Bytes of an element. Tensors of other types are taken as they are.
-_ELEMENT = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-    **dict.fromkeys(("F32", "I32", "U32"), 4),
-    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
+# Bits of an element of every type that the format has.
+_BITS = {
+    "F4": 4,
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8"), 8),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
 }
+_TORCH_MAGIC = (b"PK\x03\x04", b"\x80\x02")
+_TORCH_FILE = "a PyTorch file; convert it: save_file(load_checkpoint(PATH).tensors, …)"
 
 
 @dataclass(frozen=True)
@@ -55,11 +61,13 @@ class Shards:
         path: a file, or the folder of the shards.
         tensors: by name, in the order of the files and of their bytes.
         metadata: of the first file.
+        digests: of the files that hold one in their metadata, see `timm_ext.integrity`.
     """
 
     path: Path
     tensors: dict[str, Place]
     metadata: dict[str, str]
+    digests: dict[Path, str]
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
@@ -74,11 +82,7 @@ class Shards:
     @cached_property
     def provenance(self) -> dict[str, Any]:
         """What timm_ext noted when it wrote the checkpoint; nothing for one of another program."""
-        try:
-            noted = json.loads(self.metadata.get(KEY, "{}"))
-        except ValueError:
-            return {}
-        return noted if isinstance(noted, dict) else {}
+        return read_metadata(self.metadata[KEY], self.path) if KEY in self.metadata else {}
 
 
 def open_shards(path: Path | str) -> Shards:
@@ -95,7 +99,7 @@ def open_shards(path: Path | str) -> Shards:
     path = Path(path)
     if not path.is_dir():
         metadata, tensors = _read_header(path)
-        return Shards(path, tensors, metadata)
+        return Shards(path, tensors, metadata, _digests({path: metadata}))
     indices = [path / INDEX] if (path / INDEX).exists() else sorted(visible(path, "*.safetensors.index.json"))
     if len(indices) > 1:
         raise InputError(f"{path}: expected one index of shards (got {', '.join(i.name for i in indices)})")
@@ -109,10 +113,15 @@ def open_shards(path: Path | str) -> Shards:
     if len(tensors) < len(everything):
         raise InputError(f"{path}: expected each tensor in one file (got some in several)")
     if missing := [f"{name} of {file}" for name, file in (wanted or {}).items() if name not in tensors]:
-        raise InputError(
-            "\n  ".join([f"{path}: missing {len(missing)} tensors named in its index", *missing])
-        )
-    return Shards(path, tensors, headers[0][0])
+        raise InputError(f"{path}: missing {len(missing)} tensors named in its index{lines_of(missing)}")
+    noted = {file: metadata for file, (metadata, _) in zip(files, headers, strict=True)}
+    return Shards(path, tensors, headers[0][0], _digests(noted))
+
+
+def _digests(noted: Mapping[Path, Mapping[str, str]]) -> dict[Path, str]:
+    """Return the digests of files by their metadata."""
+    about = {file: read_metadata(texts[KEY], file) for file, texts in noted.items() if KEY in texts}
+    return {file: values["digest"] for file, values in about.items() if values.get("digest")}
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -140,7 +149,7 @@ def _shard_files(folder: Path, wanted: Mapping[str, str] | None) -> list[Path]:
             count = int(last[2])
             names = [f"{last[1]}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     if missing := [name for name in names if not (folder / name).is_file()]:
-        raise InputError("\n  ".join([f"{folder}: missing {len(missing)} of {len(names)} shards", *missing]))
+        raise InputError(f"{folder}: missing {len(missing)} of {len(names)} shards{lines_of(missing)}")
     return [folder / name for name in names]
 
 
@@ -149,37 +158,59 @@ def _read_header(path: Path) -> tuple[dict[str, str], dict[str, Place]]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
             if not 2 <= length <= min(size - 8, _LARGEST_HEADER):
-                raise InputError(f"{path}: expected a whole safetensors file (got no header)")
-            header = json.loads(file.read(length))
-            metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
-            start = 8 + length
-            places = {name: _place(path, start, entry) for name, entry in header.items()}
+                got = _TORCH_FILE if start.startswith(_TORCH_MAGIC) else "no header"
+                raise _damaged(path, got)
+            text = file.read(length).decode("utf-8")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: expected a whole safetensors file (got a damaged header)") from error
+    except UnicodeDecodeError as error:
+        raise _damaged(path, "a header that is no text") from error
+    header = parse_json(text, f"{path}: expected a whole safetensors file")
+    if not isinstance(header, dict):
+        raise _damaged(path, "a header without names")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _damaged(path, "metadata that are no texts")
+    places = {name: _place(path, 8 + length, name, entry) for name, entry in header.items()}
     tensors = dict(sorted(places.items(), key=lambda item: (item[1].begin, item[1].end)))
-    _check_cover(path, start, size, tensors)
+    _check_cover(path, 8 + length, size, tensors)
     return metadata, tensors
 
 
-def _place(path: Path, start: int, entry: Mapping[str, Any]) -> Place:
-    begin, end = (start + int(offset) for offset in entry["data_offsets"])
-    return Place(path, begin, end, str(entry["dtype"]), tuple(map(int, entry["shape"])))
+def _place(path: Path, start: int, name: str, entry: Any) -> Place:
+    """Return where a tensor lies, its type and shape checked."""
+    fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    dtype: Any = fields.get("dtype")
+    shape: Any = fields.get("shape")
+    offsets: Any = fields.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise _damaged(path, f"the unknown type {shown(dtype)} for {shown(name)}")
+    if not _are_counts(shape):
+        raise _damaged(path, f"the shape {shown(shape)} for {shown(name)}")
+    if not (_are_counts(offsets) and len(offsets) == 2):
+        raise _damaged(path, f"the place {shown(offsets)} for {shown(name)}")
+    return Place(path, start + offsets[0], start + offsets[1], dtype, tuple(shape))
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(number) is int and 0 <= number < 2**63 for number in value)
+
+
+def _damaged(path: Path, what: str) -> InputError:
+    return InputError(f"{path}: expected a whole safetensors file (got {what})")
 
 
 def _check_cover(path: Path, start: int, size: int, tensors: Mapping[str, Place]) -> None:
     """Check that the tensors lie end to end, fill the file, and have the bytes their shapes ask for."""
     end = start
     for name, place in tensors.items():
-        element = _ELEMENT.get(place.dtype)
-        fits = element is None or place.nbytes == prod(place.shape) * element
+        fits = 8 * place.nbytes == prod(place.shape) * _BITS[place.dtype]
         if place.begin != end or place.end < end or not fits:
-            raise InputError(f"{path}: expected a whole safetensors file (got a damaged entry for {name})")
+            where = f"{place} in bytes {place.begin} to {place.end}"
+            raise _damaged(path, f"a damaged entry for {shown(name)}: {where}")
         end = place.end
     if end != size:
         raise InputError(f"{path}: expected a whole safetensors file of {end} bytes (got {size})")
@@ -243,7 +274,7 @@ def _fill_shards(like: Shards, shard_size: int) -> list[list[str]]:
 def _plan_shard(file_name: str, tensors: Mapping[str, Place], metadata: Mapping[str, str]) -> ShardPlan:
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
-    widest_first = sorted(tensors, key=lambda name: -_ELEMENT.get(tensors[name].dtype, 1))
+    widest_first = sorted(tensors, key=lambda name: -_BITS[tensors[name].dtype])
     for name in widest_first:  # so that all are aligned
         place = tensors[name]
         entries[name] = {
@@ -254,6 +285,8 @@ def _plan_shard(file_name: str, tensors: Mapping[str, Place], metadata: Mapping[
         end += place.nbytes
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
+    if len(text) > _LARGEST_HEADER:
+        raise InputError(f"{file_name}: expected fewer names of tensors in one file; give a size of shards")
     header = len(text).to_bytes(8, "little") + text
     begins = {name: len(header) + entries[name]["data_offsets"][0] for name in widest_first}
     return ShardPlan(file_name, header, begins, len(header) + end)

@@ -11,10 +11,13 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from timm_ext.checkpoint import versions
+from timm_ext.checkpoint import FORMAT, versions
+from timm_ext.documents import parse_json
 from timm_ext.errors import InputError, lines_of
-from timm_ext.files import atomic_folder, atomic_write, remove_stale_partials, sha256, visible, write_json
+from timm_ext.files import atomic_folder, atomic_write, remove_stale_partials, sha256, write_json
+from timm_ext.integrity import BLANK, check_seal, seal
 from timm_ext.merging.blocks import CHUNK, DTYPES, Files, Item, Output, merge_blocks
+from timm_ext.merging.companions import companions_of, copy_companions
 from timm_ext.merging.shards import (
     INDEX,
     KEY,
@@ -27,7 +30,6 @@ from timm_ext.merging.shards import (
     plan_shards,
 )
 
-_COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # configuration and tokenizer
 _MOST_WORKERS = 8
 
 
@@ -42,6 +44,7 @@ class StreamedMerge:
         copied: tensors that are no floating-point numbers, and agree in all sources.
         counters: counters of batches, of which the largest was taken.
         without_fisher: tensors that no Fisher holds, merged by the ratios alone.
+        left_out: files beside the first source that were not copied, being links that lead elsewhere.
     """
 
     tensors: int
@@ -50,6 +53,7 @@ class StreamedMerge:
     copied: tuple[str, ...]
     counters: tuple[str, ...]
     without_fisher: tuple[str, ...]
+    left_out: tuple[str, ...]
 
 
 def merge_checkpoints(
@@ -76,7 +80,8 @@ def merge_checkpoints(
     Args:
         sources: safetensors files, or folders of shards.
         out: a `.safetensors` file, or a new or empty folder, which gets the shards of the first source, an
-            index, and the first source's configuration and tokenizer files. It appears once it is whole.
+            index, and the first source's configuration and tokenizer files (links that lead out of its folder
+            are left out). It appears once it is whole; the result of the same merge may be there already.
         ratios: one for each source, non-negative; their sum does not matter.
         fishers: one checkpoint of Fishers for each source, in the same order, or none at all. A tensor that
             none of them holds is merged by the ratios alone.
@@ -99,29 +104,41 @@ def merge_checkpoints(
         raise InputError(
             f"shards of {shard_size} bytes: expected more than 0, and a folder for them (got {out})"
         )
-    _check_room(out, folder=folder, nbytes=models[0].nbytes)
-    about = _provenance(models, planes, ratios, hashes)
-    plans = plan_shards(models[0], None if folder else out.name, shard_size, models[0].metadata | about)
+    companions, left_out = companions_of(models[0].path) if folder else ([], [])
+    about = _provenance(models, planes, ratios, hashes, sealed=not folder)
+    plans = plan_shards(models[0], None if folder else out.name, shard_size, about)
+    _check_room(out, plans, companions, folder=folder, nbytes=models[0].nbytes)
     items = _items(models, planes)
+    _check_seals([*models, *planes])
     _check_copied([item for item in items.values() if item.copied])
     total = sum(place.nbytes for item in items.values() for place in item.read)
     count = _Counter(total, progress)
     threads = workers or min(2 * len(os.sched_getaffinity(0)), _MOST_WORKERS)
-    with (atomic_folder if folder else atomic_write)(out) as place:
+    with atomic_folder(out, over=True) if folder else atomic_write(out) as place:
         outputs = [_output(place / plan.name if folder else place, plan, items) for plan in plans]
         merge_blocks(outputs, ratios, workers=threads, progress=count)
         if folder:
-            _finish_folder(place, plans, models[0])
+            copy_companions(companions, place)
+            if len(plans) > 1 or plans[0].name != SINGLE:
+                write_json(place / INDEX, index_of(plans))
+        elif BLANK.encode() in plans[0].header:
+            seal(place)
     return StreamedMerge(
         tensors=len(items),
         nbytes_read=total,
         nbytes_written=models[0].nbytes,
         copied=tuple(name for name, item in items.items() if item.copied),
         counters=tuple(name for name, item in items.items() if item.counter),
-        without_fisher=tuple(
-            name for name, i in items.items() if planes and not (i.copied or i.counter or i.fisher)
-        ),
+        without_fisher=tuple(name for name, item in items.items() if planes and item.merged_plainly),
+        left_out=tuple(file.name for file in left_out),
     )
+
+
+def _check_seals(shards: Sequence[Shards]) -> None:
+    """Refuse damaged files among those that hold a digest."""
+    for checkpoint in shards:
+        for file, digest in checkpoint.digests.items():
+            check_seal(file, digest)
 
 
 def _check_ratios(ratios: Sequence[float], models: Sequence[Shards]) -> None:
@@ -225,9 +242,17 @@ def _refuse(what: str, how: str, lines: Sequence[str]) -> None:
 
 
 def _provenance(
-    models: Sequence[Shards], fishers: Sequence[Shards], ratios: Sequence[float], hashes: bool
+    models: Sequence[Shards],
+    fishers: Sequence[Shards],
+    ratios: Sequence[float],
+    hashes: bool,
+    *,
+    sealed: bool,
 ) -> dict[str, str]:
-    """Return the metadata of the result: what it was merged from, and what programs of others look for."""
+    """Return the metadata of the result: those of the first source, and what it was merged from.
+
+    A network of ours in one file gets a digest.
+    """
     for model in models:
         if (kind := model.provenance.get("kind", "network")) not in ("network", "merged"):
             raise InputError(f"{model.path}: expected a network (got a {kind} checkpoint)")
@@ -241,7 +266,11 @@ def _provenance(
             )
         if values[0] is not None:
             common[key] = values[0]
+    if any(_aliases(model) != _aliases(models[0]) for model in models):
+        raise InputError("checkpoints: expected the same further names of tensors in all (got others)")
     about = {
+        **({"digest": BLANK, "format": FORMAT} if sealed and "network" in common else {}),
+        **({"aliases": aliases} if (aliases := _aliases(models[0])) else {}),
         "kind": "merged",
         "versions": versions(),
         **common,
@@ -252,7 +281,14 @@ def _provenance(
             "fishers": [_source(fisher, hashes) for fisher in fishers],
         },
     }
-    return {"format": models[0].metadata.get("format", "pt"), KEY: json.dumps(about)}
+    others = {key: text for key, text in models[0].metadata.items() if not key.startswith(KEY)}
+    return {"format": "pt", **others, KEY: json.dumps(about)}
+
+
+def _aliases(model: Shards) -> Any:
+    """Return further names of tensors, also of a file that has them in an entry of their own."""
+    old = model.metadata.get(f"{KEY}.aliases", "{}")
+    return model.provenance.get("aliases") or parse_json(old, model.path)
 
 
 def _source(shards: Shards, hashes: bool) -> dict[str, Any]:
@@ -264,11 +300,13 @@ def _source(shards: Shards, hashes: bool) -> dict[str, Any]:
     return noted
 
 
-def _check_room(out: Path, *, folder: bool, nbytes: int) -> None:
+def _check_room(
+    out: Path, plans: Sequence[ShardPlan], companions: Sequence[Path], *, folder: bool, nbytes: int
+) -> None:
     """Refuse a result that cannot be written, before any work is done for it."""
     for place in (out, out.parent):  # a killed merge may have left as much as this one needs
         remove_stale_partials(place)
-    if folder and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if folder and out.exists() and not _is_own_result(out, plans, companions):
         raise InputError(f"{out}: expected a .safetensors file, or a new or empty folder (got neither)")
     if not folder and out.is_dir():
         raise InputError(f"{out}: expected a file (got a folder)")
@@ -276,6 +314,24 @@ def _check_room(out: Path, *, folder: bool, nbytes: int) -> None:
     free = shutil.disk_usage(there).free
     if free < nbytes:
         raise InputError(f"{out}: expected {nbytes / 1e9:.2f} GB of room on the disk (got {free / 1e9:.2f})")
+
+
+def _is_own_result(folder: Path, plans: Sequence[ShardPlan], companions: Sequence[Path]) -> bool:
+    """Tell whether a folder is empty, or the result of this very merge, which may be made again."""
+    if not folder.is_dir():
+        return False
+    there = {file.name: file for file in folder.iterdir()}
+    others = there.keys() - {plan.name for plan in plans}
+    if others - {INDEX, *(file.name for file in companions)}:
+        return False
+    return not there or all(_has_header(there.get(plan.name), plan.header) for plan in plans)
+
+
+def _has_header(file: Path | None, header: bytes) -> bool:
+    if file is None or not file.is_file() or file.is_symlink():
+        return False
+    with file.open("rb") as opened:
+        return opened.read(len(header)) == header
 
 
 def _items(models: Sequence[Shards], fishers: Sequence[Shards]) -> dict[str, Item]:
@@ -307,14 +363,3 @@ class _Counter:
             self._done += count
             if self._progress is not None:
                 self._progress(self._done, self._total)
-
-
-def _finish_folder(folder: Path, plans: Sequence[ShardPlan], first: Shards) -> None:
-    """Add the first source's configuration and tokenizer, and the index."""
-    beside = sorted(visible(first.path)) if first.path.is_dir() else []
-    for file in beside:
-        if file.is_file() and file.suffix in _COMPANIONS and not file.name.endswith(".index.json"):
-            with atomic_write(folder / file.name) as temporary:
-                shutil.copyfile(file, temporary)
-    if [plan.name for plan in plans] != [SINGLE]:
-        write_json(folder / INDEX, index_of(plans))
