@@ -195,9 +195,7 @@ def fit_volumes(settings: "RunSettings", divisor: int) -> "RunSettings":
 def tell_notes(where: object, notes: Sequence[str]) -> None:
     """Say in one line how the tensors of another program's file were found."""
     if notes:
-        from timm_ext.errors import printable
-
-        print(printable(f"{where}: {'; '.join(notes)}"))
+        say(f"{where}: {'; '.join(notes)}")
 
 
 def note_settings(output: Path, settings: "RunSettings", *, folder: bool) -> None:
