@@ -181,6 +181,15 @@ def test_a_task_that_cannot_be_generated_is_refused(tmp_path):
         draw_case(replace(SMALL, task=str(path)), 0)
 
 
+def test_modalities_in_another_spelling_are_the_same_images(tmp_path):
+    path = tmp_path / "other.json"
+    regions = {"whole": [1, 2, 4]}
+    path.write_text(json.dumps({"name": "other", "modalities": ["t2f", "T1-Gd"], "regions": regions}))
+    other, own = draw_case(replace(SMALL, task=str(path)), 0), draw_case(SMALL, 0)
+    assert np.array_equal(other.images["t2f"].data, own.images["FLAIR"].data)
+    assert np.array_equal(other.images["T1-Gd"].data, own.images["T1c"].data)
+
+
 def test_a_task_that_numbers_tumours_otherwise_is_refused(tmp_path):
     path = tmp_path / "other.json"
     regions = {"edema": [1], "necrosis": [2], "enhancing tumor": [3]}

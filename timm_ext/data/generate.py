@@ -16,7 +16,7 @@ from timm_ext.data.label_maps import classes_of, draw_subject, label_map_files
 from timm_ext.data.label_names import check_label_names
 from timm_ext.data.layouts import LIST_NAME, Case, write_list
 from timm_ext.data.noise import keyed_generator
-from timm_ext.data.synthesis import MODALITIES, SynthesisSettings, pool_labels, pooled_affine, render
+from timm_ext.data.synthesis import SynthesisSettings, check_modalities, pool_labels, pooled_affine, render
 from timm_ext.data.tasks import Task, get_task, task_to_dict
 from timm_ext.data.tumour import ENHANCING, TumourSettings, grow, push_aside
 from timm_ext.data.volume import Array, Volume, write_nifti
@@ -217,9 +217,7 @@ def _checked(settings: GenerateSettings) -> Task:
         enhancing = ENHANCING if ENHANCING in task.labels else 3
         drawn = {"necrotic core": (1,), "oedema": (2,), "enhancing tumour": (enhancing,)}
         check_label_names(drawn, task, "generated cases")
-    names = settings.modalities or task.modalities
-    if unknown := [name for name in names if name not in MODALITIES]:
-        raise InputError(f"modalities: expected some of {', '.join(MODALITIES)} (got {listed(unknown)})")
+    check_modalities(settings.modalities or task.modalities)
     check_seed("seed", settings.seed)
     check_number("spacing", settings.spacing, 0.5, 8)
     check_edges("size", settings.size, least=8)

@@ -10,6 +10,7 @@ from timm_ext.data.label_maps import CHOROID_PLEXUS, CSF_TISSUE, OTHER, OUTSIDE,
 from timm_ext.data.noise import Field, keyed_generator, smooth_noise
 from timm_ext.data.volume import Affine, Volume
 from timm_ext.errors import InputError, listed
+from timm_ext.modality_names import modality_key
 
 Table = npt.NDArray[np.float32]
 
@@ -107,7 +108,7 @@ def render(
 
     Args:
         tissue: `[D, H, W]` tissues (`timm_ext.data.label_maps`), cubic voxels.
-        modalities: names out of T1, T1c, T2, FLAIR.
+        modalities: T1, T1c, T2 and FLAIR, or some of them, in any spelling.
         seed: of the subject's images; a modality's image does not depend on which others are drawn.
         tumour: `[D, H, W]` labels 0, 1 (core), 2 (oedema), 4 (enhancing) on the same grid.
         pool: voxels of `tissue` per voxel of the image along each axis, which must divide the shape.
@@ -120,8 +121,7 @@ def render(
         InputError: an unknown modality, a shape that `pool` does not divide, a tumour on another grid, or
             tissues without a brain.
     """
-    if unknown := [name for name in modalities if name not in MODALITIES]:
-        raise InputError(f"modalities: expected some of {', '.join(MODALITIES)} (got {listed(unknown)})")
+    drawn = check_modalities(modalities)
     if any(length % pool for length in tissue.shape):
         raise InputError(f"pool: expected a divisor of the shape {tissue.shape} (got {pool})")
     if tumour is not None and tumour.shape != tissue.shape:
@@ -133,7 +133,19 @@ def render(
     scene = _Scene(tissue.data, tumour, lesions, tissue.spacing[0], seed, settings)
     affine = pooled_affine(tissue.affine, pool)
     mask = pool_mean((tissue.data > 0).astype(np.float32), pool) >= 0.5
-    return {name: Volume(_modality(scene, name, pool, mask), affine) for name in modalities}
+    return {name: Volume(_modality(scene, drawn[name], pool, mask), affine) for name in modalities}
+
+
+def check_modalities(names: Sequence[str]) -> dict[str, str]:
+    """Return which of `MODALITIES` each name, in any spelling that a file can have, means.
+
+    Raises:
+        InputError: a name means none of them.
+    """
+    known = {modality_key(name): name for name in MODALITIES}
+    if unknown := [name for name in names if modality_key(name) not in known or "/" in name]:
+        raise InputError(f"modalities: expected some of {', '.join(MODALITIES)} (got {listed(unknown)})")
+    return {name: known[modality_key(name)] for name in names}
 
 
 def pool_mean(values: Field, pool: int) -> Field:
