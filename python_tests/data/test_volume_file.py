@@ -10,7 +10,7 @@ from timm_ext import machine
 from timm_ext.data import volume_file
 from timm_ext.data.label_maps import read_label_map
 from timm_ext.data.tasks import Region, Task
-from timm_ext.data.volume import Volume, read_labels, read_volume, write_nifti
+from timm_ext.data.volume import Volume, read_channels, read_labels, read_volume, write_nifti
 from timm_ext.data.volume_file import read_header, read_stored, volume_files
 from timm_ext.errors import InputError
 from timm_ext.metrics import evaluate_files
@@ -182,7 +182,7 @@ def test_each_file_is_decompressed_once(tmp_path, monkeypatch):
         path = saved(tmp_path / name)
         plain = len(gzip.decompress(path.read_bytes()))
         given.clear()
-        assert np.array_equal(read_stored(path)[0], LABELS)
+        assert np.array_equal(read_stored(path)[0][0], LABELS)
         assert LABELS.nbytes < sum(given) <= plain
 
 
@@ -298,7 +298,7 @@ def test_values_and_place_are_those_of_nibabel(tmp_path, kind, dtype):
         image.header.set_slope_inter(0.25, -3)
     nib.save(image, path)
     expected = nib.load(path)
-    values, header = read_stored(path)
+    (values,), header = read_stored(path)
     assert values.dtype == expected.get_data_dtype() or header.scaled
     assert np.array_equal(values, np.asanyarray(expected.dataobj))
     assert np.array_equal(header.affine, expected.affine)
@@ -355,7 +355,7 @@ def test_a_compressed_volume_is_held_in_memory_once(tmp_path):
     path = saved(tmp_path / "a.nii.gz", values)
     tracemalloc.start()
     try:
-        assert np.array_equal(read_stored(path)[0], values)
+        assert np.array_equal(read_stored(path)[0][0], values)
         assert tracemalloc.get_traced_memory()[1] < 1.3 * values.nbytes + (1 << 24)
     finally:
         tracemalloc.stop()
@@ -372,3 +372,15 @@ def test_writing_needs_no_more_than_the_header_of_the_input(tmp_path):
     path.write_bytes(path.read_bytes()[:-4])
     write_nifti(tmp_path / "b.nii.gz", Volume(LABELS, np.eye(4)), like=path)
     assert np.array_equal(read_volume(tmp_path / "b.nii.gz").data, LABELS)
+
+
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.mgz"])
+def test_several_volumes_of_one_file_are_read_in_one_pass(tmp_path, name, monkeypatch):
+    values = np.stack([LABELS, LABELS + 1, LABELS + 2], axis=-1)
+    path, opened = saved(tmp_path / name, values), []
+    stream = volume_file._Stream
+    monkeypatch.setattr(volume_file, "_Stream", lambda **given: opened.append(1) or stream(**given))
+    volumes = read_channels(path, [2, 0])
+    assert [np.array_equal(v.data, LABELS + n) for v, n in zip(volumes, (2, 0), strict=True)] == [True, True]
+    assert volumes[0].data.base is None
+    assert opened == [1]

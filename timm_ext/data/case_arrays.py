@@ -19,8 +19,8 @@ from timm_ext.data.volume import (
     Interpolation,
     Volume,
     check_grid,
+    read_channels,
     read_labels,
-    read_volume,
     resample,
     to_canonical,
 )
@@ -74,12 +74,7 @@ def build_arrays(case: Case, task: Task, settings: "PrepareSettings") -> tuple[A
 
 
 def _read(case: Case, task: Task, settings: "PrepareSettings") -> tuple[dict[str, Volume], Volume | None]:
-    images = {
-        modality: read_volume(
-            case.images[modality], nonfinite=settings.nonfinite, channel=case.channels.get(modality)
-        )
-        for modality in task.modalities
-    }
+    images = _read_images(case, task, settings)
     first_path, first = case.images[task.modalities[0]], images[task.modalities[0]]
     for modality, image in images.items():
         check_grid(case.images[modality], image, first_path, first)
@@ -89,6 +84,16 @@ def _read(case: Case, task: Task, settings: "PrepareSettings") -> tuple[dict[str
     label = read_labels(case.label)
     check_grid(case.label, label, first_path, first)
     return images, Volume(task.read_labels(label.data, case.label), first.affine)
+
+
+def _read_images(case: Case, task: Task, settings: "PrepareSettings") -> dict[str, Volume]:
+    """Read the task's modalities; a file that holds several of them is read once."""
+    images = {}
+    for path in dict.fromkeys(case.images[modality] for modality in task.modalities):
+        names = [modality for modality in task.modalities if case.images[modality] == path]
+        channels = [case.channels.get(name) for name in names]
+        images |= dict(zip(names, read_channels(path, channels, nonfinite=settings.nonfinite), strict=True))
+    return {modality: images[modality] for modality in task.modalities}
 
 
 def _window_of(modality: str, settings: "PrepareSettings") -> tuple[float, float] | None:

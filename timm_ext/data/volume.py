@@ -4,6 +4,7 @@ The only place where axes are turned or signs change between the RAS of NIfTI an
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -78,7 +79,26 @@ def read_volume(
             not three-dimensional (or has no such channel), has an affine that is singular or reaches beyond
             100 m, or holds values that are not finite real numbers.
     """
-    return _read(path, nonfinite, channel)[0]
+    return read_channels(path, [channel], nonfinite=nonfinite)[0]
+
+
+def read_channels(
+    path: Path | str, channels: Sequence[int | None], *, nonfinite: Literal["error", "zero"] = "error"
+) -> list[Volume]:
+    """Read several volumes of one file, which is read once.
+
+    Args:
+        path: see `read_volume`.
+        channels: see `channel` of `read_volume`.
+        nonfinite: see `read_volume`.
+
+    Returns:
+        One volume for each channel.
+
+    Raises:
+        InputError: as `read_volume`.
+    """
+    return _read(path, channels, nonfinite)[0]
 
 
 def read_labels(path: Path | str) -> Volume:
@@ -91,7 +111,7 @@ def read_labels(path: Path | str) -> Volume:
     Raises:
         InputError: as `read_volume`; or a label is negative, fractional or too large for int32.
     """
-    volume, header = _read(path, "error")
+    (volume,), header = _read(path, [None], "error")
     data = volume.data
     if data.dtype.kind == "f":
         whole = np.rint(data)
@@ -103,14 +123,18 @@ def read_labels(path: Path | str) -> Volume:
     return Volume(data.astype(np.int32), volume.affine)
 
 
-def _read(path: Path | str, nonfinite: str, channel: int | None = None) -> tuple[Volume, Header]:
-    data, header = read_stored(path, channel)
+def _read(path: Path | str, channels: Sequence[int | None], nonfinite: str) -> tuple[list[Volume], Header]:
+    stored, header = read_stored(path, channels)
+    return [Volume(_finite(_plain(data, path), path, nonfinite), header.affine) for data in stored], header
+
+
+def _plain(data: Array, path: Path | str) -> Array:
+    """Return real numbers of at most eight bytes in this machine's byte order."""
     if data.dtype.kind not in "fiub":
         raise InputError(f"{path}: expected real numbers (got voxels of type {data.dtype})")
     dtype = np.dtype(np.float64) if data.dtype.itemsize > 8 else data.dtype.newbyteorder("=")
     with np.errstate(over="ignore"):  # beyond float64 is infinite and refused as such
-        data = np.ascontiguousarray(data, dtype=dtype)
-    return Volume(_finite(data, path, nonfinite), header.affine), header
+        return data.astype(dtype, copy=False)
 
 
 def _no_label(path: Path | str, data: Array, fractional: Array, header: Header) -> InputError:

@@ -7,7 +7,7 @@ the stream, and a file holds just the voxels that its header counts.
 import gzip
 import logging
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,16 +122,16 @@ def read_header(path: Path | str) -> Header:
         return _parsed(stream, Path(path))
 
 
-def read_stored(path: Path | str, channel: int | None = None) -> tuple[Array, Header]:
+def read_stored(path: Path | str, channels: Sequence[int | None] = (None,)) -> tuple[list[Array], Header]:
     """Read a file's header and the values of its voxels, and check the file to its end.
 
     Args:
         path: the file.
-        channel: which volume to take of a file with four axes, from 0; None for files with three.
+        channels: which volumes to take of a file with four axes, from 0; None for a file with three.
 
     Returns:
-        The values `[D, H, W]` (scaled ones in float32 or float64, others in the file's own type and byte
-        order), and the header.
+        For each channel its values `[D, H, W]` (scaled ones in float32 or float64, others in the file's own
+        type and byte order), and the header.
 
     Raises:
         InputError: as `read_header`; the file is cut, altered, longer than its header says, or does not fit
@@ -140,17 +140,18 @@ def read_stored(path: Path | str, channel: int | None = None) -> tuple[Array, He
     path = Path(path)
     with _opened(path) as stream:
         header = _parsed(stream, path)
-        _check_axes(header.shape, channel, path)
+        for channel in channels:
+            _check_axes(header.shape, channel, path)
         _check_size(header, path)
         spec = (header.shape, header.dtype, header.offset, header.slope, header.intercept)
         with np.errstate(
             all="ignore"
-        ):  # values beyond the type's range become infinite and are refused later
+        ):  # values beyond the type's range become infinite, and are refused later
             values: Array = np.asanyarray(ArrayProxy(stream, spec, mmap=False))
         _check_end(stream, isinstance(header.header, MGHHeader))
-    if channel is not None:
-        values = values.reshape(*header.shape[:3], -1)[..., channel]
-    return values, header
+    if len(values.shape) == 3:
+        return [values for _ in channels], header
+    return [values[..., channel].copy(order="K") for channel in channels], header
 
 
 def unreadable(path: Path | str, reason: object) -> InputError:
@@ -308,7 +309,7 @@ def _check_size(header: Header, path: Path) -> None:
             f"a file of {size} bytes holds at most {most}",
         )
     value = 8 if header.scaled else header.dtype.itemsize
-    # The stored bytes, their values, and one copy in another order of axes.
+    # The stored bytes, their values, and a copy of these for what follows.
     needed = header.nbytes + 2 * header.voxels * value
     check_memory(needed, f"{path}: a volume of {header.shape} voxels of {header.dtype}")
 

@@ -208,7 +208,9 @@ def _example(
         ).data
         for method in shown
     }
-    image: Array = np.asarray(read_volume(case.images[modality]).data, dtype=np.float64)
+    image: Array = np.asarray(
+        read_volume(case.images[modality], channel=case.channels.get(modality)).data, dtype=np.float64
+    )
     return Example(
         case=case.id,
         modality=modality,
