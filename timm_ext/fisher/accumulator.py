@@ -41,7 +41,8 @@ class FisherAccumulator:
 
     Exact per example whatever the batch size: one batched forward and backward, in which each layer squares
     its gradients example by example and frees its input. No `.grad` is touched. The result does not depend on
-    batch size, order or process beyond rounding, since sampled labels are keyed on seed, example id and
+    batch size, order, process or number of threads beyond rounding (about 1e-6 of a tensor's largest value:
+    products of matrices share sums among threads), since sampled labels are keyed on seed, example id and
     sample index.
 
     Use as a context manager: inside, the model is in eval mode.

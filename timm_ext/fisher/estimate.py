@@ -53,8 +53,8 @@ def estimate_fisher(
             On the CPU larger ones pay for small volumes alone (`examples_at_a_time`).
         progress: show a bar on the terminal.
         partial: file of the sums so far, one for each process; where an interrupted run of the same model
-            and settings left it, the estimate goes on, with the same batches to the same bits. It stays: see
-            `remove_partial`.
+            and settings left it, the estimate goes on, with the same batches and threads to the same bits. It
+            stays: see `remove_partial`.
         save_every: seconds between two writes of it.
 
     Raises:

@@ -72,7 +72,8 @@ class Trainer:
     The folder receives `settings.json`, `log.csv`, `tensorboard/` and `state.pt`. Every random number
     derives from the seed and the step (dropout), or the seed, epoch and index (order, augmentation); so a
     run that is killed at any point and resumed ends in the same weights and the same log, bit for bit, as
-    one that was not. (On a GPU this holds as far as PyTorch's kernels are deterministic.)
+    one that was not, with as many threads on the same machine: oneDNN's weight gradients and ATen's sums are
+    shared among threads. (On a GPU this holds as far as PyTorch's kernels are deterministic.)
 
     Args:
         settings: how to train.
