@@ -88,7 +88,7 @@ def _read(case: Case, task: Task, settings: "PrepareSettings") -> tuple[dict[str
 
 def _read_images(case: Case, task: Task, settings: "PrepareSettings") -> dict[str, Volume]:
     """Read the task's modalities; a file that holds several of them is read once."""
-    images = {}
+    images: dict[str, Volume] = {}
     for path in dict.fromkeys(case.images[modality] for modality in task.modalities):
         names = [modality for modality in task.modalities if case.images[modality] == path]
         channels = [case.channels.get(name) for name in names]
