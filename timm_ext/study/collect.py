@@ -9,15 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from timm_ext.data.layouts import Case, read_cases
-from timm_ext.data.tasks import get_task
+from timm_ext.data.tasks import TASKS, Task, get_task
 from timm_ext.data.volume import read_labels, read_volume
+from timm_ext.documents import read_json, validated
 from timm_ext.errors import InputError, listed
 from timm_ext.merging import Method, get_method, unseen_modalities
+from timm_ext.modality_names import modality_key
 from timm_ext.study.plan import Plan
 from timm_ext.study.records import Folder, Step, with_needs
 from timm_ext.study.results import Cases, Forgetting, Learned, Scored, Scores, Times, Training
 from timm_ext.study.settings import CommonSettings
-from timm_ext.study.stages import CASES, PREDICTIONS, TIMES
+from timm_ext.study.stages import CASES, LABELS, PREDICTIONS, TIMES
 from timm_ext.study.summary import Array, Example, ForgettingRow, MethodResult, Ratios, Summary
 from timm_ext.training.settings import TrainSettings
 
@@ -71,16 +73,29 @@ def summarise(plan: Plan, folder: Folder, title: str, facts: Mapping[str, str]) 
         baseline=BASELINE if BASELINE in settings.methods else settings.methods[0],
         ratios=next(iter(learned.values()), None),
         forgetting=forgetting_rows(plan.forgetting, folder),
-        labels=label_names(plan),
+        labels=label_names(get_task(plan.settings.target_task), target_numbers(plan, folder)),
         examples=examples(plan, folder, results),
     )
 
 
-def label_names(plan: Plan) -> dict[int, str]:
-    """Return what the labels of the target task show."""
-    task = get_task(plan.settings.target_task)
-    known = _TUMOUR_PARTS if task.name.startswith("brats") else {}
-    return {n: known.get(n, str(n)) for n in sorted(task.resolve(()).labels - {0})}
+def label_names(task: Task, numbers: Iterable[int]) -> dict[int, str]:
+    """Return what the labels of a target task show.
+
+    Args:
+        task: the target's.
+        numbers: label numbers of its data set, which decide between two that mean the same.
+    """
+    settled = task.resolve(numbers)
+    known = {region.labels[0]: region.name for region in task.regions if len(region.labels) == 1}
+    known = _TUMOUR_PARTS if task.name in TASKS and task.name.startswith("brats") else known
+    unused = {number for group in settled.exclusive for number in group[1:]}
+    return {n: known.get(n, str(n)) for n in sorted(settled.labels - unused - {0})}
+
+
+def target_numbers(plan: Plan, folder: Folder) -> list[int]:
+    """Return the label numbers of the target's data set; none of a study that did not note them."""
+    path = folder.run_path(plan.cases["test"]) / LABELS
+    return validated(list[int], read_json(path), path) if path.is_file() else []
 
 
 def method_result(plan: Plan, folder: Folder, method: Method) -> MethodResult:
@@ -201,7 +216,8 @@ def _example(
     assert case.label is not None
     truth = np.asarray(read_labels(case.label).data)
     level = int((truth > 0).sum(axis=(0, 1)).argmax())
-    modality = EXAMPLE_MODALITY if EXAMPLE_MODALITY in case.images else next(iter(case.images))
+    wanted = modality_key(EXAMPLE_MODALITY)
+    modality = next((name for name in case.images if modality_key(name) == wanted), next(iter(case.images)))
     predictions = {
         method.title: read_labels(
             folder.run_path(plan.runs[method.key, seed]) / PREDICTIONS / f"{case.id}.nii.gz"

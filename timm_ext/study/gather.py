@@ -20,6 +20,7 @@ from timm_ext.study.collect import (
     notes,
     plan_facts,
     seconds_of,
+    target_numbers,
     total_seconds,
 )
 from timm_ext.study.grid import Study
@@ -199,7 +200,7 @@ def gather(study: Study, folder: Folder, facts: Mapping[str, str]) -> StudySumma
         cells=cells,
         stages=_stages(study, folder),
         forgetting=forgetting_rows([s for s in first.forgetting if not s.settings["adapted"]], folder),
-        labels=label_names(first),
+        labels=label_names(get_task(settings.target_task), target_numbers(first, folder)),
         examples=examples(first, folder, opening),
     )
 

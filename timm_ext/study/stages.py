@@ -19,7 +19,7 @@ from timm_ext.data.prepare import Prepared, PrepareSettings, label_numbers, prep
 from timm_ext.data.synthesis import SynthesisSettings
 from timm_ext.data.tasks import Task, get_task, task_from_dict, task_to_dict
 from timm_ext.data.tumour import TumourSettings
-from timm_ext.documents import read_json
+from timm_ext.documents import read_json, validated
 from timm_ext.files import write_json
 from timm_ext.fisher import estimate_fisher, remove_partial
 from timm_ext.inference import labels_from_probabilities, predict_case, predict_probabilities
@@ -260,7 +260,8 @@ def settled_task(settings: Settings, inputs: Inputs) -> Task:
     told = settings["task"]
     task = get_task(told) if isinstance(told, str) else task_from_dict(told)
     noted = [folder / LABELS for folder in inputs.values() if (folder / LABELS).is_file()]
-    return task.resolve({number for path in noted for number in read_json(path)}, "the cases of the study")
+    numbers = {number for path in noted for number in validated(list[int], read_json(path), path)}
+    return task.resolve(numbers, "the cases of the study")
 
 
 def prepared_cases(folder: Path, task: Task, settings: Settings) -> list[Prepared]:
