@@ -47,6 +47,7 @@ def test_defaults_train_on_brains_of_different_size(heads, tmp_path, capsys):
     assert "Plan for 2 training and 1 validation cases" in told
     assert "isensee2017 with 3 levels" in told
     assert "a step" in told
+    assert "training: 3 of 3 steps, loss 0." in told
 
 
 def test_what_was_planned_is_noted(trained):
