@@ -163,6 +163,28 @@ def test_third_derivatives_in_any_order_of_modes(modes: tuple[Callable[..., Func
     assert_alike(got, expected)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_linearized_merge() -> None:
+    inputs = make_inputs(MIXED[0])
+    ours, theirs = both(inputs)
+    values, along = values_of(inputs), directions(values_of(inputs))
+    _, linear = torch.func.linearize(ours, *values)
+    assert_alike(linear(*along), jvp(theirs, values, along)[1])
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+@pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
+def test_functional_jacobian(vectorize: bool, strategy: str) -> None:
+    inputs = make_inputs(MIXED[0])
+    if strategy == "forward-mode" and not vectorize:
+        pytest.skip("PyTorch has no such way")
+    got, expected = (
+        torch.autograd.functional.jacobian(merge, values_of(inputs), vectorize=vectorize, strategy=strategy)
+        for merge in both(inputs)
+    )
+    assert_alike(got, expected)
+
+
 def test_gradient_of_a_tangent_of_dual_numbers() -> None:
     inputs = make_inputs(MIXED[0])
 

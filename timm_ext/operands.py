@@ -53,6 +53,11 @@ def transformed() -> bool:
     return not torch.compiler.is_compiling() and bool(torch._C._are_functorch_transforms_active())
 
 
+def traced() -> bool:
+    """Whether values may not be looked at: in a graph that is being made, or under any mode of dispatch."""
+    return torch.compiler.is_compiling() or bool(torch._C._len_torch_dispatch_stack() > 0)
+
+
 def refuse_tangents(op: str, values: Any) -> None:
     """Refuse tensors with a tangent (forward-mode differentiation) where there is no derivative for it.
 

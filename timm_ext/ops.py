@@ -13,7 +13,7 @@ from torch.library import register_fake
 
 from timm_ext.errors import InputError
 from timm_ext.merge_ops import log_weights, merge
-from timm_ext.operands import check_tensors, integers, no_derivative, refuse_tangents, transformed
+from timm_ext.operands import check_tensors, integers, no_derivative, refuse_tangents, traced, transformed
 
 Mixing = Literal["sigmoid", "softmax", "ratios"]
 Sampled = Literal["bernoulli", "categorical"]
@@ -114,7 +114,7 @@ def _check_rows(theta: Tensor, logits: Tensor, offsets: Tensor, mixing: str, gro
         )
     if transformed():
         _check_rows_of_batch(groups, logits.shape[0])
-    elif groups.device.type == "cpu" and not torch.compiler.is_compiling():
+    elif groups.device.type == "cpu" and not traced():
         _check_rows_are_there(groups, logits.shape[0])
 
 
@@ -136,7 +136,7 @@ class _RowsThatAre(Function):
 
     @staticmethod
     def forward(groups: Tensor, rows: int) -> Tensor:
-        if groups.device.type == "cpu":
+        if groups.device.type == "cpu" and not traced():
             _check_rows_are_there(groups, rows)
         return groups.clone()
 
