@@ -8,7 +8,7 @@ from cli_cases import NETWORK, SMALL, TRAIN
 from timm_ext.checkpoint import load_checkpoint
 from timm_ext.cli import run
 from timm_ext.cli.common import noted_settings
-from timm_ext.data.tasks import get_task, task_to_dict
+from timm_ext.data.tasks import get_task, task_from_dict, task_to_dict
 from timm_ext.networks.io import save_network
 from timm_ext.networks.registry import build_network
 
@@ -57,3 +57,17 @@ def test_from_a_decathlon_data_set_of_ct_to_predictions(tmp_path):
     assert run(predict) == 0
     assert nib.load(tmp_path / "predicted" / "spleen_9.nii.gz").shape == label.shape
     assert "-160" in (tmp_path / "predicted" / "settings.yaml").read_text()
+
+
+def test_a_source_of_another_window_is_told(tmp_path, capsys):
+    task = task_from_dict({"name": "organ", "modalities": ["CT"], "regions": {"liver": [1]}})
+    for number, window in enumerate(([-1000, 1000], [-160, 240]), 1):
+        model = build_network("isensee2017", in_channels=1, out_channels=1, seed=number, **SMALL)
+        noted = {"prepare": {"hounsfield": window, "normalise": "zscore"}}
+        save_network(tmp_path / f"M{number}.safetensors", model, task=task_to_dict(task), settings=noted)
+    networks = [str(tmp_path / f"M{number}.safetensors") for number in (1, 2)]
+    merge = ["merge", *networks, "--method", "mean-imm", "--out", str(tmp_path / "m.safetensors")]
+    assert run(merge) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "M2 was trained on images prepared with hounsfield (-160, 240); those of the new network" in told
+    assert "M1 was trained" not in told

@@ -136,6 +136,7 @@ def _merge_by_method(
     target = network_of(sources, chosen, settings.merge.seed)
     start = start_from(method, target, chosen, sources, settings.merge)
     _tell_unseen(sources, chosen, settings.merge)
+    _tell_intensities(sources, settings)
     _tell_statistics(target, start)
     for path, notes in zip(networks, sources.notes, strict=True):
         tell_notes(path, notes)
@@ -198,6 +199,7 @@ def adapt(
     target = network_of(sources, chosen, settings.merge.seed)
     start = start_from(method, target, chosen, sources, settings.merge)
     _tell_unseen(sources, chosen, settings.merge)
+    _tell_intensities(sources, settings)
     _tell_statistics(target, start)
     for path, notes in zip(networks, sources.notes, strict=True):
         tell_notes(path, notes)
@@ -240,6 +242,25 @@ def _tell_unseen(sources: "Sources", task: "Task", recipe: "Recipe") -> None:
                 f"{name} never saw {', '.join(own)}: there the first layer starts with the new network's own "
                 "weights (merge.unseen names a modality to start from)"
             )
+
+
+def _tell_intensities(sources: "Sources", settings: "RunSettings") -> None:
+    """Say which sources saw other intensities than the new network will see."""
+    from dataclasses import asdict
+
+    from timm_ext.data.prepare import intensity_fields
+
+    own = asdict(settings.prepare)
+    for name, task, noted in zip(sources.names, sources.tasks, sources.prepared, strict=True):
+        for field in intensity_fields(task) if noted else ():
+            # Files from before there was a window were trained without one.
+            value = noted.get(field, None if field == "hounsfield" else own[field])
+            value = tuple(value) if isinstance(value, list) else value
+            if value != own[field]:
+                say(
+                    f"{name} was trained on images prepared with {field} {value}; those of the new network "
+                    f"are prepared with {own[field]}, so that it sees other intensities"
+                )
 
 
 def _tell_statistics(target: "nn.Module", start: "Start") -> None:

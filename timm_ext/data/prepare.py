@@ -257,6 +257,13 @@ def resolve_task(task: Task, cases: Sequence[Prepared], where: object = "the dat
     return task.resolve(label_numbers(cases), where)
 
 
+def intensity_fields(task: Task) -> tuple[str, ...]:
+    """Return the fields of `PrepareSettings` that decide what intensities a network of a task sees."""
+    in_hu = [in_hounsfield_units(modality) for modality in task.modalities]
+    fields = ("normalise", "bias_field") if not all(in_hu) else ("normalise",)
+    return (*fields, "hounsfield") if any(in_hu) else fields
+
+
 def label_numbers(cases: Sequence[Prepared]) -> list[int]:
     """Return the label numbers that occur in some cases, or that their data sets say they use."""
     return sorted({number for case in cases for number in (*case.present, *case.case.numbers)})

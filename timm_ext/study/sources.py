@@ -42,6 +42,7 @@ class Sources:
         fishers: of each network, None where the method needs none.
         in_order: their channels are in the order of the first network's.
         notes: how the tensors of each file were found, see `Checkpoint`.
+        prepared: how the images that each was trained on were prepared, as far as its file notes it.
     """
 
     names: tuple[str, ...]
@@ -51,6 +52,7 @@ class Sources:
     fishers: tuple[Fisher, ...] | None = None
     in_order: bool = False
     notes: tuple[tuple[str, ...], ...] = ()
+    prepared: tuple[Mapping[str, Any], ...] = ()
 
     def states(self) -> dict[str, Mapping[str, Tensor]]:
         """Return each network's tensors by its name."""
@@ -195,7 +197,14 @@ def load_sources(
         hashes,
         read or None,
         notes=tuple(checkpoint.notes for _, checkpoint in loaded),
+        prepared=tuple(_noted_preparation(checkpoint.metadata) for _, checkpoint in loaded),
     )
+
+
+def _noted_preparation(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
+    settings = metadata.get("settings")
+    prepare = settings.get("prepare") if isinstance(settings, Mapping) else None
+    return prepare if isinstance(prepare, Mapping) else {}
 
 
 def new_network(name: str, options: Mapping[str, Any], task: Task, seed: int) -> nn.Module:
