@@ -223,7 +223,7 @@ def test_tensors_that_do_not_fit_are_explained_and_few_are_listed(
         ),
         ({"fsdp._flat_param": torch.ones(9)}, "flattened shards of FSDP"),
         ({"w": torch.ones(3).to_sparse()}, "expected dense tensors"),
-        ({"w": torch.zeros(1).expand(10**12)}, "1 tensors needs .* of memory"),
+        ({"w": torch.zeros(1).expand(10**12)}, "1 tensors.* of memory"),
         ({"epoch": 3, "state": {0: {"exp_avg": torch.ones(2)}}}, "got dict with 'epoch', 'state'"),
         (
             {"a": {"b": {"c": {"d": {"e": {"f": {"g": {"h": {"w": torch.ones(2)}}}}}}}}},

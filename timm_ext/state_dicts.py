@@ -91,6 +91,7 @@ def without_wrappers(tensors: Mapping[str, Tensor], names: Collection[str] | Non
         names: of the network's tensors, each at least once.
     """
     parts = [part for part in _PARTS if not any(part in name.split(".") for name in names or ())]
+    names = None if names is None else set(names)
     renamed = {_without_parts(name, parts): tensor for name, tensor in tensors.items()}
     taken = [f"{part}." for part in parts if any(part in name.split(".") for name in tensors)]
     if len(renamed) < len(tensors):  # two names became one: these parts tell tensors apart
@@ -100,9 +101,13 @@ def without_wrappers(tensors: Mapping[str, Tensor], names: Collection[str] | Non
     elif all(name in renamed for name in names):
         prefix = ""
     else:
-        prefix = _prefix_of(renamed, set(names))
+        prefix = _prefix_of(renamed, names)
     kept = {n.removeprefix(prefix): t for n, t in renamed.items() if n.startswith(prefix)}
     left = [name for name in renamed if not name.startswith(prefix)]
+    if names is not None and taken and not prefix:  # what lay beside the wrapper, such as a loss
+        left = [name for name in renamed if name in tensors and name not in names]
+        left = left if all(name not in tensors for name in renamed if name in names) else []
+        kept = {name: tensor for name, tensor in kept.items() if name not in left}
     notes = [f"{listed(map(repr, [*taken, *([prefix] if prefix else [])]))} taken off the names"]
     notes = (notes if taken or prefix else []) + ([f"left out: {listed(left)}"] if left else [])
     return StateDict(kept, tuple(notes))

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -285,6 +285,7 @@ def test_moving_keeps_the_row_stride() -> None:
     assert bank.to("cpu").theta.data_ptr() == bank.theta.data_ptr()
 
 
+@settings(deadline=None)  # the first case imports what checks metadata
 @given(
     data=st.data(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
@@ -319,5 +320,31 @@ def test_other_files_are_no_bank(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"expected a bank checkpoint \(got network\)"):
         Bank.load(tmp_path / "x")
     save_checkpoint(tmp_path / "y", {"w": torch.ones(1)}, kind="bank")
-    with pytest.raises(InputError, match="expected a bank written by timm_ext"):
+    with pytest.raises(InputError, match="y: metadata of a bank"):
         Bank.load(tmp_path / "y")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sources": []}, "expected sources of different names"),
+        ({"sources": ["M1", "M1"]}, "expected sources of different names"),
+        ({"sources": ["M1", "M2", "M3"]}, r"theta.2: expected \[6\] \(got none\)"),
+        ({"normalize": "none"}, "normalize"),
+        ({"layout": None}, "layout"),
+        ({"shape": [10**6, 10**6]}, r"theta.0: expected \[1000000000000\] \(got \[6\]\)"),
+        ({"shape": [-2, -3]}, "expected a shape and its axes for w"),
+        ({"out_dim": 7}, "expected a shape and its axes for w"),
+    ],
+)
+def test_other_metadata_are_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    entry = {"name": "w", "shape": [2, 3], "layer": "", "out_dim": 0, "in_dim": 1, "channel_groups": 1}
+    about = {"sources": ["M1", "M2"], "normalize": None, "fisher_storage": None, "layout": [entry]}
+    if change.keys() <= about.keys():
+        about |= change
+    else:
+        entry |= change
+    rows = {f"theta.{t}": torch.ones(6) for t in range(2)}
+    save_checkpoint(tmp_path / "x", rows, kind="bank", bank=about)
+    with pytest.raises(InputError, match=message):
+        Bank.load(tmp_path / "x")

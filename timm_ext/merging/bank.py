@@ -10,9 +10,10 @@ from torch import Tensor
 
 from timm_ext._library import prefer_huge_pages
 from timm_ext.checkpoint import load_checkpoint, non_finite, save_checkpoint
-from timm_ext.errors import InputError, lines_of
+from timm_ext.documents import validated
+from timm_ext.errors import InputError, lines_of, listed, shown
 from timm_ext.merging.buffers import Buffers
-from timm_ext.parameters import Layout, compatibility_report
+from timm_ext.parameters import Entry, Layout, compatibility_report
 
 if TYPE_CHECKING:
     from timm_ext.fisher.result import Fisher
@@ -156,20 +157,53 @@ class Bank:
             InputError: the file is not a bank or is damaged.
         """
         checkpoint = load_checkpoint(path, kind="bank")
-        about = checkpoint.metadata.get("bank") or {}
-        try:
-            layout = Layout.from_list(about["layout"])
-            sources = tuple(about["sources"])
-            kinds = ("theta", "fisher") if "fisher.0" in checkpoint.tensors else ("theta",)
-            dtype = checkpoint.tensors["theta.0"].dtype
-            planes = empty_planes(len(kinds), len(sources), layout.numel, dtype)
-            for plane, kind in zip(planes, kinds, strict=True):
-                for index, row in enumerate(plane):
-                    row[: layout.numel] = checkpoint.tensors.pop(f"{kind}.{index}")
-            buffers = Buffers(*(_named(checkpoint.tensors, prefix) for prefix in (_VALUES, _FIXED)))
-            return cls(planes, layout, sources, about["normalize"], about["fisher_storage"], buffers)
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise InputError(f"{path}: expected a bank written by timm_ext (got {error!r})") from error
+        about = validated(_About, checkpoint.metadata.get("bank"), f"{path}: metadata of a bank", strict=True)
+        layout = Layout(about.layout)
+        kinds = ("theta", "fisher") if "fisher.0" in checkpoint.tensors else ("theta",)
+        rows = [[f"{kind}.{index}" for index in range(len(about.sources))] for kind in kinds]
+        _check_rows([name for names in rows for name in names], checkpoint.tensors, layout.numel, path)
+        buffers = Buffers(*(_named(checkpoint.tensors, prefix) for prefix in (_VALUES, _FIXED)))
+        if any(value.shape[:1] != (len(about.sources),) for value in buffers.values.values()):
+            raise InputError(f"{path}: expected buffers of {len(about.sources)} models (got others)")
+        dtype = checkpoint.tensors[rows[0][0]].dtype
+        planes = empty_planes(len(kinds), len(about.sources), layout.numel, dtype)
+        for plane, names in zip(planes, rows, strict=True):
+            for row, name in zip(plane, names, strict=True):
+                row[: layout.numel] = checkpoint.tensors.pop(name)
+        return cls(planes, layout, about.sources, about.normalize, about.fisher_storage, buffers)
+
+
+@dataclass(frozen=True)
+class _About:
+    """The metadata of a file, as `Bank.save` leaves them; see `Bank`."""
+
+    sources: tuple[str, ...]
+    normalize: Normalization | None
+    fisher_storage: FisherStorage | None
+    layout: tuple[Entry, ...]
+
+    def __post_init__(self) -> None:
+        if not self.sources or len(set(self.sources)) < len(self.sources):
+            raise ValueError(f"expected sources of different names (got {listed(self.sources) or 'none'})")
+        if len({entry.name for entry in self.layout}) < len(self.layout):
+            raise ValueError("expected a layout of different names (got one twice)")
+        for entry in self.layout:
+            axes = [axis for axis in (entry.out_dim, entry.in_dim) if axis is not None]
+            if min(entry.shape, default=1) < 0 or not all(0 <= axis < len(entry.shape) for axis in axes):
+                raise ValueError(f"expected a shape and its axes for {shown(entry.name)} (got {entry.shape})")
+
+
+def _check_rows(names: Sequence[str], tensors: Mapping[str, Tensor], elements: int, path: Path | str) -> None:
+    """Refuse rows that are missing, of another length or of several types."""
+    lines = [
+        f"{name}: expected [{elements}] (got {list(tensors[name].shape) if name in tensors else 'none'})"
+        for name in names
+        if name not in tensors or tuple(tensors[name].shape) != (elements,)
+    ]
+    types = {tensors[name].dtype for name in names if name in tensors}
+    if lines or len(types) > 1 or not all(dtype.is_floating_point for dtype in types):
+        got = f"{len(lines)} that are not" if lines else f"{listed(types)}"
+        raise InputError(f"{path}: expected rows of one floating-point type (got {got}){lines_of(lines)}")
 
 
 def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

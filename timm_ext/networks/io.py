@@ -136,6 +136,8 @@ def _outline(config: NetworkConfig, path: Path, nbytes: int) -> nn.Module:
             f"{config.in_channels} inputs, {config.out_channels} outputs and {shown(config.options)} "
             "(got a much larger network)"
         ) from error
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def _size_of(path: Path) -> int:
