@@ -228,6 +228,7 @@ def test_temporary_names_hold_no_dots_of_the_name(tmp_path: Path) -> None:
         (["x/../a", "a"], [], "expected a name of its own"),
         (["b", "a"], ["a"], r"a: expected an output that is no input \(got the input .*a\)"),
         (["link"], ["a"], "expected an output that is no input"),
+        (["a", "\u00e9" * 128], [], "expected a name of at most 255 bytes .got 256."),
     ],
 )
 def test_outputs_that_would_overwrite_are_refused(

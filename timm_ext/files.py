@@ -22,6 +22,7 @@ from timm_ext.errors import InputError
 _PARTIAL = re.compile(r"\.partial-(?:([0-9a-f]{8})-(\d+)-(\d+)-)?[0-9a-f]{32}(?:\..*)?", re.DOTALL)
 _ABANDONED = 24 * 3600.0  # seconds without a change, of a writer that cannot be seen from here
 _LONGEST_ENDING = 16
+_LONGEST_NAME = 255  # bytes, on Linux
 _DOUBLE_ENDINGS = (".nii.gz",)
 
 
@@ -51,11 +52,13 @@ def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path] = ()) -> None:
         inputs: files that must stay as they are.
 
     Raises:
-        InputError: the first output that is not alone.
+        InputError: the first output that is not alone, or whose name is longer than file systems allow.
     """
     originals = {_folded(path): path for path in inputs}
     taken: dict[str, Path] = {}
     for path in outputs:
+        if (length := len(os.fsencode(path.name))) > _LONGEST_NAME:
+            raise InputError(f"{path}: expected a name of at most {_LONGEST_NAME} bytes (got {length})")
         place = _folded(path)
         if place in originals:
             raise InputError(
