@@ -10,7 +10,18 @@ import timm_ext
 
 PACKAGE = Path(timm_ext.__file__).parent
 
-BASE = {"errors", "files", "locks", "bounds", "documents", "machine", "terminal", "modality_names"}
+BASE = {
+    "errors",
+    "files",
+    "locks",
+    "signals",
+    "processes",
+    "bounds",
+    "documents",
+    "machine",
+    "terminal",
+    "modality_names",
+}
 MODEL = {"modes", "parameters", "groups", "metadata", "checkpoint", "networks"}
 MERGE = {"ops", "fisher", "merging"}
 WORK = {"data", "training", "inference", "metrics"}
@@ -29,6 +40,8 @@ ALLOWED = {
     "terminal": {"errors"},
     "locks": {"errors"},
     "modality_names": {"errors"},
+    "signals": set(),
+    "processes": {"errors", "files", "signals"},
     "reference": set(),
     "operands": {"errors"},
     "merge_formulas": {"reference"},
@@ -81,6 +94,8 @@ LIGHT = {
     "machine",
     "locks",
     "modality_names",
+    "signals",
+    "processes",
     "reference",
     "operands",
     "merge_formulas",

@@ -7,8 +7,12 @@ are used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from timm_ext._library import build_info, load_library
-from timm_ext.errors import InputError
+from timm_ext.signals import quiet_start
+
+quiet_start()  # torch takes seconds to load, in which Ctrl-C must not print a traceback
+
+from timm_ext._library import build_info, load_library  # noqa: E402
+from timm_ext.errors import InputError  # noqa: E402
 
 __version__ = "0.1.0"
 load_library(__path__, __version__)

@@ -1,3 +1,5 @@
+import json
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -161,3 +163,36 @@ def test_cases_without_labels_and_no_cases(tmp_path):
         CaseDataset([], TASK)
     with pytest.raises(IndexError, match="sample 2 of 2"):
         CaseDataset(make(tmp_path), TASK)[2]
+
+
+def test_identity_is_of_the_content_and_not_of_the_place(tmp_path):
+    (tmp_path / "a").mkdir()
+    prepared = make(tmp_path / "a")
+    here = CaseDataset(prepared, TASK, in_memory=True).identity()
+    (tmp_path / "a").rename(tmp_path / "moved")
+    (tmp_path / "b").mkdir()
+    assert CaseDataset(make(tmp_path / "b", cached=False), TASK).identity() == here
+    assert json.loads(json.dumps(here)) == here
+    assert [name for name, _ in here["cases"]] == ["c0", "c1"]
+    swapped = CaseDataset(make(tmp_path / "b")[::-1], TASK)
+    assert swapped.identity()["cases"] == here["cases"][::-1]
+    for other in (
+        CaseDataset(make(tmp_path / "b", shapes=(SHAPE, (12, 10, 9))), TASK),
+        CaseDataset(make(tmp_path / "b"), TASK, patch=(4, 4, 4)),
+        CaseDataset(make(tmp_path / "b"), TASK, augment=AugmentSettings()),
+        CaseDataset(make(tmp_path / "b"), TASK, seed=1),
+    ):
+        assert other.identity() != here
+
+
+def test_identity_sees_one_changed_label(tmp_path):
+    first = CaseDataset(make(tmp_path), TASK).identity()
+    path = tmp_path / "c1_seg.nii"
+    label = np.asarray(nib.load(path).dataobj).copy()
+    label[3, 3, 3] = 1
+    nib.save(nib.Nifti1Image(label, np.eye(4)), path)
+    case = Case("c1", {"T1": tmp_path / "c1_t1.nii"}, path)
+    settings = PrepareSettings(normalise="none", crop=False)
+    changed = prepare_cases([case], TASK, settings, None, progress=False)
+    [[_, digest]] = CaseDataset(changed, TASK).identity()["cases"]
+    assert digest != first["cases"][1][1]

@@ -106,7 +106,8 @@ def test_interrupted_demo_ends_at_once_with_one_line(tmp_path):
     process.send_signal(signal.SIGINT)
     text, _ = process.communicate(timeout=10)
     assert process.returncode == 130
-    assert text.splitlines()[-1] == "error: interrupted"
+    again = f"timm-ext demo --quick --seeds 1 --workers 2 --out {tmp_path / 'demo'}"
+    assert text.splitlines()[-1] == f"error: interrupted; go on with: {again}"
     assert "Traceback" not in text
 
 

@@ -1,19 +1,31 @@
 """The application object that every command registers with, and how its failures are told."""
 
+import os
+import shlex
+import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from typing import Annotated
 
 import typer
 
 from timm_ext.errors import InputError
+from timm_ext.locks import is_first_of_launched
+from timm_ext.signals import ending, received, watched
 from timm_ext.terminal import accept_any_text, say
 
-INTERRUPTED = 130
+INTERRUPTED_BY = 128  # and the number of the signal
+INTERRUPTED = INTERRUPTED_BY + signal.SIGINT
 USAGE = 2
+GO_ON: dict[str, tuple[str, ...]] = {
+    "train": ("--resume",),
+    "adapt": ("--resume",),
+    **dict.fromkeys(("fisher", "demo", "study", "phantom", "prepare"), ()),
+}
+"""Commands that go on where they were interrupted, and what they must be given for it."""
 
 app = typer.Typer(
     name="timm-ext",
@@ -42,8 +54,14 @@ def run(arguments: Sequence[str]) -> int:
         arguments: without the program's name; `--debug` may stand anywhere.
 
     Returns:
-        0 if it worked, 1 for a failure, 2 for wrong usage, 130 if interrupted.
+        0 if it worked, 1 for a failure, 2 for wrong usage, 128 + N if interrupted by signal N: 130 for
+        Ctrl-C, 143 for SIGTERM, 129 for a terminal that was closed.
     """
+    with watched():
+        return _run(list(arguments))
+
+
+def _run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     accept_any_text()
     command = typer.main.get_command(app)
@@ -54,13 +72,13 @@ def run(arguments: Sequence[str]) -> int:
             rest = [argument for argument in arguments if argument != "--debug"]
             status = command.main(rest or ["--help"], prog_name="timm-ext", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        return _tell("interrupted", INTERRUPTED)
+        return _tell_interrupted(arguments)
     except Exception as error:
         if debug:
             traceback.print_exc()
         return _tell(*_explain(error))
     if status == INTERRUPTED:  # newer typers turn Ctrl-C into this status without a word
-        return _tell("interrupted", INTERRUPTED)
+        return _tell_interrupted(arguments)
     return status if isinstance(status, int) else 0
 
 
@@ -70,9 +88,30 @@ def hold(context: AbstractContextManager[object]) -> None:
 
 
 def _tell(message: str, status: int) -> int:
-    sys.stdout.flush()  # what was printed before the failure comes before it
-    say(f"error: {message}", lines=True, file=sys.stderr)
+    with suppress(OSError):  # of a terminal that is gone
+        sys.stdout.flush()  # what was printed before the failure comes before it
+        say(f"error: {message}", lines=True, file=sys.stderr)
     return status
+
+
+def _tell_interrupted(arguments: list[str]) -> int:
+    """Say how to go on, once for all processes of a run."""
+    with ending():
+        number = received() or signal.SIGINT
+        how = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+        if is_first_of_launched():
+            _tell(f"interrupted{how}{_going_on(arguments)}", INTERRUPTED_BY + number)
+        return INTERRUPTED_BY + number
+
+
+def _going_on(arguments: list[str]) -> str:
+    command = next((argument for argument in arguments if not argument.startswith("-")), "")
+    if command not in GO_ON:
+        return ""
+    missing = [option for option in GO_ON[command] if option not in arguments]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return f"; go on with the same torchrun command{' and '.join(['', *missing])}"
+    return f"; go on with: {shlex.join(['timm-ext', *arguments, *missing])}"
 
 
 def _explain(error: Exception) -> tuple[str, int]:

@@ -28,6 +28,7 @@ from timm_ext.cli.common import (
 )
 from timm_ext.cli.planned import (
     as_before,
+    facts_of_run,
     fit_whole_volumes,
     note_run,
     tell_plan,
@@ -39,6 +40,7 @@ from timm_ext.cli.planned import (
 )
 from timm_ext.cli.streamed import merge_as_they_are, refuse_streams, refuse_together
 from timm_ext.errors import InputError
+from timm_ext.files import sha256
 from timm_ext.terminal import say
 
 if TYPE_CHECKING:
@@ -214,9 +216,15 @@ def adapt(
     tell_plan(settings, plan, parts, start.model)
     train_set, val_set = training_sets(parts, chosen, settings)
     run = out / "training"
-    note_run(out, run, settings, resume=resume)
+    note_run(out, run, settings)
+    noted = facts_of_run(
+        settings,
+        [f"{name} {sha}" for name, sha in zip(sources.names, sources.hashes, strict=True)],
+        [sha256(path) for path in fishers or ()],
+        method=method,
+    )
+    learned = _learn(start, train_set, val_set, settings, run, noted, resume=resume)
     facts: dict[str, Any] = {"method": method, "sources": list(sources.names)}
-    learned = _learn(start, train_set, val_set, settings, run, resume=resume)
     if isinstance(start.model, MergedModel):
         facts |= start.model.provenance()
     save_network(
@@ -228,6 +236,7 @@ def adapt(
         kind="merged",
         merge=facts,
     )
+    note_settings(out, settings, folder=True)
     ratios = f", mean ratios {[round(x, 2) for x in facts['mean_ratios']]}" if "mean_ratios" in facts else ""
     say(f"{out / NETWORK_NAME}: {start.method.title} of {', '.join(sources.names)}{ratios}")
 
@@ -284,6 +293,7 @@ def _learn(
     val_set: "Examples | None",
     settings: "RunSettings",
     run: Path,
+    facts: dict[str, Any],
     *,
     resume: bool,
 ) -> "nn.Module":
@@ -304,12 +314,23 @@ def _learn(
             settings.train,
             run,
             options=options,
+            facts=facts,
             resume=resume,
             progress=True,
         )
         return start.model.fold()
     train = replace(settings.train, lr=options.specific_lr or settings.train.lr)
-    warm_up(start.model, start.split.specific, train_set, val_set, train, run, resume=resume, progress=True)
+    warm_up(
+        start.model,
+        start.split.specific,
+        train_set,
+        val_set,
+        train,
+        run,
+        facts=facts,
+        resume=resume,
+        progress=True,
+    )
     return start.model
 
 

@@ -80,13 +80,34 @@ def training_sets(
     return make_sets(*parts, task, settings.train, in_memory=fits)
 
 
-def note_run(out: Path, run: Path, settings: "RunSettings", *, resume: bool) -> None:
-    """Write the settings of a run before it begins, but not over those of another, which is refused later."""
+def note_run(out: Path, run: Path, settings: "RunSettings") -> None:
+    """Write the settings of a run before it begins; those of one that has begun stay until it is done."""
     from timm_ext.cli.common import note_settings
     from timm_ext.training.state import STATE_NAME
 
-    if resume or not (run / STATE_NAME).exists():
+    if not (run / STATE_NAME).exists():
         note_settings(out, settings, folder=True)
+
+
+def facts_of_run(
+    settings: "RunSettings", networks: Sequence[str], fishers: Sequence[str] = (), **others: Any
+) -> dict[str, Any]:
+    """Return what a run depends on beside its training settings and its data, to be compared on resuming.
+
+    Args:
+        settings: with those of the preparation, the network and the merge.
+        networks: SHA-256 of the files it starts from, in order, behind their names where these count.
+        fishers: SHA-256 of their Fishers, likewise.
+        **others: JSON values.
+    """
+    from timm_ext.cli.common import settings_dict
+
+    facts = dict(others)
+    for section, values in settings_dict(settings, "network", "prepare", "merge").items():
+        facts |= {f"{section}.{name}": value for name, value in values.items()}
+    for what, files in (("network", networks), ("Fisher", fishers)):
+        facts |= {f"{what} {number}": file for number, file in enumerate(files, 1)}
+    return facts
 
 
 def with_network(settings: "RunSettings", network: Mapping[str, Any], where: object) -> "RunSettings":

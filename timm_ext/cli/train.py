@@ -31,6 +31,7 @@ from timm_ext.cli.common import (
 )
 from timm_ext.cli.planned import (
     as_before,
+    facts_of_run,
     fit_whole_volumes,
     network_of_task,
     note_run,
@@ -105,14 +106,24 @@ def train(
     tell_plan(settings, plan, parts, model)
     train_set, val_set = training_sets(parts, chosen, settings)
     run = out / "training"
-    note_run(out, run, settings, resume=resume)
+    note_run(out, run, settings)
+    facts = facts_of_run(settings, [] if checkpoint is None else [str(checkpoint.sha256)])
     title = "training" if checkpoint is None else "fine-tuning"
     norms = settings.merge.transfer_norms
     shared: tuple[str, ...] = ()
     if checkpoint is not None:
         shared = split_parameters(model, heads=heads_of(model), transfer_norms=norms).shared
     model, history = fine_tune(
-        model, train_set, val_set, settings.train, run, tied=shared, resume=resume, progress=True, title=title
+        model,
+        train_set,
+        val_set,
+        settings.train,
+        run,
+        tied=shared,
+        facts=facts,
+        resume=resume,
+        progress=True,
+        title=title,
     )
     path = out / NETWORK_NAME
     save_network(
@@ -122,6 +133,7 @@ def train(
         parents=[str(checkpoint.sha256)] if checkpoint is not None else [],
         settings=settings_dict(settings, "prepare", "train", "predict"),
     )
+    note_settings(out, settings, folder=True)
     best = "" if history.best_step is None else f", lowest validation loss at step {history.best_step}"
     say(f"{path}: {len(history.rows)} steps{best}")
 

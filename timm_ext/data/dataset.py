@@ -1,5 +1,6 @@
 """Prepared cases as training samples, each a pure function of (seed, epoch, index)."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
@@ -120,6 +121,21 @@ class CaseDataset(Dataset[Sample]):
         )
         return Sample(id=name, image=changed.contiguous(), target=self._target(moved.numpy()))
 
+    def identity(self) -> dict[str, Any]:
+        """Return, as JSON values, all that decides the samples; where the files lie does not matter.
+
+        `cases` holds the id of each case and a SHA-256 of its prepared arrays and voxel size.
+        """
+        return {
+            "cases": [[case.id, _digest(case)] for case in self.cases],
+            "regions": {region.name: sorted(region.labels) for region in self.task.regions},
+            "patch": None if self.patch is None else list(self.patch),
+            "samples_per_case": self.samples_per_case,
+            "foreground": self.foreground,
+            "augment": None if self.augment is None else repr(self.augment),
+            "seed": self.seed,
+        }
+
     def _target(self, label: Array) -> Tensor:
         return torch.from_numpy(self.task.targets(label)).float()
 
@@ -142,6 +158,15 @@ class CaseDataset(Dataset[Sample]):
         wanted = regions[int(generator.integers(len(regions)))]
         found = np.flatnonzero(np.isin(label, wanted))
         return np.array(np.unravel_index(found[generator.integers(len(found))], label.shape))
+
+
+def _digest(case: Prepared) -> str:
+    digest = hashlib.sha256(repr(spacing_of(case.affine)).encode())
+    for array in (case.image, case.label):
+        if array is not None:
+            digest.update(f"{array.dtype} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, Any]:

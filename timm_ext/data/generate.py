@@ -2,10 +2,10 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, as_completed
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from timm_ext.errors import InputError, listed
 from timm_ext.files import sha256, write_json
 from timm_ext.locks import folder_lock
 from timm_ext.machine import check_memory, check_workers
+from timm_ext.processes import worker_pool
 
 RECORD_NAME = "generated.json"
 PHANTOM = "phantom"
@@ -169,29 +170,27 @@ def _generate(
     cases = [_paths(out_dir, settings, task, index) for index in range(count)]
     missing = [index for index, case in enumerate(cases) if not _complete(case)]
     done = count - len(missing)
-    for _ in _written(out_dir, settings, missing, workers):
-        done += 1
-        if progress:
-            progress(done, count)
+    with closing(_written(out_dir, settings, missing, workers)) as written:
+        for _ in written:
+            done += 1
+            if progress:
+                progress(done, count)
     write_list(out_dir / LIST_NAME, cases)
     return sorted(cases, key=lambda case: case.id)
 
 
-def _written(out_dir: Path, settings: GenerateSettings, indices: list[int], workers: int) -> Iterator[int]:
+def _written(out_dir: Path, settings: GenerateSettings, indices: list[int], workers: int) -> Generator[int]:
     if workers <= 1 or len(indices) < 2:
         for index in indices:
             yield _write_case(out_dir, settings, index)
         return
     workers = min(workers, len(indices))
     check_workers(workers)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    folders = [out_dir / _case_id(settings, index) for index in indices]
+    with worker_pool(workers, "draws cases", folders) as pool:
         jobs: list[Future[int]] = [pool.submit(_write_case, out_dir, settings, index) for index in indices]
-        try:
-            for job in as_completed(jobs):
-                yield job.result()
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+        for job in as_completed(jobs):
+            yield job.result()
 
 
 def _write_case(out_dir: Path, settings: GenerateSettings, index: int) -> int:

@@ -3,12 +3,9 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from functools import cache as once
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +28,7 @@ from timm_ext.errors import InputError, lines_of
 from timm_ext.files import ending_of, sha256
 from timm_ext.machine import check_workers
 from timm_ext.modality_names import in_hounsfield_units
+from timm_ext.processes import worker_pool
 
 Spacing = float | tuple[float, float, float]
 
@@ -237,7 +235,7 @@ def prepare_cases(
             set mixes two numberings of one region.
     """
     job = partial(_attempt, task=task, settings=settings, cache=cache)
-    results = _outcomes(job, cases, workers, progress)
+    results = _outcomes(job, cases, workers, progress, [] if cache is None else [Path(cache)])
     failures = [result for result in results if isinstance(result, InputError)]
     if len(failures) == 1:
         raise failures[0]
@@ -323,20 +321,19 @@ def _cached(path: Path, case: Case, task: Task) -> Prepared | None:
 
 
 def _outcomes(
-    job: Callable[[Case], Prepared | InputError], cases: Sequence[Case], workers: int, progress: bool
+    job: Callable[[Case], Prepared | InputError],
+    cases: Sequence[Case],
+    workers: int,
+    progress: bool,
+    folders: Sequence[Path] = (),
 ) -> list[Prepared | InputError]:
     shown = partial(track, description="Preparing cases", total=len(cases), disable=not progress)
-    if not workers:
+    if not workers or not cases:
         return list(shown(map(job, cases)))
-    workers = min(workers, max(1, len(cases)))
+    workers = min(workers, len(cases))
     check_workers(workers)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        try:
-            return list(shown(pool.map(job, cases)))
-        except BrokenProcessPool as error:
-            raise InputError(
-                f"workers: a process that prepares cases was killed, as for want of memory (got {workers})"
-            ) from error
+    with worker_pool(workers, "prepares cases", folders) as pool:
+        return list(shown(pool.map(job, cases)))
 
 
 def _check_not_empty(prepared: Prepared, task: Task) -> None:

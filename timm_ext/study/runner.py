@@ -9,11 +9,13 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from timm_ext.errors import InputError
 from timm_ext.machine import check_workers
+from timm_ext.signals import children_start, ending, uninterrupted, wait_for_signal
 from timm_ext.study.records import Folder, Step, with_needs
 from timm_ext.study.worker import SINGLE_THREAD, Job, Reply, serve
 
@@ -102,6 +104,7 @@ class _Crew:
 
     def __init__(self, count: int) -> None:
         self._context = multiprocessing.get_context("spawn")
+        resource_tracker.ensure_running()
         self._processes: dict[Connection, tuple[Any, int]] = {}
         self._gpus = visible_gpus() if count else []
         self.idle: list[Connection] = [self._start(number) for number in range(count)]
@@ -110,7 +113,8 @@ class _Crew:
         ours, theirs = self._context.Pipe()
         gpu = self._gpus[number % len(self._gpus)] if len(self._gpus) > 1 else None
         process = self._context.Process(target=serve, args=(theirs, gpu), daemon=True)
-        process.start()
+        with children_start():
+            process.start()
         theirs.close()
         self._processes[ours] = process, number
         return ours
@@ -126,21 +130,25 @@ class _Crew:
 
     def stop(self) -> None:
         """End all workers at once."""
-        for connection, (process, _) in self._processes.items():
-            process.kill()
-            process.join()
-            connection.close()
+        with ending():
+            for connection, (process, _) in self._processes.items():
+                process.kill()
+                process.join()
+                connection.close()
 
 
 @contextmanager
 def _worker_processes(count: int) -> Iterator[_Crew]:
     before = {name: os.environ.get(name) for name in SINGLE_THREAD}
     os.environ.update(SINGLE_THREAD)
-    crew = _Crew(count)
+    crew: _Crew | None = None
     try:
+        with uninterrupted():
+            crew = _Crew(count)
         yield crew
     finally:
-        crew.stop()
+        if crew is not None:
+            crew.stop()
         for name, value in before.items():
             if value is None:
                 del os.environ[name]
@@ -203,6 +211,7 @@ class _Run:
         except (EOFError, OSError):
             del self._running[connection]
             status = self._crew.replace(connection)
+            wait_for_signal()
             self._fail(step, f"its worker process ended with status {status} (out of memory?)")
             return
         if reply.kind == "progress":

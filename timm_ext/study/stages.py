@@ -6,6 +6,7 @@ They call what a user's own script would call; `timm_ext.study.worker` runs them
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,11 +40,11 @@ from timm_ext.study.sources import (
     start_from,
 )
 from timm_ext.study.worker import Context
-from timm_ext.training.examples import Examples
+from timm_ext.training.examples import Examples, identity_of
+from timm_ext.training.history import History
 from timm_ext.training.settings import AdaptSettings, TrainSettings
 from timm_ext.training.stages import adapt, fine_tune, make_sets, train, tune_merged, warm_up
 from timm_ext.training.state import STATE_NAME
-from timm_ext.training.trainer import History
 
 Settings = Mapping[str, Any]
 Inputs = Mapping[str, Path]
@@ -121,15 +122,15 @@ def source_fisher(settings: Settings, inputs: Inputs, context: Context) -> dict[
     model, checkpoint = load_network(inputs["model"] / NETWORK)
     cases = prepared_cases(inputs["train"], task, settings)
     data = CaseDataset(cases, task, in_memory=True)
-    partial = context.folder / "partial"
-    fisher = estimate_fisher(_placed(model, settings), data, **settings["fisher"], partial=partial)
+    begun = context.folder / "partial"
+    fisher = estimate_fisher(_placed(model, settings), data, **settings["fisher"], partial=begun)
     fisher.save(
         context.folder / FISHER,
         network_sha256=checkpoint.sha256,
         task=task_to_dict(task),
         settings=dict(settings["fisher"]),
     )
-    remove_partial(partial)
+    remove_partial(begun)
     return {"examples": fisher.count, "kind": fisher.kind.value}
 
 
@@ -228,6 +229,7 @@ class _Counted:
         self._total = settings.total_steps(len(examples)) * settings.batch_size
         self._seen = 0
         self.task = getattr(examples, "task", None)
+        self.identity = partial(identity_of, examples)
 
     def __len__(self) -> int:
         return len(self._examples)

@@ -3,7 +3,6 @@
 import importlib
 import os
 import queue
-import signal
 import threading
 import time
 import traceback
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_ext.errors import InputError
+from timm_ext.signals import follow_parent
 
 REPORT_EVERY = 0.5
 SINGLE_THREAD = {
@@ -74,7 +74,7 @@ def serve(connection: Connection, gpu: str | None = None) -> None:
         connection: to the runner.
         gpu: the only one that this process may use, as CUDA_VISIBLE_DEVICES names it; None leaves all.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    follow_parent(os.getppid())
     for name in _OF_TORCHRUN & os.environ.keys():  # this process trains alone
         del os.environ[name]
     if gpu is not None:

@@ -1,7 +1,11 @@
 """Training examples in an order that is a function of seed, epoch and position alone."""
 
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+import os
+import signal
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +15,8 @@ from timm_ext.data.dataset import Sample, collate
 from timm_ext.data.noise import keyed_generator
 from timm_ext.errors import InputError
 from timm_ext.machine import check_workers
+from timm_ext.processes import mortal_children
+from timm_ext.signals import follow_parent, uninterrupted, wait_for_signal
 from timm_ext.training.settings import TrainSettings
 
 Key = tuple[int, int]
@@ -18,7 +24,11 @@ Key = tuple[int, int]
 
 
 class Examples(Protocol):
-    """Training or validation cases, such as `timm_ext.data.dataset.CaseDataset`."""
+    """Training or validation cases, such as `timm_ext.data.dataset.CaseDataset`.
+
+    One that also has `identity()`, as that class has, is recognised when a run is resumed; of others only the
+    number of cases is compared.
+    """
 
     def __len__(self) -> int: ...
 
@@ -67,47 +77,93 @@ class BatchOrder(Sampler[list[Key]]):
         return epoch, epoch_order(self._seed, epoch, self._count)[place]
 
 
-class _Keyed(Dataset[Sample]):
+class LoaderDiedError(InputError):
+    """A process that loads data was killed."""
+
+
+class _Batches(Dataset[dict[str, Any] | InputError]):
+    """Batches by their keys; an error is handed over as a value: PyTorch would wrap it in its traceback."""
+
     def __init__(self, examples: Examples) -> None:
         self._examples = examples
 
-    def __getitem__(self, key: Key) -> Sample:
-        epoch, index = key
-        return self._examples.sample(index, epoch)
+    def __getitem__(self, keys: Sequence[Key]) -> dict[str, Any] | InputError:
+        try:
+            return collate([self._examples.sample(index, epoch) for epoch, index in keys])
+        except InputError as error:
+            return error
 
 
-def training_batches(examples: Examples, order: BatchOrder, workers: int) -> Iterator[dict[str, Any]]:
-    """Load the batches of `order`.
+def training_batches(
+    examples: Examples, order: BatchOrder, workers: int
+) -> Generator[dict[str, Any], None, None]:
+    """Load the batches of `order`; close it to end its processes.
 
     Args:
         examples: the cases.
         order: which of them make each batch.
-        workers: loader processes; 0 loads in this one.
+        workers: loader processes; 0 loads in this one. They end with this process, however it ends.
 
     Yields:
         `{"id": list of B, "image": [B, C, D, H, W], "target": [B, R, D, H, W]}`.
 
     Raises:
-        InputError: a case cannot be read, or the cases of a batch differ in shape.
+        InputError: a case cannot be read, or the cases of a batch differ in shape; `LoaderDiedError` where a
+            loader process was killed.
     """
     check_workers(workers)
-    loader: DataLoader[Sample] = DataLoader(
-        _Keyed(examples),
-        batch_sampler=order,
+    loader: DataLoader[dict[str, Any] | InputError] = DataLoader(
+        _Batches(examples),
+        sampler=order,
+        batch_size=None,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=_as_it_is,
         # Loader processes take a base seed from here instead of the global generator.
         generator=torch.Generator().manual_seed(0),
+        worker_init_fn=partial(_start_loader, os.getpid()),
     )
     try:
-        yield from loader
-    except InputError as error:
-        # PyTorch puts the whole traceback of a loader process into the message.
-        _, found, message = str(error).rpartition("timm_ext.errors.InputError: ")
-        if not found:
+        with mortal_children():
+            with _child_handler_kept(), uninterrupted():  # what is raised amid a fork is lost
+                batches = iter(loader)
+            for batch in batches:
+                if isinstance(batch, InputError):
+                    raise batch
+                yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
             raise
-        # Its last newline, which belongs to no message, was shown as an escape.
-        raise InputError(message.removesuffix("\\n").strip()) from error
+        wait_for_signal()
+        raise LoaderDiedError(
+            f"training: a process that loads data was killed (out of memory? train.workers is {workers}); "
+            "the run can be resumed"
+        ) from error
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _start_loader(parent: int, worker: int) -> None:
+    follow_parent(parent, sigterm=False)  # PyTorch has its own
+
+
+@contextmanager
+def _child_handler_kept() -> Iterator[None]:
+    """Take back PyTorch's handler of SIGCHLD, which raises amid a step; dead loaders are noticed anyway."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        if main and before is not None:
+            signal.signal(signal.SIGCHLD, before)
+
+
+def identity_of(examples: Examples) -> dict[str, Any]:
+    """Return, as JSON values, what a data set is: the number of its cases and what its `identity()` says."""
+    told = getattr(examples, "identity", None)
+    return {"count": len(examples), **({} if told is None else told())}
 
 
 def region_names(examples: Examples, count: int) -> tuple[str, ...]:

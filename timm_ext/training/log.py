@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import hashlib
 import io
 import os
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from timm_ext.errors import InputError
+from timm_ext.errors import InputError, listed, shown
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import writer
@@ -27,31 +28,41 @@ class RunLog:
     Args:
         run_dir: folder of the run.
         columns: names of the columns, the first being `step`.
-        length: bytes of the log that belong to the state that is resumed; later rows are cut off. 0 starts
-            a new log.
+        saved: bytes of the log that belong to the state that is resumed, and their SHA-256; later rows are
+            cut off. None starts a new log.
         writes: whether this process writes; the others keep the rows in memory only.
         tensorboard: also write events.
 
     Attributes:
+        path: of the file.
         rows: all rows so far, those of the interrupted run included; None where a column has no value.
 
     Raises:
-        InputError: the log cannot be written, or has lost rows.
+        InputError: the log cannot be written, has lost rows or was changed.
     """
 
     def __init__(
-        self, run_dir: Path, columns: Sequence[str], *, length: int, writes: bool, tensorboard: bool
+        self,
+        run_dir: Path,
+        columns: Sequence[str],
+        *,
+        saved: tuple[int, str] | None = None,
+        writes: bool,
+        tensorboard: bool,
     ) -> None:
         self.rows: list[Row] = []
-        self._path = run_dir / LOG_NAME
+        self.path = run_dir / LOG_NAME
         self._events_dir = run_dir / EVENTS_NAME
         self._columns = tuple(columns)
         self._file: io.FileIO | None = None
         self._events: writer.SummaryWriter | None = None
-        if length:
-            self.rows = _read_rows(self._path, self._columns, length)
+        self._digest = hashlib.sha256()
+        if saved is not None:
+            data = _read_whole(self.path, *saved)
+            self.rows = _rows_of(data, self._columns, self.path)
+            self._digest.update(data)
         if writes:
-            self._open(length)
+            self._open(0 if saved is None else saved[0])
             if tensorboard:
                 from torch.utils.tensorboard.writer import SummaryWriter
 
@@ -73,12 +84,13 @@ class RunLog:
                     if value is not None and name not in _WHOLE:
                         self._events.add_scalar(name, value, len(self.rows))
 
-    def sync(self) -> int:
-        """Bring the log to the disk and return its length in bytes; 0 in a process that does not write."""
+    def sync(self) -> tuple[int, str]:
+        """Bring the log to the disk; return its bytes and their SHA-256, nothing useful without a file."""
         if self._file is None:
-            return 0
-        os.fsync(self._file.fileno())
-        return self._file.tell()
+            return 0, ""
+        with _writing(self.path):
+            os.fsync(self._file.fileno())
+        return self._file.tell(), self._digest.hexdigest()
 
     def close(self) -> None:
         """Close the files.
@@ -93,8 +105,8 @@ class RunLog:
                 self._events.close()
 
     def _open(self, length: int) -> None:
-        with _writing(self._path):
-            self._file = open(self._path, "r+b" if length else "wb", buffering=0)  # noqa: SIM115
+        with _writing(self.path):
+            self._file = open(self.path, "r+b" if length else "wb", buffering=0)  # noqa: SIM115
             self._file.truncate(length)
             self._file.seek(length)
         if not length:
@@ -104,9 +116,10 @@ class RunLog:
         if self._file is None:
             return
         data = text.encode()
-        with _writing(self._path):
+        with _writing(self.path):
             if self._file.write(data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._digest.update(data)
 
 
 @contextmanager
@@ -123,21 +136,31 @@ def _line(values: Sequence[str]) -> str:
     return text.getvalue()
 
 
-def _read_rows(path: Path, columns: Sequence[str], length: int) -> list[Row]:
+def _read_whole(path: Path, length: int, sha256: str) -> bytes:
     try:
         with open(path, "rb") as file:
             data = file.read(length)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    reader = csv.reader(io.StringIO(data.decode()))
-    header = next(reader, [])
-    if len(data) != length or header != list(columns):
+    if hashlib.sha256(data).hexdigest() != sha256:
         raise InputError(
-            f"{path}: expected the log of the run that is resumed (got another, or rows are lost)"
+            f"{path}: expected the log of the run that is resumed (got another, or rows are lost or changed)"
         )
-    return [
-        {name: _value(name, text) for name, text in zip(columns, values, strict=True)} for values in reader
-    ]
+    return data
+
+
+def _rows_of(data: bytes, columns: Sequence[str], path: Path) -> list[Row]:
+    try:
+        header, *lines = csv.reader(io.StringIO(data.decode()), strict=True)
+        if header != list(columns):
+            raise ValueError(f"the columns {', '.join(header)}")
+        return [
+            {name: _value(name, text) for name, text in zip(columns, line, strict=True)} for line in lines
+        ]
+    except (ValueError, csv.Error) as error:
+        raise InputError(
+            f"{path}: expected a log with the columns {listed(columns)} (got {shown(error)})"
+        ) from error
 
 
 def _value(name: str, text: str) -> float | None:

@@ -6,6 +6,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
+from timm_ext.training.saved import SavedSchedule
 from timm_ext.training.settings import TrainSettings
 
 _HALF = 0.5
@@ -56,16 +57,17 @@ class Schedule:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that `load_state_dict` needs to go on."""
-        inner = self._plateau or self._curve
         return {
-            "best": self.best,
+            "best": None if self.best == math.inf else self.best,
             "since_best": self.since_best,
-            "rates": None if inner is None else inner.state_dict(),
+            "since_halved": 0 if self._plateau is None else self._plateau.num_bad_epochs,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`."""
-        self.best, self.since_best = state["best"], state["since_best"]
-        inner = self._plateau or self._curve
-        if inner is not None:
-            inner.load_state_dict(state["rates"])
+    def load_state_dict(self, state: SavedSchedule, step: int) -> None:
+        """Go on from `state_dict` after so many steps; the optimizer holds its rates again."""
+        self.best = math.inf if state.best is None else state.best
+        self.since_best = state.since_best
+        if self._plateau is not None:
+            self._plateau.best, self._plateau.num_bad_epochs = self.best, state.since_halved
+        if self._curve is not None:
+            self._curve.last_epoch = step

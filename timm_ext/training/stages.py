@@ -19,8 +19,9 @@ from timm_ext.merging import MergedModel, squared_departure
 from timm_ext.parameters import named_parameters
 from timm_ext.training.device import is_first_process
 from timm_ext.training.examples import Examples
+from timm_ext.training.history import History
 from timm_ext.training.settings import AdaptSettings, TrainSettings
-from timm_ext.training.trainer import History, Trainer
+from timm_ext.training.trainer import Trainer
 
 RATIOS_NAME = "ratios.csv"
 _MOST_GROUPS = 100_000  # more than this are not averaged by layer: their names alone would take seconds
@@ -93,13 +94,14 @@ def train(
     run_dir: Path | str,
     *,
     tied: Collection[str] | None = None,
+    facts: Mapping[str, Any] | None = None,
     resume: bool = False,
     progress: bool = False,
     title: str = "training",
 ) -> History:
     """Train all parameters of a network in place; arguments are those of `Trainer` and `Trainer.fit`."""
     return Trainer(settings, run_dir).fit(
-        model, train_set, val_set, tied=tied, resume=resume, progress=progress, title=title
+        model, train_set, val_set, tied=tied, facts=facts, resume=resume, progress=progress, title=title
     )
 
 
@@ -111,6 +113,7 @@ def adapt(
     run_dir: Path | str,
     *,
     options: AdaptSettings | None = None,
+    facts: Mapping[str, Any] | None = None,
     resume: bool = False,
     progress: bool = False,
     title: str = "adaptation",
@@ -135,6 +138,7 @@ def adapt(
         settings: how to train.
         run_dir: folder of this run alone.
         options: rates, λ and warm-up.
+        facts: see `Trainer.fit`.
         resume: see `Trainer.fit`.
         progress: see `Trainer.fit`.
         title: see `Trainer.fit`.
@@ -157,6 +161,7 @@ def adapt(
         settings,
         run_dir,
         options or AdaptSettings(),
+        facts=facts,
         resume=resume,
         progress=progress,
         title=title,
@@ -171,6 +176,7 @@ def tune_merged(
     run_dir: Path | str,
     *,
     options: AdaptSettings | None = None,
+    facts: Mapping[str, Any] | None = None,
     resume: bool = False,
     progress: bool = False,
     title: str = "fine-tuning",
@@ -190,6 +196,7 @@ def tune_merged(
         settings: how to train; its rate is that of Δ, too.
         run_dir: folder of this run alone.
         options: rates, μ, and what `adapt` does with them.
+        facts: see `Trainer.fit`.
         resume: see `Trainer.fit`; another number of steps N is refused.
         progress: see `Trainer.fit`.
         title: see `Trainer.fit`.
@@ -212,6 +219,7 @@ def tune_merged(
         settings,
         run_dir,
         options or AdaptSettings(),
+        facts=facts,
         resume=resume,
         progress=progress,
         title=title,
@@ -227,6 +235,7 @@ def warm_up(
     settings: TrainSettings,
     run_dir: Path | str,
     *,
+    facts: Mapping[str, Any] | None = None,
     resume: bool = False,
     progress: bool = False,
     title: str = "warm-up",
@@ -243,6 +252,7 @@ def warm_up(
         val_set: validation cases.
         settings: how to train.
         run_dir: folder of this run alone.
+        facts: see `Trainer.fit`.
         resume: see `Trainer.fit`.
         progress: see `Trainer.fit`.
         title: see `Trainer.fit`.
@@ -263,6 +273,7 @@ def warm_up(
         train_set,
         val_set,
         parameter_groups=[{"name": "specific", "params": chosen}],
+        facts=facts,
         resume=resume,
         progress=progress,
         title=title,
@@ -277,6 +288,7 @@ def fine_tune(
     run_dir: Path | str,
     *,
     tied: Collection[str] | None = None,
+    facts: Mapping[str, Any] | None = None,
     resume: bool = False,
     progress: bool = False,
     title: str = "fine-tuning",
@@ -297,6 +309,7 @@ def fine_tune(
         settings,
         run_dir,
         tied=tied,
+        facts=facts,
         resume=resume,
         progress=progress,
         title=title,
@@ -313,6 +326,7 @@ def _learn(
     run_dir: Path | str,
     options: AdaptSettings,
     *,
+    facts: Mapping[str, Any] | None,
     resume: bool,
     progress: bool,
     title: str,
@@ -326,9 +340,9 @@ def _learn(
     named = [{"name": "logits", "params": [merged.logits], "lr": options.logit_lr, "start": start}, *groups]
     if specific:
         named.append({"name": "specific", "params": specific, "lr": options.specific_lr or settings.lr})
-    facts = options.to_dict()
+    all_facts = {**options.to_dict(), **(facts or {})}
     if start or options.weight_pull:
-        facts["of_steps"] = total
+        all_facts["of_steps"] = total
     layers, layer_of_group = _layers(merged)
     history = Trainer(settings, run_dir).fit(
         merged,
@@ -336,7 +350,7 @@ def _learn(
         val_set,
         parameter_groups=named,
         penalty=_Pull(merged, options, total),
-        facts=facts,
+        facts=all_facts,
         observe=lambda: _mean_by_layer(merged.ratios().cpu(), layer_of_group, len(layers)),
         resume=resume,
         progress=progress,

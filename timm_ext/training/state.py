@@ -1,56 +1,88 @@
 """The state of an interrupted run on disk: everything that the next step depends on."""
 
+import hashlib
 import io
+import struct
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from timm_ext.errors import InputError
+from timm_ext.errors import InputError, lines_of, listed
 from timm_ext.files import atomic_write
 
 STATE_NAME = "state.pt"
-_FORMAT = 1
+FORMAT = 2
+
+_DIGEST = 64  # hexadecimal digits of a SHA-256, the comment behind the archive
+_END = struct.Struct("<4s16xH")  # a zip's last record: its mark, eight fields, the length of the comment
+_MARK = b"PK\x05\x06"
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write a state atomically.
+    """Write a state atomically, with a digest of all its bytes.
+
+    The digest is the comment of PyTorch's zip archive, whose own checksums `torch.load` does not look at.
 
     Raises:
         InputError: the folder cannot be written or the disk is full; the state before it stays.
     """
     # PyTorch's own writer reports a full disk as a RuntimeError with a C++ trace.
     buffer = io.BytesIO()
-    torch.save({"format": _FORMAT, **state}, buffer)
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+    torch.save({"format": FORMAT, **state}, buffer)
+    content = bytearray(buffer.getbuffer())
+    content[-2:] = _DIGEST.to_bytes(2, "little")
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        file.write(content)
+        file.write(hashlib.sha256(content).hexdigest().encode())
 
 
 def load_state(path: Path) -> dict[str, Any]:
     """Read a state; nothing but tensors and plain values is unpickled.
 
     Raises:
-        InputError: the file is damaged or not a training state of this version.
+        InputError: the file cannot be read, was changed since it was written, or is not a training state of
+            this version.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    whole = _is_whole(data)
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
         # A damaged archive may fail anywhere in the unpickler.
         raise InputError(f"{path}: expected the state of a training run (the file is damaged)") from error
-    if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        raise InputError(f"{path}: expected the state of a training run of format {_FORMAT}")
-    return state
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = (
+            f"format {state['format']}" if isinstance(state, dict) and state.get("format") == 1 else "another"
+        )
+        raise InputError(
+            f"{path}: expected the state of a training run of format {FORMAT} (got {found}); go on with the "
+            "version that began the run, or remove the file to start the run again"
+        )
+    if not whole:
+        raise InputError(
+            f"{path}: expected the state of a training run (the file is damaged: its digest is another)"
+        )
+    return {name: value for name, value in state.items() if name != "format"}
 
 
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Copy what training changes: parameters that require gradients, and persistent buffers."""
+def changing_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return what training changes: parameters that require gradients, and persistent buffers."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return {
-        name: value.detach().cpu().clone()
+        name: value
         for name, value in model.state_dict().items()
         if name not in parameters or parameters[name].requires_grad
     }
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Copy the tensors that training changes to the CPU."""
+    return {name: value.detach().cpu().clone() for name, value in changing_tensors(model).items()}
 
 
 @torch.no_grad()
@@ -58,16 +90,66 @@ def restore_weights(model: nn.Module, weights: dict[str, Tensor], where: object)
     """Copy weights back into a model.
 
     Raises:
-        InputError: the model has other tensors; all that differ are listed.
+        InputError: the model has other tensors; those that differ are listed.
     """
+    check_tensors(weights, changing_tensors(model), where, "the tensors of the trained model")
     targets = model.state_dict()
-    expected = {name: list(value.shape) for name, value in weights_of(model).items()}
-    found = {name: list(value.shape) for name, value in weights.items()}
-    if expected != found:
-        names = sorted(name for name in expected | found if expected.get(name) != found.get(name))
-        listing = "\n".join(
-            f"  {name}: {found.get(name, 'absent')}, model {expected.get(name, 'absent')}" for name in names
-        )
-        raise InputError(f"{where}: expected the tensors of the trained model; these differ:\n{listing}")
     for name, value in weights.items():
         targets[name].copy_(value)
+
+
+def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], where: object, what: str) -> None:
+    """Compare names, shapes and types of tensors with those of the model.
+
+    Raises:
+        InputError: they differ; so does what is listed.
+    """
+    got = {name: _described(value) for name, value in found.items()}
+    wanted = {name: _described(value) for name, value in expected.items()}
+    if differing := sorted(name for name in got | wanted if got.get(name) != wanted.get(name)):
+        listing = lines_of(
+            f"{name}: {got.get(name, 'absent')}, model {wanted.get(name, 'absent')}" for name in differing
+        )
+        raise InputError(f"{where}: expected {what}; these differ:{listing}")
+
+
+def check_finite(weights: dict[str, Tensor], model: nn.Module, where: object) -> None:
+    """Refuse saved parameters that are not finite; buffers may hold anything.
+
+    Raises:
+        InputError: the parameters are listed.
+    """
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False) if name in weights]
+    if bad := [name for name in names if not bool(weights[name].isfinite().all())]:
+        raise InputError(f"{where}: expected finite weights (got others in {listed(bad)})")
+
+
+def frozen_digest(model: nn.Module) -> str:
+    """Return the SHA-256 of all that a model computes with and `weights_of` leaves out.
+
+    That is what its training keeps as it is: frozen parameters, and buffers outside `state_dict`, such as the
+    source models of a merge.
+    """
+    changing = changing_tensors(model)
+    digest = hashlib.sha256()
+    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, value in sorted(every, key=lambda pair: pair[0]):
+        if name not in changing:
+            digest.update(f"{name} {_described(value)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _described(tensor: Tensor) -> str:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return f"{list(tensor.shape)}" if dtype == "float32" else f"{list(tensor.shape)} {dtype}"
+
+
+def _is_whole(data: bytes) -> bool:
+    """Tell whether a digest stands behind the archive and is that of the bytes before it."""
+    content, digest = data[:-_DIGEST], data[-_DIGEST:]
+    if len(content) < _END.size:
+        return False
+    mark, length = _END.unpack(content[-_END.size :])
+    whole = hashlib.sha256(content).hexdigest().encode() == digest
+    return whole and mark == _MARK and length == _DIGEST

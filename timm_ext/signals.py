@@ -1,0 +1,247 @@
+"""Signals that ask a process to end: Ctrl-C, SIGTERM, and SIGHUP of a terminal that is gone."""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType, TracebackType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+_SAME = 1.0  # seconds within which further signals are one request: groups of processes get it twice
+_MOST_REPEATS = 2
+_SOON = 0.02
+_PR_SET_PDEATHSIG = 1  # of sys/prctl.h
+
+Handler = Callable[[int, FrameType | None], object]
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked this process to end; whatever handles Ctrl-C handles it.
+
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class _Watch:
+    """What the main thread knows of signals while they are watched."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.first: int | None = None
+        self.raised: float | None = None
+        self.depth = 0
+        self.ending = False
+        self.repeats = 0
+        self.terminals = [number for number in (0, 1, 2) if _is_terminal(number)]
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Note a signal, and raise where nothing forbids it."""
+        if os.getpid() != self.pid:  # a forked process that has not chosen its own handlers yet
+            if number != signal.SIGINT:
+                os._exit(128 + number)
+            return
+        if number == signal.SIGHUP:
+            self._leave_terminals()
+        if self.ending:
+            self.repeats += 1
+            if self.repeats > _MOST_REPEATS:
+                os._exit(128 + (self.first or number))
+        elif self.first is None or (self.raised is not None and time.monotonic() - self.raised > _SAME):
+            self.first = self.first or number
+            if not self.depth:
+                self.raise_it()
+
+    def raise_it(self) -> None:
+        assert self.first is not None
+        self.raised = time.monotonic()
+        raise Interrupted(self.first)
+
+    def unraisable(self, problem: "sys.UnraisableHookArgs") -> None:
+        """Send a signal again that was raised where nothing can be, as in a destructor."""
+        if problem.exc_type is not Interrupted or self.first is None:
+            sys.__unraisablehook__(problem)
+            return
+        number, self.first, self.raised = self.first, None, None
+        again = threading.Timer(_SOON, os.kill, (self.pid, number))
+        again.daemon = True
+        again.start()
+
+    def is_due(self) -> bool:
+        """Tell whether a signal waits, or was raised and swallowed."""
+        if self.first is None or self.ending or self.depth:
+            return False
+        return self.raised is None or time.monotonic() - self.raised > _SAME
+
+    def _leave_terminals(self) -> None:
+        """Let output to a terminal that is gone go nowhere, rather than fail."""
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for number in self.terminals:
+            os.dup2(nowhere, number)
+        os.close(nowhere)
+
+
+_watch: _Watch | None = None
+
+
+@contextmanager
+def watched(numbers: tuple[signal.Signals, ...] = SIGNALS) -> Iterator[None]:
+    """Turn signals into `Interrupted`, in the main thread, for the length of the block.
+
+    Signals that are ignored (`nohup`, a shell's background) stay so, and handlers of others are left alone.
+    Within another `watched` it does nothing.
+    """
+    global _watch
+    if _watch is not None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    watch = _watch = _Watch()
+    hook, sys.unraisablehook = sys.unraisablehook, watch.unraisable
+    before = {number: signal.getsignal(number) for number in numbers}
+    ours = [number for number, handler in before.items() if handler in _REPLACED]
+    try:
+        for number in ours:
+            signal.signal(number, watch.handle)
+        yield
+    finally:
+        watch.ending = True
+        for number in ours:
+            signal.signal(number, before[number])
+        sys.unraisablehook = hook
+        _watch = None
+
+
+class uninterrupted:  # noqa: N801 - reads as a statement
+    """Hold signals back while a block leaves things half-done; they are raised behind it."""
+
+    def __enter__(self) -> None:
+        self._watch = _watch if threading.current_thread() is threading.main_thread() else None
+        if self._watch is not None:
+            self._begin(self._watch)
+            self._watch.depth += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._watch is not None:
+            self._watch.depth -= 1
+            if kind is None and self._watch.is_due():
+                self._watch.raise_it()
+
+    def _begin(self, watch: _Watch) -> None:
+        if watch.is_due():
+            watch.raise_it()
+
+
+class ending(uninterrupted):  # noqa: N801
+    """Clean up or save before the end.
+
+    Where a signal asked for the end, further ones are ignored from here on, and the third ends the process.
+    """
+
+    def _begin(self, watch: _Watch) -> None:
+        watch.ending = watch.first is not None
+
+
+def received() -> int | None:
+    """Return the number of the signal that asked this process to end, None where none did."""
+    return None if _watch is None else _watch.first
+
+
+def quiet_start() -> None:
+    """Let a command that is still starting, or has done its work, end with one line and no traceback.
+
+    Does nothing in a process that uses the package as a library.
+    """
+    if _is_command():
+        for number in SIGNALS:
+            if signal.getsignal(number) in _REPLACED:
+                signal.signal(number, _quit)
+
+
+def leave_quietly(*, interrupted: bool) -> None:
+    """Let a command that has told how it ended leave with that status, whatever signals come.
+
+    Args:
+        interrupted: it ended by a signal; others of the same request may still come.
+    """
+    if interrupted and _is_command():
+        for number in SIGNALS:
+            # Unlike a handler, this outlasts the interpreter.
+            signal.signal(number, signal.SIG_IGN)
+
+
+def follow_parent(parent: int, *, sigterm: bool = True) -> None:
+    """Let this worker process end when its parent does, however that ends, and leave Ctrl-C to it.
+
+    SIGTERM, by which parents end their workers, ends it.
+
+    Args:
+        parent: its process number.
+        sigterm: set the action of SIGTERM, too; what has its own keeps it.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    if sigterm:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _end_with_parent(parent)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def wait_for_signal() -> None:
+    """Give a signal time to come, when a worker has ended: one to all processes may meet a worker first."""
+    time.sleep(_SAME / 2)
+
+
+def _end_with_parent(parent: int) -> None:
+    """Have the system kill this process when its parent ends (Linux)."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+@contextmanager
+def children_start() -> Iterator[None]:
+    """Keep signals from processes that are started here, until they call `follow_parent`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _quit(number: int, frame: FrameType | None) -> None:
+    with suppress(OSError):
+        os.write(2, b"error: interrupted\n")
+    os._exit(128 + number)
+
+
+_REPLACED: tuple[object, ...] = (signal.SIG_DFL, signal.default_int_handler, _quit)
+
+
+def _is_command() -> bool:
+    """Tell whether this process is `timm-ext` or `python -m timm_ext`."""
+    started = sys.orig_argv
+    if "--multiprocessing-fork" in started:
+        return False
+    module = started[started.index("-m") + 1 :][:1] if "-m" in started else []
+    script = os.path.basename(sys.argv[0]) if sys.argv else ""
+    return module == ["timm_ext"] or script == "timm-ext"
+
+
+def _is_terminal(number: int) -> bool:
+    try:
+        return os.isatty(number)
+    except OSError:
+        return False

@@ -1,0 +1,275 @@
+"""The content of a run's state: its fields, and how they are checked before any of them is used."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
+
+import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
+from torch import Tensor
+from torch.optim import Optimizer
+
+from timm_ext.documents import validated
+from timm_ext.errors import InputError, listed, shown
+from timm_ext.training.log import Row
+
+_OF_ADAM = {"step", "exp_avg", "exp_avg_sq"}
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        raise ValueError("expected a dense tensor")
+    return tensor
+
+
+Count = Annotated[int, Field(ge=0)]
+PlainTensor = Annotated[Tensor, AfterValidator(_plain)]
+Tensors = dict[str, PlainTensor]
+Facts = dict[str, JsonValue]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False
+    )
+
+
+class SavedSchedule(_Part):
+    """The lowest loss if there is one, and the validations since then and since the rate was halved."""
+
+    best: float | None
+    since_best: Count
+    since_halved: Count
+
+
+class SavedBest(_Part):
+    """The weights of the lowest validation loss, and their step."""
+
+    step: Count
+    weights: Tensors
+
+
+class SavedAdam(_Part):
+    """`state_dict` of the optimizer."""
+
+    state: dict[Count, Tensors]
+    param_groups: list[dict[str, Any]]
+
+
+class SavedLog(_Part):
+    """How many bytes of `log.csv` belong to the state, and their SHA-256."""
+
+    length: Annotated[int, Field(ge=1)]
+    sha256: Digest
+
+
+class SavedData(_Part):
+    """What the training and the validation set were; see `identity_of`."""
+
+    training: Facts
+    validation: Facts | None
+
+
+class SavedRun(_Part):
+    """All that the next step of a run depends on.
+
+    Attributes:
+        settings: of the run, as JSON values.
+        facts: other values that it depends on, by name.
+        data: what it is trained on.
+        frozen: `frozen_digest` of the model.
+        step: steps taken.
+        row: of the step whose validation and log are still to be done, if there is one.
+        log: the rows so far.
+        weights: that change in training, by name.
+        optimizer: its state.
+        scaler: of the precision.
+        schedule: its state.
+        best: of the lowest validation loss.
+        round_losses: losses of the steps since the last validation.
+        observations: see `History`.
+        seconds: see `History`.
+        times: see `History`.
+        start: of the weights that are tied, by name.
+    """
+
+    settings: Facts
+    facts: Facts
+    data: SavedData
+    frozen: Digest
+    step: Count
+    row: dict[str, int | float | None] | None
+    log: SavedLog
+    weights: Tensors
+    optimizer: SavedAdam
+    scaler: dict[str, int | float]
+    schedule: SavedSchedule
+    best: SavedBest | None
+    round_losses: list[float]
+    observations: list[tuple[Count, PlainTensor]]
+    seconds: Annotated[float, Field(ge=0)]
+    times: list[tuple[Count, Annotated[float, Field(ge=0)]]]
+    start: Tensors
+
+
+def saved_run(tree: Any, where: object) -> SavedRun:
+    """Turn what a state's file holds into a state whose own parts agree with one another.
+
+    Raises:
+        InputError: a field is missing, of another type or out of its range; it is named.
+    """
+    saved = validated(SavedRun, tree, f"{where}: expected the state of a training run")
+    for problem in _contradictions(saved):
+        raise InputError(f"{where}: expected the state of a training run ({problem})")
+    return saved
+
+
+def _contradictions(saved: SavedRun) -> Iterator[str]:
+    step = saved.step
+    if saved.best is not None and not 0 < saved.best.step <= step:
+        yield f"the best weights are of step {saved.best.step} of {step}"
+    if (
+        len(saved.round_losses) > step
+        or saved.schedule.since_best > step
+        or saved.schedule.since_halved > step
+    ):
+        yield f"more losses and validations than the {step} steps"
+    for name, steps in (("observations", saved.observations), ("times", saved.times)):
+        found = [point for point, _ in steps]
+        if found != sorted(found) or any(point > step for point in found):
+            yield f"{name} at other steps than 0 to {step}"
+    if saved.row is not None and saved.row.get("loss") is None:
+        yield "the last step has no loss"
+
+
+def check_adam(saved: SavedAdam, optimizer: Optimizer, step: int, where: object) -> None:
+    """Compare a saved optimizer with one of the same run.
+
+    Raises:
+        InputError: it has other groups, options or tensors, or numbers that Adam cannot have.
+    """
+    for problem in [*_wrong_groups(saved, optimizer), *_wrong_moments(saved, optimizer, step)]:
+        raise InputError(f"{where}: expected the optimizer of the run ({problem})")
+
+
+def _wrong_groups(saved: SavedAdam, optimizer: Optimizer) -> Iterator[str]:
+    expected = optimizer.state_dict()["param_groups"]
+    if len(saved.param_groups) != len(expected):
+        yield f"{len(saved.param_groups)} groups of parameters, now {len(expected)}"
+        return
+    for found, own in zip(saved.param_groups, expected, strict=True):
+        if found.keys() != own.keys():
+            yield f"other options in group {own['name']}"
+            continue
+        for name, value in own.items():
+            got = found[name]
+            if name == "lr":
+                if type(got) not in (int, float) or not 0 <= got < math.inf:
+                    yield f"the rate {shown(got)} in group {own['name']}"
+            elif type(got) is not type(value) or repr(got) != repr(value):
+                yield f"{name} {shown(got)} in group {own['name']}, now {shown(value)}"
+
+
+def _wrong_moments(saved: SavedAdam, optimizer: Optimizer, step: int) -> Iterator[str]:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, state in saved.state.items():
+        if index >= len(parameters) or state.keys() != _OF_ADAM:
+            yield f"other tensors for parameter {index} of {len(parameters)}"
+            continue
+        like, count = parameters[index], state["step"]
+        if count.shape != () or not count.is_floating_point() or not 0 < float(count) <= step:
+            yield f"a wrong number of steps for parameter {index}"
+        for name in ("exp_avg", "exp_avg_sq"):
+            moment = state[name]
+            if moment.shape != like.shape or moment.dtype != like.dtype or not bool(moment.isfinite().all()):
+                yield f"{name} of parameter {index} is not {list(like.shape)} of finite numbers"
+            elif name == "exp_avg_sq" and bool((moment < 0).any()):
+                yield f"{name} of parameter {index} is negative"
+
+
+def check_scaler(saved: dict[str, int | float], own: dict[str, Any], where: object) -> None:
+    """Compare the saved state of a precision with that of the same precision.
+
+    Raises:
+        InputError: it has other fields.
+    """
+    if saved.keys() != own.keys():
+        raise InputError(f"{where}: expected the loss scaling {listed(own) or 'none'} (got {listed(saved)})")
+
+
+def check_data(saved: SavedData, training: Facts, validation: Facts | None, where: object) -> None:
+    """Refuse to go on with other cases than a run began with.
+
+    Raises:
+        InputError: what differs is named: cases, their order, their content, or how they become samples.
+    """
+    counts = [_count(saved.training), _count(saved.validation)]
+    now = [_count(training), _count(validation)]
+    both = [("training", saved.training, training), ("validation", saved.validation or {}, validation or {})]
+    changes = [f"{name} set: {change}" for name, then, here in both for change in _changes(then, here)]
+    if counts != now:
+        detail = f": {'; '.join(changes)}" if changes else ""
+        raise InputError(
+            f"{where}: expected {counts} training and validation cases, as before the interruption "
+            f"(got {now}{detail})"
+        )
+    if changes:
+        raise InputError(f"{where}: expected the data of before the interruption (got {'; '.join(changes)})")
+
+
+def _count(identity: Facts | None) -> Any:
+    return 0 if identity is None else identity.get("count")
+
+
+def _changes(then: Facts, now: Facts) -> Iterator[str]:
+    """Say in what two data sets differ."""
+    before, after = _digests(then), _digests(now)
+    if gone := [name for name in before if name not in after]:
+        yield f"without {listed(gone)}"
+    if new := [name for name in after if name not in before]:
+        yield f"with {listed(new)}"
+    if changed := [name for name in after if name in before and before[name] != after[name]]:
+        yield f"other images, labels or preparation in {listed(changed)}"
+    if not (gone or new or changed) and then.get("cases") != now.get("cases"):
+        yield "the cases in another order"
+    for name in sorted((then.keys() | now.keys()) - {"cases", "count"}):
+        if then.get(name) != now.get(name):
+            yield f"{name} {shown(now.get(name))}, before {shown(then.get(name))}"
+
+
+def _digests(identity: Facts) -> dict[str, list[Any]]:
+    """Return the digests by case; one name may stand for several cases."""
+    found: dict[str, list[Any]] = {}
+    cases = identity.get("cases")
+    for pair in cases if isinstance(cases, list) else []:
+        if isinstance(pair, list) and len(pair) == 2:
+            found.setdefault(str(pair[0]), []).append(pair[1])
+    return found
+
+
+def check_observations(
+    saved: list[tuple[int, Tensor]], observe: Callable[[], Tensor] | None, where: object
+) -> None:
+    """Compare what was observed with what is observed now.
+
+    Raises:
+        InputError: there is nothing to observe, or it has another shape.
+    """
+    shapes = {str(list(value.shape)) for _, value in saved}
+    now = set() if observe is None or not saved else {str(list(observe().shape))}
+    if shapes != now:
+        raise InputError(
+            f"{where}: expected observations of the shape {listed(now) or 'none'} (got {listed(shapes)})"
+        )
+
+
+def check_rows(rows: list[Row], saved: SavedRun, where: object) -> None:
+    """Compare a log with the state it belongs to.
+
+    Raises:
+        InputError: it has other steps.
+    """
+    expected = saved.step - (saved.row is not None)
+    if [row["step"] for row in rows] != list(range(1, expected + 1)):
+        raise InputError(f"{where}: expected the rows of the steps 1 to {expected} (got {len(rows)} others)")
