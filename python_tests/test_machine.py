@@ -8,7 +8,7 @@ import pytest
 
 from timm_ext import machine
 from timm_ext.errors import InputError
-from timm_ext.machine import available_memory, check_memory, check_workers
+from timm_ext.machine import available_memory, check_memory, check_workers, total_memory
 
 
 def test_the_available_memory_is_no_more_than_there_is():
@@ -16,7 +16,7 @@ def test_the_available_memory_is_no_more_than_there_is():
     assert 0 < available_memory() < 2**50
     with open("/proc/meminfo", encoding="ascii") as file:
         total = int(file.readline().split()[1]) * 1024
-    assert pages < available_memory() <= total
+    assert pages < available_memory() <= total_memory() <= total
 
 
 def test_the_control_group_bounds_it(tmp_path, monkeypatch):
@@ -29,6 +29,7 @@ def test_the_control_group_bounds_it(tmp_path, monkeypatch):
     (tmp_path / "memory.max").write_text("5000\n")
     assert machine._of_group() == 5000 - 1000 + 700
     assert available_memory() == 4700
+    assert total_memory() == 5000
 
 
 def test_the_limits_of_the_process_bound_it():

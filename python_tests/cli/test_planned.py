@@ -35,6 +35,10 @@ def trained(heads):
     return out
 
 
+def windows_of(out):
+    return settings_of(out)["train"]["patch"]
+
+
 def settings_of(out):
     return yaml.safe_load((out / "settings.yaml").read_text())
 
@@ -227,9 +231,17 @@ def test_the_whole_flow_by_defaults(heads, trained, tmp_path, capsys):
         path = str(tmp_path / f"f{number}.safetensors")
         assert run(["fisher", str(network), brains, "--out", path]) == 0
         fishers += ["--fisher", path]
+        noted = yaml.safe_load((tmp_path / f"f{number}.settings.yaml").read_text())
+        assert noted["network"] == settings_of(trained)["network"]
+        assert noted["fisher"]["patch"] == settings_of(trained)["train"]["patch"]
         assert "12 patches of 3 cases" in capsys.readouterr().out
     data = ["--data", tumours, "--task", "brats", "--out", str(tmp_path / "adapted")]
     assert run(["adapt", str(first), str(second), *fishers, *data, *FEW]) == 0
+    assert (
+        run(["merge", str(first), str(second), *fishers, "--out", str(tmp_path / "fixed.safetensors")]) == 0
+    )
+    noted = load_checkpoint(tmp_path / "fixed.safetensors").metadata["settings"]
+    assert (noted["prepare"]["spacing"], noted["predict"]["window"]) == (6.0, [*windows_of(trained)])
     start = ["--task", "brats", "--init", str(tmp_path / "adapted" / "network.safetensors")]
     assert run(["train", tumours, *start, "--out", str(tmp_path / "tuned"), *FEW]) == 0
     predicted = str(tmp_path / "predicted")

@@ -66,6 +66,12 @@ def test_a_batch_is_a_multiple_of_the_devices(devices):
     assert made.step_bytes <= GPU.step_bytes
 
 
+def test_processes_share_the_memory_of_a_cpu():
+    made = plan(HEAD, Machine("cpu", 8 * GIB, devices=4), cases=200)
+    assert made.step_bytes <= 8 * GIB / 4 / 4
+    assert made.batch_size == 4
+
+
 def test_validations_take_no_more_than_a_fifth_of_the_time():
     for shape in (HEAD, HIPPOCAMPUS):
         for machine in (LAPTOP, GPU):

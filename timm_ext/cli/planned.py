@@ -73,10 +73,12 @@ def training_sets(
     parts: "Parts", task: "Task", settings: "RunSettings"
 ) -> "tuple[CaseDataset, CaseDataset | None]":
     """Turn prepared cases into data sets, held in memory where they fit."""
-    from timm_ext.planning import keep_in_memory
+    from timm_ext.planning import keep_in_memory, this_machine
     from timm_ext.training.stages import make_sets
 
-    fits = keep_in_memory([case for part in parts for case in part], len(task.modalities))
+    every = [case for part in parts for case in part]
+    processes = this_machine(settings.train.accelerator, settings.train.devices).devices
+    fits = keep_in_memory(every, len(task.modalities), processes)
     return make_sets(*parts, task, settings.train, in_memory=fits)
 
 

@@ -24,7 +24,7 @@ def check_training_memory(
     from timm_ext.planning import free_memory, held_bytes
 
     data = [case for part in parts for case in part]
-    needed = plan.step_bytes + (held_bytes(data, channels) if machine.kind == "cpu" else 0)
+    needed = plan.step_bytes + (held_bytes(data, channels, machine.devices) if machine.kind == "cpu" else 0)
     what = f"training: {plan.batch_size} examples of {edges(plan.size)} voxels"
     try:
         check_memory(needed, what, available=free_memory(machine))

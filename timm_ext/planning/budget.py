@@ -32,9 +32,11 @@ class Machine:
     def step_bytes(self) -> int:
         """Most bytes that a step may take on one device: a power of two, so that like machines plan alike.
 
-        On a CPU at most a quarter of the memory and 2 GiB, on a GPU at most four fifths of it and 16 GiB.
+        On a CPU, whose processes share the memory, at most a quarter of it and 2 GiB, on a GPU at most four
+        fifths of it and 16 GiB.
         """
-        most = min(self.memory * _SHARE[self.kind], _MOST[self.kind])
+        own = self.memory / self.devices if self.kind == "cpu" else self.memory
+        most = min(own * _SHARE[self.kind], _MOST[self.kind])
         return 1 << (max(int(most), 1).bit_length() - 1)
 
     @property

@@ -9,14 +9,20 @@ from timm_ext.machine import total_memory
 _SHARE = 0.25
 
 
-def keep_in_memory(cases: Sequence[Prepared], channels: int) -> bool:
-    """Tell whether prepared cases are held in memory, up to a quarter of it, or read for each sample."""
-    return _bytes(cases, channels) <= _SHARE * total_memory()
+def keep_in_memory(cases: Sequence[Prepared], channels: int, processes: int = 1) -> bool:
+    """Tell whether prepared cases are held in memory, or read for each sample.
+
+    Args:
+        cases: prepared cases.
+        channels: of their images.
+        processes: that each hold them, in up to a quarter of the memory together.
+    """
+    return processes * _bytes(cases, channels) <= _SHARE * total_memory()
 
 
-def held_bytes(cases: Sequence[Prepared], channels: int) -> int:
-    """Return the bytes of prepared cases that are held in memory."""
-    return _bytes(cases, channels) if keep_in_memory(cases, channels) else 0
+def held_bytes(cases: Sequence[Prepared], channels: int, processes: int = 1) -> int:
+    """Return the bytes of prepared cases that a process holds; arguments as for `keep_in_memory`."""
+    return _bytes(cases, channels) if keep_in_memory(cases, channels, processes) else 0
 
 
 def _bytes(cases: Sequence[Prepared], channels: int) -> int:
