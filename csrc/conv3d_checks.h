@@ -58,16 +58,21 @@ inline bool small_product(std::initializer_list<int64_t> factors) {
 inline int64_t padded_size(const math::ConvShape& s, int axis) { return s.in[axis] + 2 * s.padding[axis]; }
 inline int64_t kernel_reach(const math::ConvShape& s, int axis) { return (s.kernel[axis] - 1) * s.dilation[axis] + 1; }
 
-/// Kernels go through whole channels with their padding.
-inline void check_padded(const char* op, const math::ConvShape& s, int64_t examples) {
-  const std::array<int64_t, 3> padded{padded_size(s, 0), padded_size(s, 1), padded_size(s, 2)};
-  int64_t product = 1;
-  const bool fit = std::all_of(padded.begin(), padded.end(), [&](int64_t size) {
-    return !__builtin_mul_overflow(product, size, &product) && product <= kLargestNumber;
-  });
-  check(fit && small_product({examples, std::max(s.inputs, s.outputs), product}), op,
-        ": input with its padding must hold fewer than 2^31 elements for each channel (got ",
-        list({padded[0], padded[1], padded[2]}), " for ", s.inputs, " channels)");
+/// Kernels go through whole channels with their padding, which may be large, but not of nothing else: memory is taken
+/// for it. Returns the elements of such a channel.
+inline int64_t check_padded(const char* op, const math::ConvShape& s, int64_t examples) {
+  constexpr int64_t few = int64_t{1} << 28, times = 8;
+  int64_t padded = 1, bare = 1;
+  bool fit = true;
+  for (int a = 0; a < 3; ++a) {
+    fit = fit && !__builtin_mul_overflow(padded, padded_size(s, a), &padded) && padded <= kLargestNumber;
+    if (fit) bare *= s.in[a];
+  }
+  const int64_t most = fit ? std::clamp(times * bare, few, kLargestNumber) : few;
+  check(fit && padded <= most && small_product({examples, std::max(s.inputs, s.outputs), padded}), op,
+        ": input with its padding must hold at most ", most, " elements for each channel (got ",
+        list({padded_size(s, 0), padded_size(s, 1), padded_size(s, 2)}), " for ", s.inputs, " channels)");
+  return padded;
 }
 
 /// Sums of neighbours, one more on each axis than the volume of even sizes whose they are.

@@ -41,6 +41,17 @@ ConvShape shape_of(const Tensor& input, const Tensor& weight, const std::vector<
   return s;
 }
 
+/// The columns of all points are made, and of each channel that of all examples with zeros around.
+void check_few(const ConvShape& s, int64_t examples, int64_t column) {
+  constexpr int64_t most = int64_t{1} << 28;
+  check(column <= most / std::max<int64_t>(s.inputs, 1), kOp, ": output must have few points: at most ", most,
+        " factors in all (got ", s.inputs, " channels of ", column, ")");
+  check(examples * cpu::small_conv_padded(s, 0) * cpu::small_conv_padded(s, 1) * cpu::small_conv_padded(s, 2) <=
+            kLargestNumber,
+        kOp, ": input with its padding must hold fewer than 2^31 elements for each channel of all examples (got ",
+        examples, " examples of ", list({s.in[0], s.in[1], s.in[2]}), ")");
+}
+
 /// Where the element of each tap and point lies in the padded channel of all examples; mirrored: the last tap first.
 std::vector<int32_t> places_of(const ConvShape& s, int64_t examples, int64_t width, bool mirrored) {
   const int64_t taps = s.kernel[0] * s.kernel[1] * s.kernel[2], points = s.out[0] * s.out[1] * s.out[2];
@@ -79,10 +90,7 @@ Tensor small_conv3d(const Tensor& input, const Tensor& weight, const std::option
 
   const int64_t taps = s.kernel[0] * s.kernel[1] * s.kernel[2], each = cpu::kSmallConvPoints;
   const int64_t width = (examples * points + each - 1) / each * each;
-  const int64_t padded = cpu::small_conv_padded(s, 0) * cpu::small_conv_padded(s, 1) * cpu::small_conv_padded(s, 2);
-  check(padded <= kLargestNumber / examples && small_product({s.inputs, taps, width}), kOp,
-        ": input with its padding must hold fewer than 2^31 elements for each channel of all examples (got ",
-        list(input.sizes()), " with padding ", list(padding), ")");
+  check_few(s, examples, taps * width);
   const std::vector<int32_t> places = places_of(s, examples, width, mirrored);
   const Tensor x = torch::stable::contiguous(input), g = torch::stable::contiguous(weight);
   const Tensor columns = new_tensor(x, {s.inputs * taps * width});

@@ -73,7 +73,7 @@ def test_paddings_whose_product_is_beyond_all_volumes(power: int) -> None:
         ("winograd_conv3d", winograd),
         ("conv_weight_grad_square_", square),
     ):
-        with pytest.raises(RuntimeError, match=rf"^{op}: input with its padding must hold fewer than 2\^31"):
+        with pytest.raises(RuntimeError, match=rf"^{op}: input with its padding must hold at most"):
             call(padding=[2**power] * 3)
 
 
