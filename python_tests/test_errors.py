@@ -30,6 +30,16 @@ def test_names_cannot_steer_the_terminal():
     assert str(pickle.loads(pickle.dumps(InputError(evil)))) == str(InputError(evil))
 
 
+def test_the_middle_of_an_endless_line_is_left_out():
+    text = str(InputError(f"{'y/' * 3000}a.yaml: cannot be read"))
+    assert len(text) < 1600
+    assert text.startswith("y/y/")
+    assert text.endswith("y/a.yaml: cannot be read")
+    assert str(InputError(text)) == text
+    long = "x" * 1490
+    assert str(InputError(f"{long}\n  {long}")) == f"{long}\n  {long}"
+
+
 def test_a_long_value_is_shown_by_its_beginning():
     assert shown("a\n b") == "a b"
     assert shown("x" * 300) == "x" * 200 + "… (300 characters)"

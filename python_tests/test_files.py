@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from timm_ext import files
+from timm_ext.checkpoint import load_checkpoint
 from timm_ext.documents import read_json
 from timm_ext.errors import InputError
 from timm_ext.files import (
     atomic_folder,
     atomic_write,
+    check_file,
     check_outputs,
     ending_of,
     remove_stale_partials,
@@ -258,3 +260,20 @@ def test_a_writer_whose_process_is_hidden_counts_as_living(
             change.setattr(os, "kill", refuse)
             assert remove_stale_partials(tmp_path) == []
     assert (tmp_path / "x").read_text() == "half"
+
+
+def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").touch()
+    check_file(tmp_path / "file")
+    for name, message in (
+        (tmp_path, r"expected a file \(got a folder\)"),
+        (tmp_path / "pipe", r"expected a file \(got a pipe or device\)"),
+        ("/dev/zero", r"expected a file \(got a pipe or device\)"),
+        ("a\0b", "expected the name of a file"),
+        (tmp_path / ("x" * 300), r"cannot be read \(File name too long\)"),
+        (tmp_path / "absent", r"cannot be read \(No such file"),
+    ):
+        for read in (check_file, sha256, load_checkpoint):
+            with pytest.raises(InputError, match=message):
+                read(name)

@@ -34,7 +34,7 @@ ALLOWED = {
     "errors": set(),
     "files": {"errors"},
     "_yaml": set(),
-    "documents": {"errors", "_yaml"},
+    "documents": {"errors", "files", "_yaml"},
     "bounds": {"errors"},
     "machine": {"errors"},
     "terminal": {"errors"},

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from timm_ext.documents import parse_json
 from timm_ext.errors import InputError, lines_of, shown
-from timm_ext.files import atomic_write, sha256
+from timm_ext.files import atomic_write, check_file, sha256
 from timm_ext.integrity import BLANK, check_seal, seal
 from timm_ext.metadata import read_metadata, write_metadata
 from timm_ext.state_dicts import StateDict, find_state_dict, without_wrappers
@@ -105,6 +105,7 @@ def load_checkpoint(
         InputError: the file is missing, damaged or of another kind, or holds code, NaN or infinity.
     """
     path = Path(path)
+    check_file(path)
     checkpoint = _read_torch(path, names) if _is_torch_file(path) else _read_safetensors(path, names)
     kinds = (kind,) if isinstance(kind, str) else kind
     if kinds is not None and checkpoint.kind not in kinds:

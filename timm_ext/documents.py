@@ -8,9 +8,7 @@ import csv
 import io
 import json
 import math
-import os
 import re
-import stat
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, is_dataclass
 from functools import cache
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast, get_args, get_type_hints
 
 from timm_ext.errors import InputError, listed, shown
+from timm_ext.files import check_file
 
 MOST_BYTES = 32 << 20
 MOST_YAML_BYTES = 1 << 20
@@ -198,31 +197,15 @@ def _adapter(kind: Hashable) -> Any:
 
 
 def _read_bytes(path: Path | str, most: int) -> bytes:
+    check_file(path)
     try:
-        # Without O_NONBLOCK, opening a pipe waits for somebody to write into it.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise InputError(f"{shown(path)}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise InputError(f"{shown(path)}: expected the name of a file (got {shown(error)})") from error
-    try:
-        _check_regular(descriptor, path)
-        with open(descriptor, "rb", closefd=False) as file:
+        with open(path, "rb") as file:
             data = file.read(most + 1)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    finally:
-        os.close(descriptor)
     if len(data) > most:
         raise InputError(f"{path}: expected at most {most >> 20} MiB of text (got more)")
     return data
-
-
-def _check_regular(descriptor: int, path: Path | str) -> None:
-    mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode):
-        what = "a folder" if stat.S_ISDIR(mode) else "a pipe or device"
-        raise InputError(f"{path}: expected a file (got {what})")
 
 
 def _is_deep(value: Any) -> bool:

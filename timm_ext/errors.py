@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 MOST_LISTED = 10
 MOST_SHOWN = 200
+MOST_OF_LINE = 1500
 
 _LOOSE_NEWLINE = re.compile(r"\n(?!  )")  # a line of `lines_of` is indented
 
@@ -17,7 +18,15 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(printable(_LOOSE_NEWLINE.sub(r"\\n", str(message)), keep="\n"))
+        text = printable(_LOOSE_NEWLINE.sub(r"\\n", str(message)), keep="\n")
+        super().__init__("\n".join(map(_without_middle, text.split("\n"))))
+
+
+def _without_middle(line: str) -> str:
+    """Leave out the middle of a line that is too long to be read, as a path of thousands of characters."""
+    if len(line) <= MOST_OF_LINE:
+        return line
+    return f"{line[: MOST_OF_LINE // 2]} … {line[-MOST_OF_LINE // 2 :]}"
 
 
 def printable(text: str, keep: str = "") -> str:

@@ -17,7 +17,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-from timm_ext.errors import InputError
+from timm_ext.errors import InputError, shown
 
 _PARTIAL = re.compile(r"\.partial-(?:([0-9a-f]{8})-(\d+)-(\d+)-)?[0-9a-f]{32}(?:\..*)?", re.DOTALL)
 _ABANDONED = 24 * 3600.0  # seconds without a change, of a writer that cannot be seen from here
@@ -240,12 +240,30 @@ def write_json(path: Path | str, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def check_file(path: Path | str) -> None:
+    """Refuse what is no regular file before it is opened: a pipe would wait for somebody who writes into it.
+
+    Raises:
+        InputError: there is none of this name, no file can have it, or it is a folder, a pipe or a device.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        raise InputError(f"{shown(path)}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise InputError(f"{shown(path)}: expected the name of a file (got {shown(error)})") from error
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "a pipe or device"
+        raise InputError(f"{path}: expected a file (got {what})")
+
+
 def sha256(path: Path | str) -> str:
     """Return the SHA-256 of a file's content in hexadecimal.
 
     Raises:
         InputError: the file cannot be read.
     """
+    check_file(path)
     digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:

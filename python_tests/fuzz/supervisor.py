@@ -1,9 +1,11 @@
 """Runs cases in a worker process, which is replaced after a crash or a hang, and counts what came out."""
 
+import contextlib
 import json
 import os
 import select
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -84,8 +86,8 @@ class Worker:
         assert self.process.stdout is not None
         ready, _, _ = select.select([self.process.stdout], [], [], timeout)
         if not ready:
-            self.close()
-            return f"no answer within {timeout:.0f} s"
+            self.process.send_signal(signal.SIGABRT)  # of which faulthandler writes where the process was
+            return f"no answer within {timeout:.0f} s; {self._end()}"
         line = self.process.stdout.readline()
         return json.loads(line) if line else self._end()
 
@@ -96,10 +98,13 @@ class Worker:
         self.home.cleanup()
 
     def _end(self) -> str:
-        code = self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(10)
+        code = self.process.poll()
         self.log.seek(0)
         self.close()
-        return f"the process ended with {code}: {self.log.read()[-1500:]}"
+        traces = self.log.read().partition("\nExtension modules:")[0]
+        return f"the process ended with {code}: {traces[-2500:]}"
 
 
 def run(

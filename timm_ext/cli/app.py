@@ -121,6 +121,6 @@ def _explain(error: Exception) -> tuple[str, int]:
     if (usage := getattr(error, "format_message", None)) is not None:
         return f"{' '.join(usage().split())} (see timm-ext --help)", USAGE
     if isinstance(error, OSError):
-        return f"{error.filename or 'file'}: {error.strerror or error}", 1
+        return str(InputError(f"{error.filename or 'file'}: {error.strerror or error}")), 1
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text} (run again with --debug for the traceback)", 1

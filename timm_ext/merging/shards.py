@@ -11,7 +11,7 @@ from typing import Any
 
 from timm_ext.documents import parse_json, read_json
 from timm_ext.errors import InputError, lines_of, shown
-from timm_ext.files import visible
+from timm_ext.files import check_file, visible
 from timm_ext.metadata import read_metadata
 
 INDEX = "model.safetensors.index.json"
@@ -155,6 +155,7 @@ def _shard_files(folder: Path, wanted: Mapping[str, str] | None) -> list[Path]:
 
 def _read_header(path: Path) -> tuple[dict[str, str], dict[str, Place]]:
     """Return the metadata of a file, and its tensors in the order of their bytes."""
+    check_file(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
