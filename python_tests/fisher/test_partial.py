@@ -49,11 +49,12 @@ def test_a_second_run_gives_the_same_bits(model, tmp_path, error):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupt_saves_what_is_there(model, tmp_path):
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_saves_what_is_there(model, tmp_path, end):
     path = tmp_path / "F.partial"
-    with pytest.raises(KeyboardInterrupt):
-        estimate_fisher(model, interrupted(batches(), 3, KeyboardInterrupt()), partial=path, save_every=1e9)
-    assert path.exists()
+    with pytest.raises(end):
+        estimate_fisher(model, interrupted(batches(), 3, end()), partial=path, save_every=1e9)
+    assert len(load_checkpoint(path).metadata["partial"]["examples"]) == 6
 
 
 def test_nothing_is_written_before_it_is_due(model, tmp_path):

@@ -97,7 +97,7 @@ def estimate_fisher(
 def _saved_when_interrupted(accumulator: FisherAccumulator, file: PartialFile | None) -> Iterator[None]:
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         if file is not None and not accumulator.broken:
             file.write(accumulator.partial())
         raise
