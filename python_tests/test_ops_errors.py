@@ -291,6 +291,12 @@ def test_what_is_no_tensor_is_named_by_its_type(name: str) -> None:
         call({**arguments, name: arguments[name].tolist()})  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("name", ["theta", "logits", "offsets"])
+def test_what_is_left_out_is_named(name: str) -> None:
+    with pytest.raises(InputError, match=rf"^{name}: expected a torch\.Tensor \(got NoneType\)$"):
+        call({**good(), name: None})
+
+
 def test_other_operators_name_the_type_of_what_is_no_tensor() -> None:
     array = torch.ones(1, 1, 2, 2, 2).numpy()
     volume = torch.ones(1, 1, 2, 2, 2)

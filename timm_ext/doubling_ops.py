@@ -78,7 +78,7 @@ def doubled_conv3d(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     Returns:
         y `[B, O, 2 D, 2 H, 2 W]`.
     """
-    check_tensors(input=input, weight=weight, bias=bias)
+    check_tensors({"bias": bias}, input=input, weight=weight)
     with torch.no_grad():
         output: Tensor = _ops.doubled_conv3d.default(input, weight, bias)
     return output

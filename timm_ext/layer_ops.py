@@ -32,7 +32,7 @@ def instance_norm(
     Returns:
         y `[B, C, ...]`; μ and ρ, `[B · C]` each, as `instance_norm_backward` takes them.
     """
-    check_tensors(input=input, weight=weight, bias=bias)
+    check_tensors({"weight": weight, "bias": bias}, input=input)
     with torch.no_grad():
         results: tuple[Tensor, Tensor, Tensor] = _ops.instance_norm.default(input, weight, bias, epsilon)
     return results
@@ -77,7 +77,7 @@ def instance_norm_backward(
     Returns:
         The gradients of x `[B, C, ...]`, of γ and of β, `[B, C]` each.
     """
-    check_tensors(grad=grad, input=input, mean=mean, deviation=deviation, weight=weight, bias=bias)
+    check_tensors({"weight": weight, "bias": bias}, grad=grad, input=input, mean=mean, deviation=deviation)
     with torch.no_grad():
         gradients: tuple[Tensor, Tensor, Tensor] = _ops.instance_norm_backward.default(
             grad, input, mean, deviation, weight, bias, slope
@@ -129,7 +129,7 @@ def small_conv3d(
     Returns:
         `[B, O, D', H', W']`.
     """
-    check_tensors(input=input, weight=weight, bias=bias)
+    check_tensors({"bias": bias}, input=input, weight=weight)
     with torch.no_grad():
         output: Tensor = _ops.small_conv3d.default(
             input,
@@ -211,7 +211,7 @@ def winograd_conv3d(
     Returns:
         `[B, O, D', H', W']`.
     """
-    check_tensors(input=input, weight=weight, bias=bias)
+    check_tensors({"bias": bias}, input=input, weight=weight)
     with torch.no_grad():
         output: Tensor = _ops.winograd_conv3d.default(
             input, weight, bias, integers("padding", padding), mirrored

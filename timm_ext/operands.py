@@ -1,6 +1,6 @@
 """What all operators ask of the tensors they are given, before the compiled library sees them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from operator import index
 from typing import Any
 
@@ -14,14 +14,15 @@ from timm_ext.errors import InputError
 _kernels = Library("timm_ext", "FRAGMENT")
 
 
-def check_tensors(**named: object) -> None:
-    """Refuse what is no tensor, such as an array of NumPy; None stands for one that is left out.
+def check_tensors(optional: Mapping[str, object] | None = None, /, **required: object) -> None:
+    """Refuse what is no tensor, such as an array of NumPy; optional ones may be None.
 
     Raises:
         InputError: names the first one and its type.
     """
-    for name, value in named.items():
-        if value is not None and not isinstance(value, Tensor):
+    given = {name: value for name, value in (optional or {}).items() if value is not None}
+    for name, value in (required | given).items():
+        if not isinstance(value, Tensor):
             raise InputError(f"{name}: expected a torch.Tensor (got {type_name(value)})")
 
 

@@ -63,7 +63,8 @@ def fused_merge(
         InputError: mixing is unknown, logits, offsets and groups do not fit, what is given is no tensor or
             lies on another device, or `out` is given where a derivative or a transform is wanted.
     """
-    check_tensors(theta=theta, fisher=fisher, logits=logits, offsets=offsets, groups=groups, out=out)
+    optional = {"fisher": fisher, "groups": groups, "out": out}
+    check_tensors(optional, theta=theta, logits=logits, offsets=offsets)
     _check_devices(theta, fisher=fisher, logits=logits, offsets=offsets, groups=groups, out=out)
     _check_rows(theta, logits, offsets, mixing, groups)
     if out is not None:
