@@ -1,3 +1,4 @@
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ sys.path.insert(0, str(HERE))
 from examples_for_tests import Blobs, reference_run, settings, small_network  # noqa: E402
 
 from timm_ext.locks import folder_lock  # noqa: E402
+from timm_ext.training.state import load_state  # noqa: E402
 from timm_ext.training.trainer import Trainer  # noqa: E402
 
 
@@ -159,3 +161,65 @@ def test_a_folder_that_another_process_trains_in_is_refused(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == []
     reference_run(tmp_path)
     assert not (tmp_path / ".lock").exists()
+
+
+class _Interrupting(Blobs):
+    """Is interrupted when the n-th sample is asked for."""
+
+    def __init__(self, count, stop_at, **options):
+        super().__init__(count, **options)
+        self.stop_at = stop_at
+
+    def sample(self, index, epoch):
+        if len(self.asked) == self.stop_at:
+            raise KeyboardInterrupt
+        return super().sample(index, epoch)
+
+
+def _run(run_dir, train_set, val_set, **changes):
+    model = small_network()
+    chosen = settings(steps=7, schedule="plateau", lr_patience=1, validate_every=3, save_every=100, **changes)
+    history = Trainer(chosen, run_dir).fit(
+        model, train_set, val_set, resume=True, observe=lambda: next(model.parameters()).sum()
+    )
+    return _weights(model), (run_dir / "log.csv").read_bytes(), history
+
+
+@pytest.mark.parametrize("where", ["training", "validation"])
+@pytest.mark.parametrize("stop_at", [2, 5, 8])
+def test_ctrl_c_saves_the_last_step_also_amid_a_validation(tmp_path, where, stop_at):
+    weights, log, expected = _run(tmp_path / "whole", Blobs(5), Blobs(3, first=50))
+    stopped = {"training": Blobs(5), "validation": Blobs(3, first=50)}
+    first = 0 if where == "training" else 50
+    stopped[where] = _Interrupting(len(stopped[where]), stop_at, first=first)
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path / "cut", stopped["training"], stopped["validation"])
+    state = load_state(tmp_path / "cut" / "state.pt")
+    taken = (stop_at - 1) // 2 if where == "training" else [3, 6, 7][(stop_at - 1) // 3]
+    assert state["step"] == taken
+    assert (state["row"] is not None) == (where == "validation")
+    went_on = _run(tmp_path / "cut", Blobs(5), Blobs(3, first=50))
+    assert torch.equal(went_on[0], weights)
+    assert went_on[1] == log
+    assert went_on[2].rows == expected.rows
+    assert _same_observations(went_on[2], expected)
+
+
+def test_a_killed_loader_is_one_line_and_loses_no_step(tmp_path):
+    weights, log, _ = _run(tmp_path / "whole", Blobs(5), None)
+    cases = _Killing(5)
+    with pytest.raises(InputError, match=r"a process that loads data was killed .*; the run can be resumed"):
+        _run(tmp_path / "cut", cases, None, workers=1)
+    assert load_state(tmp_path / "cut" / "state.pt")["step"] >= 1
+    went_on = _run(tmp_path / "cut", Blobs(5), None, workers=1)
+    assert torch.equal(went_on[0], weights)
+    assert went_on[1] == log
+
+
+class _Killing(Blobs):
+    """Kills the process that loads its eleventh sample."""
+
+    def sample(self, index, epoch):
+        if len(self.asked) == 10:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().sample(index, epoch)
