@@ -182,6 +182,28 @@ def test_a_killed_worker_is_one_line():
         list(pool.map(killed, range(3)))
 
 
+STUBBORN = """
+import time
+from timm_ext.signals import uninterrupted, watched
+with watched(), uninterrupted():
+    print("busy", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_who_asks_three_times_is_heard_at_once():
+    process = subprocess.Popen([sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "busy\n"
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(1.2)
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=5)
+    assert process.returncode == 143
+
+
 @pytest.mark.parametrize("number", ALL)
 def test_a_command_that_is_still_loading_ends_with_one_line(tmp_path, number):
     (tmp_path / "torch.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)\n")

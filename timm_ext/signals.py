@@ -38,6 +38,7 @@ class _Watch:
     def __init__(self) -> None:
         self.pid = os.getpid()
         self.first: int | None = None
+        self.noted = 0.0
         self.raised: float | None = None
         self.depth = 0
         self.ending = False
@@ -52,14 +53,17 @@ class _Watch:
             return
         if number == signal.SIGHUP:
             self._leave_terminals()
-        if self.ending:
+        now = time.monotonic()
+        if self.first is None:
+            self.first, self.noted = number, now
+        elif now - self.noted <= _SAME:
+            return
+        elif self.ending or self.depth:
             self.repeats += 1
-            if self.repeats > _MOST_REPEATS:
-                os._exit(128 + (self.first or number))
-        elif self.first is None or (self.raised is not None and time.monotonic() - self.raised > _SAME):
-            self.first = self.first or number
-            if not self.depth:
-                self.raise_it()
+            if self.repeats >= _MOST_REPEATS:
+                os._exit(128 + self.first)
+        if not self.ending and not self.depth:
+            self.raise_it()
 
     def raise_it(self) -> None:
         assert self.first is not None
@@ -145,7 +149,8 @@ class uninterrupted:  # noqa: N801 - reads as a statement
 class ending(uninterrupted):  # noqa: N801
     """Clean up or save before the end.
 
-    Where a signal asked for the end, further ones are ignored from here on, and the third ends the process.
+    Where a signal asked for the end, further ones are ignored from here on; who asks twice more, a second
+    later, ends the process at once.
     """
 
     def _begin(self, watch: _Watch) -> None:

@@ -16,6 +16,7 @@ from timm_ext.fisher.batch import checked_batch
 from timm_ext.fisher.likelihoods import Likelihood, LogLikelihood
 from timm_ext.fisher.partial import PartialFile
 from timm_ext.fisher.result import Fisher
+from timm_ext.signals import ending, uninterrupted
 
 
 def estimate_fisher(
@@ -83,7 +84,8 @@ def estimate_fisher(
             x, names = checked_batch(image, ids)
             left = (x, target, names) if file is None else file.left_of(x, target, names)
             if left is not None:
-                accumulator.update(left[0].to(device), left[1], left[2])
+                with uninterrupted():  # or an update is cut in half, and nothing can be saved
+                    accumulator.update(left[0].to(device), left[1], left[2])
                 if file is not None and file.due():
                     file.write(accumulator.partial())
             advance()
@@ -99,7 +101,8 @@ def _saved_when_interrupted(accumulator: FisherAccumulator, file: PartialFile | 
         yield
     except (KeyboardInterrupt, SystemExit):
         if file is not None and not accumulator.broken:
-            file.write(accumulator.partial())
+            with ending():
+                file.write(accumulator.partial())
         raise
 
 
