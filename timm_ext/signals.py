@@ -15,6 +15,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SAME = 1.0  # seconds within which further signals are one request: groups of processes get it twice
 _MOST_REPEATS = 2
 _SOON = 0.02
+_PARENT = "TIMM_EXT_PARENT"  # tells a worker process by whom it was started
 _PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 
 Handler = Callable[[int, FrameType | None], object]
@@ -165,8 +166,11 @@ def received() -> int | None:
 def quiet_start() -> None:
     """Let a command that is still starting, or has done its work, end with one line and no traceback.
 
-    Does nothing in a process that uses the package as a library.
+    A worker process, which loads the package first, ends with its parent from here on. Does nothing in a
+    process that uses the package as a library.
     """
+    if (parent := os.environ.pop(_PARENT, "")).isdigit():
+        _end_with_parent(int(parent))
     if _is_command():
         for number in SIGNALS:
             if signal.getsignal(number) in _REPLACED:
@@ -218,11 +222,13 @@ def _end_with_parent(parent: int) -> None:
 
 @contextmanager
 def children_start() -> Iterator[None]:
-    """Keep signals from processes that are started here, until they call `follow_parent`."""
+    """Keep signals from the worker processes that are started here, until they call `follow_parent`."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    os.environ[_PARENT] = str(os.getpid())
     try:
         yield
     finally:
+        os.environ.pop(_PARENT, None)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
