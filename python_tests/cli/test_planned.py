@@ -237,11 +237,15 @@ def test_the_whole_flow_by_defaults(heads, trained, tmp_path, capsys):
         assert "12 patches of 3 cases" in capsys.readouterr().out
     data = ["--data", tumours, "--task", "brats", "--out", str(tmp_path / "adapted")]
     assert run(["adapt", str(first), str(second), *fishers, *data, *FEW]) == 0
-    assert (
-        run(["merge", str(first), str(second), *fishers, "--out", str(tmp_path / "fixed.safetensors")]) == 0
-    )
-    noted = load_checkpoint(tmp_path / "fixed.safetensors").metadata["settings"]
+    fixed = str(tmp_path / "fixed.safetensors")
+    assert run(["merge", str(first), str(second), *fishers, "--out", fixed]) == 0
+    assert "Fishers of unlike examples" not in capsys.readouterr().out
+    noted = load_checkpoint(fixed).metadata["settings"]
     assert (noted["prepare"]["spacing"], noted["predict"]["window"]) == (6.0, [*windows_of(trained)])
+    whole = ["--out", str(tmp_path / "whole.safetensors"), "--set", "fisher.patch=whole"]
+    assert run(["fisher", str(first), brains, *whole]) == 0
+    assert run(["merge", str(first), str(second), "--fisher", whole[1], *fishers[2:], "--out", fixed]) == 0
+    assert "Fishers of unlike examples differ in scale" in capsys.readouterr().out
     start = ["--task", "brats", "--init", str(tmp_path / "adapted" / "network.safetensors")]
     assert run(["train", tumours, *start, "--out", str(tmp_path / "tuned"), *FEW]) == 0
     predicted = str(tmp_path / "predicted")

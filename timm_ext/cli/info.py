@@ -36,6 +36,7 @@ def info(
     if settings:
         from timm_ext.config import RunSettings, settings_to_yaml
 
+        say("# auto: decided from the cases, the network and the machine")
         say(settings_to_yaml(RunSettings()).rstrip(), lines=True)
         return
     if file is not None:

@@ -32,6 +32,7 @@ from timm_ext.cli.planned import (
     fit_whole_volumes,
     note_run,
     tell_plan,
+    tell_unlike_fishers,
     tell_unlike_preparation,
     training_sets,
     with_network,
@@ -134,6 +135,7 @@ def _merge_by_method(
     settings = with_noted_window(
         with_network(settings, config_of(sources.networks[0]), networks[0]), _first_of(networks)
     )
+    tell_unlike_fishers(settings, sources)
     chosen = get_task(task) if task is not None else sources.tasks[0]
     target = network_of(sources, chosen, settings.merge.seed)
     start = start_from(method, target, chosen, sources, settings.merge)
@@ -211,6 +213,7 @@ def adapt(
         data, val, val_share, chosen, settings, cache or out / "prepared", workers
     )
     tell_unlike_preparation(settings, networks)
+    tell_unlike_fishers(settings, sources)
     share = 1.0 if wanted.weight_pull else _SHARE_OF_STEPS
     settings, plan = with_training_plan(settings, network, parts, fixed=True, share=share)
     tell_plan(settings, plan, parts, start.model)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from timm_ext.data.prepare import Prepared
     from timm_ext.data.tasks import Task
     from timm_ext.planning import Choice, TrainingPlan
+    from timm_ext.study.sources import Sources
 
     Parts = tuple[list[Prepared], list[Prepared]]
 
@@ -201,6 +202,22 @@ def tell_unlike_preparation(settings: "RunSettings", networks: "Sequence[Path]")
         ]
         if unlike:
             _print(f"{path} was trained on cases of {'; '.join(unlike)}")
+
+
+def tell_unlike_fishers(settings: "RunSettings", sources: "Sources") -> None:
+    """Say which Fishers are of unlike examples: sums over their voxels are in unlike scale then."""
+    if settings.merge.normalize is not None:
+        return
+    examples = {}
+    for name, fisher in zip(sources.names, sources.fishers or (), strict=False):
+        noted = fisher.metadata.get("settings")
+        section = noted.get("fisher") if isinstance(noted, dict) else None
+        if isinstance(section, dict) and "patch" in section:
+            patch = section["patch"]
+            examples[name] = f"patches of {patch} voxels" if patch else "whole volumes"
+    if len(set(examples.values())) > 1:
+        told = ", ".join(f"{name} {what}" for name, what in examples.items())
+        _print(f"Fishers of unlike examples differ in scale, unless merge.normalize=model: {told}")
 
 
 def without_noted_spacing(settings: "RunSettings", where: object) -> "RunSettings":
