@@ -468,10 +468,10 @@ def test_a_scan_with_an_absurd_spacing_is_listed_with_the_others(tmp_path, worke
 
 def test_results_that_do_not_fit_in_memory_are_refused_before_it_is_taken(tmp_path):
     case = make_case(tmp_path)
-    with pytest.raises(InputError, match=r"a_T1\.nii\.gz: resampling from .* needs .* of memory"):
-        prepare_case(case, TASK, PrepareSettings(spacing=1e-4), None)
-    with pytest.raises(InputError, match=r"a: an image of \(100000, .* voxels needs .* of memory"):
-        prepare_case(case, TASK, PrepareSettings(multiple=100_000), None)
+    with pytest.raises(InputError, match=r"a_T1\.nii\.gz: resampling from .*: expected at most .* of memory"):
+        prepare_case(case, TASK, PrepareSettings(spacing=1e-3), None)
+    with pytest.raises(InputError, match=r"a: an image of \(4096, .* voxels: expected at most .* of memory"):
+        prepare_case(case, TASK, PrepareSettings(multiple=4096), None)
 
 
 def test_no_memory_and_killed_workers_are_one_line(tmp_path, monkeypatch):
