@@ -68,7 +68,9 @@ def memory(rng, folder):
 
 @kind("colours")
 def colours(rng, folder):
-    raise InputError("id \\x1b[31m: expected a name")
+    error = InputError("id")
+    error.args = ("id \\x1b[31m: expected a name",)
+    raise error
 
 @kind("report of a library")
 def report(rng, folder):
