@@ -333,7 +333,9 @@ def _outcomes(
     workers = min(workers, len(cases))
     check_workers(workers)
     with worker_pool(workers, "prepares cases", folders) as pool:
-        return list(shown(pool.map(job, cases)))
+        # `map` would cancel what it waits for, over which a pool whose workers are killed stumbles.
+        results = [pool.submit(job, case) for case in cases]
+        return [result.result() for result in shown(results)]
 
 
 def _check_not_empty(prepared: Prepared, task: Task) -> None:
