@@ -20,6 +20,7 @@ from timm_ext.files import (
     check_file,
     check_outputs,
     ending_of,
+    real_path,
     remove_stale_partials,
     sha256,
     stem_of,
@@ -277,3 +278,11 @@ def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path: Path) -> None:
         for read in (check_file, sha256, load_checkpoint):
             with pytest.raises(InputError, match=message):
                 read(name)
+
+
+def test_links_in_a_circle_have_a_real_path(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    assert real_path(tmp_path / "a").parent == tmp_path.resolve()
+    (tmp_path / "c").symlink_to(tmp_path / "there")
+    assert real_path(tmp_path / "c" / "inside") == tmp_path.resolve() / "there" / "inside"

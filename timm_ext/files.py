@@ -283,6 +283,11 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def real_path(path: Path | str) -> Path:
+    """Return the absolute path behind all links; of links in a circle, which lead nowhere, one of them."""
+    return Path(os.path.realpath(path))
+
+
 def visible(folder: Path, pattern: str = "*", *, deep: bool = False) -> Iterator[Path]:
     """Yield what lies in a folder, without what the user does not see.
 

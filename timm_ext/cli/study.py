@@ -50,6 +50,7 @@ def study(
     """
     from timm_ext.config import load_settings
     from timm_ext.errors import InputError
+    from timm_ext.files import real_path
     from timm_ext.study.run import find_plan, run_study
     from timm_ext.study.settings import StudySettings
 
@@ -59,6 +60,6 @@ def study(
         )
     if os.environ.get("RANK", "0") != "0":
         return  # the first process runs a worker for each of torchrun's
-    given = [f"source={label_maps.resolve()}"] if label_maps is not None else []
+    given = [f"source={real_path(label_maps)}"] if label_maps is not None else []
     settings = load_settings(StudySettings, find_plan(plan), [*given, *(overrides or ())])
     run_study(settings, out, workers=workers, retry=retry, dry_run=dry_run)

@@ -15,7 +15,7 @@ from timm_ext.data.entries import Entry, Image, Listing, numbers_in
 from timm_ext.data.volume import SUFFIXES
 from timm_ext.documents import read_json
 from timm_ext.errors import InputError
-from timm_ext.files import visible
+from timm_ext.files import real_path, visible
 
 HEADER_NAME = "dataset.json"
 _IGNORE = "ignore"
@@ -80,7 +80,7 @@ def parse_header(value: Any, path: Path) -> Header:
     name = content.get("name")
     return Header(
         path=path,
-        name=name if isinstance(name, str) and name.strip() else path.resolve().parent.name,
+        name=name if isinstance(name, str) and name.strip() else real_path(path).parent.name,
         channels=_channels(content, path),
         ending=ending,
         labels=_labels(content.get("labels", {}), path),

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from timm_ext.files import atomic_write, visible
+from timm_ext.files import atomic_write, real_path, visible
 
 _SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # configuration and tokenizer
 
@@ -25,7 +25,7 @@ def companions_of(folder: Path) -> tuple[list[Path], list[Path]]:
         for file in sorted(visible(folder))
         if file.suffix in _SUFFIXES and not file.name.endswith(".index.json") and file.is_file()
     ]
-    followed = [file for file in there if not file.is_symlink() or _belongs(file, folder.resolve())]
+    followed = [file for file in there if not file.is_symlink() or _belongs(file, real_path(folder))]
     return followed, [file for file in there if file not in followed]
 
 
@@ -37,6 +37,6 @@ def copy_companions(files: Iterable[Path], folder: Path) -> None:
 
 
 def _belongs(link: Path, folder: Path) -> bool:
-    target = link.resolve()
+    target = real_path(link)
     blobs = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else None
     return target.is_relative_to(folder) or (blobs is not None and target.parent == blobs)

@@ -14,7 +14,14 @@ from typing import Any
 from timm_ext.checkpoint import FORMAT, versions
 from timm_ext.documents import parse_json
 from timm_ext.errors import InputError, lines_of
-from timm_ext.files import atomic_folder, atomic_write, remove_stale_partials, sha256, write_json
+from timm_ext.files import (
+    atomic_folder,
+    atomic_write,
+    real_path,
+    remove_stale_partials,
+    sha256,
+    write_json,
+)
 from timm_ext.integrity import BLANK, check_seal, seal
 from timm_ext.merging.blocks import CHUNK, DTYPES, Files, Item, Output, merge_blocks
 from timm_ext.merging.companions import companions_of, copy_companions
@@ -292,7 +299,7 @@ def _aliases(model: Shards) -> Any:
 
 
 def _source(shards: Shards, hashes: bool) -> dict[str, Any]:
-    noted: dict[str, Any] = {"name": shards.path.resolve().name, "bytes": shards.nbytes}
+    noted: dict[str, Any] = {"name": real_path(shards.path).name, "bytes": shards.nbytes}
     if hashes:
         with ThreadPoolExecutor(_MOST_WORKERS) as pool:
             names = [file.name for file in shards.files]
@@ -310,7 +317,7 @@ def _check_room(
         raise InputError(f"{out}: expected a .safetensors file, or a new or empty folder (got neither)")
     if not folder and out.is_dir():
         raise InputError(f"{out}: expected a file (got a folder)")
-    there = next(parent for parent in out.resolve().parents if parent.exists())
+    there = next(parent for parent in real_path(out).parents if parent.exists())
     free = shutil.disk_usage(there).free
     if free < nbytes:
         raise InputError(f"{out}: expected {nbytes / 1e9:.2f} GB of room on the disk (got {free / 1e9:.2f})")

@@ -12,7 +12,7 @@ from timm_ext.data.prepare import PrepareSettings, label_numbers, prepare_case, 
 from timm_ext.data.tasks import get_task
 from timm_ext.documents import read_json
 from timm_ext.errors import InputError, listed
-from timm_ext.files import write_json
+from timm_ext.files import real_path, write_json
 from timm_ext.study.stages import CACHE, CASES, LABELS
 from timm_ext.study.worker import Context
 
@@ -50,5 +50,5 @@ def take_cases(settings: Settings, inputs: Inputs, context: Context) -> dict[str
 
 
 def _absolute(case: Case) -> Case:
-    images = {modality: path.resolve() for modality, path in case.images.items()}
-    return replace(case, images=images, label=None if case.label is None else case.label.resolve())
+    images = {modality: real_path(path) for modality, path in case.images.items()}
+    return replace(case, images=images, label=None if case.label is None else real_path(case.label))

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from timm_ext.data.generate import PHANTOM
 from timm_ext.errors import InputError
-from timm_ext.files import atomic_write
+from timm_ext.files import atomic_write, real_path
 from timm_ext.merging.methods import get_method
 from timm_ext.study.collect import environment, summarise
 from timm_ext.study.plan import Plan, make_plan
@@ -40,7 +40,7 @@ def demo_settings(*, seeds: int = 3, label_maps: Path | None = None, quick: bool
     """
     if seeds < 1:
         raise InputError(f"seeds: expected at least 1 (got {seeds})")
-    source = PHANTOM if label_maps is None else str(Path(label_maps).resolve())
+    source = PHANTOM if label_maps is None else str(real_path(label_maps))
     settings = PlanSettings(source=source, seeds=tuple(range(seeds)))
     if not quick:
         return settings

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil, prod
-from pathlib import Path
 from typing import Any
 
 from timm_ext.data.generate import PHANTOM
 from timm_ext.data.tasks import get_task
 from timm_ext.errors import InputError, listed
+from timm_ext.files import real_path
 from timm_ext.machine import check_memory
 from timm_ext.merging.methods import get_method
 from timm_ext.study.parts import available_train_cases
@@ -89,7 +89,7 @@ def _with_absolute_source(settings: StudySettings) -> StudySettings:
     """Name the label maps by their absolute path: it is part of the question that a step answers."""
     if settings.source == PHANTOM:
         return settings
-    return replace(settings, source=str(Path(settings.source).resolve()))
+    return replace(settings, source=str(real_path(settings.source)))
 
 
 def _train_cases(settings: StudySettings) -> tuple[int, ...]:

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from timm_ext.data.layouts import Case, read_cases
 from timm_ext.data.prepare import PrepareSettings
 from timm_ext.data.tasks import get_task
 from timm_ext.errors import InputError
-from timm_ext.files import sha256
+from timm_ext.files import real_path, sha256
 from timm_ext.study.records import Step
 from timm_ext.study.settings import CommonSettings, PlanSettings, to_json
 
@@ -184,7 +183,7 @@ def _taken(settings: PlanSettings, part: str, task: str, path: str) -> Step:
     values: dict[str, Any] = {
         "prepare": to_json(prepare_settings(settings)),
         "task": task,
-        "data": str(Path(path).resolve()),
+        "data": str(real_path(path)),
     }
     content = {case.id: _sizes(case) for case in cases}
     pool = Step(
@@ -226,7 +225,7 @@ def _target_share(settings: PlanSettings, part: str, ids: list[str]) -> list[str
 def _source_share(settings: PlanSettings, part: str, ids: list[str]) -> list[str]:
     """Disjoint shares of a data set for the source tasks that use it."""
     number = _source_number(part)
-    paths = [Path(path).resolve() for path in settings.source_data]
+    paths = [real_path(path) for path in settings.source_data]
     mates = [index for index, path in enumerate(paths, 1) if path == paths[number - 1]]
     each = settings.source_cases + settings.source_test
     if each * len(mates) > len(ids):

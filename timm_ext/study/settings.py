@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from timm_ext.bounds import (
@@ -19,6 +18,7 @@ from timm_ext.bounds import (
 )
 from timm_ext.data.generate import PHANTOM
 from timm_ext.errors import InputError
+from timm_ext.files import real_path
 
 _EPOCHS = ("source_epochs", "epochs", "adapt_epochs")
 _MOST_LISTED = 1000
@@ -235,8 +235,8 @@ def settings_to_dict(settings: CommonSettings) -> dict[str, Any]:
     """Return the settings as JSON values, folders as absolute paths."""
     values = to_json(settings)
     if settings.source != PHANTOM:
-        values["source"] = str(Path(settings.source).resolve())
-    values["source_data"] = [str(Path(path).resolve()) for path in settings.source_data]
+        values["source"] = str(real_path(settings.source))
+    values["source_data"] = [str(real_path(path)) for path in settings.source_data]
     if settings.target_data is not None:
-        values["target_data"] = str(Path(settings.target_data).resolve())
+        values["target_data"] = str(real_path(settings.target_data))
     return values
