@@ -11,8 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.forward_ad import _set_fwd_grad_enabled, unpack_dual
+from torch.autograd import Function, forward_ad
 from torch.library import Library, register_fake, register_kernel
 
 from timm_ext import merge_formulas as formulas
@@ -45,7 +44,7 @@ def log_weights(logits: Tensor, mixing: str) -> Tensor:
 
 def _primals(ctx: Any) -> tuple[Any, ...]:
     """Return what was saved without the tangents that a jvp is about."""
-    return tuple(None if value is None else unpack_dual(value).primal for value in ctx.saved_tensors)
+    return tuple(None if value is None else forward_ad.unpack_dual(value).primal for value in ctx.saved_tensors)
 
 
 def _nested(jvp: Callable[..., Result]) -> Callable[..., Result]:
@@ -53,7 +52,7 @@ def _nested(jvp: Callable[..., Result]) -> Callable[..., Result]:
 
     @wraps(jvp)
     def differentiable(*arguments: Any) -> Result:
-        with _set_fwd_grad_enabled(True):
+        with forward_ad._set_fwd_grad_enabled(True):
             return jvp(*arguments)
 
     return differentiable
@@ -142,7 +141,20 @@ class _LogWeights(Function):
 
 
 def _call(function: type[Function], *inputs: Any) -> Any:
-    return function.apply(*inputs)
+    """Apply a function, by the shortest way that holds: each of PyTorch's takes as long as a small merge."""
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*inputs)
+    if not _is_followed(inputs):
+        return function.forward(*inputs)
+    # What `apply` does itself, after it has inspected the forward's signature.
+    return super(Function, function).apply(*inputs)  # type: ignore[misc]
+
+
+def _is_followed(inputs: Sequence[Any]) -> bool:
+    """Tell whether a gradient or a tangent may be asked for."""
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
 
 
 def _below_autograd(op: Callable[..., Result], *arguments: Any) -> Result:
