@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.library import register_fake
 
-from timm_ext.operands import check_tensors, no_derivative
+from timm_ext.operands import check_tensors, no_derivative, undifferentiated
 
 _ops = torch.ops.timm_ext
 
@@ -31,7 +31,7 @@ def nearest_doubling3d(input: Tensor) -> Tensor:
         `[B, C, 2 D, 2 H, 2 W]`.
     """
     check_tensors(input=input)
-    with torch.no_grad():
+    with undifferentiated():
         output: Tensor = _ops.nearest_doubling3d.default(input)
     return output
 
@@ -53,7 +53,7 @@ def neighbour_sums3d(input: Tensor) -> Tensor:
         `[B, C, D + 1, H + 1, W + 1]`.
     """
     check_tensors(input=input)
-    with torch.no_grad():
+    with undifferentiated():
         output: Tensor = _ops.neighbour_sums3d.default(input)
     return output
 
@@ -79,7 +79,7 @@ def doubled_conv3d(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
         y `[B, O, 2 D, 2 H, 2 W]`.
     """
     check_tensors({"bias": bias}, input=input, weight=weight)
-    with torch.no_grad():
+    with undifferentiated():
         output: Tensor = _ops.doubled_conv3d.default(input, weight, bias)
     return output
 
@@ -105,7 +105,7 @@ def doubled_conv3d_input_gradient(sums: Tensor, weight: Tensor) -> Tensor:
         `[B, I, D, H, W]`.
     """
     check_tensors(sums=sums, weight=weight)
-    with torch.no_grad():
+    with undifferentiated():
         output: Tensor = _ops.doubled_conv3d_input_gradient.default(sums, weight)
     return output
 
@@ -134,7 +134,7 @@ def doubled_conv3d_weight_grad_square_(
         The accumulator.
     """
     check_tensors(accumulator=accumulator, sums=sums, input=input)
-    with torch.no_grad():
+    with undifferentiated():
         _ops.doubled_conv3d_weight_grad_square_.default(accumulator, sums, input, scale)
     return accumulator
 

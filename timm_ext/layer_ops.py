@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import register_fake
 
-from timm_ext.operands import check_tensors, integers, no_derivative
+from timm_ext.operands import check_tensors, integers, no_derivative, undifferentiated
 
 _ops = torch.ops.timm_ext
 
@@ -33,7 +33,7 @@ def instance_norm(
         y `[B, C, ...]`; μ and ρ, `[B · C]` each, as `instance_norm_backward` takes them.
     """
     check_tensors({"weight": weight, "bias": bias}, input=input)
-    with torch.no_grad():
+    with undifferentiated():
         results: tuple[Tensor, Tensor, Tensor] = _ops.instance_norm.default(input, weight, bias, epsilon)
     return results
 
@@ -78,7 +78,7 @@ def instance_norm_backward(
         The gradients of x `[B, C, ...]`, of γ and of β, `[B, C]` each.
     """
     check_tensors({"weight": weight, "bias": bias}, grad=grad, input=input, mean=mean, deviation=deviation)
-    with torch.no_grad():
+    with undifferentiated():
         gradients: tuple[Tensor, Tensor, Tensor] = _ops.instance_norm_backward.default(
             grad, input, mean, deviation, weight, bias, slope
         )
@@ -130,7 +130,7 @@ def small_conv3d(
         `[B, O, D', H', W']`.
     """
     check_tensors({"bias": bias}, input=input, weight=weight)
-    with torch.no_grad():
+    with undifferentiated():
         output: Tensor = _ops.small_conv3d.default(
             input,
             weight,
@@ -175,7 +175,7 @@ def strided_conv3d_input_gradient(grad: Tensor, weight: Tensor, size: Sequence[i
         `[B, I, D, H, W]`.
     """
     check_tensors(grad=grad, weight=weight)
-    with torch.no_grad():
+    with undifferentiated():
         output: Tensor = _ops.strided_conv3d_input_gradient.default(grad, weight, integers("size", size))
     return output
 
@@ -212,7 +212,7 @@ def winograd_conv3d(
         `[B, O, D', H', W']`.
     """
     check_tensors({"bias": bias}, input=input, weight=weight)
-    with torch.no_grad():
+    with undifferentiated():
         output: Tensor = _ops.winograd_conv3d.default(
             input, weight, bias, integers("padding", padding), mirrored
         )

@@ -44,7 +44,9 @@ def log_weights(logits: Tensor, mixing: str) -> Tensor:
 
 def _primals(ctx: Any) -> tuple[Any, ...]:
     """Return what was saved without the tangents that a jvp is about."""
-    return tuple(None if value is None else forward_ad.unpack_dual(value).primal for value in ctx.saved_tensors)
+    return tuple(
+        None if value is None else forward_ad.unpack_dual(value).primal for value in ctx.saved_tensors
+    )
 
 
 def _nested(jvp: Callable[..., Result]) -> Callable[..., Result]:

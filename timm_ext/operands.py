@@ -1,12 +1,13 @@
 """What all operators ask of the tensors they are given, before the compiled library sees them."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 from torch.library import Library
 
 from timm_ext.errors import InputError
@@ -66,11 +67,22 @@ def refuse_tangents(op: str, values: Any) -> None:
         InputError: one has a tangent.
     """
     for value in torch.utils._pytree.tree_leaves(values):
-        if isinstance(value, Tensor) and unpack_dual(value).tangent is not None:
+        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
             raise InputError(
                 f"{op}: expected tensors without a tangent, since it is not differentiable (got one with a "
                 "tangent; detach it)"
             )
+
+
+def undifferentiated() -> AbstractContextManager[Any]:
+    """Call operators without a derivative in this context: no gradient follows them, tangents are refused.
+
+    Where no forward-mode differentiation is about, nothing has to look for tangents.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return torch.no_grad()
+    below: AbstractContextManager[Any] = torch._C._AutoDispatchBelowAutograd()
+    return below
 
 
 def no_derivative(op: str) -> None:

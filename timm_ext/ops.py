@@ -13,7 +13,15 @@ from torch.library import register_fake
 
 from timm_ext.errors import InputError
 from timm_ext.merge_ops import log_weights, merge
-from timm_ext.operands import check_tensors, integers, no_derivative, refuse_tangents, traced, transformed
+from timm_ext.operands import (
+    check_tensors,
+    integers,
+    no_derivative,
+    refuse_tangents,
+    traced,
+    transformed,
+    undifferentiated,
+)
 
 Mixing = Literal["sigmoid", "softmax", "ratios"]
 Sampled = Literal["bernoulli", "categorical"]
@@ -210,10 +218,11 @@ def square_accumulate_(acc: Sequence[Tensor], grads: Sequence[Tensor], scale: fl
             precision.
     """
     for name, tensors in (("acc", acc), ("grads", grads)):
-        check_tensors(**{f"{name}[{i}]": tensor for i, tensor in enumerate(tensors)})
+        if not all(isinstance(tensor, Tensor) for tensor in tensors):
+            check_tensors(**{f"{name}[{i}]": tensor for i, tensor in enumerate(tensors)})
     if not acc and not grads:
         return  # the dispatcher finds no device in empty lists
-    with torch.no_grad():
+    with undifferentiated():
         _ops.square_accumulate_.default(list(acc), list(grads), float(scale))
     _mark_changed(acc)
 
@@ -257,7 +266,7 @@ def conv_weight_grad_square_(
         scale: factor of the squares.
     """
     check_tensors(acc=acc, grad=grad, input=input)
-    with torch.no_grad():
+    with undifferentiated():
         _ops.conv_weight_grad_square_.default(
             acc,
             grad,
@@ -310,7 +319,7 @@ def sample_labels(
         logits' shape and dtype.
     """
     check_tensors(logits=logits, keys=keys)
-    with torch.no_grad():
+    with undifferentiated():
         drawn, score = _ops.sample_labels.default(logits, keys, likelihood, labels)
     return drawn, score
 
