@@ -47,7 +47,7 @@ def test_work_that_needs_more_is_refused():
         InputError, match=r"^a volume: expected at most 2\.0 GiB of memory, which is free \(got 3\.0 GiB\)$"
     ):
         check_memory(3 << 30, "a volume", available=2 << 30)
-    with pytest.raises(InputError, match=r"\(got 1,024 PiB\)"):
+    with pytest.raises(InputError, match=r"\(got 1,024.0 PiB\)"):
         check_memory(2**60, "a volume")
 
 

@@ -100,4 +100,7 @@ def _of_limits() -> float:
 
 
 def _size(count: int) -> str:
-    return f"{count / 2**30:,.1f} GiB" if count < 2**50 else f"{count / 2**50:,.0f} PiB"
+    for unit, bits in (("PiB", 50), ("GiB", 30), ("MiB", 20)):
+        if count >= 1 << bits:
+            return f"{count / (1 << bits):,.1f} {unit}"
+    return f"{count:,} bytes"

@@ -107,5 +107,5 @@ def test_notes_of_another_form_are_no_grid():
 def test_a_prediction_that_does_not_fit_in_memory_is_refused_before_it_is_taken():
     grid, _ = grid_for(np.zeros((4, 5, 6)), np.eye(4), (0, 0, 0), (2, 3, 2))
     large = replace(grid, input_shape=(100_000, 100_000, 100_000))
-    with pytest.raises(InputError, match=r"a prediction of \(7, 100000, .* voxels needs .* of memory"):
+    with pytest.raises(InputError, match=r"a prediction of \(7, 100000, .* voxels: .* of memory.*PiB"):
         large.restore(np.zeros((7, 2, 3, 2), np.float32))
