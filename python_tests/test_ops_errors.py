@@ -317,6 +317,30 @@ def test_other_operators_name_the_type_of_what_is_no_tensor() -> None:
             refused()
 
 
+def test_other_operators_refuse_tensors_of_two_devices() -> None:
+    """PyTorch takes the kernel of `meta`, which computes nothing, for all of them."""
+    volume, weight = torch.ones(1, 1, 3, 3, 3), torch.ones(1, 1, 3, 3, 3, device="meta")
+    norm = torch.ones(1, device="meta")
+    geometry = {"stride": [1] * 3, "padding": [0] * 3, "dilation": [1] * 3}
+    calls: list[tuple[str, Callable[[], object]]] = [
+        (r"acc\[1\]", lambda: timm_ext.square_accumulate_([volume, weight], [volume, volume])),
+        (r"grads\[0\]", lambda: timm_ext.square_accumulate_([volume], [weight])),
+        ("input", lambda: timm_ext.conv_weight_grad_square_(volume, volume, weight, **geometry)),
+        ("keys", lambda: timm_ext.sample_labels(volume, norm.long(), "bernoulli")),
+        ("weight", lambda: layer_ops.small_conv3d(volume, weight, **geometry)),
+        ("weight", lambda: layer_ops.winograd_conv3d(volume, weight, padding=[0] * 3)),
+        ("weight", lambda: layer_ops.strided_conv3d_input_gradient(volume, weight, [6] * 3)),
+        ("bias", lambda: layer_ops.instance_norm(volume, None, norm)),
+        ("weight", lambda: doubling_ops.doubled_conv3d(volume, weight)),
+        ("weight", lambda: doubling_ops.doubled_conv3d_input_gradient(volume, weight)),
+    ]
+    for name, refused in calls:
+        with pytest.raises(
+            InputError, match=rf"^{name}: expected a tensor on the device of .*, cpu \(got meta\)$"
+        ):
+            refused()
+
+
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
 @pytest.mark.parametrize("name", ["theta", "fisher", "offsets", "out"])
 def test_tensors_of_another_device_are_named(name: str, device: torch.device) -> None:

@@ -16,15 +16,23 @@ _kernels = Library("timm_ext", "FRAGMENT")
 
 
 def check_tensors(optional: Mapping[str, object] | None = None, /, **required: object) -> None:
-    """Refuse what is no tensor, such as an array of NumPy; optional ones may be None.
+    """Refuse what is no tensor, such as an array of NumPy, or lies elsewhere than the first.
+
+    Of several devices PyTorch takes the kernel of one, and that of `meta` computes nothing. Optional tensors
+    may be None.
 
     Raises:
-        InputError: names the first one and its type.
+        InputError: names the first one, and its type or device.
     """
     given = {name: value for name, value in (optional or {}).items() if value is not None}
+    first: tuple[str, Tensor] | None = None
     for name, value in (required | given).items():
         if not isinstance(value, Tensor):
             raise InputError(f"{name}: expected a torch.Tensor (got {type_name(value)})")
+        first = first or (name, value)
+        if value.device != first[1].device:
+            where = f"the device of {first[0]}, {first[1].device}"
+            raise InputError(f"{name}: expected a tensor on {where} (got {value.device})")
 
 
 def type_name(value: object) -> str:

@@ -73,7 +73,6 @@ def fused_merge(
     """
     optional = {"fisher": fisher, "groups": groups, "out": out}
     check_tensors(optional, theta=theta, logits=logits, offsets=offsets)
-    _check_devices(theta, fisher=fisher, logits=logits, offsets=offsets, groups=groups, out=out)
     _check_rows(theta, logits, offsets, mixing, groups)
     if out is not None:
         _refuse_derivatives(theta, fisher, logits, out)
@@ -86,14 +85,6 @@ def fused_merge(
     _ops.fused_merge.out(theta, fisher, rows, offsets, out=out)
     _mark_changed([out])
     return out
-
-
-def _check_devices(theta: Tensor, **others: Tensor | None) -> None:
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != theta.device:
-            raise InputError(
-                f"{name}: expected a tensor on the device of theta, {theta.device} (got {tensor.device})"
-            )
 
 
 def _check_rows(theta: Tensor, logits: Tensor, offsets: Tensor, mixing: str, groups: Tensor | None) -> None:
@@ -220,6 +211,9 @@ def square_accumulate_(acc: Sequence[Tensor], grads: Sequence[Tensor], scale: fl
     for name, tensors in (("acc", acc), ("grads", grads)):
         if not all(isinstance(tensor, Tensor) for tensor in tensors):
             check_tensors(**{f"{name}[{i}]": tensor for i, tensor in enumerate(tensors)})
+    if len({tensor.device for tensor in (*acc, *grads)}) > 1:
+        named = {f"acc[{i}]": tensor for i, tensor in enumerate(acc)}
+        check_tensors(**named, **{f"grads[{i}]": tensor for i, tensor in enumerate(grads)})
     if not acc and not grads:
         return  # the dispatcher finds no device in empty lists
     with undifferentiated():
