@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from timm_ext.checkpoint import describe, load_checkpoint, save_checkpoint
+from timm_ext.checkpoint import check_replaced, describe, load_checkpoint, save_checkpoint
 from timm_ext.errors import InputError
 from timm_ext.files import sha256
 
@@ -244,3 +244,18 @@ def test_describe_is_json_with_the_facts(tmp_path: Path) -> None:
         "parents": ["0a"],
         "task": {"name": "brats"},
     }
+
+
+def test_a_file_of_another_kind_is_not_replaced(tmp_path):
+    path = tmp_path / "a.safetensors"
+    check_replaced(path, "fisher")
+    save_checkpoint(path, {"w": torch.ones(2)}, kind="fisher")
+    check_replaced(path, "fisher")
+    with pytest.raises(
+        InputError, match=r"expected no file, or a merged .* \(got a fisher\)"
+    ):
+        check_replaced(path, "merged")
+    save_file({"w": torch.ones(2)}, path)
+    check_replaced(path, "merged")
+    path.write_bytes(b"damaged")
+    check_replaced(path, "merged")

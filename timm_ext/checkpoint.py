@@ -117,6 +117,28 @@ def load_checkpoint(
     return checkpoint
 
 
+def check_replaced(path: Path | str, kind: str) -> None:
+    """Refuse to replace a file of this package that holds something else.
+
+    Args:
+        path: where a file of `kind` will be written; it may be absent, or of another program.
+        kind: see `save_checkpoint`.
+
+    Raises:
+        InputError: it is of another kind.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+    except Exception:  # absent, of another program, or damaged: nothing that could be lost
+        return
+    there = read_metadata(header[_KEY], path).get("kind", kind) if _KEY in header else kind
+    if there != kind:
+        raise InputError(
+            f"{path}: expected no file, or a {kind} to be replaced (got a {shown(there)}); give another"
+        )
+
+
 def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Return one line for each tensor with NaN or infinite elements."""
     lines = []

@@ -99,7 +99,10 @@ def merge(
 
     Example: `timm-ext merge model-a/ model-b/ --ratios 0.7,0.3 --out merged/`
     """
+    from timm_ext.checkpoint import check_replaced
+
     hold_output(out, folder=False, inputs=[*networks, *(fishers or ())])
+    check_replaced(out, "merged")
     if ratios is not None:
         methods: dict[str, Any] = {"--method": method, "--align": align, "--task": task, "--config": config}
         methods["--set"] = overrides

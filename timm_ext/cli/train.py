@@ -160,6 +160,7 @@ def fisher(
 
     Example: `timm-ext fisher M1.safetensors cases/ --out F1.safetensors --set fisher.samples=4`
     """
+    from timm_ext.checkpoint import check_replaced
     from timm_ext.data.dataset import CaseDataset
     from timm_ext.data.layouts import read_cases
     from timm_ext.data.prepare import resolve_task
@@ -172,6 +173,7 @@ def fisher(
     from timm_ext.training.device import keep_freed_memory
 
     hold_output(out, folder=False, inputs=[network])
+    check_replaced(out, "fisher")
     keep_freed_memory()
     model, checkpoint = load_network(network)
     tell_notes(network, checkpoint.notes)
