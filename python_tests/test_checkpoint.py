@@ -251,9 +251,7 @@ def test_a_file_of_another_kind_is_not_replaced(tmp_path):
     check_replaced(path, "fisher")
     save_checkpoint(path, {"w": torch.ones(2)}, kind="fisher")
     check_replaced(path, "fisher")
-    with pytest.raises(
-        InputError, match=r"expected no file, or a merged .* \(got a fisher\)"
-    ):
+    with pytest.raises(InputError, match=r"expected no file, or a merged .* \(got a fisher\)"):
         check_replaced(path, "merged")
     save_file({"w": torch.ones(2)}, path)
     check_replaced(path, "merged")
