@@ -162,6 +162,17 @@ def test_what_was_taken_off_is_told(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert describe(tmp_path / "y.ckpt")["notes"] == ["'module.' taken off the names"]
 
 
+def test_parts_called_module_go_where_the_network_is_known(tmp_path: Path) -> None:
+    state = state_of("monai.UNet")
+    torch.save(in_parts("module", state) | {"loss.weight": torch.ones(2)}, tmp_path / "x.pt")
+    model, checkpoint = load_network(tmp_path / "x.pt", network=config_of("monai.UNet"))
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())
+    assert checkpoint.notes == ("'module.' taken off the names", "left out: loss.weight")
+    assert load_checkpoint(tmp_path / "x.pt").tensors.keys() == {*in_parts("module", state), "loss.weight"}
+    own = {"a.module.weight": torch.ones(1)}
+    assert without_wrappers({"module.a.module.weight": torch.ones(1)}, own).tensors.keys() == own.keys()
+
+
 def test_networks_own_parts_stay() -> None:
     tensors = {name: torch.ones(1) for name in ("module.a", "_orig_mod.b", "model.c")}
     for names in (tensors, None):

@@ -27,6 +27,7 @@ _NESTINGS = (
 _MOST_LEVELS = 6
 # Parts that wrappers put into names, at any place: torch.compile, FSDP, activation checkpoints, DeepSpeed.
 _PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+_AMBIGUOUS_PART = "module"  # of DataParallel around a part: networks have parts called so, too
 _FRONTS = ("module.", "ema_model.", "averaged_model.")  # what no network calls all of itself
 _NO_WEIGHTS = ("optim", "lr_sched", "sched", "callback", "loops", "hyper", "metric", "logg", "scaler", "amp")
 _AVERAGED = ("ema", "swa", "averag", "teacher")
@@ -83,14 +84,16 @@ def without_wrappers(tensors: Mapping[str, Tensor], names: Collection[str] | Non
     """Take the names of wrappers off, whatever their order.
 
     Without `names`, only what no network is called: `module.` in front of all names, in any depth, the parts
-    that compilers and shards put in, and the counter beside averaged weights. With `names`, any prefix behind
-    which all of them lie; tensors without that prefix, such as a loss's, are left out.
+    that compilers and shards put in, and the counter beside averaged weights. With `names`, `module` at any
+    place unless some of them have it, and any prefix behind which all of them lie; tensors without that
+    prefix, such as a loss's, are left out.
 
     Args:
         tensors: by the names in the file.
         names: of the network's tensors, each at least once.
     """
-    parts = [part for part in _PARTS if not any(part in name.split(".") for name in names or ())]
+    wrappers = _PARTS if names is None else (*_PARTS, _AMBIGUOUS_PART)
+    parts = [part for part in wrappers if not any(part in name.split(".") for name in names or ())]
     names = None if names is None else set(names)
     renamed = {_without_parts(name, parts): tensor for name, tensor in tensors.items()}
     taken = [f"{part}." for part in parts if any(part in name.split(".") for name in tensors)]

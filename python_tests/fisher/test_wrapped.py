@@ -8,10 +8,13 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, distributed, nn
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from timm_ext.errors import InputError
 from timm_ext.fisher import Fisher, FisherAccumulator, estimate_fisher
+from timm_ext.state_dicts import without_wrappers
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 
@@ -70,6 +73,26 @@ def compiled_in_training(model: nn.Module) -> nn.Module:
     return compiled.train()
 
 
+def in_part(wrap: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+    """Wrap a part of the network, and a part of that part."""
+
+    def wrapped(model: nn.Module) -> nn.Module:
+        model[3][0] = wrap(model[3][0])
+        model[3] = wrap(model[3])
+        return model
+
+    return wrapped
+
+
+PARTS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "compiled": lambda part: torch.compile(part, backend="eager"),
+    "DataParallel": nn.DataParallel,
+    "DataParallel, compiled": lambda part: torch.compile(nn.DataParallel(part), backend="eager"),
+    "averaged": AveragedModel,
+    "checkpoint wrapper": lambda part: checkpoint_wrapper(part, checkpoint_impl=CheckpointImpl.NO_REENTRANT),
+    "Fabric": lambda part: Fabric(accelerator="cpu", devices=1).setup(part),
+}
+
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "compiled": lambda model: torch.compile(model, backend="eager"),
     "compiled in training": compiled_in_training,
@@ -79,6 +102,10 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "DataParallel": nn.DataParallel,
     "DataParallel, compiled": lambda model: torch.compile(nn.DataParallel(model), backend="eager"),
     "Fabric": lambda model: Fabric(accelerator="cpu", devices=1).setup(model),
+    "averaged": AveragedModel,
+    "checkpoint wrapper": checkpoint_wrapper,
+    **{f"{name} in parts": in_part(wrap) for name, wrap in PARTS.items()},
+    "compiled in parts, compiled": lambda model: torch.compile(in_part(PARTS["compiled"])(model)),
 }
 
 
@@ -93,14 +120,25 @@ def test_a_wrapped_network_has_the_same_bits_and_names(wrapper: str) -> None:
     assert all(module.training for module in model.modules())
 
 
-def test_a_compiled_block_within_a_network() -> None:
-    """Its names are those of the network's own checkpoint."""
-    model = network()
-    model[3] = torch.compile(model[3], backend="eager")
-    expected, got = fisher(network()), fisher(model)
-    assert list(got.tensors) == [name for name, _ in model.named_parameters()]
-    for one, other in zip(got.tensors.values(), expected.tensors.values(), strict=True):
-        assert torch.equal(one, other)
+@pytest.mark.parametrize("part", PARTS)
+def test_names_are_those_of_the_checkpoint(part: str) -> None:
+    model = in_part(PARTS[part])(network())
+    names = [name for name, _ in network().named_parameters()]
+    own = without_wrappers(model.state_dict(), network().state_dict()).tensors
+    assert list(fisher(model).tensors) == [name for name in own if name in names] == names
+
+
+def test_names_of_wrappers_that_tell_parameters_apart_stay() -> None:
+    class Both(nn.DataParallel):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__(module)
+            self.bias = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.module(x) + self.bias
+
+    model = nn.Sequential(Both(nn.Conv3d(2, 1, 1)))
+    assert list(fisher(model).tensors) == [name for name, _ in model.named_parameters()]
 
 
 @pytest.fixture
@@ -110,9 +148,10 @@ def process_group(tmp_path) -> Iterator[None]:
     distributed.destroy_process_group()
 
 
-def test_distributed_data_parallel(process_group) -> None:
+@pytest.mark.parametrize("wrap", [lambda wrap: wrap, in_part])
+def test_distributed_data_parallel(process_group, wrap) -> None:
     expected = fisher(network())
-    got = fisher(nn.parallel.DistributedDataParallel(network()))
+    got = fisher(wrap(nn.parallel.DistributedDataParallel)(network()))
     assert list(got.tensors) == list(expected.tensors)
     assert all(torch.equal(got.tensors[name], tensor) for name, tensor in expected.tensors.items())
 
@@ -128,6 +167,13 @@ def test_parameters_that_are_spread_over_processes(process_group) -> None:
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
     with pytest.raises(InputError, match=r"expected whole parameters .*FSDP"):
         FisherAccumulator(model)
+
+
+@pytest.mark.parametrize("make", [lambda p: p, lambda p: p.module(), lambda p: nn.Sequential(p.module())])
+def test_exported_programs(make) -> None:
+    program = torch.export.export(network().eval(), (X,))
+    with pytest.raises(InputError, match=r"pass the network that it was exported from"):
+        fisher(make(program))
 
 
 SCRIPTS: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -186,32 +232,43 @@ def test_scripts_whose_fisher_is_not_defined() -> None:
 
 
 class Checkpointed(nn.Module):
-    def __init__(self, reentrant: bool | None, whole: bool = False) -> None:
+    """`how`: whether the block is checkpointed, or all in one, in a row, or within one another."""
+
+    def __init__(self, reentrant: bool | None, how: str = "block") -> None:
         super().__init__()
         torch.manual_seed(0)
         self.stem, self.head = nn.Conv3d(2, 4, 3, padding=1), nn.Conv3d(4, 1, 1)
         self.block = nn.Sequential(nn.Conv3d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv3d(4, 4, 3, padding=1))
-        self.reentrant, self.whole = reentrant, whole
+        self.reentrant, self.how = reentrant, how
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.whole:
-            return self._through(nn.Sequential(self.stem, self.block, self.head), x)
+        parts = nn.Sequential(self.stem, self.block, self.head)
+        if self.how == "all":
+            return self._through(parts, x)
+        if self.how == "row":
+            return self.head(checkpoint_sequential(parts[:2], 2, x, use_reentrant=self.reentrant))
+        if self.how == "first":
+            return self.head(self.block(self._through(self.stem, x)))
+        if self.how == "nested":
+            return self._through(lambda y: self.head(self.block(self._through(self.stem, y))), x)
         return self.head(self._through(self.block, self.stem(x)))
 
-    def _through(self, block: nn.Module, x: Tensor) -> Tensor:
+    def _through(self, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
 
 
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("how", ["block", "all", "row", "first", "nested"])
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.filterwarnings("ignore:None of the inputs")
-def test_checkpoints(strict: bool, whole: bool) -> None:
+def test_checkpoints(strict: bool, how: str) -> None:
     """A reentrant one hides its layers; behind one that begins at the images there is no graph at all."""
     expected = fisher(Checkpointed(None))
-    got = fisher(Checkpointed(False, whole), strict=strict)
+    got = fisher(Checkpointed(False, how), strict=strict)
     assert all(torch.equal(got.tensors[name], tensor) for name, tensor in expected.tensors.items())
-    with pytest.raises(InputError, match=r"reentrant checkpointing"):
-        fisher(Checkpointed(True, whole), strict=strict)
+    with pytest.raises(
+        InputError, match=r"^model: expected activation checkpointing with use_reentrant=False"
+    ):
+        fisher(Checkpointed(True, how), strict=strict)
 
 
 class Supervised(nn.Module):
@@ -261,12 +318,14 @@ class CutOff(nn.Module):
             with torch.no_grad():
                 features = self.stem(x)
             return self.head(features)
+        if self.how == "input as array":
+            return self.head(self.stem(torch.from_numpy(x.numpy())).detach())
         if self.how == "numpy":
             return self.head(torch.from_numpy(self.stem(x).detach().numpy()))
         return self.head(nn.functional.conv3d(x, self.stem.weight.data, self.stem.bias.data))
 
 
-@pytest.mark.parametrize("how", ["detach", "no_grad", "numpy", "data"])
+@pytest.mark.parametrize("how", ["detach", "no_grad", "numpy", "input as array", "data"])
 @pytest.mark.parametrize("strict", [False, True])
 def test_parameters_that_are_cut_off_are_told_from_unused_ones(how: str, strict: bool) -> None:
     model = CutOff(how)

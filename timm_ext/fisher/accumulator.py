@@ -13,7 +13,7 @@ from timm_ext.errors import InputError, listed
 from timm_ext.fisher.batch import applied, check_labels, check_surroundings, checked_batch, plain
 from timm_ext.fisher.fallback import square_examples_one_by_one
 from timm_ext.fisher.gradients import SquareSums
-from timm_ext.fisher.graph import Graph, read_graph
+from timm_ext.fisher.graph import Graph, hides_layers, read_graph
 from timm_ext.fisher.likelihoods import (
     Likelihood,
     LogLikelihood,
@@ -34,6 +34,11 @@ from timm_ext.fisher.unused import cut_off
 from timm_ext.fisher.unwrap import bare_network, uncompiled
 from timm_ext.memory import kept_memory, release_memory
 from timm_ext.modes import evaluating
+
+_REENTRANT = (
+    "model: expected activation checkpointing with use_reentrant=False, or none (got reentrant "
+    "checkpointing, which hides its layers from the graph)"
+)
 
 
 class FisherAccumulator:
@@ -304,10 +309,7 @@ class FisherAccumulator:
     def _check_graph(self, graph: Graph, x: Tensor) -> None:
         """Refuse a graph that does not reach parameters on which the output depends."""
         if graph.reentrant:
-            raise InputError(
-                "model: expected activation checkpointing with use_reentrant=False, or none (got reentrant "
-                "checkpointing, which hides its layers from the graph)"
-            )
+            raise InputError(_REENTRANT)
         unreached = {
             name: self._tracked.parameters[name]
             for name in self._sums
@@ -318,9 +320,11 @@ class FisherAccumulator:
         limit = tolerance(self._precision, next(iter(unreached.values())).dtype)
         if lost := cut_off(self._forward, x[:1], unreached, limit):
             raise InputError(
-                "model: expected a gradient for all parameters on which the output depends (got none for "
-                f"{listed(lost)}: detach, no_grad or reentrant checkpointing cuts them off; freeze them and "
-                "pass strict=False to leave them out)"
+                _REENTRANT
+                if hides_layers(self._forward, x[:1])
+                else "model: expected a gradient for all parameters on which the output depends (got none "
+                f"for {listed(lost)}: detach, no_grad or reentrant checkpointing cuts them off; freeze them "
+                "and pass strict=False to leave them out)"
             )
         self._without_effect |= unreached.keys()
 

@@ -1,12 +1,13 @@
 """Which parameters the log-likelihood depends on, and how, read from the autograd graph of a forward."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from timm_ext.errors import InputError
 from timm_ext.fisher.nodes import Call
 
 _REENTRANT = "CheckpointFunctionBackward"  # of PyTorch, fairscale and DeepSpeed
@@ -44,7 +45,6 @@ def read_graph(logits: Tensor, names: Mapping[int, str]) -> Graph:
     direct: set[str] = set()
     zero: set[str] = set()
     felt: set[str] = set()
-    hidden = any(node.name() == _REENTRANT for node in consumers)
     for node, above in consumers.items():
         variable = getattr(node, "variable", None)
         if variable is not None and id(variable) in names:
@@ -58,7 +58,25 @@ def read_graph(logits: Tensor, names: Mapping[int, str]) -> Graph:
             (zero if _is_removed(call, above) else felt).add(call.bias)
         if call.weight is not None:
             felt.add(call.weight)
-    return Graph(uses, rules, frozenset(direct), frozenset(zero - felt - direct), hidden)
+    return Graph(uses, rules, frozenset(direct), frozenset(zero - felt - direct), _is_reentrant(consumers))
+
+
+def hides_layers(forward: Callable[[Tensor], Tensor], x: Tensor) -> bool:
+    """Tell whether a forward checkpoints in the reentrant way, also where no gradient enters the checkpoint.
+
+    Args:
+        forward: from `[1, ...]` to logits `[1, K, ...]`.
+        x: one example `[1, ...]`.
+    """
+    try:  # the outermost checkpoint has a node if its input requires gradients; a clone is no leaf
+        logits = forward(x.detach().requires_grad_().clone())
+    except InputError:  # it takes no such input, as where it makes it an array
+        return False
+    return _is_reentrant(_consumers(logits.grad_fn))
+
+
+def _is_reentrant(nodes: Iterable[Any]) -> bool:
+    return any(node.name() == _REENTRANT for node in nodes)
 
 
 def _is_removed(call: Call, above: list[Any]) -> bool:

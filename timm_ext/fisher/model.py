@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_ext.errors import InputError, listed
+from timm_ext.fisher.unwrap import plain_names
 from timm_ext.parameters import named_parameters, parameter_aliases
 
 
@@ -16,7 +17,7 @@ class Tracked:
     """Parameters whose Fisher is wanted.
 
     Attributes:
-        parameters: by first name, in registration order.
+        parameters: by first name without wrappers (`plain_names`), in registration order.
         names: first name by the `id` of each.
         frozen: names left out since they need no gradient.
     """
@@ -37,7 +38,9 @@ def examine_model(model: nn.Module, *, strict: bool) -> Tracked:
     Raises:
         InputError: naming all parameters concerned.
     """
-    every = named_parameters(model)
+    registered = named_parameters(model)
+    plain = plain_names(model, registered)
+    every = {plain[name]: parameter for name, parameter in registered.items()}
     _refuse_odd(every)
     _refuse_batch_statistics(model)
     _refuse_tied(model, strict)
