@@ -21,6 +21,7 @@ BASE = {
     "machine",
     "terminal",
     "modality_names",
+    "region_names",
 }
 MODEL = {"modes", "parameters", "groups", "metadata", "checkpoint", "networks"}
 MERGE = {"ops", "fisher", "merging"}
@@ -40,6 +41,7 @@ ALLOWED = {
     "terminal": {"errors"},
     "locks": {"errors"},
     "modality_names": {"errors"},
+    "region_names": {"errors"},
     "signals": set(),
     "processes": {"errors", "files", "signals"},
     "reference": set(),

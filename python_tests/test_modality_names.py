@@ -7,12 +7,14 @@ from timm_ext.modality_names import distinct_keys, in_hounsfield_units, modality
 @pytest.mark.parametrize(
     ("key", "names"),
     {
-        "t1": ["T1", "t1n", "T1w", "T1-w", "T1 weighted", "T1_pre", "MPRAGE", "T1-"],
+        "t1": ["T1", "t1n", "T1w", "T1-w", "T1 weighted", "T1_pre", "MPRAGE", "T1-",
+               "3D T1", "MRI T1", "mr_t1", "T1w images"],
         "t1c": ["T1c", "T1CE", "t1-ce", "T1Gd", "T1-Gd", "T1 post",
-                "T1+C", "T1+", "T1w+Gd", "T1 Contrast Enhanced"],
-        "t2": ["T2", "t2w", "T2-w", " T2 "],
-        "flair": ["FLAIR", "fla", "t2f", "T2-FLAIR", "T2 FLAIR", "Flair"],
-        "t2star": ["T2*", "T2* w", "t2star"],
+                "T1+C", "T1+", "T1w+Gd", "T1 Contrast Enhanced",
+                "T1-weighted post-contrast", "Gd-T1", "3D T1 Gd"],
+        "t2": ["T2", "t2w", "T2-w", " T2 ", "T2 TSE"],
+        "flair": ["FLAIR", "fla", "t2f", "T2-FLAIR", "T2 FLAIR", "Flair", "3D T2-FLAIR"],
+        "t2star": ["T2*", "T2* w", "t2star", "T2*-weighted"],
         "ct": ["CT", "ct", "Computed Tomography"],
     }.items(),
 )  # fmt: skip
@@ -36,6 +38,11 @@ def test_hounsfield_units():
     assert all(
         map(in_hounsfield_units, ["CT", "ct", "CT-1", "CT venous", "NCCT", "CTA", "Computed Tomography"])
     )
+    others = "MDCT CTPA CTP CECT CTce CTC contrastCT AngioCT µCT HU DECT sCT pCT"
+    assert all(map(in_hounsfield_units, others.split()))
     assert not any(
-        map(in_hounsfield_units, ["T1", "MRI", "PET", "PET/CT", "PET-CT", "SPECT", "octant", "ADC"])
+        map(
+            in_hounsfield_units,
+            ["T1", "MRI", "PET", "PET/CT", "PET-CT", "SPECT", "octant", "ADC", "CBCT", "ACT"],
+        )
     )

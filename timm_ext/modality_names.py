@@ -1,5 +1,6 @@
 """The names of image modalities, in one table for data sets and for the input channels of networks."""
 
+import re
 from collections.abc import Iterable, Sequence
 
 from timm_ext.errors import InputError
@@ -10,7 +11,8 @@ _SPELLINGS: dict[str, str] = {
     "t1wprecontrast mprage t1mprage t1wmprage",
     "t1c": "t1ce t1gd t1wc t1wce t1wgd t1km t1post t1wpost postt1 t1postcontrast t1wpostcontrast t1postgd "
     "t1contrast t1wcontrast t1contrastenhanced t1wcontrastenhanced t1cew t1cw t1gadolinium t1wgadolinium "
-    "cet1 cet1w t1+ t1w+ t1+c t1c+ t1w+c t1+gd t1w+gd t1gd+ t1+contrast t1w+contrast",
+    "cet1 cet1w t1+ t1w+ t1+c t1c+ t1w+c t1+gd t1w+gd t1gd+ t1+contrast t1w+contrast "
+    "gdt1 gdt1w t1wgdpost t1gdpost postcontrastt1 postcontrastt1w contrastt1 gadt1 t1gad",
     "t2": "t2w t2wi t2weighted",
     "flair": "fla t2f t2flair t2wflair flairt2 t2wf t2fl flairw",
     "t2star": "t2* t2*w t2stars t2starw t2sw",
@@ -18,7 +20,11 @@ _SPELLINGS: dict[str, str] = {
     "ct": "ctscan computedtomography",
 }
 _CANONICAL = {spelling: name for name, others in _SPELLINGS.items() for spelling in (name, *others.split())}
-_HOUNSFIELD_WORDS = {"ct", "cta", "ctscan", "ncct", "cect", "ldct", "hrct"}
+_FILLERS = {"mr", "mri", "3d", "2d", "tse", "fse", "se", "weighted", "image", "images", "scan", "sequence"}
+_HOUNSFIELD_WORDS = {
+    "ct", "cta", "ctscan", "ncct", "cect", "ldct", "hrct", "mdct", "ctpa", "ctp", "ctce", "ctc", "dect",
+    "contrastct", "angioct", "ctangio", "hu", "hounsfield", "sct", "pct", "µct", "μct", "qct", "msct", "cct",
+}  # fmt: skip
 _NUCLEAR_WORDS = {"pet", "spect", "suv", "fdg"}
 
 
@@ -26,13 +32,16 @@ def modality_key(name: str) -> str:
     """Return the name under which a modality is known: all spellings of one have one key.
 
     Case, blanks and punctuation do not matter, so that T2-FLAIR, t2f and fla are `flair`, and T1-Gd, T1ce and
-    T1+C are `t1c`. A name that is in no table is its own key, without them.
+    T1+C are `t1c`. Nor do words that tell nothing of the contrast (MRI, 3D, TSE, weighted): 3D T1 and mr_t1
+    are `t1`. A name that is in no table is its own key, without blanks and punctuation.
     """
-    plain = "".join(letter for letter in name.lower() if letter.isalnum() or letter in "+*")
-    if plain in _CANONICAL:
-        return _CANONICAL[plain]
+    words = re.findall(r"[^\W_+*]+|[+*]", name.lower())
+    plain, short = "".join(words), "".join(word for word in words if word not in _FILLERS)
     bare = plain.replace("+", "")
-    return _CANONICAL.get(bare, bare) or name.strip().lower()
+    for spelling in (plain, bare, short, short.replace("+", "")):
+        if spelling in _CANONICAL:
+            return _CANONICAL[spelling]
+    return bare or name.strip().lower()
 
 
 def distinct_keys(names: Sequence[str], where: object) -> list[str]:
@@ -51,7 +60,11 @@ def distinct_keys(names: Sequence[str], where: object) -> list[str]:
 
 
 def in_hounsfield_units(name: str) -> bool:
-    """Whether a modality's intensities are Hounsfield units: water is 0, air −1000, in every scan."""
+    """Whether a modality's intensities are Hounsfield units: water is 0, air −1000, in every scan.
+
+    CT in all its common names, synthetic (sCT) and planning CT (pCT) too, which are made in these units. Not
+    cone-beam CT (CBCT), whose grey values are not calibrated, nor CT that is named with PET or SPECT.
+    """
     words = set(_words(name)) | {modality_key(name)}
     return bool(words & _HOUNSFIELD_WORDS) and not words & _NUCLEAR_WORDS
 

@@ -1,8 +1,9 @@
 import pytest
 
-from timm_ext.data.label_names import check_label_names, meaning_of
+from timm_ext.data.label_names import check_label_names
 from timm_ext.data.tasks import TASKS, task_from_dict
 from timm_ext.errors import InputError
+from timm_ext.region_names import meaning_of
 
 BRATS, PARCELLATION = TASKS["brats"], TASKS["parcellation"]
 
@@ -85,7 +86,9 @@ def test_brats_in_another_numbering(clashing, told):
 def test_structures_by_class_or_freesurfer_number():
     check_label_names(names(thalamus=3, hippocampus=10), PARCELLATION, "x")
     check_label_names(
-        {"Left-Thalamus": (10,), "Right-Hippocampus": (53,), "unknown": (80,)}, PARCELLATION, "x"
+        {"Left-Thalamus": (10,), "Right-Hippocampus": (53,), "Right-Cortex": (42,), "unknown": (80,)},
+        PARCELLATION,
+        "x",
     )
     check_label_names(names(hippocampus=10), TASKS["parcellation-1-7"], "x")
     for task in (PARCELLATION, TASKS["parcellation-1-7"]):
@@ -113,3 +116,56 @@ def test_sides_are_told_apart():
     check_label_names({"lh-hippocampus": (1,), "Right Hippocampus": (2,)}, sides, "x")
     with pytest.raises(InputError, match="label 1 is called 'right hippocampus'"):
         check_label_names(names(right_hippocampus=1), sides, "x")
+
+
+@pytest.mark.parametrize(
+    ("clashing", "told"),
+    [
+        ({"Left-Cerebral-White-Matter": 2, "Left-Cerebral-Cortex": 3, "Left-Thalamus": 10},
+         r"label 2 is called .* takes it for cerebral grey matter .*known by label 41 or 42"),
+        ({"Left-Thalamus": 10, "Left-Hippocampus": 17}, "label 10 is called 'Left-Thalamus'"),
+        ({"hippocampus": 1}, "label 1 is called 'hippocampus' there"),
+        ({"hippocampus": 99, "Right-White-Matter": 41}, "label 99 is called 'hippocampus' there"),
+        ({"thalamus": 3, "Right-White-Matter": 41}, "label 3 is called 'thalamus' there"),
+    ],
+)  # fmt: skip
+def test_names_are_read_in_the_numbering_of_the_files(clashing, told):
+    with pytest.raises(InputError, match=told):
+        check_label_names(names(**clashing), PARCELLATION, "x")
+
+
+KIDNEYS = task_from_dict(
+    {"name": "k", "modalities": ["CT"], "regions": {"kidney_left": [1], "kidney_right": [2], "Spleen": [3]}}
+)
+
+
+@pytest.mark.parametrize(
+    "clashing",
+    [
+        {"right kidney": 1, "left kidney": 2},
+        {"KidneyRight": 1, "KidneyLeft": 2},
+        {"Kidney-R": 1},
+        {"r. kidneys": 1},
+        {"Spleens": 1},
+        {"spleen": 0, "kidney left": 1},
+        {"background": 1},
+    ],
+)
+def test_words_are_compared_in_any_order_and_spelling(clashing):
+    with pytest.raises(InputError, match="called"):
+        check_label_names({name: (number,) for name, number in clashing.items()}, KIDNEYS, "x")
+
+
+def test_words_in_another_order_fit_their_region():
+    fitting = {"background": 0, "LeftKidney": 1, "kidneys (R)": 2, "SPLEEN": 3, "liver": 4}
+    check_label_names({name: (number,) for name, number in fitting.items()}, KIDNEYS, "x")
+
+
+@pytest.mark.parametrize(
+    "clashing",
+    [{"tumor": 1}, {"Tumour": 2}, {"tumor": [1, 2], "ET": 3}, {"Ödem": 1}, {"Nekrose": 2}, {"edema": 0}],
+)
+def test_a_tumour_has_several_tissues(clashing):
+    check_label_names(names(tumor=[1, 2, 3], ET=3), BRATS, "x")
+    with pytest.raises(InputError, match="called"):
+        check_label_names(names(**clashing), BRATS, "x")

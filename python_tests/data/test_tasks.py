@@ -132,6 +132,15 @@ def test_a_settled_task_says_which_one_takes_the_other_number():
         settled.check_labels({0, 5}, "seg.nii")
 
 
+def test_a_file_of_a_data_set_in_freesurfers_numbers_shows_that_it_is():
+    task, left = TASKS["parcellation"], np.array([[[0, 2, 3, 10]]], dtype=np.int32)
+    assert task.read_labels(np.append(left, 41), "a.nii", (2, 41)).tolist() == [0, 9, 2, 3, 9]
+    assert not task.read_labels(np.zeros_like(left), "a.nii", (2, 41)).any()
+    assert task.read_labels(left, "a.nii", (2, 3)).tolist() == left.tolist()
+    with pytest.raises(InputError, match=r"a.nii: expected label 41 or 42 .* \(got 0, 2, 3, 10\)"):
+        task.read_labels(left, "a.nii", (2, 41))
+
+
 def test_freesurfer_maps_are_recognised_by_the_right_cerebrum():
     task = TASKS["parcellation"]
     assert task.read_labels(np.array([0, 2, 41, 16, 80]), "aseg").tolist() == [0, 9, 9, 14, 0]

@@ -117,6 +117,18 @@ def test_a_task_that_is_not_the_networks() -> None:
     twice = Channels(SOURCE.modalities, ("WT", "WT", "ET"))
     with pytest.raises(InputError, match="names of channels that differ"):
         refit(built("isensee2017"), twice, SOURCE, seed=0)
+    twice = Channels(SOURCE.modalities, ("left caudate", "Caudate-L", "ET"))
+    with pytest.raises(InputError, match=r"differ in their words \(got left caudate and Caudate-L\)"):
+        refit(built("isensee2017"), twice, SOURCE, seed=0)
+
+
+def test_heads_are_matched_by_region_in_any_spelling() -> None:
+    source = Channels(SOURCE.modalities, ("Caudate", "NCR", "NET"))
+    target = Channels(SOURCE.modalities, ("NET", "caudate nucleus", "necrosis", "Putamen"))
+    assert refit(built("isensee2017"), source, target, seed=0).outputs == (2, 0, 1, None)
+    parts = Channels(SOURCE.modalities, ("accumbens", "x", "y"))
+    target = Channels(SOURCE.modalities, ("cerebral cortex",))
+    assert refit(built("isensee2017"), parts, target, seed=0).outputs == (None,)
 
 
 def test_a_network_whose_tensors_depend_on_the_number_of_inputs_by_coincidence() -> None:

@@ -83,7 +83,7 @@ def _read(case: Case, task: Task, settings: "PrepareSettings") -> tuple[dict[str
         return images, None
     label = read_labels(case.label)
     check_grid(case.label, label, first_path, first)
-    return images, Volume(task.read_labels(label.data, case.label), first.affine)
+    return images, Volume(task.read_labels(label.data, case.label, case.numbers), first.affine)
 
 
 def _read_images(case: Case, task: Task, settings: "PrepareSettings") -> dict[str, Volume]:

@@ -1,55 +1,24 @@
-"""What the names of labels mean, so that a data set whose names contradict a task is refused.
+"""Whether the names of a data set's labels contradict a task.
 
-Known are the tissues of a brain tumour and the fourteen structures, under their usual names. A name that
-nobody knows contradicts nothing, unless a region of the task has it.
+A name that nobody knows contradicts nothing, unless a region of the task has it.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 
-from timm_ext.data.tasks import CLASSES, FREESURFER_TO_CLASS, Region, Task
+from timm_ext.data.tasks import FREESURFER_TO_CLASS, Region, Task
 from timm_ext.errors import InputError, listed
+from timm_ext.region_names import form_of, meaning_of
 
-Meaning = frozenset[tuple[str, str]]
-"""Pairs of a structure and a side; a name without a side means both."""
-
-_SIDES = ("left", "right")
-_WORDS = {
-    "lh": "left", "rh": "right", "l": "left", "r": "right", "grey": "gray", "gm": "gray matter",
-    "wm": "white matter", "cerebellar": "cerebellum", "cerebrum": "cerebral", "ventricles": "ventricle",
-    "ncr": "necrosis", "necrotic": "necrosis", "net": "non enhancing", "netc": "non enhancing",
-    "nonenhancing": "non enhancing", "nonenhanced": "non enhancing", "unenhanced": "non enhancing",
-    "ed": "edema", "edematous": "edema", "snfh": "edema", "flair": "edema", "ce": "enhancing",
-    "et": "enhancing", "enhanced": "enhancing", "enhancement": "enhancing", "tumors": "tumor",
-    "ödem": "edema", "odem": "edema", "odema": "edema",
-    "wt": "whole tumor", "tc": "tumor core", "rc": "cavity", "complete": "whole", "entire": "whole",
-}  # fmt: skip
-_CORE, _EDEMA, _ENHANCING, _CAVITY = "necrotic core", "oedema", "enhancing tumour", "resection cavity"
-_SYNONYMS: dict[int, tuple[str, ...]] = {
-    1: ("cerebellum gray matter", "cerebellum cortex"),
-    2: ("cerebral gray matter", "cerebral cortex", "cortex", "cortical gray matter", "gray matter",
-        "accumbens", "accumbens area", "nucleus accumbens", "ctx", "isocortex", "neocortex"),
-    3: ("thalamus", "thalamus proper", "thalami"),
-    4: ("amygdala", "choroid plexus", "amygdalae"),
-    5: ("caudate", "caudate nucleus", "nucleus caudatus"),
-    6: ("pallidum", "globus pallidus"),
-    7: ("csf", "cerebrospinal fluid"),
-    8: ("cerebellum white matter",),
-    9: ("cerebral white matter", "white matter", "subcortical white matter"),
-    10: ("hippocampus", "hippocampi"),
-    11: ("ventricle", "lateral ventricle", "inf lat vent", "inferior lateral ventricle", "3rd ventricle",
-         "third ventricle", "4th ventricle", "fourth ventricle", "5th ventricle", "fifth ventricle"),
-    12: ("putamen", "putamina"),
-    13: ("ventral dc", "ventraldc", "ventral diencephalon"),
-    14: ("brainstem", "brain stem"),
-}  # fmt: skip
-_STRUCTURES = {name: CLASSES[number] for number, names in _SYNONYMS.items() for name in names}
+_BACKGROUND = {"background", "bg"}
+_TUMOR = {"tumor", "brain tumor", "glioma"}
 
 
 def check_label_names(
     names: Mapping[str, tuple[int, ...]], task: Task, where: object, remedy: str = ""
 ) -> None:
     """Refuse a data set whose names of label numbers contradict what a task takes the numbers for.
+
+    Names are read in the numbering in which the files are (`Task.in_freesurfer`).
 
     Args:
         names: the numbers by name; several numbers are a region.
@@ -60,36 +29,58 @@ def check_label_names(
     Raises:
         InputError: a name contradicts the task; the label, its name and the task's meaning are told.
     """
-    clashes = list(_clashes(names, task))
-    if clashes and task.freesurfer and not list(_clashes(_in_classes(names), task)):
+    named = {number for numbers in names.values() for number in numbers}
+    freesurfer = task.in_freesurfer(named)
+    clashes = list(_clashes(_in_classes(names) if freesurfer else names, task))
+    if not clashes:
         return
-    if clashes:
-        more = f" (and {len(clashes) - 1} more such labels)" if len(clashes) > 1 else ""
-        raise InputError(f"{where}: {clashes[0]}{more}{remedy}")
+    name, meant = clashes[0]
+    more = f" (and {len(clashes) - 1} more such labels)" if len(clashes) > 1 else ""
+    hint = ""
+    if task.freesurfer and not freesurfer and not list(_clashes(_in_classes(names), task)):
+        hint = " (these are FreeSurfer's numbers, which are known by label 41 or 42 among them)"
+    raise InputError(
+        f"{where}: {_called(names[name], name)}, but task {task.name} {meant}{more}{hint}{remedy}"
+    )
 
 
-def _clashes(names: Mapping[str, tuple[int, ...]], task: Task) -> Iterator[str]:
+def _clashes(names: Mapping[str, tuple[int, ...]], task: Task) -> Iterator[tuple[str, str]]:
+    """Yield the names that contradict a task, each with what the task says instead."""
     used = {number for numbers in names.values() for number in numbers if number}
     for name, numbers in names.items():
         labels = {number for number in numbers if number}
         same = _same(name, task)
-        if not labels:
-            continue
-        if same and len(labels) > 1:
+        if 0 in numbers and (same or _is_part(name, task)):
+            yield name, "takes 0 for the background"
+        elif same and len(labels) > 1:
             if not any(labels == set(region.labels) & used for region in same):
-                yield _told(labels, name, task, same[0])
+                yield name, f"expects in {same[0].name} the labels {_numbers(same[0].labels)}"
         elif same:
             if not any(labels <= set(_own_labels(region, task)) for region in same):
-                yield _told(labels, name, task)
-        elif not all(_agrees(labels, name, region, used) for region in task.regions):
-            yield _told(labels, name, task)
+                yield name, _taken(labels, task)
+        elif labels and not _fits(labels, name, task, used):
+            yield name, _taken(labels, task)
 
 
 def _same(name: str, task: Task) -> list[Region]:
     """Return the regions of this name, else those of the same meaning."""
-    exact = [region for region in task.regions if _plain(region.name) == _plain(name)]
+    exact = [region for region in task.regions if form_of(region.name) == form_of(name)]
     meaning = meaning_of(name)
     return exact or [region for region in task.regions if meaning and meaning_of(region.name) == meaning]
+
+
+def _is_part(name: str, task: Task) -> bool:
+    return any(meaning_of(name) & meaning_of(region.name) for region in task.regions)
+
+
+def _fits(labels: set[int], name: str, task: Task, used: set[int]) -> bool:
+    """Whether labels may have a name that no region has."""
+    if form_of(name) in _BACKGROUND:
+        return not any(labels & set(region.labels) for region in task.regions)
+    tissues = [set(region.labels) for region in task.regions if meaning_of(region.name)]
+    if form_of(name) in _TUMOR and len(tissues) > 1:
+        return len(labels) > 1 and labels == set().union(*tissues) & used
+    return all(_agrees(labels, name, region, used) for region in task.regions)
 
 
 def _agrees(labels: set[int], name: str, region: Region, used: set[int]) -> bool:
@@ -112,15 +103,15 @@ def _own_labels(region: Region, task: Task) -> tuple[int, ...]:
     return tuple(number for number in region.labels if number not in inner) or region.labels
 
 
-def _told(labels: set[int], name: str, task: Task, instead: Region | None = None) -> str:
-    several = len(labels) > 1
-    what = f"labels {_numbers(labels)} are" if several else f"label {_numbers(labels)} is"
-    if instead is not None:
-        meant = f"expects in {instead.name} the labels {_numbers(instead.labels)}"
-    else:
-        holding = [region.name for region in task.regions if labels & set(region.labels)]
-        meant = f"takes {'them' if several else 'it'} for {listed(holding) or 'no region'}"
-    return f"{what} called {name!r} there, but task {task.name} {meant}"
+def _called(numbers: tuple[int, ...], name: str) -> str:
+    labels = {number for number in numbers if number} or {0}
+    what = f"labels {_numbers(labels)} are" if len(labels) > 1 else f"label {_numbers(labels)} is"
+    return f"{what} called {name!r} there"
+
+
+def _taken(labels: set[int], task: Task) -> str:
+    holding = [region.name for region in task.regions if labels & set(region.labels)]
+    return f"takes {'them' if len(labels) > 1 else 'it'} for {listed(holding) or 'no region'}"
 
 
 def _numbers(values: set[int] | tuple[int, ...]) -> str:
@@ -133,40 +124,3 @@ def _in_classes(names: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ..
         name: tuple(sorted({FREESURFER_TO_CLASS.get(number, 0) for number in numbers}))
         for name, numbers in names.items()
     }
-
-
-def meaning_of(name: str) -> Meaning:
-    """Return the structures that a name means; empty where nobody knows it.
-
-    The enhancing tumour, for example, is also ET, contrast-enhancing tumor, AT; oedema is also edema, ED,
-    SNFH (surrounding non-enhancing FLAIR hyperintensity).
-    """
-    words = _plain(name).split()
-    sides = [side for side in _SIDES if side in words]
-    rest = [word for word in words if word not in _SIDES]
-    found = _tissues(rest) or {_STRUCTURES[text] for text in (" ".join(rest),) if text in _STRUCTURES}
-    return frozenset((structure, side) for structure in found for side in sides or _SIDES)
-
-
-def _tissues(words: list[str]) -> set[str]:
-    """Return the tissues of a brain tumour that some words name."""
-    text = " ".join(words)
-    if {"whole", "tumor"} <= set(words):
-        return {_CORE, _EDEMA, _ENHANCING}
-    if text in ("at", "active tumor"):
-        return {_ENHANCING}
-    found = {_EDEMA} if "edema" in words else set()
-    found |= {_CAVITY} if "cavity" in words else set()
-    spared = re.sub(r"\bnon (contrast )?enhancing\b", "spared", text).split()
-    found |= {_ENHANCING} if "enhancing" in spared else set()
-    found |= {_CORE} if "necrosis" in words or ("spared" in spared and _EDEMA not in found) else set()
-    core = {"tumor", "core"} <= set(words) or words == ["core"]
-    return found or ({_CORE, _ENHANCING} if core else set())
-
-
-def _plain(name: str) -> str:
-    """Return the words of a name in one spelling."""
-    text = name.lower().replace("oedema", "edema").replace("tumour", "tumor").replace("haem", "hem")
-    text = re.sub(r"non[\W_]*(contrast[\W_]*)?enhanc", "non enhanc", text)
-    words = re.findall(r"[^\W_]+", text)
-    return " ".join(_WORDS.get(word, word) for word in words)

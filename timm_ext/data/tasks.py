@@ -132,22 +132,34 @@ class Task:
             pairs.extend([(index, own[0])] if own else [])
         return tuple(pairs)
 
-    def read_labels(self, values: npt.NDArray[Any], where: object) -> Labels:
+    def in_freesurfer(self, numbers: Iterable[int]) -> bool:
+        """Whether label numbers are FreeSurfer's, which are turned into the fourteen classes."""
+        seen = set(numbers)
+        return self.freesurfer and bool(seen & _FREESURFER_RIGHT_CEREBRUM) and not seen <= self.labels
+
+    def read_labels(self, values: npt.NDArray[Any], where: object, declared: Iterable[int] = ()) -> Labels:
         """Check a label volume against the task and turn it into uint8.
 
         Args:
             values: `[D, H, W]` whole numbers as stored in the file.
             where: the file, for the message.
+            declared: numbers that its data set says it uses; all its files are in one numbering.
 
         Returns:
             `[D, H, W]` uint8 with numbers out of `labels`.
 
         Raises:
-            InputError: a label outside the task's set, or two numbers of an exclusive group, with the values.
+            InputError: a label outside the task's set, two numbers of an exclusive group, or a file that does
+                not show that it is in its data set's FreeSurfer numbers, with the values.
         """
         present = {int(value) for value in np.unique(values)}
-        if self.freesurfer and present & _FREESURFER_RIGHT_CEREBRUM and not present <= self.labels:
+        if self.in_freesurfer(present):
             return freesurfer_classes(values)
+        if self.in_freesurfer(declared) and present != {0}:
+            raise InputError(
+                f"{where}: expected label 41 or 42 in it, by which FreeSurfer's numbers are known: its data "
+                f"set names labels in them (got {_short(sorted(present))})"
+            )
         self.check_labels(present, where)
         return values.astype(np.uint8)
 

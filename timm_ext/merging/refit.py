@@ -10,6 +10,7 @@ from timm_ext.errors import InputError, listed
 from timm_ext.merging.modalities import same_modality, source_channels
 from timm_ext.networks.registry import build_network, channel_axes_of, config_of
 from timm_ext.parameters import named_parameters
+from timm_ext.region_names import matching
 
 Places = tuple[int | None, ...]  # for each channel of the new network that of the old one, None for its own
 
@@ -82,9 +83,7 @@ def refit(
     config = config_of(model)
     _check_counts(config, source)
     inputs = source_channels(source.modalities, target.modalities, unseen)
-    outputs = tuple(
-        source.regions.index(region) if region in source.regions else None for region in target.regions
-    )
+    outputs = matching(source.regions, target.regions)
     if _as_before(inputs, source.modalities) and _as_before(outputs, source.regions):
         return Refit(model, source, target, inputs, outputs)
     network = build_network(
