@@ -51,6 +51,28 @@ def test_output_that_cannot_be_written(place, tmp_path, capsys, command):
     assert "cannot be written" in failure(capsys, arguments[command])
 
 
+@pytest.mark.parametrize(
+    "command", ["train", "adapt", "predict", "evaluate", "prepare", "phantom", "demo", "study"]
+)
+def test_a_file_where_a_folder_is_meant(place, tmp_path, capsys, command):
+    file = tmp_path / "h1.safetensors"
+    file.write_bytes(b"kept")
+    cases = place / "tumours"
+    arguments = {
+        "train": ["train", cases, "--out", file, *NETWORK, *TRAIN],
+        "adapt": ["adapt", *sources(place), *fishers(place), "--data", cases, "--out", file, *TRAIN],
+        "predict": ["predict", sources(place)[0], place / "brains", "--out", file],
+        "evaluate": ["evaluate", cases, cases, "--out", file],
+        "prepare": ["prepare", cases, "--cache", file],
+        "phantom": ["phantom", file, "--count", "1"],
+        "demo": ["demo", "--quick", "--out", file],
+        "study": ["study", "small", "--out", file],
+    }[command]
+    option = {"prepare": "--cache", "phantom": "OUT"}.get(command, "--out")
+    assert f"{option}: expected a folder (got the file {file})" in failure(capsys, arguments)
+    assert file.read_bytes() == b"kept"
+
+
 def limited(arguments, size):
     """Run a command in a process whose files cannot grow beyond `size` bytes, as on a full disk."""
     code = "import sys; from timm_ext.cli import run; sys.exit(run(sys.argv[1:]))"

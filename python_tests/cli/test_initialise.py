@@ -191,7 +191,17 @@ def test_fisher_of_another_network(place, tmp_path, capsys):
 
 def test_merge_without_fishers_or_with_a_learning_method(place, tmp_path, capsys):
     out = tmp_path / "init.safetensors"
-    assert "a Fisher for each" in failure(capsys, ["merge", *sources(place), "--out", out])
+    error = failure(capsys, ["merge", *sources(place), "--out", out])
+    assert "mode-imm: expected a Fisher for each source network, by --fisher FILE" in error
+    assert "timm-ext fisher NETWORK CASES --out FILE" in error
+    adapt = ["adapt", *sources(place), "--data", tmp_path / "none", "--out", tmp_path / "run"]
+    assert "t-imm: expected a Fisher for each source network, by --fisher FILE" in failure(capsys, adapt)
+    other = save_source(
+        tmp_path / "wide.safetensors", "parcellation-8-14", seed=2, options={**SMALL, "base_filters": 3}
+    )
+    error = failure(capsys, ["merge", sources(place)[0], other, "--out", out])
+    assert "expected the same tensors" in error
+    assert "Fisher" not in error
     assert "use timm-ext adapt" in failure(
         capsys, ["merge", *sources(place), "--method", "t-imm", "--out", out]
     )

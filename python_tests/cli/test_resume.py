@@ -6,7 +6,7 @@ import shutil
 import nibabel as nib
 import numpy as np
 import pytest
-from cli_cases import NETWORK, TRAIN, failure, save_source
+from cli_cases import NETWORK, TRAIN, failure, fishers, save_source, sources
 from safetensors.torch import load_file
 
 from timm_ext.cli import run
@@ -27,6 +27,21 @@ def begun(place, tmp_path):
     out = tmp_path / "run"
     assert run(train(cases, out)) == 0
     return cases, out
+
+
+@pytest.mark.parametrize("command", ["train", "adapt"])
+def test_a_folder_with_a_run_is_refused_before_any_case_is_read(place, tmp_path, capsys, command):
+    (tmp_path / "run" / "training").mkdir(parents=True)
+    (tmp_path / "run" / "training" / "state.pt").write_bytes(b"")
+    cases, out = tmp_path / "none", ["--out", tmp_path / "run"]
+    arguments = {
+        "train": ["train", cases, *out, *NETWORK, *PLAIN],
+        "adapt": ["adapt", *sources(place), *fishers(place), "--data", cases, *out, *PLAIN],
+    }[command]
+    error = failure(capsys, arguments)
+    assert "training: expected a folder without a run" in error
+    assert "--resume" in error
+    assert "no such file" in failure(capsys, [*arguments, "--resume"])
 
 
 def test_other_scans_of_equal_number_are_named(begun, capsys):

@@ -122,7 +122,8 @@ def test_names_come_from_the_files_and_stay_distinct(files, tmp_path):
 
 def test_wrong_fishers(files):
     models, fishers = files
-    with pytest.raises(InputError, match=r"expected one for each of 2 networks \(got 1\)"):
+    named = r"expected one for each of 2 networks, by --fisher FILE in their order \(got 1\)"
+    with pytest.raises(InputError, match=named):
         load_sources(models, fishers[:1])
     with pytest.raises(InputError, match="that of another network"):
         load_sources(models, fishers[::-1])

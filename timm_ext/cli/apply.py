@@ -11,7 +11,7 @@ from timm_ext.cli.common import (
     Overrides,
     TaskOfNetwork,
     TaskOption,
-    check_output,
+    check_folder,
     note_settings,
     task_of,
     tell_notes,
@@ -71,7 +71,7 @@ def predict(
     from timm_ext.networks.io import load_network
     from timm_ext.networks.registry import config_of
 
-    check_output(out / "settings.yaml")
+    check_folder(out)
     model, checkpoint = load_network(network)
     tell_notes(network, checkpoint.notes)
     chosen = task_of(task, checkpoint)
@@ -127,11 +127,10 @@ def evaluate(
     Example: `timm-ext evaluate predicted/ BraTS2021/ --task brats --out scores`
     """
     from timm_ext.data.tasks import get_task
-    from timm_ext.metrics import JSON_NAME
 
     chosen = get_task(task)
     if out is not None:
-        check_output(out / JSON_NAME)
+        check_folder(out)
     evaluation = _evaluate(predictions, truth, chosen, out)
     if evaluation.left_out:
         say(f"left out, no label maps of these cases: {listed(p.name for p in evaluation.left_out)}")

@@ -165,6 +165,28 @@ def check_output(path: Path) -> None:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from error
 
 
+def check_folder(path: Path, option: str = "--out") -> None:
+    """Refuse a folder of outputs that is a file or cannot be written, before any work is done for it.
+
+    Raises:
+        InputError: as said.
+    """
+    refuse_file(path, option)
+    check_output(path / NETWORK_NAME)
+
+
+def refuse_file(path: Path, option: str = "--out") -> None:
+    """Refuse a file where a folder is meant.
+
+    Raises:
+        InputError: as said.
+    """
+    from timm_ext.errors import InputError
+
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{option}: expected a folder (got the file {path})")
+
+
 def hold_output(path: Path, *, folder: bool, inputs: Iterable[Path] = ()) -> None:
     """Refuse an output that cannot be written or that another process makes, and keep others off it.
 
@@ -178,7 +200,10 @@ def hold_output(path: Path, *, folder: bool, inputs: Iterable[Path] = ()) -> Non
     """
     result = path / NETWORK_NAME if folder else path
     check_outputs([result], inputs)
-    check_output(result)
+    if folder:
+        check_folder(path)
+    else:
+        check_output(result)
     if is_first_of_launched():  # the processes of one run share its output
         hold(folder_lock(path) if folder else output_lock(path))
 

@@ -12,7 +12,9 @@ from timm_ext.cli.common import (
     Overrides,
     TaskOption,
     Workers,
+    check_folder,
     note_settings,
+    refuse_file,
     settings_from,
 )
 from timm_ext.cli.planned import with_spacing
@@ -46,6 +48,7 @@ def phantom(
     from timm_ext.data.generate import PHANTOM, GenerateSettings, generate_cases
 
     source = PHANTOM if label_maps is None else str(label_maps)
+    refuse_file(out, "OUT")
     settings = GenerateSettings(source=source, task=task, seed=seed, spacing=spacing, size=size)
     with make_progress() as bar:
         row = bar.add_task("Drawing cases", total=count)
@@ -71,6 +74,7 @@ def prepare(
     from timm_ext.data.prepare import prepare_cases
     from timm_ext.data.tasks import get_task
 
+    check_folder(cache, "--cache")
     settings = settings_from(config, overrides)
     chosen = get_task(task)
     every = read_cases(cases, chosen)

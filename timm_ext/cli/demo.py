@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from timm_ext.bounds import MOST_WORKERS
+from timm_ext.cli.common import refuse_file
 
 
 def demo(
@@ -40,4 +41,5 @@ def demo(
     """
     from timm_ext.study.demo import demo_settings, run_demo
 
+    refuse_file(out)
     run_demo(out, demo_settings(seeds=seeds, label_maps=label_maps, quick=quick), workers=workers)

@@ -191,6 +191,7 @@ def adapt(
     from timm_ext.networks.registry import config_of
     from timm_ext.study.sources import load_sources, network_of, start_from
     from timm_ext.training.device import check_precision
+    from timm_ext.training.state import refuse_begun
 
     hold_output(out, folder=True, inputs=[*networks, *(fishers or ())])
     wanted = get_method(method)
@@ -201,6 +202,8 @@ def adapt(
     check_precision(settings.train)
     settings.train.refuse_ties("timm-ext adapt")
     settings.adapt.of(wanted)
+    if not resume:
+        refuse_begun(out / "training")
     sources = load_sources(networks, fishers or ())
     chosen = get_task(task)
     target = network_of(sources, chosen, settings.merge.seed)

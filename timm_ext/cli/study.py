@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from timm_ext.bounds import MOST_WORKERS
+from timm_ext.cli.common import refuse_file
 
 
 def study(
@@ -60,6 +61,7 @@ def study(
         )
     if os.environ.get("RANK", "0") != "0":
         return  # the first process runs a worker for each of torchrun's
+    refuse_file(out)
     given = [f"source={real_path(label_maps)}"] if label_maps is not None else []
     settings = load_settings(StudySettings, find_plan(plan), [*given, *(overrides or ())])
     run_study(settings, out, workers=workers, retry=retry, dry_run=dry_run)

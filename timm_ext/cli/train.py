@@ -82,6 +82,7 @@ def train(
     from timm_ext.study.sources import new_network
     from timm_ext.training.device import check_precision
     from timm_ext.training.stages import fine_tune
+    from timm_ext.training.state import refuse_begun
 
     hold_output(out, folder=True, inputs=[init] if init is not None else [])
     start, checkpoint = load_network(init) if init is not None else (None, None)
@@ -91,6 +92,8 @@ def train(
     settings = settings_from(config, overrides, checkpoint)
     settings = as_before(settings, out) if resume else settings
     check_precision(settings.train)
+    if not resume:
+        refuse_begun(out / "training")
     if start is not None and checkpoint is not None:
         start = fitted(start, checkpoint, chosen, settings)
         settings = with_network(settings, config_of(start), init)

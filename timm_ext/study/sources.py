@@ -178,7 +178,10 @@ def load_sources(
             network.
     """
     if fishers and len(fishers) != len(paths):
-        raise InputError(f"fishers: expected one for each of {len(paths)} networks (got {len(fishers)})")
+        raise InputError(
+            f"fishers: expected one for each of {len(paths)} networks, by --fisher FILE in their order (got "
+            f"{len(fishers)})"
+        )
     loaded = [load_network(path) for path in paths]
     tasks = []
     for path, (_, checkpoint) in zip(paths, loaded, strict=True):
@@ -239,7 +242,11 @@ def start_from(
     method = get_method(method) if isinstance(method, str) else method
     split = split_by(target, method, recipe)
     if method.needs_fisher and sources is not None and sources.fishers is None:
-        raise InputError(f"{method.name}: expected a Fisher for each source network (got none)")
+        sources.bank(target, task, split, unseen=recipe.unseen)  # networks that differ need no Fishers
+        raise InputError(
+            f"{method.name}: expected a Fisher for each source network, by --fisher FILE in their order (got "
+            "none); timm-ext fisher NETWORK CASES --out FILE estimates one"
+        )
     bank = None
     if sources is not None and method.models:
         sources = in_order(sources, method, recipe)

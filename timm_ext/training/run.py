@@ -46,6 +46,7 @@ from timm_ext.training.state import (
     check_tensors,
     frozen_digest,
     load_state,
+    refuse_begun,
     restore_weights,
     save_state,
     weights_of,
@@ -107,12 +108,9 @@ class Run:
 
     def start(self, resume: bool) -> None:
         """Open the folder, and go on from its state if there is one."""
-        exists = self.state_path.exists()
-        if exists and not resume:
-            raise InputError(
-                f"{self.state_path.parent}: expected a folder without a run; resume it or choose another"
-            )
-        saved = self._load() if exists else None
+        if not resume:
+            refuse_begun(self.state_path.parent)
+        saved = self._load() if self.state_path.exists() else None
         if self.fabric.is_global_zero:
             remove_stale_partials(self.state_path.parent)
             write_json(self.state_path.with_name(SETTINGS_NAME), self.settings.to_dict())

@@ -20,6 +20,19 @@ _END = struct.Struct("<4s16xH")  # a zip's last record: its mark, eight fields, 
 _MARK = b"PK\x05\x06"
 
 
+def refuse_begun(run_dir: Path) -> None:
+    """Refuse a folder that holds a run already.
+
+    Raises:
+        InputError: as said, with the ways out of it.
+    """
+    if (run_dir / STATE_NAME).exists():
+        raise InputError(
+            f"{run_dir}: expected a folder without a run (got one that was begun); go on with it by "
+            "--resume, or choose another folder"
+        )
+
+
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write a state atomically, with a digest of all its bytes.
 
