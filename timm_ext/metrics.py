@@ -8,7 +8,7 @@ Summaries take the mean of HD95 over the cases where it is defined and say how m
 import csv
 import statistics
 import warnings
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,11 @@ def evaluate_files(prediction: Path | str, truth: Path | str, task: Task) -> Sco
 
 
 def evaluate_pairs(
-    pairs: Mapping[str, tuple[Path | str, Path | str]], task: Task, out_dir: Path | str | None = None
+    pairs: Mapping[str, tuple[Path | str, Path | str]],
+    task: Task,
+    out_dir: Path | str | None = None,
+    *,
+    declared: Collection[int] = (),
 ) -> Evaluation:
     """Score label files case by case, and summarise.
 
@@ -112,6 +116,7 @@ def evaluate_pairs(
         task: names the regions.
         out_dir: receives `metrics.json` (cases and summary) and `metrics.csv` (a row per case and region);
             None writes nothing.
+        declared: label numbers that the data set of the truths says it uses, as for `Task.read_labels`.
 
     Returns:
         The scores of all cases and their summary.
@@ -123,7 +128,9 @@ def evaluate_pairs(
     if not pairs:
         raise InputError("evaluation: expected at least one case (got none)")
     seen: tuple[set[int], set[int]] = set(), set()
-    cases = {case: _scored(predicted, true, task, seen) for case, (predicted, true) in pairs.items()}
+    cases = {
+        case: _scored(predicted, true, task, seen, declared) for case, (predicted, true) in pairs.items()
+    }
     for labels, what in zip(seen, ("predictions", "true label maps"), strict=True):
         task.check_exclusive(labels, f"the {what}")
     evaluation = Evaluation(cases, summarise(cases))
@@ -133,7 +140,12 @@ def evaluate_pairs(
 
 
 def evaluate_folder(
-    predictions: Path | str, truths: Path | str, task: Task, out_dir: Path | str | None = None
+    predictions: Path | str,
+    truths: Path | str,
+    task: Task,
+    out_dir: Path | str | None = None,
+    *,
+    declared: Collection[int] = (),
 ) -> Evaluation:
     """Score every label file of a folder against the file of the same name (whatever its suffix) in another.
 
@@ -142,6 +154,7 @@ def evaluate_folder(
         truths: folder of true label maps; further files there are left out.
         task: names the regions.
         out_dir: see `evaluate_pairs`.
+        declared: see `evaluate_pairs`.
 
     Returns:
         The scores of all cases and their summary.
@@ -159,7 +172,7 @@ def evaluate_folder(
             f"{truths}: expected a label file for every prediction (got none for {listed(missing)})"
         )
     pairs = {case: (path, true[case]) for case, path in wanted.items()}
-    return replace(evaluate_pairs(pairs, task, out_dir), left_out=tuple(left_out))
+    return replace(evaluate_pairs(pairs, task, out_dir, declared=declared), left_out=tuple(left_out))
 
 
 def no_label_maps(files: Mapping[str, Path], cases: Container[str]) -> list[Path]:
@@ -194,11 +207,17 @@ def summarise(cases: Mapping[str, Scores]) -> dict[str, dict[str, dict[str, floa
     }
 
 
-def _scored(prediction: Path | str, truth: Path | str, task: Task, seen: tuple[set[int], set[int]]) -> Scores:
+def _scored(
+    prediction: Path | str,
+    truth: Path | str,
+    task: Task,
+    seen: tuple[set[int], set[int]],
+    declared: Collection[int] = (),
+) -> Scores:
     """Score one file, and add the labels of prediction and truth to those seen."""
     predicted, true = read_labels(prediction), read_labels(truth)
     check_grid(prediction, predicted, truth, true)
-    maps = task.read_labels(predicted.data, prediction), task.read_labels(true.data, truth)
+    maps = task.read_labels(predicted.data, prediction), task.read_labels(true.data, truth, declared)
     for labels, data in zip(seen, maps, strict=True):
         labels.update(np.unique(data).tolist())
     return evaluate_case(*maps, task, true.spacing)

@@ -1,5 +1,6 @@
 """The label numbers of the data that a network was trained on travel with it."""
 
+import json
 import shutil
 
 import nibabel as nib
@@ -158,3 +159,25 @@ def test_a_cached_case_is_checked_against_each_task(folders, tmp_path, capsys):
     assert run(["prepare", str(folders / "three"), *cache]) == 0
     error = failure(capsys, ["prepare", folders / "three", "--task", "brats-2021", *cache])
     assert "expected the labels [0, 1, 2, 4] of task brats-2021 (got 3)" in error
+
+
+@pytest.mark.parametrize("place", ["labelsTr", "labelsTr/a.nii.gz", ""])
+def test_every_true_label_map_shows_the_freesurfer_numbers_of_its_data_set(place, tmp_path, capsys):
+    names = {"background": 0, "Left-White-Matter": 2, "Right-White-Matter": 41, "Left-Cortex": 3}
+    header = {"channel_names": {"0": "T1", "1": "T2"}, "labels": names, "file_ending": ".nii.gz"}
+    classes, codes = np.full((4, 4, 4), 9, dtype=np.uint8), np.full((4, 4, 4), 2, dtype=np.uint8)
+    predicted = tmp_path / "predicted" / "a.nii.gz"
+    files = {predicted: classes, tmp_path / "labelsTr" / "a.nii.gz": codes}
+    files |= {tmp_path / "imagesTr" / f"a_000{number}.nii.gz": classes for number in range(2)}
+    for path, array in files.items():
+        path.parent.mkdir(exist_ok=True)
+        nib.save(nib.Nifti1Image(array, np.eye(4)), path)
+    (tmp_path / "dataset.json").write_text(json.dumps(header))
+    guess = predicted if place.endswith(".gz") else predicted.parent
+    arguments = ["evaluate", str(guess), str(tmp_path / place), "--task", "parcellation"]
+    assert "a.nii.gz: expected label 41 or 42 in it" in failure(capsys, arguments)
+    codes[0] = 41
+    nib.save(nib.Nifti1Image(codes, np.eye(4)), tmp_path / "labelsTr" / "a.nii.gz")
+    assert run([*arguments, "--out", str(tmp_path / "scores")]) == 0
+    scores = json.loads((tmp_path / "scores" / "metrics.json").read_text())
+    assert scores["cases"]["a"]["cerebral white matter"]["dice"] == 1.0

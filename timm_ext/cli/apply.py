@@ -152,26 +152,27 @@ def _evaluate(predictions: Path, truth: Path, task: "Task", out: Path | None) ->
     for path in (predictions, truth):
         if not path.exists():
             raise InputError(f"{path}: no such file or folder")
-    check_names_beside(truth, task)
+    declared = check_names_beside(truth, task)
     if predictions.is_file() and truth.is_file():
-        return evaluate_pairs({stem_of(predictions): (predictions, truth)}, task, out)
+        return evaluate_pairs({stem_of(predictions): (predictions, truth)}, task, out, declared=declared)
     if predictions.is_file():
         raise InputError(f"{truth}: expected a label map to score one with (got a folder)")
     predicted = volume_files(predictions)
     if truth.is_dir() and not predicted.keys().isdisjoint(volume_files(truth)):
-        return evaluate_folder(predictions, truth, task, out)
-    true = _labels_by_case(truth, task, predicted)
+        return evaluate_folder(predictions, truth, task, out, declared=declared)
+    true = _labelled_cases(truth, task, predicted)
     if missing := [case for case in true if case not in predicted]:
         raise InputError(
             f"{predictions}: expected a label map for every case (got none for {listed(missing)})"
         )
-    pairs = {case: (predicted[case], label) for case, label in true.items()}
+    pairs = {name: (predicted[name], case.label) for name, case in true.items() if case.label is not None}
+    declared = next((case.numbers for case in true.values()), ())  # those of the data set, in every case
     left_out = tuple(path for case, path in predicted.items() if case not in true)
-    return replace(evaluate_pairs(pairs, task, out), left_out=left_out)
+    return replace(evaluate_pairs(pairs, task, out, declared=declared), left_out=left_out)
 
 
-def _labels_by_case(truth: Path, task: "Task", predicted: Iterable[str]) -> dict[str, Path]:
-    """Return the label file of each case; a folder that is no data set is told as one of label maps, too."""
+def _labelled_cases(truth: Path, task: "Task", predicted: Iterable[str]) -> dict[str, "Case"]:
+    """Return labelled cases by id; a folder that is no data set is told as one of label maps, too."""
     from timm_ext.data.layouts import read_cases
     from timm_ext.data.volume_file import volume_files
 
@@ -183,7 +184,7 @@ def _labels_by_case(truth: Path, task: "Task", predicted: Iterable[str]) -> dict
             raise
         names = f"got {listed(found)} for predictions {listed(predicted)}"
         raise InputError(f"{error}\n  or label maps named like the predictions ({names})") from error
-    return {case.id: case.label for case in cases if case.label is not None}
+    return {case.id: case for case in cases}
 
 
 def _outputs_of(scan: "Case", out: Path, probabilities: bool) -> list[Path]:

@@ -11,7 +11,16 @@ from pathlib import Path
 import numpy as np
 
 from timm_ext.data.dataset_json import HEADER_NAME, nnunet, read_header
-from timm_ext.data.entries import Entry, Image, Listing, brats, csv_list, json_list, problem_with_id
+from timm_ext.data.entries import (
+    Entry,
+    Image,
+    Listing,
+    brats,
+    csv_list,
+    json_list,
+    numbers_in,
+    problem_with_id,
+)
 from timm_ext.data.label_names import check_label_names
 from timm_ext.data.tasks import Task
 from timm_ext.errors import InputError, lines_of, printable
@@ -95,20 +104,26 @@ def read_cases(
     return sorted(cases, key=lambda case: case.id)
 
 
-def check_names_beside(labels: Path, task: Task) -> None:
+def check_names_beside(labels: Path, task: Task) -> tuple[int, ...]:
     """Check the names of labels for a folder of label maps, or one of them, that lies in a data set.
 
     Args:
         labels: a folder `labels*` beside a `dataset.json`, or a file in one; others pass.
         task: what the numbers should mean.
 
+    Returns:
+        The numbers, besides 0, that have a name.
+
     Raises:
         InputError: the names contradict the task.
     """
     folder = labels if labels.is_dir() else labels.parent
     header = folder.absolute().parent / HEADER_NAME
-    if folder.name.startswith("labels") and header.is_file():
-        _check_names(read_header(header).labels, task, header)
+    if not folder.name.startswith("labels") or not header.is_file():
+        return ()
+    names = read_header(header).labels
+    _check_names(names, task, header)
+    return numbers_in(names)
 
 
 def write_list(path: Path | str, cases: Sequence[Case]) -> None:
