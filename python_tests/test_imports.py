@@ -63,7 +63,7 @@ ALLOWED = {
     "networks": BASE | {"modes", "parameters", "metadata", "state_dicts", "checkpoint"},
     "fisher": BASE | {"ops", "layer_ops", "doubling_ops", "memory", "modes", "parameters", "checkpoint"},
     "merging": BASE
-    | {"_library", "modes", "ops", "parameters", "groups"}
+    | {"_library", "modes", "ops", "parameters", "state_dicts", "groups"}
     | {"integrity", "metadata", "checkpoint", "fisher", "networks"},
     "data": BASE,
     "metrics": BASE | {"data"},

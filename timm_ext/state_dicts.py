@@ -116,6 +116,19 @@ def without_wrappers(tensors: Mapping[str, Tensor], names: Collection[str] | Non
     return StateDict(kept, tuple(notes))
 
 
+def names_among(found: Collection[str], wanted: Collection[str]) -> dict[str, str]:
+    """Map each name to the one of `wanted` that differs from it in wrappers around parts alone, or to itself.
+
+    Where two names would become one, all stay.
+    """
+    parts = (*_PARTS, _AMBIGUOUS_PART)
+    meant = {_without_parts(name, parts): name for name in wanted}
+    known = set(wanted)
+    names = {name: name if name in known else meant.get(_without_parts(name, parts), name) for name in found}
+    apart = len(meant) == len(known) and len(set(names.values())) == len(names)
+    return names if apart else {name: name for name in found}
+
+
 def _candidates(content: Any, place: Place = ()) -> Iterator[tuple[Place, Values]]:
     """Yield mappings that hold tensors by name, each with the keys that lead to it, outer ones first."""
     if not isinstance(content, Mapping) or len(place) > _MOST_LEVELS:

@@ -14,6 +14,7 @@ from timm_ext.documents import validated
 from timm_ext.errors import InputError, lines_of, listed, shown
 from timm_ext.merging.buffers import Buffers
 from timm_ext.parameters import Entry, Layout, compatibility_report
+from timm_ext.state_dicts import names_among
 
 if TYPE_CHECKING:
     from timm_ext.fisher.result import Fisher
@@ -76,7 +77,8 @@ class Bank:
 
         Args:
             models: the state of each source model, or its parameters alone, by name; tensors that are neither
-                the layout's nor buffers that belong to these are ignored.
+                the layout's nor buffers that belong to these are ignored. Names may differ from the layout's
+                in wrappers of parts, such as `_orig_mod`, here and in the Fishers.
             fishers: of the same models in the same order, or None.
             layout: the shared parameters.
             normalize: None leaves the Fishers as they are; their `scaling` must then agree.
@@ -89,6 +91,7 @@ class Bank:
                 raw Fishers in float16, whose range they would leave; buffers that `Buffers.collect` refuses.
         """
         _check_arguments(models, fishers, normalize)
+        models, fishers = under_names((*layout.names, *layout.buffers), models, fishers)
         fisher_storage = _choose_storage(fisher_storage, dtype)
         _check_tensors(models, fishers or (), layout)
         buffers = Buffers.collect(models, layout.buffers)
@@ -191,6 +194,31 @@ class _About:
             axes = [axis for axis in (entry.out_dim, entry.in_dim) if axis is not None]
             if min(entry.shape, default=1) < 0 or not all(0 <= axis < len(entry.shape) for axis in axes):
                 raise ValueError(f"expected a shape and its axes for {shown(entry.name)} (got {entry.shape})")
+
+
+def under_names(
+    names: Sequence[str],
+    models: Mapping[str, Mapping[str, Tensor]],
+    fishers: "Sequence[Fisher] | None",
+) -> "tuple[dict[str, dict[str, Tensor]], list[Fisher] | None]":
+    """Give models and Fishers the names of a network, whichever parts are wrapped in it or in theirs."""
+    renamed = {model: _under(names, tensors) for model, tensors in models.items()}
+    return renamed, None if fishers is None else [_fisher_under(names, fisher) for fisher in fishers]
+
+
+def _under(names: Sequence[str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    renamed = names_among(tensors, names)
+    return {renamed[name]: tensor for name, tensor in tensors.items()}
+
+
+def _fisher_under(names: Sequence[str], fisher: "Fisher") -> "Fisher":
+    renamed = names_among(fisher.tensors, names)
+    if all(old == new for old, new in renamed.items()):
+        return fisher
+    zero, unused = (
+        tuple(renamed[name] for name in group if name in renamed) for group in (fisher.zero, fisher.unused)
+    )
+    return replace(fisher, tensors=_under(names, fisher.tensors), zero=zero, unused=unused)
 
 
 def _check_rows(names: Sequence[str], tensors: Mapping[str, Tensor], elements: int, path: Path | str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from timm_ext.errors import InputError
 from timm_ext.groups import Granularity
-from timm_ext.merging.bank import Bank, FisherStorage, Normalization
+from timm_ext.merging.bank import Bank, FisherStorage, Normalization, under_names
 from timm_ext.merging.buffers import check_buffers, set_buffers
 from timm_ext.merging.merged_model import MergedModel
 from timm_ext.merging.methods import Method, get_method
@@ -57,6 +57,8 @@ def assemble_bank(
     """
     layout = Layout.from_model(network, split.shared)
     parameters = parameter_aliases(network)
+    buffers = (name for name, _ in network.named_buffers(remove_duplicate=False))
+    models, fishers = under_names((*parameters, *buffers), models, fishers)
     own_buffers = [name for name in network.state_dict() if name not in {*parameters, *layout.buffers}]
     check_compatible(models, ignore=(*split.specific, *input_layers, *own_buffers))
     if len(source_modalities) != len(models):
