@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -245,6 +246,68 @@ def test_tensors_that_do_not_fit_are_explained_and_few_are_listed(
 def test_contents_without_one_network_are_refused(tmp_path: Path, content: object, message: str) -> None:
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(InputError, match=message):
+        load_checkpoint(tmp_path / "x.pt")
+
+
+def other(state: State) -> State:
+    return {name: tensor + 1 for name, tensor in state.items()}
+
+
+SEVERAL: dict[str, Callable[[State, State], object]] = {
+    "A, B": lambda s, t: {"A": s, "B": t},
+    "last, best": lambda s, t: {"last": s, "best": t},
+    "a.b, a.b": lambda s, t: {"a.b": s, "a": {"b": t}},
+    "previous.state_dict, current.state_dict": lambda s, t: {
+        "previous": {"state_dict": s},
+        "current": {"state_dict": t},
+    },
+    "model, best_model": lambda s, t: {"model": s, "best_model": t, "epoch": 3},
+    "semantic, instance": lambda s, t: {"semantic": s, "instance": t},
+    "online, target": lambda s, t: {"online": s, "target": t},
+    "ema, swa": lambda s, t: {"ema": s, "swa": t},
+    "net1., net2.": lambda s, t: {"state_dict": under("net1.", s) | under("net2.", t)},
+    "online., target.": lambda s, t: under("online.", s) | under("target.", t),
+    "model., no prefix": lambda s, t: under("model.", s) | t,
+}
+
+
+@pytest.mark.parametrize("sets", SEVERAL)
+def test_of_several_sets_of_one_network_none_is_taken_unless_they_are_equal(
+    tmp_path: Path, sets: str
+) -> None:
+    state, network = state_of("isensee2017"), config_of("isensee2017")
+    torch.save(SEVERAL[sets](state, other(state)), tmp_path / "x.pt")
+    message = re.escape(f"x.pt: expected the tensors of one network (got several sets: {sets})") + "$"
+    with pytest.raises(InputError, match=message):
+        load_network(tmp_path / "x.pt", network=network)
+    with pytest.raises(InputError, match=message):
+        load_checkpoint(tmp_path / "x.pt", names=list(state))
+    torch.save(SEVERAL[sets](state, {n: t.clone() for n, t in state.items()}), tmp_path / "x.pt")
+    model, _ = load_network(tmp_path / "x.pt", network=network)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda s, t: {"ema": t, "model": s},
+        lambda s, t: {"teacher": {"state_dict": t}, "student": {"state_dict": s}},
+        lambda s, t: {"params_ema": t, "params": s},
+        lambda s, t: under("teacher.", t) | under("student.", s),
+        lambda s, t: {"online": t, "ema": s},
+    ],
+)
+def test_averaged_weights_give_way_to_others(tmp_path: Path, make: Callable[[State, State], object]) -> None:
+    state = state_of("isensee2017")
+    torch.save(make(state, other(state)), tmp_path / "x.pt")
+    model, _ = load_network(tmp_path / "x.pt", network=config_of("isensee2017"))
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())
+
+
+def test_a_usual_place_says_nothing_beside_another_set_of_the_same_names(tmp_path: Path) -> None:
+    content = {"state_dict": {"w": torch.ones(2)}, "best": {"w": torch.zeros(2)}}
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(InputError, match=r"\(got several sets: state_dict, best\)$"):
         load_checkpoint(tmp_path / "x.pt")
 
 

@@ -102,7 +102,8 @@ def load_checkpoint(
             tensors of a record are meant, and which prefix is not the network's own.
 
     Raises:
-        InputError: the file is missing, damaged or of another kind, or holds code, NaN or infinity.
+        InputError: the file is missing, damaged or of another kind, or holds code, NaN or infinity, or
+            several networks.
     """
     path = Path(path)
     check_file(path)

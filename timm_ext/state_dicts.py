@@ -5,8 +5,9 @@ front of the network's own (`module.`, `model.`). Which names are a network's ow
 where the network is: MONAI's UNet has tensors that begin with `model.` themselves.
 """
 
+import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,9 @@ _PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_f
 _AMBIGUOUS_PART = "module"  # of DataParallel around a part: networks have parts called so, too
 _FRONTS = ("module.", "ema_model.", "averaged_model.")  # what no network calls all of itself
 _NO_WEIGHTS = ("optim", "lr_sched", "sched", "callback", "loops", "hyper", "metric", "logg", "scaler", "amp")
-_AVERAGED = ("ema", "swa", "averag", "teacher")
-_BESIDE_AVERAGED = ("online",)
+# Names of averaged weights, and of the network beside them that goes on changing.
+_AVERAGED = re.compile(r"(?<![a-z])(ema|swa|averag(?:e|ed|es|ing)|teacher)(?![a-z])", re.IGNORECASE)
+_BESIDE_AVERAGED = re.compile(r"(?<![a-z])online(?![a-z])", re.IGNORECASE)
 
 Place = tuple[str, ...]
 Values = Mapping[Any, Any]
@@ -53,6 +55,8 @@ class StateDict:
 def find_state_dict(content: Any, path: Path, names: Collection[str] | None = None) -> StateDict:
     """Find the tensors of a network in what a file holds.
 
+    Of several sets of one network, averaged weights give way to others; those that are left must be equal.
+
     Args:
         content: mappings and values, as `read_torch_file` returns them.
         path: of the file, for messages.
@@ -60,7 +64,8 @@ def find_state_dict(content: Any, path: Path, names: Collection[str] | None = No
             plain values beside the tensors pass.
 
     Raises:
-        InputError: there are no tensors by name, or several sets of them, or other things among them.
+        InputError: there are no tensors by name, or several sets of them (all are listed), or other things
+            among them.
     """
     found = list(_candidates(content))
     if not found:
@@ -76,22 +81,38 @@ def find_state_dict(content: Any, path: Path, names: Collection[str] | None = No
         other = listed(key for key in tensors if key not in only)
         raise InputError(f"{path}: expected tensors by name (got something else under {other})")
     _check_dense(only, path)
-    plain = without_wrappers({name: tensor.detach() for name, tensor in only.items()}, names)
+    plain = without_wrappers({name: tensor.detach() for name, tensor in only.items()}, names, path)
     return StateDict(plain.tensors, (*where, *plain.notes, *left))
 
 
-def without_wrappers(tensors: Mapping[str, Tensor], names: Collection[str] | None = None) -> StateDict:
+def without_wrappers(
+    tensors: Mapping[str, Tensor], names: Collection[str] | None = None, path: Path | str = "tensors"
+) -> StateDict:
     """Take the names of wrappers off, whatever their order.
 
     Without `names`, only what no network is called: `module.` in front of all names, in any depth, the parts
     that compilers and shards put in, and the counter beside averaged weights. With `names`, `module` at any
     place unless some of them have it, and any prefix behind which all of them lie; tensors without that
-    prefix, such as a loss's, are left out.
+    prefix, such as a loss's, are left out. Of several such prefixes, those of averaged weights give way to
+    others; the tensors behind those that are left must be equal.
 
     Args:
         tensors: by the names in the file.
         names: of the network's tensors, each at least once.
+        path: of the file, for messages.
+
+    Raises:
+        InputError: there are other tensors of the same names behind another prefix; the prefixes are listed.
     """
+    plain, sets = _unwrapped(tensors, names)
+    _check_one(list(sets.items()), path, "no prefix")
+    return plain
+
+
+def _unwrapped(
+    tensors: Mapping[str, Tensor], names: Collection[str] | None
+) -> tuple[StateDict, dict[str, dict[str, Tensor]]]:
+    """Return tensors without wrappers, and those of the names behind each prefix that they may have."""
     wrappers = _PARTS if names is None else (*_PARTS, _AMBIGUOUS_PART)
     parts = [part for part in wrappers if not any(part in name.split(".") for name in names or ())]
     names = None if names is None else set(names)
@@ -99,12 +120,8 @@ def without_wrappers(tensors: Mapping[str, Tensor], names: Collection[str] | Non
     taken = [f"{part}." for part in parts if any(part in name.split(".") for name in tensors)]
     if len(renamed) < len(tensors):  # two names became one: these parts tell tensors apart
         renamed, taken = dict(tensors), []
-    if names is None:
-        prefix = _front_of(renamed)
-    elif all(name in renamed for name in names):
-        prefix = ""
-    else:
-        prefix = _prefix_of(renamed, names)
+    prefixes = [_front_of(renamed)] if names is None else _prefixes_of(renamed, names)
+    prefix = prefixes[0]
     kept = {n.removeprefix(prefix): t for n, t in renamed.items() if n.startswith(prefix)}
     left = [name for name in renamed if not name.startswith(prefix)]
     if names is not None and taken and not prefix:  # what lay beside the wrapper, such as a loss
@@ -113,7 +130,8 @@ def without_wrappers(tensors: Mapping[str, Tensor], names: Collection[str] | Non
         kept = {name: tensor for name, tensor in kept.items() if name not in left}
     notes = [f"{listed(map(repr, [*taken, *([prefix] if prefix else [])]))} taken off the names"]
     notes = (notes if taken or prefix else []) + ([f"left out: {listed(left)}"] if left else [])
-    return StateDict(kept, tuple(notes))
+    sets = {p: {n: renamed[p + n] for n in names or () if p + n in renamed} for p in prefixes}
+    return StateDict(kept, tuple(notes)), sets
 
 
 def names_among(found: Collection[str], wanted: Collection[str]) -> dict[str, str]:
@@ -147,17 +165,58 @@ def _is_weight(key: Any, value: Any) -> bool:
 def _choose(
     found: list[tuple[Place, Values]], content: Any, path: Path, names: Collection[str] | None
 ) -> tuple[Place, Values]:
-    usual = next((entry for entry in found if entry[0] == _usual_place(content)), None)
-    if names is not None:
-        ordered = [usual, *found] if usual else found
-        if fitting := next((entry for entry in ordered if _fits(entry[1], names)), None):
-            return fitting
-    if usual:
-        return usual
-    if len(found) > 1:
-        places = [".".join(place) or "the file itself" for place, _ in found]
-        raise InputError(f"{path}: expected the tensors of one network (got several sets: {listed(places)})")
-    return found[0]
+    """Return the set that fits the names, else the usual one; no other of its names may differ from it."""
+    sets = {place: _named(values, names) for place, values in found}
+    usual = _usual_place(content)
+    chosen = [place for place in sets if names is not None and sets[place].keys() >= set(names)]
+    if not chosen and usual in sets:
+        chosen = [place for place in sets if sets[place].keys() == sets[usual].keys()]
+    if not chosen and len(sets) > 1:
+        raise _several(path, map(".".join, sets), "the file itself")
+    labels = {place: ".".join(place) for place in chosen or sets}
+    wanted = _preferred(labels.values())
+    places = [place for place, label in labels.items() if label in wanted]
+    if len(places) > 1:
+        for place in places:
+            _check_dense(sets[place], path)
+        _check_one([(labels[place], sets[place]) for place in places], path, "the file itself")
+    place = usual if usual in places else places[0]
+    return place, dict(found)[place]
+
+
+def _named(values: Values, names: Collection[str] | None) -> dict[str, Tensor]:
+    """Return tensors of a record by names without wrappers, of known names only these."""
+    tensors = {
+        key: value for key, value in values.items() if isinstance(key, str) and isinstance(value, Tensor)
+    }
+    plain, _ = _unwrapped(tensors, names)
+    return {name: tensor for name, tensor in plain.tensors.items() if names is None or name in names}
+
+
+def _preferred(labels: Iterable[str]) -> list[str]:
+    """Leave averaged weights out where there are others; one that goes on changing beside them is none."""
+    labels = list(labels)
+    averaged = [label for label in labels if _AVERAGED.search(label)]
+    others = [label for label in labels if label not in averaged]
+    if averaged:
+        others = [label for label in others if not _BESIDE_AVERAGED.search(label)]
+    return others or averaged
+
+
+def _check_one(sets: Sequence[tuple[str, Mapping[str, Tensor]]], path: Path | str, nowhere: str) -> None:
+    """Refuse sets of tensors, by where they lie, that are not all the same."""
+    (_, first), *others = sets
+    for _, other in others:
+        if first.keys() != other.keys() or not all(
+            tensor.dtype == other[name].dtype and torch.equal(tensor, other[name])
+            for name, tensor in first.items()
+        ):
+            raise _several(path, (label for label, _ in sets), nowhere)
+
+
+def _several(path: Path | str, labels: Iterable[str], nowhere: str) -> InputError:
+    places = listed(label or nowhere for label in labels)
+    return InputError(f"{path}: expected the tensors of one network (got several sets: {places})")
 
 
 def _usual_place(content: Any) -> tuple[str, ...]:
@@ -169,14 +228,6 @@ def _usual_place(content: Any) -> tuple[str, ...]:
             break
         place, content = (*place, key), content[key]
     return place
-
-
-def _fits(values: Values, names: Collection[str]) -> bool:
-    tensors = {
-        key: value for key, value in values.items() if isinstance(key, str) and isinstance(value, Tensor)
-    }
-    kept = without_wrappers(tensors, names).tensors
-    return all(name in kept for name in names)
 
 
 def _check_dense(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -210,8 +261,8 @@ def _front_of(tensors: Mapping[str, Tensor]) -> str:
     return prefix
 
 
-def _prefix_of(tensors: Mapping[str, Tensor], names: Collection[str]) -> str:
-    """Return the prefix behind which all names lie; of several the network's own; else that of the most."""
+def _prefixes_of(tensors: Mapping[str, Tensor], names: Collection[str]) -> list[str]:
+    """Return the prefixes behind which most names lie, averages only where there is nothing else."""
     counts = Counter(
         ".".join([*parts[:cut], ""]) if cut else ""
         for parts in (name.split(".") for name in tensors)
@@ -220,10 +271,7 @@ def _prefix_of(tensors: Mapping[str, Tensor], names: Collection[str]) -> str:
     )
     most = max(counts.values(), default=0)
     best = [prefix for prefix, count in counts.items() if count == most]
-    averaged = [prefix for prefix in best if any(word in prefix for word in _AVERAGED)]
-    beside = [prefix for prefix in best if any(word in prefix for word in _BESIDE_AVERAGED)]
-    own = [prefix for prefix in best if prefix not in averaged and prefix not in beside]
-    return next(iter(own or averaged or best), "")
+    return sorted(_preferred(best), key=lambda prefix: not prefix) or [""]
 
 
 def _without_parts(name: str, parts: Collection[str]) -> str:
