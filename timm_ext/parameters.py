@@ -82,10 +82,13 @@ class Split:
     Attributes:
         shared: merged among the source models (the paper's P).
         specific: initialised anew for the target task (the paper's S).
+        transfer_norms: whether norms are merged, which norms without parameters follow, too; None where it is
+            to be seen from the shared names, as `buffer_owners` says.
     """
 
     shared: tuple[str, ...]
     specific: tuple[str, ...]
+    transfer_norms: bool | None = None
 
 
 def split_parameters(model: nn.Module, *, heads: Sequence[str], transfer_norms: bool = False) -> Split:
@@ -97,7 +100,8 @@ def split_parameters(model: nn.Module, *, heads: Sequence[str], transfer_norms: 
         model: the network.
         heads: shell patterns on parameter names, each of which must match something; one that ends in a dot,
             such as `"head*."`, stands for all parameters below.
-        transfer_norms: merge the affine parameters of instance, group, layer and batch norms, too.
+        transfer_norms: merge the affine parameters of instance, group, layer and batch norms, too, and the
+            running statistics of norms without any.
 
     Raises:
         InputError: a pattern matches nothing, or no parameter is left to share.
@@ -120,33 +124,67 @@ def split_parameters(model: nn.Module, *, heads: Sequence[str], transfer_norms: 
     return Split(
         shared=tuple(name for name in names if name not in specific),
         specific=tuple(name for name in names if name in specific),
+        transfer_norms=transfer_norms,
     )
 
 
-def buffer_owners(model: nn.Module, shared: Sequence[str]) -> dict[str, tuple[str, ...]]:
+def buffer_owners(
+    model: nn.Module, shared: Sequence[str], *, transfer_norms: bool | None = None
+) -> dict[str, tuple[str, ...]]:
     """Return the buffers that follow shared parameters, each with the names of those parameters.
 
     A buffer belongs to the parameters of its module or, if that has none, of the nearest module around it
     that has some: the running mean of a norm to the norm's weight and bias. Where these are all
     task-specific, it is, too. Buffers that are no part of the state are left out.
 
+    A norm without parameters is treated as one with them: its running statistics are task-specific unless
+    norms are transferred. Then they belong to the layer that feeds the norm, for which the module with
+    parameters of its own that is registered right before the norm is taken (where there is none, the one
+    right after it); they are task-specific where that layer is, or the module around the norm.
+
     Args:
         model: the network.
         shared: names of its shared parameters, each its parameter's first.
+        transfer_norms: whether norms without parameters are merged; None: where `shared` names a parameter
+            of another norm.
     """
     aliases = parameter_aliases(model)
     wanted = set(shared)
+    if transfer_norms is None:
+        transfer_norms = any(aliases[name] in wanted for name in _norm_parameters(model))
+    feeders = _feeders_of_plain_norms(model)
     owners = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if name in aliases or not isinstance(value, Tensor):
             continue
-        path = name.rpartition(".")[0]
+        module = path = name.rpartition(".")[0]
         while path and not any(True for _ in model.get_submodule(path).parameters()):
             path = path.rpartition(".")[0]
         inside = {first for other, first in aliases.items() if not path or other.startswith(f"{path}.")}
+        if module in feeders and inside & wanted:
+            layer = [other for other in aliases if other.rpartition(".")[0] == feeders[module]]
+            inside = {aliases[other] for other in layer} if transfer_norms else set()
         if inside & wanted:
             owners[name] = tuple(first for first in shared if first in inside)
     return owners
+
+
+def _feeders_of_plain_norms(model: nn.Module) -> dict[str, str]:
+    """Return each module that has running statistics but no parameters, with the layer that feeds it."""
+    feeders: dict[str, str] = {}
+    before: str | None = None
+    waiting: list[str] = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        if any(True for _ in module.parameters(recurse=False)):
+            before = path
+            feeders |= dict.fromkeys(waiting, path)
+            waiting = []
+        elif "running_mean" in dict(module.named_buffers(recurse=False)):
+            if before is None:
+                waiting.append(path)
+            else:
+                feeders[path] = before
+    return feeders
 
 
 def _norm_parameters(model: nn.Module) -> Iterator[str]:
@@ -209,8 +247,15 @@ class Layout:
     buffers: tuple[str, ...] = field(default=(), compare=False)
 
     @classmethod
-    def from_model(cls, model: nn.Module, names: Sequence[str]) -> "Layout":
+    def from_model(
+        cls, model: nn.Module, names: Sequence[str], *, transfer_norms: bool | None = None
+    ) -> "Layout":
         """Lay out the parameters `names` of a model, in that order, with channel axes by layer type.
+
+        Args:
+            model: the network.
+            names: of its parameters, each its parameter's first.
+            transfer_norms: whether norms without parameters are merged, see `buffer_owners`.
 
         Raises:
             InputError: a name is not a parameter of the model (or is a second name of one).
@@ -219,7 +264,7 @@ class Layout:
         if unknown := [name for name in names if name not in parameters]:
             raise InputError(f"layout: expected names of the model's parameters (got {listed(unknown)})")
         entries = tuple(_entry_of(model, name, parameters[name]) for name in names)
-        return cls(entries, tuple(buffer_owners(model, names)))
+        return cls(entries, tuple(buffer_owners(model, names, transfer_norms=transfer_norms)))
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Layout":

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from timm_ext.errors import InputError
 from timm_ext.fisher.result import Fisher, FisherKind
-from timm_ext.merging import Bank, MergedModel, align_to_first, build_initialisation, uniform_soup
+from timm_ext.merging import (
+    Bank,
+    MergedModel,
+    align_to_first,
+    assemble_bank,
+    build_initialisation,
+    uniform_soup,
+)
 from timm_ext.merging.buffers import ratios_beside, weighted_mean
 from timm_ext.merging.mixing import logits_of
 from timm_ext.networks import heads_of
@@ -96,7 +103,8 @@ def test_buffers_belong_to_the_parameters_of_their_module_or_of_the_one_around_i
     shared = split_parameters(model, heads=["head."], transfer_norms=True).shared
     owners = buffer_owners(model, shared)
     every = ("scale", "conv.weight", "conv.bias", "norm.weight", "norm.bias")
-    assert set(owners["index"]) == set(owners["plain_norm.running_var"]) == set(every)
+    assert set(owners["index"]) == set(every)
+    assert owners["plain_norm.running_var"] == ("conv.weight", "conv.bias")
     assert owners["norm.running_mean"] == ("norm.weight", "norm.bias")
     assert not [name for name in owners if name.startswith(("head", "scratch"))]
     assert "norm.running_mean" not in buffer_owners(model, ["scale", "conv.weight"])
@@ -149,11 +157,7 @@ def test_a_merged_model_folds_them_by_the_ratios_of_their_layers(granularity: st
     if granularity == "model":
         assert_mean(folded, models, alpha[0].tolist())
     else:
-        sizes = {"conv": 1, "norm": 2, "scale": 1}  # parameters of its shape around the plain norm
-        around = sum(
-            size * torch.tensor(by_layer[layer], dtype=torch.float64) for layer, size in sizes.items()
-        )
-        assert_mean(folded, models, {"norm": by_layer["norm"], "plain_norm": (around / 4).tolist()})
+        assert_mean(folded, models, {"norm": by_layer["norm"], "plain_norm": by_layer["conv"]})
 
 
 def test_ratios_per_channel_hold_for_the_statistics_of_that_channel() -> None:
@@ -216,9 +220,50 @@ def test_task_specific_norms_start_over_with_their_statistics() -> None:
     shared = split_parameters(target, heads=["head."]).shared
     states = {name: model.state_dict() for name, model in models.items()}
     bank = Bank.build(states, None, Layout.from_model(target, shared))
-    got = build_initialisation("mean-imm", target, bank)
-    assert torch.equal(got.norm.running_mean, torch.zeros(4))
-    assert torch.equal(got.norm.running_var, torch.ones(4))
+    for got in (build_initialisation("mean-imm", target, bank), MergedModel(target, bank).fold()):
+        for norm in (got.norm, got.plain_norm):
+            assert torch.equal(norm.running_mean, torch.zeros(4))
+            assert torch.equal(norm.running_var, torch.ones(4))
+            assert norm.num_batches_tracked == 0
+
+
+class PlainNorms(nn.Sequential):
+    """Norms without parameters alone: of the images, behind a convolution without a bias, behind the head."""
+
+    def __init__(self) -> None:
+        norms = [nn.BatchNorm3d(channels, affine=False) for channels in (2, 4, 2)]
+        up = nn.ConvTranspose3d(2, 4, 2, stride=2, bias=False)
+        super().__init__(norms[0], up, nn.ReLU(), norms[1], nn.Conv3d(4, 2, 1), norms[2])
+
+
+def test_norms_without_parameters_are_transferred_as_others_are() -> None:
+    torch.manual_seed(0)
+    models = {name: PlainNorms() for name in ("A", "B")}
+    for model in models.values():
+        model(images(1) * torch.rand(1))
+    states = {name: model.state_dict() for name, model in models.items()}
+    for transfer in (False, True):
+        split = split_parameters(PlainNorms(), heads=["4."], transfer_norms=transfer)
+        bank = assemble_bank(
+            PlainNorms(),
+            states,
+            None,
+            split=split,
+            source_modalities=[["T1", "T2"]] * 2,
+            target_modalities=["T1", "T2"],
+            input_layers=[],
+        )
+        merged = MergedModel(PlainNorms(), bank, granularity="filter")
+        with torch.no_grad():
+            merged.logits.copy_(logits_of(torch.rand(4, 2) + 0.1))
+        got, alpha = merged.fold().state_dict(), merged.ratios()
+        rows = torch.stack([state["3.running_mean"] for state in states.values()], dim=1)
+        first = torch.stack([state["0.running_mean"] for state in states.values()], dim=1)
+        expected = (alpha * rows).sum(1) if transfer else torch.zeros(4)
+        torch.testing.assert_close(got["3.running_mean"], expected)
+        expected = (alpha.mean(0) * first).sum(1) if transfer else torch.zeros(2)
+        torch.testing.assert_close(got["0.running_mean"], expected)
+        assert torch.equal(got["5.running_mean"], torch.zeros(2))
 
 
 Change = Callable[[dict[str, Tensor]], None]

@@ -286,7 +286,7 @@ def _tell_statistics(target: "nn.Module", start: "Start") -> None:
     from timm_ext.errors import listed
     from timm_ext.parameters import buffer_owners
 
-    merged = buffer_owners(target, start.split.shared)
+    merged = buffer_owners(target, start.split.shared, transfer_norms=start.split.transfer_norms)
     names = [name for name, _ in target.named_buffers() if name.endswith(".running_mean")]
     own = [name.rpartition(".")[0] for name in names if name not in merged]
     if own and start.method.models:

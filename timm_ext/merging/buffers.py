@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from timm_ext.checkpoint import non_finite
 from timm_ext.errors import InputError, lines_of
 from timm_ext.ops import fused_merge
-from timm_ext.parameters import Layout
+from timm_ext.parameters import Entry, Layout
 
 _COUNTER = "num_batches_tracked"
 
@@ -140,7 +140,8 @@ def ratios_beside(
     """Return the ratios of a buffer from those of the parameters it belongs to.
 
     Element by element where these have its shape, as the weight and bias of a norm have that of its running
-    mean, with the mean over them; otherwise the mean over all their elements.
+    mean, and channel by channel where they have as many output channels, as a convolution has that feeds a
+    norm, with the mean over them; otherwise the mean over all their elements.
 
     Args:
         shape: of the buffer.
@@ -155,7 +156,7 @@ def ratios_beside(
     """
     starts = dict(zip(layout.names, zip(layout.offsets, layout.entries, strict=True), strict=True))
     entries = [starts[name] for name in owners]
-    alike = [(start, entry) for start, entry in entries if entry.shape == tuple(shape)]
+    alike = [(start, entry) for start, entry in entries if _is_alike(entry, tuple(shape))]
     total = torch.zeros(1, ratios.shape[1], dtype=torch.float64)
     for start, entry in alike or entries:
         first = int(torch.searchsorted(offsets, start, right=True)) - 1
@@ -164,10 +165,23 @@ def ratios_beside(
         ends = offsets[first : last + 1].clamp(start, start + entry.numel)
         alpha = ratios[groups].double()
         if alike:
-            total = total + alpha.repeat_interleave(ends.diff(), dim=0)
+            total = total + _by_channel(alpha.repeat_interleave(ends.diff(), dim=0), entry, tuple(shape))
         else:
             total = total + (alpha * ends.diff()[:, None]).sum(dim=0)
     return total / total.sum(dim=1, keepdim=True)
+
+
+def _is_alike(entry: Entry, shape: tuple[int, ...]) -> bool:
+    """Tell whether a parameter has the shape of a buffer, or as many output channels as that has elements."""
+    return entry.shape == shape or (entry.out_dim is not None and shape == (entry.shape[entry.out_dim],))
+
+
+def _by_channel(alpha: Tensor, entry: Entry, shape: tuple[int, ...]) -> Tensor:
+    """Sum the ratios `[elements, T]` of a parameter over all but the axis that a buffer has, too."""
+    if entry.shape == shape or entry.out_dim is None:
+        return alpha
+    wide = alpha.reshape(*entry.shape, -1).movedim(entry.out_dim, 0)
+    return wide.reshape(*shape, -1, alpha.shape[1]).sum(dim=1)
 
 
 def _problems(name: str, models: Mapping[str, Mapping[str, Tensor]]) -> list[str]:

@@ -55,7 +55,7 @@ def assemble_bank(
         InputError: the networks differ in more than their task-specific tensors, all of which are listed,
             or what `match_input_channels` and `Bank.build` refuse.
     """
-    layout = Layout.from_model(network, split.shared)
+    layout = Layout.from_model(network, split.shared, transfer_norms=split.transfer_norms)
     parameters = parameter_aliases(network)
     buffers = (name for name, _ in network.named_buffers(remove_duplicate=False))
     models, fishers = under_names((*parameters, *buffers), models, fishers)

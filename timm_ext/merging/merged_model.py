@@ -116,7 +116,8 @@ class MergedModel(nn.Module):
         offset = nn.Parameter(self._like.new_zeros(bank.layout.numel)) if with_offset else None
         self.register_parameter("offset", offset)
         check_buffers(network, bank.buffers.shapes())
-        self._owners = buffer_owners(network, bank.layout.names)
+        # Which buffers are merged is for the bank to say.
+        self._owners = buffer_owners(network, bank.layout.names, transfer_norms=True)
         self._buffers_of_sources = bank.buffers
         self._merged_buffers = self._merge_buffers()
         set_buffers(self.network, self._merged_buffers)
