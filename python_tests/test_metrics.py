@@ -115,9 +115,39 @@ def test_summary_by_hand():
     assert summary["R"]["dice"] == pytest.approx(
         {"mean": 0.25, "sd": 0.125**0.5, "median": 0.25, "count": 2, "undefined": 0}
     )
-    assert summary["R"]["hd95"] == {"mean": 2.0, "sd": 0.0, "median": 2.0, "count": 1, "undefined": 1}
-    assert summary["mean"]["dice"]["mean"] == pytest.approx(2.3 / 4)
+    assert summary["R"]["hd95"] == {"mean": 2.0, "sd": None, "median": 2.0, "count": 1, "undefined": 1}
+    # The cases' means are 0.75 and 0.4 (Dice), 1 and 4 (HD95): two values differ by √2 SD.
+    assert summary["mean"]["dice"] == pytest.approx(
+        {"mean": 2.3 / 4, "sd": 0.35 / 2**0.5, "median": 0.65, "count": 4, "undefined": 0}
+    )
+    assert summary["mean"]["hd95"]["sd"] == pytest.approx(3 / 2**0.5)
     assert summary["mean"]["hd95"]["mean"] == pytest.approx(2.0)
+
+
+def test_one_case_has_no_deviation():
+    summary = summarise({"a": {"R": {"dice": 0.5, "hd95": 2.0}, "S": {"dice": 1.0, "hd95": 0.0}}})
+    assert {metric["sd"] for row in summary.values() for metric in row.values()} == {None}
+    assert summary["mean"]["dice"]["mean"] == 0.75
+
+
+def test_a_region_of_no_case_is_left_out_of_the_mean(tmp_path):
+    """A: Dice 0 in one case, empty in the other (1); B: only predicted (0), then empty; C: in no case."""
+    task = Task(
+        "three", ("T1",), (Region("A", (1,)), Region("B", (2,)), Region("C", (3,))), frozenset(range(4))
+    )
+    truths = {"a": _mask((1, 1, 1)), "b": _mask()}
+    predictions = {"a": 2 * _mask((5, 5, 5)), "b": _mask()}
+    for folder, maps in (("p", predictions), ("t", truths)):
+        (tmp_path / folder).mkdir()
+        for name, labels in maps.items():
+            _write(tmp_path / folder / f"{name}.nii", labels)
+    evaluation = evaluate_folder(tmp_path / "p", tmp_path / "t", task)
+    assert evaluation.absent == ("C",)
+    assert [score["C"]["dice"] for score in evaluation.cases.values()] == [1.0, 1.0]
+    assert evaluation.summary["C"]["dice"]["mean"] == 1.0
+    assert evaluation.summary["mean"]["dice"] == pytest.approx(
+        {"mean": 0.5, "sd": 0.5**0.5, "median": 0.5, "count": 4, "undefined": 0}
+    )
 
 
 def test_summary_without_a_defined_case():
@@ -142,6 +172,7 @@ def test_folder_is_scored_and_written(tmp_path):
         "a": {"A": {"dice": 0.0, "hd95": 4.0}},
         "b": {"A": {"dice": 0.0, "hd95": None}},
     }
+    assert evaluation.unpredicted == ("unused",)
     stored = json.loads((tmp_path / "out/metrics.json").read_text())
     assert stored["cases"] == evaluation.cases
     assert stored["summary"] == evaluation.summary

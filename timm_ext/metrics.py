@@ -2,7 +2,9 @@
 
 Conventions for empty masks: where prediction and truth are both empty, Dice is 1 and HD95 is 0 mm; where
 one of them is, Dice is 0 and HD95 is undefined: None in Python, null in JSON, an empty cell in CSV.
-Summaries take the mean of HD95 over the cases where it is defined and say how many are not.
+Summaries take the mean of HD95 over the cases where it is defined and say how many are not. A region that
+neither prediction nor truth of any case holds says nothing about a prediction: the mean over regions leaves
+it out.
 """
 
 import csv
@@ -41,13 +43,18 @@ class Evaluation:
     Attributes:
         cases: scores by case.
         summary: `{region: {"dice": {"mean", "sd", "median", "count", "undefined"}, "hd95": {...}}}`, with a
-            row `mean` over all regions and cases; null where no case is defined, `sd` 0 for a single case.
+            row `mean` over all cases and those regions that any case holds, whose `sd` is that of the cases'
+            means over regions; null where no case is defined, `sd` null for fewer than two.
         left_out: files beside the predictions that were not scored, since they are no label maps.
+        absent: regions that neither prediction nor truth of any case holds.
+        unpredicted: names of true label maps without a prediction.
     """
 
     cases: dict[str, Scores]
     summary: dict[str, dict[str, dict[str, float | None]]]
     left_out: tuple[Path, ...] = ()
+    absent: tuple[str, ...] = ()
+    unpredicted: tuple[str, ...] = ()
 
 
 def evaluate_case(
@@ -133,9 +140,10 @@ def evaluate_pairs(
     }
     for labels, what in zip(seen, ("predictions", "true label maps"), strict=True):
         task.check_exclusive(labels, f"the {what}")
-    evaluation = Evaluation(cases, summarise(cases))
+    absent = tuple(region.name for region in task.regions if seen[0].union(seen[1]).isdisjoint(region.labels))
+    evaluation = Evaluation(cases, summarise(cases, absent), absent=absent)
     if out_dir is not None:
-        _write(Path(out_dir), evaluation, task)
+        write_evaluation(out_dir, evaluation, task)
     return evaluation
 
 
@@ -151,7 +159,7 @@ def evaluate_folder(
 
     Args:
         predictions: folder of predicted label maps; see `no_label_maps` for what is left out.
-        truths: folder of true label maps; further files there are left out.
+        truths: folder of true label maps; further ones there are told as `unpredicted`.
         task: names the regions.
         out_dir: see `evaluate_pairs`.
         declared: see `evaluate_pairs`.
@@ -172,7 +180,9 @@ def evaluate_folder(
             f"{truths}: expected a label file for every prediction (got none for {listed(missing)})"
         )
     pairs = {case: (path, true[case]) for case, path in wanted.items()}
-    return replace(evaluate_pairs(pairs, task, out_dir, declared=declared), left_out=tuple(left_out))
+    unpredicted = tuple(name for name in true if name not in pairs)
+    evaluation = evaluate_pairs(pairs, task, out_dir, declared=declared)
+    return replace(evaluation, left_out=tuple(left_out), unpredicted=unpredicted)
 
 
 def no_label_maps(files: Mapping[str, Path], cases: Container[str]) -> list[Path]:
@@ -196,15 +206,62 @@ def no_label_maps(files: Mapping[str, Path], cases: Container[str]) -> list[Path
     ]
 
 
-def summarise(cases: Mapping[str, Scores]) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Return mean, standard deviation (n − 1), median and counts over cases, as `Evaluation.summary`."""
+def summarise(
+    cases: Mapping[str, Scores], absent: Container[str] = ()
+) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Return mean, standard deviation (n − 1), median and counts over cases, as `Evaluation.summary`.
+
+    Args:
+        cases: scores by case.
+        absent: regions to leave out of the row `mean`.
+    """
     regions = list(next(iter(cases.values())))
-    rows = {region: [scores[region] for scores in cases.values()] for region in regions}
-    rows["mean"] = [score for scores in rows.values() for score in scores]
-    return {
-        region: {metric: _statistics([score[metric] for score in scores]) for metric in _METRICS}
-        for region, scores in rows.items()
+    summary = {
+        region: {
+            metric: _statistics([scores[region][metric] for scores in cases.values()]) for metric in _METRICS
+        }
+        for region in regions
     }
+    present = [region for region in regions if region not in absent]
+    summary["mean"] = {metric: _over_regions(cases, present, metric) for metric in _METRICS}
+    return summary
+
+
+def _over_regions(
+    cases: Mapping[str, Scores], regions: Sequence[str], metric: str
+) -> dict[str, float | None]:
+    """Return the statistics of all regions' scores, but the standard deviation of the cases' means.
+
+    Regions of one case are not independent of each other, and differ by their size: their spread is no
+    spread between cases.
+    """
+    by_case = [[scores[region][metric] for region in regions] for scores in cases.values()]
+    means = [_statistics(values)["mean"] for values in by_case]
+    return {**_statistics([value for values in by_case for value in values]), "sd": _statistics(means)["sd"]}
+
+
+def write_evaluation(out_dir: Path | str, evaluation: Evaluation, task: Task) -> None:
+    """Write `metrics.json` (cases and summary) and `metrics.csv` (a row per case and region) into a folder.
+
+    Raises:
+        InputError: a folder that cannot be written.
+    """
+    out_dir = Path(out_dir)
+    value: dict[str, Any] = {
+        "task": task.name,
+        "units": {"dice": "1", "hd95": "mm"},
+        "cases": evaluation.cases,
+        "summary": evaluation.summary,
+    }
+    write_json(out_dir / JSON_NAME, value)
+    with (
+        atomic_write(out_dir / CSV_NAME) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["case", "region", "dice", "hd95_mm"])
+        for case, scores in evaluation.cases.items():
+            writer.writerows([case, region, score["dice"], score["hd95"]] for region, score in scores.items())
 
 
 def _scored(
@@ -276,25 +333,7 @@ def _statistics(values: Sequence[float | None]) -> dict[str, float | None]:
         return {"mean": None, "sd": None, "median": None, **known}
     return {
         "mean": statistics.fmean(defined),
-        "sd": statistics.stdev(defined) if len(defined) > 1 else 0.0,
+        "sd": statistics.stdev(defined) if len(defined) > 1 else None,
         "median": statistics.median(defined),
         **known,
     }
-
-
-def _write(out_dir: Path, evaluation: Evaluation, task: Task) -> None:
-    value: dict[str, Any] = {
-        "task": task.name,
-        "units": {"dice": "1", "hd95": "mm"},
-        "cases": evaluation.cases,
-        "summary": evaluation.summary,
-    }
-    write_json(out_dir / JSON_NAME, value)
-    with (
-        atomic_write(out_dir / CSV_NAME) as temporary,
-        open(temporary, "w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["case", "region", "dice", "hd95_mm"])
-        for case, scores in evaluation.cases.items():
-            writer.writerows([case, region, score["dice"], score["hd95"]] for region, score in scores.items())

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import nibabel as nib
+import numpy as np
 import pytest
 from cli_cases import failure, fishers, sources
 
@@ -231,3 +232,66 @@ def test_scores_and_segmentations_on_a_terminal_of_ascii(place, tmp_path):
         result = subprocess.run(program, capture_output=True, env=environment, check=False)
         assert result.returncode == 0, result.stderr.decode()
         assert result.stdout.decode("ascii")
+
+
+def saved_labels(folder, **maps):
+    """Write label maps `[4, 4, 4]` that begin with the numbers given, by case."""
+    folder.mkdir(parents=True)
+    for name, numbers in maps.items():
+        data = np.zeros((4, 4, 4), np.uint8)
+        data.flat[: len(numbers)] = numbers
+        nib.save(nib.Nifti1Image(data, np.eye(4)), folder / f"{name}.nii.gz")
+    return str(folder)
+
+
+@pytest.fixture
+def two_regions(tmp_path):
+    path = tmp_path / "two.yaml"
+    path.write_text("name: two\nmodalities: [T1]\nregions: {lesion: [1], thalamus: [2]}\n")
+    return ["--task", str(path)]
+
+
+def test_evaluate_says_what_its_table_leaves_out(tmp_path, capsys, two_regions):
+    predictions = saved_labels(tmp_path / "p", a=[1, 1], b=[])
+    truths = saved_labels(tmp_path / "t", a=[1, 1], b=[1], **{f"c{n:02}": [1] for n in range(12)})
+    assert run(["evaluate", predictions, truths, *two_regions]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    missing = ", ".join(f"c{n:02}" for n in range(10))
+    assert f"no prediction for 12 of 14 true label maps, not scored: {missing}, and 2 more" in told
+    assert "Mean ± SD over 2 cases" in told
+    assert told.count("0.500 ± 0.707") == 2  # the lesion's Dice, and the mean's without the thalamus
+    assert told.count("0.000 ± – (1 undefined)") == 2
+    assert "in no case: thalamus; left out of the mean" in told
+    assert "undefined: only prediction or only truth holds the region; left out of the mean HD95" in told
+
+
+def test_evaluate_of_one_case_has_no_deviation_and_nothing_to_say(tmp_path, capsys, two_regions):
+    truths = saved_labels(tmp_path / "t", a=[1, 2])
+    assert run(["evaluate", truths, truths, *two_regions, "--out", str(tmp_path / "s")]) == 0
+    told = capsys.readouterr().out
+    assert "Mean ± SD over 1 case" in map(str.strip, told.splitlines())
+    assert told.count("1.000 ± –") == told.count("0.000 ± –") == 3
+    assert not re.search("no prediction|in no case|undefined", told)
+    stored = json.loads((tmp_path / "s" / "metrics.json").read_text())["summary"]
+    assert {stored[region]["dice"]["sd"] for region in ("lesion", "thalamus", "mean")} == {None}
+
+
+def test_label_maps_without_any_region_of_the_task_are_refused(tmp_path, capsys, two_regions):
+    empty = saved_labels(tmp_path / "t", a=[], b=[])
+    error = failure(capsys, ["evaluate", empty, empty, *two_regions, "--out", tmp_path / "s"])
+    assert "expected a region of task two in at least one label map (got none of lesion, thalamus" in error
+    assert not list((tmp_path / "s").iterdir())
+
+
+@pytest.mark.parametrize("kept", ["network.safetensors", "settings.yaml"])  # done, or interrupted
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_the_folder_of_a_training_run_takes_no_other_results(place, tmp_path, capsys, kept, command):
+    (tmp_path / "m" / "training").mkdir(parents=True)
+    (tmp_path / "m" / kept).write_text("as it is")
+    labels = str(place / "tumours" / "case-000" / "case-000_label.nii.gz")
+    arguments = {"predict": [sources(place)[0], place / "brains"], "evaluate": [labels, labels]}[command]
+    error = failure(capsys, [command, *arguments, "--out", tmp_path / "m"])
+    assert "m: expected a folder without a training run" in error
+    assert f"(got one with {kept} and training/)" in error
+    assert {path.name for path in (tmp_path / "m").iterdir()} == {kept, "training"}
+    assert (tmp_path / "m" / kept).read_text() == "as it is"

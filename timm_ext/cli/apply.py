@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from timm_ext.cli.common import (
+    NETWORK_NAME,
     Config,
     Overrides,
     TaskOfNetwork,
@@ -16,7 +17,7 @@ from timm_ext.cli.common import (
     task_of,
     tell_notes,
 )
-from timm_ext.cli.planned import settings_of_network, tell_far_scans
+from timm_ext.cli.planned import SETTINGS_NAME, settings_of_network, tell_far_scans
 from timm_ext.cli.reckoned import within_memory
 from timm_ext.errors import InputError, listed
 from timm_ext.files import check_outputs, ending_of, stem_of
@@ -72,6 +73,7 @@ def predict(
     from timm_ext.networks.registry import config_of
 
     check_folder(out)
+    _refuse_run(out)
     model, checkpoint = load_network(network)
     tell_notes(network, checkpoint.notes)
     chosen = task_of(task, checkpoint)
@@ -123,26 +125,63 @@ def evaluate(
     """Score label maps: Dice and 95 % Hausdorff distance per region and case.
 
     Files are paired by name, whatever their endings; probabilities beside the label maps are left out.
+    Regions that no case holds, predicted or true, do not count in the mean.
 
     Example: `timm-ext evaluate predicted/ BraTS2021/ --task brats --out scores`
     """
     from timm_ext.data.tasks import get_task
+    from timm_ext.metrics import write_evaluation
 
     chosen = get_task(task)
     if out is not None:
         check_folder(out)
-    evaluation = _evaluate(predictions, truth, chosen, out)
+        _refuse_run(out)
+    evaluation = _evaluate(predictions, truth, chosen)
+    if len(evaluation.absent) == len(chosen.regions):
+        raise InputError(
+            f"{truth}: expected a region of task {chosen.name} in at least one label map (got none of "
+            f"{listed(evaluation.absent)} in any prediction or truth; is --task the right one?)"
+        )
+    if out is not None:
+        write_evaluation(out, evaluation, chosen)
+    _show(evaluation)
+
+
+def _show(evaluation: "Evaluation") -> None:
+    """Print what was left out, the table of scores, and what its words mean."""
+    count = len(evaluation.cases)
     if evaluation.left_out:
         say(f"left out, no label maps of these cases: {listed(p.name for p in evaluation.left_out)}")
+    if missing := evaluation.unpredicted:
+        total = count + len(missing)
+        say(f"no prediction for {len(missing)} of {total} true label maps, not scored: {listed(missing)}")
     rows = [
-        (region, *(_mean_sd(metrics[name]) for name in ("dice", "hd95")))
+        (region, *("–" if region in evaluation.absent else _mean_sd(metrics[m]) for m in ("dice", "hd95")))
         for region, metrics in evaluation.summary.items()
     ]
-    title = f"Mean ± SD over {len(evaluation.cases)} cases"
+    title = f"Mean ± SD over {count} {'case' if count == 1 else 'cases'}"
     show_table(make_console(), ("Region", "Dice", "HD95 (mm)"), rows, title=title)
+    if evaluation.absent:
+        say(f"in no case: {listed(evaluation.absent)}; left out of the mean")
+    if any(metrics["hd95"]["undefined"] for metrics in evaluation.summary.values()):
+        say("undefined: only prediction or only truth holds the region; left out of the mean HD95")
 
 
-def _evaluate(predictions: Path, truth: Path, task: "Task", out: Path | None) -> "Evaluation":
+def _refuse_run(out: Path) -> None:
+    """Refuse a folder whose settings and results are those of a training, finished or interrupted.
+
+    Raises:
+        InputError: the folder holds one.
+    """
+    kept = [name for name in (NETWORK_NAME, SETTINGS_NAME) if (out / name).exists()]
+    if kept and (out / "training").is_dir():
+        raise InputError(
+            f"{out}: expected a folder without a training run, whose {SETTINGS_NAME} stays as it is "
+            f"(got one with {', '.join(kept)} and training/)"
+        )
+
+
+def _evaluate(predictions: Path, truth: Path, task: "Task") -> "Evaluation":
     from dataclasses import replace
 
     from timm_ext.data.layouts import check_names_beside
@@ -154,12 +193,12 @@ def _evaluate(predictions: Path, truth: Path, task: "Task", out: Path | None) ->
             raise InputError(f"{path}: no such file or folder")
     declared = check_names_beside(truth, task)
     if predictions.is_file() and truth.is_file():
-        return evaluate_pairs({stem_of(predictions): (predictions, truth)}, task, out, declared=declared)
+        return evaluate_pairs({stem_of(predictions): (predictions, truth)}, task, declared=declared)
     if predictions.is_file():
         raise InputError(f"{truth}: expected a label map to score one with (got a folder)")
     predicted = volume_files(predictions)
     if truth.is_dir() and not predicted.keys().isdisjoint(volume_files(truth)):
-        return evaluate_folder(predictions, truth, task, out, declared=declared)
+        return evaluate_folder(predictions, truth, task, declared=declared)
     true = _labelled_cases(truth, task, predicted)
     if missing := [case for case in true if case not in predicted]:
         raise InputError(
@@ -168,7 +207,7 @@ def _evaluate(predictions: Path, truth: Path, task: "Task", out: Path | None) ->
     pairs = {name: (predicted[name], case.label) for name, case in true.items() if case.label is not None}
     declared = next((case.numbers for case in true.values()), ())  # those of the data set, in every case
     left_out = tuple(path for case, path in predicted.items() if case not in true)
-    return replace(evaluate_pairs(pairs, task, out, declared=declared), left_out=left_out)
+    return replace(evaluate_pairs(pairs, task, declared=declared), left_out=left_out)
 
 
 def _labelled_cases(truth: Path, task: "Task", predicted: Iterable[str]) -> dict[str, "Case"]:
@@ -233,6 +272,7 @@ def _single_case(images: list[str], task: "Task") -> "Case":
 
 def _mean_sd(metric: dict[str, float | None]) -> str:
     mean, deviation, undefined = metric["mean"], metric["sd"], metric["undefined"]
-    if mean is None or deviation is None:
+    if mean is None:
         return "undefined"
-    return f"{mean:.3f} ± {deviation:.3f}" + (f" ({undefined} undefined)" if undefined else "")
+    spread = "–" if deviation is None else f"{deviation:.3f}"
+    return f"{mean:.3f} ± {spread}" + (f" ({undefined} undefined)" if undefined else "")
