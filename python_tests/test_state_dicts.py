@@ -304,6 +304,15 @@ def test_averaged_weights_give_way_to_others(tmp_path: Path, make: Callable[[Sta
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())
 
 
+def test_several_networks_in_a_safetensors_file_are_named_with_it(tmp_path: Path) -> None:
+    state = state_of("isensee2017")
+    save_file(under("net1.", state) | under("net2.", other(state)), tmp_path / "x.safetensors")
+    with pytest.raises(
+        InputError, match=r"x\.safetensors: expected .* \(got several sets: net1\., net2\.\)$"
+    ):
+        load_network(tmp_path / "x.safetensors", network=config_of("isensee2017"))
+
+
 def test_a_usual_place_says_nothing_beside_another_set_of_the_same_names(tmp_path: Path) -> None:
     content = {"state_dict": {"w": torch.ones(2)}, "best": {"w": torch.zeros(2)}}
     torch.save(content, tmp_path / "x.pt")

@@ -228,7 +228,7 @@ def _read_safetensors(path: Path, names: Collection[str] | None) -> Checkpoint:
             raise InputError(
                 f"{path}: expected metadata under {_KEY!r} (got it elsewhere: the file is damaged)"
             )
-        plain = without_wrappers(tensors, names)
+        plain = without_wrappers(tensors, names, path)
         return Checkpoint(plain.tensors, {}, path, sha256(path), plain.notes)
     metadata = read_metadata(header[_KEY], path)
     digest = metadata.pop("digest", None)
@@ -241,7 +241,7 @@ def _read_safetensors(path: Path, names: Collection[str] | None) -> Checkpoint:
             f"{path}: expected the tensor {shown(missing[0])}, which has further names (got none)"
         )
     tensors |= {name: tensors[first] for name, first in aliases.items()}
-    plain = without_wrappers(tensors, names) if names is not None else StateDict(tensors)
+    plain = without_wrappers(tensors, names, path) if names is not None else StateDict(tensors)
     return Checkpoint(plain.tensors, metadata, path, file_hash, plain.notes)
 
 

@@ -86,7 +86,7 @@ def load_network(
     if config is None:
         config = _noted_config(checkpoint, path)
     model = _build_within(config, path, checkpoint.tensors)
-    plain = without_wrappers(checkpoint.tensors, model.state_dict())
+    plain = without_wrappers(checkpoint.tensors, model.state_dict(), path)
     first_names = parameter_aliases(model)
     found = {first_names.get(name, name): tensor for name, tensor in plain.tensors.items()}
     expected = _tensors(model)
