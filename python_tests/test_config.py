@@ -91,3 +91,19 @@ def test_bad_override(override, message):
 def test_missing_file(tmp_path):
     with pytest.raises(InputError, match="cannot be read"):
         load_settings(RunSettings, tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.patch=32", r"train\.patch: expected auto, whole or three edges .*64\] \(got 32\)"),
+        ("train.patch=[32, 32]", r"train\.patch: expected auto, whole or three edges .*\(got \[32, 32\]\)"),
+        ("fisher.patch=all", r"fisher\.patch: expected auto, whole or three edges .*\(got 'all'\)"),
+        ("predict.window=32", r"predict\.window: expected auto, whole or three edges .*\(got 32\)"),
+        ("prepare.size=32", r"prepare\.size: expected null or three edges .*\(got 32\)"),
+        ("prepare.spacing=fine", r"prepare\.spacing: expected auto, scan, a length in mm or three .*'fine'"),
+    ],
+)
+def test_settings_of_several_forms_name_them(override, expected):
+    with pytest.raises(InputError, match=expected):
+        load_settings(RunSettings, None, [override])

@@ -43,6 +43,16 @@ PLANNED = {
 """Fields that may be `auto`, decided from data, network and machine; and the word for None in their YAML."""
 
 
+_EDGES = "three edges such as [64,64,64]"
+_FORMS: dict[Location, str] = {
+    ("prepare", "spacing"): "auto, scan, a length in mm or three such as [1,1,2]",
+    ("prepare", "size"): f"null or {_EDGES}",
+    ("train", "patch"): f"auto, whole or {_EDGES}",
+    ("fisher", "patch"): f"auto, whole or {_EDGES}",
+    ("predict", "window"): f"auto, whole or {_EDGES}",
+}
+
+
 class Section(BaseModel):
     """A frozen group of settings that refuses fields it does not know."""
 
@@ -185,7 +195,9 @@ def load_settings(
         location, value = _parse_override(override)
         _put(values, location, value)
         where |= {location[:depth]: "--set" for depth in range(min(2, len(location)), len(location) + 1)}
-    return validated(kind, values, path or "settings", lines=where)
+    return validated(
+        kind, values, path or "settings", lines=where, forms=_FORMS if kind is RunSettings else None
+    )
 
 
 def write_settings(path: Path, settings: BaseModel, **facts: Any) -> None:

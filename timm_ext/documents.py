@@ -27,6 +27,7 @@ MOST_DIGITS = 100
 Location = tuple[int | str, ...]
 Kind = TypeVar("Kind")
 
+_OTHER_FORMS = ("tuple_type", "missing", "too_long", "float_type", "float_parsing")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -162,6 +163,7 @@ def validated(
     where: object,
     *,
     lines: Mapping[Location, str] | None = None,
+    forms: Mapping[Location, str] | None = None,
     strict: bool = False,
 ) -> Kind:
     """Check a value against a model and return it as one.
@@ -171,6 +173,7 @@ def validated(
         value: JSON values, as a reader of this module returns them.
         where: the file or section, for the message.
         lines: of the places in `value` that are known better than `where`: what to say instead of it.
+        forms: of the places in `value` that may be written in several ways: which they are.
         strict: take no number for a text, no text for a number and no truth value for either.
 
     Raises:
@@ -185,7 +188,7 @@ def validated(
         else:
             fitting = _adapter(cast(Hashable, kind)).validate_python(value)
     except ValidationError as error:
-        raise InputError(_describe(error, kind, lines or {}, str(where))) from error
+        raise InputError(_describe(error, kind, lines or {}, str(where), forms or {})) from error
     return fitting
 
 
@@ -262,7 +265,9 @@ def _row(cells: list[str], columns: list[str], line: int, path: Path | str) -> R
     return Row(line, filled)
 
 
-def _describe(error: Any, kind: Any, lines: Mapping[Location, str], default: str) -> str:
+def _describe(
+    error: Any, kind: Any, lines: Mapping[Location, str], default: str, forms: Mapping[Location, str]
+) -> str:
     from pydantic import BaseModel
 
     problems = error.errors(include_url=False)
@@ -278,7 +283,9 @@ def _describe(error: Any, kind: Any, lines: Mapping[Location, str], default: str
         return f"{lines.get(known, default)}: unknown field {name} (expected one of {expected}){more}"
     whole = isinstance(problem["input"], (dict, BaseModel))
     got = "" if whole else f" (got {shown(repr(problem['input']))})"
-    return f"{place}: {_in_our_words(problem)}{got}{more}"
+    form = forms.get(location[:2]) if problem["type"] in _OTHER_FORMS else None
+    told = _in_our_words(problem) if form is None else f"expected {form}"
+    return f"{place}: {told}{got}{more}"
 
 
 def _in_our_words(problem: Mapping[str, Any]) -> str:

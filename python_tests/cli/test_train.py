@@ -250,3 +250,39 @@ def test_a_network_whose_noted_task_is_not_its_own(place, tmp_path, capsys):
         tmp_path / "run",
     ]
     assert "4 inputs and 3 outputs for task brats (got 4 and 2)" in failure(capsys, arguments)
+
+
+def test_the_default_task_is_said_to_be_one(place, tmp_path, capsys):
+    write_nnunet(tmp_path / "data", place / "tumours" / "case-000" / "case-000_T2.nii.gz")
+    header = tmp_path / "data" / "dataset.json"
+    commands = {
+        "train": ["--out", tmp_path / "run", *NETWORK, *TRAIN],
+        "prepare": ["--cache", tmp_path / "cache"],
+    }
+    for command, options in commands.items():
+        error = failure(capsys, [command, tmp_path / "data", *options])
+        assert "missing modality T1 of task brats" in error
+        assert f"brats is the default; --task names another, here --task {header}" in error
+        assert "is the default" not in failure(
+            capsys, [command, tmp_path / "data", "--task", "brats", *options]
+        )
+    (tmp_path / "list.csv").write_text("id,T2\na,x.nii\n")
+    error = failure(capsys, ["prepare", tmp_path / "list.csv", "--cache", tmp_path / "cache"])
+    assert error.rstrip().endswith("brats is the default; --task names another")
+
+
+def write_nnunet(folder, scan):
+    for name, target in (("imagesTr", "a_0000.nii.gz"), ("labelsTr", "a.nii.gz")):
+        (folder / name).mkdir(parents=True)
+        (folder / name / target).write_bytes(scan.read_bytes())
+    header = {"channel_names": {"0": "T2"}, "labels": {"background": 0, "spleen": 1}}
+    header |= {"numTraining": 1, "file_ending": ".nii.gz"}
+    (folder / "dataset.json").write_text(json.dumps(header))
+
+
+def test_validation_cases_that_are_trained_on_are_counted(place, tmp_path, capsys):
+    cases = str(place / "tumours")
+    command = ["train", cases, "--val", cases, "--out", str(tmp_path / "run"), *NETWORK, *TRAIN]
+    assert run(command) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "2 of 2 validation cases are training cases, too: case-000, case-001" in told

@@ -205,6 +205,36 @@ def test_ctrl_c_saves_the_last_step_also_amid_a_validation(tmp_path, where, stop
     assert _same_observations(went_on[2], expected)
 
 
+class _Signalled(Blobs):
+    """Sends its own process Ctrl-C when the n-th sample is asked for."""
+
+    def __init__(self, count, stop_at, **options):
+        super().__init__(count, **options)
+        self.stop_at = stop_at
+
+    def sample(self, index, epoch):
+        if len(self.asked) == self.stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().sample(index, epoch)
+
+
+@pytest.mark.parametrize(("where", "stop_at"), [("training", 5), ("validation", 2), ("validation", 5)])
+def test_no_row_is_lost_or_doubled_by_a_signal(tmp_path, where, stop_at):
+    _, log, expected = _run(tmp_path / "whole", Blobs(5), Blobs(3, first=50))
+    stopped = {"training": Blobs(5), "validation": Blobs(3, first=50)}
+    first = 0 if where == "training" else 50
+    stopped[where] = _Signalled(len(stopped[where]), stop_at, first=first)
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path / "cut", stopped["training"], stopped["validation"])
+    state = load_state(tmp_path / "cut" / "state.pt")
+    rows = (tmp_path / "cut" / "log.csv").read_text().splitlines()[1:]
+    assert len(rows) == state["step"] - (state["row"] is not None)  # that row waits in the state
+    went_on = _run(tmp_path / "cut", Blobs(5), Blobs(3, first=50))
+    assert [row["step"] for row in went_on[2].rows] == list(range(1, 8))
+    assert went_on[1] == log
+    assert went_on[2].rows == expected.rows
+
+
 def test_a_killed_loader_is_one_line_and_loses_no_step(tmp_path):
     weights, log, _ = _run(tmp_path / "whole", Blobs(5), None)
     cases = _Killing(5)

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from timm_ext.cli.cases import told_default
 from timm_ext.cli.common import (
+    DEFAULT_TASK,
     NETWORK_NAME,
     Config,
     Overrides,
@@ -117,7 +119,7 @@ def evaluate(
         Path,
         typer.Argument(metavar="TRUTH", help="Labelled cases in any layout, a folder of label maps, or one."),
     ],
-    task: TaskOption = "brats",
+    task: TaskOption = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Write `metrics.json` and `metrics.csv` here.")
     ] = None,
@@ -132,11 +134,12 @@ def evaluate(
     from timm_ext.data.tasks import get_task
     from timm_ext.metrics import write_evaluation
 
-    chosen = get_task(task)
+    chosen = get_task(task or DEFAULT_TASK)
     if out is not None:
         check_folder(out)
         _refuse_run(out)
-    evaluation = _evaluate(predictions, truth, chosen)
+    with told_default(task, truth):
+        evaluation = _evaluate(predictions, truth, chosen)
     if len(evaluation.absent) == len(chosen.regions):
         raise InputError(
             f"{truth}: expected a region of task {chosen.name} in at least one label map (got none of "

@@ -20,11 +20,10 @@ if TYPE_CHECKING:
 
     from timm_ext.checkpoint import Checkpoint
     from timm_ext.config import RunSettings
-    from timm_ext.data.layouts import Case
-    from timm_ext.data.prepare import Prepared
     from timm_ext.data.tasks import Task
 
 NETWORK_NAME = "network.safetensors"
+DEFAULT_TASK = "brats"
 _FITTED = "timm-ext train --init fits a network to another task"
 
 Config = Annotated[
@@ -49,10 +48,11 @@ CasesArgument = Annotated[
     ),
 ]
 TaskOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--task",
         metavar="TASK",
+        show_default=DEFAULT_TASK,
         help="Name of a task (`timm-ext info` lists them), its YAML or JSON file, or a `dataset.json`.",
     ),
 ]
@@ -345,56 +345,3 @@ def fitted(
     for line in result.lines():
         say(f"{checkpoint.path}: {line}")
     return result.network
-
-
-def prepare_labelled(
-    cases: "Sequence[Case]", task: "Task", settings: "RunSettings", cache: Path | None, workers: int
-) -> "list[Prepared]":
-    """Prepare cases with a progress bar."""
-    from timm_ext.data.prepare import prepare_cases
-
-    return prepare_cases(cases, task, settings.prepare, cache, workers=workers, progress=True)
-
-
-def training_parts(
-    cases: Path,
-    val: Path | None,
-    val_share: float,
-    task: "Task",
-    settings: "RunSettings",
-    cache: Path,
-    workers: int,
-) -> "tuple[RunSettings, tuple[list[Prepared], list[Prepared]], Task]":
-    """Read, divide and prepare the training and validation cases.
-
-    Returns:
-        The settings with the voxel size of the cases; both parts; the task with the label numbers they use.
-
-    Raises:
-        InputError: cases cannot be read or prepared, or they number a region in two ways.
-    """
-    from timm_ext.cli.planned import with_spacing
-    from timm_ext.data.layouts import read_cases, split_cases
-    from timm_ext.data.prepare import resolve_task
-
-    every = read_cases(cases, task, require_labels=True)
-    if val is not None:
-        parts = [every, read_cases(val, task, require_labels=True)]
-    else:
-        parts = split_cases(every, [1 - val_share, val_share], seed=settings.train.seed)
-    settings = with_spacing(settings, [case for part in parts for case in part])
-    train_part, val_part = (prepare_labelled(part, task, settings, cache, workers) for part in parts)
-    where = cases if val is None else f"{cases} and {val}"
-    resolved = resolve_task(task, [*train_part, *val_part], where)
-    _tell_open(resolved)
-    return settings, (train_part, val_part), resolved
-
-
-def _tell_open(task: "Task") -> None:
-    """Say where no case settles which number of a group stands for a region."""
-    for group in task.exclusive if is_first_of_launched() else ():
-        names = [region.name for region in task.regions if set(group) <= set(region.labels)]
-        say(
-            f"task {task.name}: no case says which of the labels {' or '.join(map(str, group))} is "
-            f"{names[-1] if names else 'used'}; predictions write {group[0]}"
-        )

@@ -6,7 +6,9 @@ from typing import Annotated
 import typer
 
 from timm_ext.bounds import MOST_CASES, MOST_SEED, MOST_WORKERS
+from timm_ext.cli.cases import told_default
 from timm_ext.cli.common import (
+    DEFAULT_TASK,
     CasesArgument,
     Config,
     Overrides,
@@ -23,7 +25,7 @@ from timm_ext.terminal import make_progress, say
 
 def phantom(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the cases.")],
-    task: TaskOption = "brats",
+    task: TaskOption = None,
     count: Annotated[int, typer.Option("--count", min=1, max=MOST_CASES, help="Number of cases.")] = 4,
     seed: Annotated[
         int, typer.Option("--seed", min=0, max=MOST_SEED, help="Decides everything that is drawn.")
@@ -49,7 +51,9 @@ def phantom(
 
     source = PHANTOM if label_maps is None else str(label_maps)
     refuse_file(out, "OUT")
-    settings = GenerateSettings(source=source, task=task, seed=seed, spacing=spacing, size=size)
+    settings = GenerateSettings(
+        source=source, task=task or DEFAULT_TASK, seed=seed, spacing=spacing, size=size
+    )
     with make_progress() as bar:
         row = bar.add_task("Drawing cases", total=count)
         cases = generate_cases(
@@ -61,7 +65,7 @@ def phantom(
 def prepare(
     cases: CasesArgument,
     cache: Annotated[Path, typer.Option("--cache", metavar="DIR", help="Folder of prepared cases.")],
-    task: TaskOption = "brats",
+    task: TaskOption = None,
     config: Config = None,
     overrides: Overrides = None,
     workers: Workers = 0,
@@ -76,10 +80,11 @@ def prepare(
 
     check_folder(cache, "--cache")
     settings = settings_from(config, overrides)
-    chosen = get_task(task)
-    every = read_cases(cases, chosen)
-    settings = with_spacing(settings, every)
-    prepared = prepare_cases(every, chosen, settings.prepare, cache, workers=workers)
+    chosen = get_task(task or DEFAULT_TASK)
+    with told_default(task, cases):
+        every = read_cases(cases, chosen)
+        settings = with_spacing(settings, every)
+        prepared = prepare_cases(every, chosen, settings.prepare, cache, workers=workers)
     note_settings(cache, settings, folder=True)
     for case in prepared:
         labels = f"labels {list(case.present)}" if case.has_label else "no label"

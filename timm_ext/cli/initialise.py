@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from timm_ext.cli.cases import told_default, training_parts
 from timm_ext.cli.common import (
+    DEFAULT_TASK,
     NETWORK_NAME,
     Align,
     Cache,
@@ -23,7 +25,6 @@ from timm_ext.cli.common import (
     settings_dict,
     settings_from,
     tell_notes,
-    training_parts,
     with_alignment,
 )
 from timm_ext.cli.planned import (
@@ -164,7 +165,7 @@ def adapt(
     networks: Networks,
     data: Annotated[Path, typer.Option("--data", metavar="CASES", help="Training cases of the new task.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the run.")],
-    task: TaskOption = "brats",
+    task: TaskOption = None,
     fishers: Fishers = None,
     method: Annotated[str, typer.Option("--method", help="t-imm, imm-warmup, medmerge, …")] = "t-imm",
     align: Align = False,
@@ -205,7 +206,7 @@ def adapt(
     if not resume:
         refuse_begun(out / "training")
     sources = load_sources(networks, fishers or ())
-    chosen = get_task(task)
+    chosen = get_task(task or DEFAULT_TASK)
     target = network_of(sources, chosen, settings.merge.seed)
     start = start_from(method, target, chosen, sources, settings.merge)
     _tell_unseen(sources, chosen, settings.merge)
@@ -215,9 +216,10 @@ def adapt(
         tell_notes(path, notes)
     network = config_of(target)
     settings = fit_whole_volumes(with_network(settings, network, networks[0]), network)
-    settings, parts, chosen = training_parts(
-        data, val, val_share, chosen, settings, cache or out / "prepared", workers
-    )
+    with told_default(task, data):
+        settings, parts, chosen = training_parts(
+            data, val, val_share, chosen, settings, cache or out / "prepared", workers
+        )
     tell_unlike_preparation(settings, networks)
     tell_unlike_fishers(settings, sources)
     share = 1.0 if wanted.weight_pull else _SHARE_OF_STEPS

@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
+from timm_ext.cli.cases import prepare_labelled, told_default, training_parts
 from timm_ext.cli.common import (
+    DEFAULT_TASK,
     NETWORK_NAME,
     Cache,
     CasesArgument,
@@ -22,12 +24,10 @@ from timm_ext.cli.common import (
     fitted,
     hold_output,
     note_settings,
-    prepare_labelled,
     settings_dict,
     settings_from,
     task_of,
     tell_notes,
-    training_parts,
 )
 from timm_ext.cli.planned import (
     as_before,
@@ -48,7 +48,7 @@ from timm_ext.terminal import say
 def train(
     cases: CasesArgument,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the run.")],
-    task: TaskOption = "brats",
+    task: TaskOption = None,
     init: Annotated[
         Path | None,
         typer.Option(
@@ -86,7 +86,7 @@ def train(
 
     hold_output(out, folder=True, inputs=[init] if init is not None else [])
     start, checkpoint = load_network(init) if init is not None else (None, None)
-    chosen = get_task(task)
+    chosen = get_task(task or DEFAULT_TASK)
     if init is not None and checkpoint is not None:
         tell_notes(init, checkpoint.notes)
     settings = settings_from(config, overrides, checkpoint)
@@ -101,9 +101,10 @@ def train(
         settings.train.refuse_ties("timm-ext train without --init")
     network = network_of_task(settings, chosen)
     settings = fit_whole_volumes(settings, network)
-    settings, parts, chosen = training_parts(
-        cases, val, val_share, chosen, settings, cache or out / "prepared", workers
-    )
+    with told_default(task, cases):
+        settings, parts, chosen = training_parts(
+            cases, val, val_share, chosen, settings, cache or out / "prepared", workers
+        )
     settings, plan = with_training_plan(settings, network, parts, fixed=start is not None)
     model = start or new_network(settings.network.name, settings.network.options, chosen, settings.train.seed)
     tell_plan(settings, plan, parts, model)
