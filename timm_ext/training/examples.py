@@ -130,14 +130,24 @@ def training_batches(
                 if isinstance(batch, InputError):
                     raise batch
                 yield batch
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if not _tells_of_a_dead_loader(error, workers):
             raise
         wait_for_signal()
         raise LoaderDiedError(
             f"training: a process that loads data was killed (out of memory? train.workers is {workers}); "
             "the run can be resumed"
         ) from error
+
+
+def _tells_of_a_dead_loader(error: Exception, workers: int) -> bool:
+    """Tell whether a process died: PyTorch says so, unless a batch was just being fetched from its memory."""
+    raised_within = str(error).startswith("Caught ")  # by the loading of a case
+    return (
+        bool(workers)
+        and not raised_within
+        and (isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in str(error))
+    )
 
 
 def _as_it_is(batch: Any) -> Any:
