@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
@@ -88,6 +88,8 @@ def assert_near(call: dict[str, Tensor], slope: float, bound: float) -> None:
     """Within a share of the largest terms: of few points, their sum may be nothing but rounding."""
     terms = call["grad"].abs().max(), call["weight"].abs().max() * call["deviation"].max()
     scales = terms[0] * max(terms[1], 1), terms[0], terms[0]
+    # The mean is given in float32: where the points lie close together, its rounding is a part of x̂.
+    bound += 2.0**-23 * float((call["mean"].abs().flatten() * call["deviation"].flatten()).max())
     for result, wanted, scale in zip(
         instance_norm_backward(**call, slope=slope), by_autograd(call, slope), scales, strict=True
     ):
@@ -104,6 +106,7 @@ def test_it_is_the_gradient(sizes, slope) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(2, 300))
+@example(3, 4, 2)  # two points of a channel 0.06 apart
 def test_any_size(batch, channels, points) -> None:
     assert_near(arguments([batch, channels, points]), 0.1, 2e-6)
 
