@@ -74,8 +74,8 @@ def test_a_constant_channel_becomes_the_bias() -> None:
 def by_autograd(call: dict[str, Tensor], slope: float) -> list[Tensor]:
     """The gradients of one example after the other, in float64."""
     results = []
-    for grad, example in zip(call["grad"].double(), call["input"].double(), strict=True):
-        x = example[None].requires_grad_()
+    for grad, single in zip(call["grad"].double(), call["input"].double(), strict=True):
+        x = single[None].requires_grad_()
         weight, bias = (call[name].double().requires_grad_() for name in ("weight", "bias"))
         normal = functional.instance_norm(x, weight=weight, bias=bias, eps=EPSILON)
         output = functional.leaky_relu(normal, slope)
