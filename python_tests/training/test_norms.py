@@ -73,7 +73,10 @@ def test_a_network_that_needs_values() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.norm(x) if float(x.sum()) > 0 else x
 
-    refuse_single_values(Looking(), [(1, 1, 4, 4, 4)])
+    network = Looking()
+    refuse_single_values(network, [(1, 1, 4, 4, 4)])
+    assert network.training
+    assert not network.norm.running_mean.any()
 
 
 class Sized(Blobs):
