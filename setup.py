@@ -11,7 +11,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 OPERATORS = "timm_ext.libtimm_ext"
-LIBRARY = "timm_ext/libtimm_ext.torch.so"  # as CMake and timm_ext/_library.py name it: no Python module
+LIBRARY = "timm_ext/libtimm_ext.torch.so"  # as CMake and timm_ext/ops/_library.py name it: no Python module
 sys.path.insert(0, str(ROOT / "tools"))
 
 from build_backend import find_torch, torch_requirement  # noqa: E402

@@ -7,8 +7,8 @@ task-specific layers. The plain network holds the merged weights as leaves that 
 the merged one makes them from its logits by one group per layer, and trains the logits. What it takes
 longer is the merge, the split into the network and the gradient's way back.
 
-The gradient of the logits is checked against `timm_ext.reference` in float64 before anything is timed; then
-the two take turns. As in training, malloc keeps what is freed.
+The gradient of the logits is checked against `timm_ext.ops.reference` in float64 before anything is timed;
+then the two take turns. As in training, malloc keeps what is freed.
 """
 
 import argparse
@@ -29,13 +29,13 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from timm_ext import reference
 from timm_ext.documents import read_json
 from timm_ext.files import write_json
 from timm_ext.fisher import Fisher, FisherKind
 from timm_ext.merging import Bank, MergedModel
 from timm_ext.networks import build_network
 from timm_ext.networks.registry import heads_of
+from timm_ext.ops import reference
 from timm_ext.parameters import Layout, named_parameters, split_parameters
 from timm_ext.study.collect import environment
 from timm_ext.training.device import keep_freed_memory, reproducible

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from timm_ext.data.generate import GenerateSettings, generate_cases
 from timm_ext.data.prepare import Prepared, PrepareSettings, prepare_cases
 from timm_ext.data.tasks import get_task
 from timm_ext.files import write_json
@@ -30,10 +29,11 @@ from timm_ext.merging import MergedModel, align, assemble_bank, build_initialisa
 from timm_ext.networks import build_network
 from timm_ext.parameters import split_parameters
 from timm_ext.study.collect import environment
+from timm_ext.synthesis.generate import GenerateSettings, generate_cases
 from timm_ext.training.examples import Examples
 from timm_ext.training.losses import soft_dice_loss
 from timm_ext.training.settings import AdaptSettings, TrainSettings
-from timm_ext.training.stages import adapt, make_sets, train
+from timm_ext.transfer.stages import adapt, make_sets, train
 
 TASK = get_task("parcellation-1-7")
 SPACING, SIZE = 4.0, (40, 48, 40)  # mm, voxels

@@ -28,7 +28,7 @@ from timm_ext.fisher.convolution import Geometry
 from timm_ext.fisher.gradients import ConvolutionWeightGradients, ExampleGradients
 from timm_ext.fisher.precision import precise
 from timm_ext.networks import build_network
-from timm_ext.ops import conv_weight_grad_square_
+from timm_ext.ops.fisher import conv_weight_grad_square_
 
 ERROR_BOUND = 2e-5  # of the largest square: two ways to sum in float32
 

@@ -23,9 +23,9 @@ from torch.nn import functional
 
 from benchmarks.conv_square import Layer, layers
 from benchmarks.machine import environment, median_ratio, milliseconds
-from timm_ext.doubling_ops import doubled_conv3d, neighbour_sums3d
 from timm_ext.files import write_json
 from timm_ext.fisher.convolution import Geometry, doubled_gradient, forward_way, gradient_way
+from timm_ext.ops.upsampled_conv3d import doubled_conv3d, neighbour_sums3d
 
 ERROR_BOUND = 1e-5  # of the largest element
 OURS = "timm_ext"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import timm_ext
-from timm_ext.memory import release_memory
+from timm_ext.ops.memory import release_memory
 from timm_ext.study.collect import environment as base_environment
 
 CALLS_ON_GPU = 5  # timed together

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import timm_ext
-from timm_ext import reference
 from timm_ext.merging.bank import empty_planes
+from timm_ext.ops import reference
 
 FORWARD_BOUND = 8 * 2.0**-24  # of Σw|θ|/Σw
 BACKWARD_BOUND = 5e-6  # of Σ|g w_t (θ_t - θ*)| / Σw

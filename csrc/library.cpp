@@ -4,8 +4,8 @@
 //
 // Common to all, unless said otherwise: the result depends on the arguments only, bit for bit, not on the number of
 // threads or the CPU's instruction set; inputs are never changed unless marked (a!); sizes and offsets are 64-bit; a
-// call with nothing to do returns at once. Autograd and fake kernels are in timm_ext/ops.py (of single layers in
-// layer_ops.py and doubling_ops.py), definitions in plain PyTorch in timm_ext/reference.py.
+// call with nothing to do returns at once. Autograd and fake kernels are in timm_ext/ops/__init__.py (of single layers in
+// layer_ops.py and doubling_ops.py), definitions in plain PyTorch in timm_ext/ops/reference.py.
 #include <torch/csrc/stable/library.h>
 
 #include "guarded.h"

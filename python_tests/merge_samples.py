@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from timm_ext import reference
+from timm_ext.ops import reference
 
 UNIT = 2.0**-24  # unit roundoff of float32
 

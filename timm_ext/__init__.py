@@ -7,22 +7,24 @@ are used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from timm_ext.signals import quiet_start
+from timm_ext.system.signals import quiet_start
 
 quiet_start()  # torch takes seconds to load, in which Ctrl-C must not print a traceback
 
-from timm_ext._library import build_info, load_library  # noqa: E402
 from timm_ext.errors import InputError  # noqa: E402
+from timm_ext.ops._library import build_info, load_library  # noqa: E402
 
 __version__ = "0.1.0"
 load_library(__path__, __version__)
 
-from timm_ext.ops import (  # noqa: E402
+from timm_ext.ops.fisher import (  # noqa: E402
     conv_weight_grad_square_,
-    fused_merge,
-    ratios,
     sample_labels,
     square_accumulate_,
+)
+from timm_ext.ops.merge import (  # noqa: E402
+    fused_merge,
+    ratios,
 )
 
 if TYPE_CHECKING:

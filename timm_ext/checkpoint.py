@@ -16,10 +16,10 @@ from torch import Tensor
 from timm_ext.documents import parse_json
 from timm_ext.errors import InputError, lines_of, shown
 from timm_ext.files import atomic_write, check_file, sha256
-from timm_ext.integrity import BLANK, check_seal, seal
-from timm_ext.metadata import read_metadata, write_metadata
-from timm_ext.state_dicts import StateDict, find_state_dict, without_wrappers
-from timm_ext.torch_files import read_torch_file
+from timm_ext.storage.integrity import BLANK, check_seal, seal
+from timm_ext.storage.metadata import read_metadata, write_metadata
+from timm_ext.storage.state_dicts import StateDict, find_state_dict, without_wrappers
+from timm_ext.storage.torch_files import read_torch_file
 
 _KEY = "timm_ext"
 FORMAT = 2  # from which on a file holds its digest

@@ -94,7 +94,7 @@ def run(folder: Path) -> None:
     ).strip()
     if not library.startswith(str(folder)):
         raise SystemExit(f"sanitize_cpu: expected the library in {folder} (got {library})")
-    files = [str(ROOT / "python_tests" / f"test_ops_{name}.py") for name in TESTS]
+    files = [str(ROOT / "python_tests" / "ops" / f"test_{name}.py") for name in TESTS]
     pytest = [
         "pytest",
         "-q",

@@ -7,7 +7,7 @@ import pytest
 from cli_cases import NETWORK, TRAIN, failure, fishers, sources
 
 from timm_ext.cli import run
-from timm_ext.locks import folder_lock, output_lock
+from timm_ext.system.locks import folder_lock, output_lock
 
 
 def test_help_of_every_command_has_an_example(capsys):

@@ -191,7 +191,7 @@ def test_more_memory_than_there_is_is_refused_before_it_is_taken(heads, tmp_path
 
 
 def test_whole_volumes_that_memory_does_not_hold(heads, trained, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("timm_ext.machine.available_memory", lambda: 2**20)
+    monkeypatch.setattr("timm_ext.system.machine.available_memory", lambda: 2**20)
     command = ["predict", trained / "network.safetensors", heads / "brains", "--out", tmp_path / "out"]
     message = failure(capsys, [*command, "--set", "predict.window=whole"])
     assert "case-000: prediction of the whole volume" in message

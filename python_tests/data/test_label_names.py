@@ -3,7 +3,7 @@ import pytest
 from timm_ext.data.label_names import check_label_names
 from timm_ext.data.tasks import TASKS, task_from_dict
 from timm_ext.errors import InputError
-from timm_ext.region_names import meaning_of
+from timm_ext.vocabulary.regions import meaning_of
 
 BRATS, PARCELLATION = TASKS["brats"], TASKS["parcellation"]
 

@@ -8,7 +8,7 @@ import pytest
 from timm_ext.data.layouts import Case, read_cases, split_cases, write_list
 from timm_ext.data.tasks import TASKS, task_from_dict
 from timm_ext.errors import InputError
-from timm_ext.modality_names import modality_key
+from timm_ext.vocabulary.modalities import modality_key
 
 BRATS = TASKS["brats"]
 PARCELLATION = TASKS["parcellation"]

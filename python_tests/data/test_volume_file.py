@@ -6,14 +6,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from timm_ext import machine
 from timm_ext.data import volume_file
-from timm_ext.data.label_maps import read_label_map
 from timm_ext.data.tasks import Region, Task
 from timm_ext.data.volume import Volume, read_channels, read_labels, read_volume, write_nifti
 from timm_ext.data.volume_file import read_header, read_stored, volume_files
 from timm_ext.errors import InputError
 from timm_ext.metrics import evaluate_files
+from timm_ext.synthesis.label_maps import read_label_map
+from timm_ext.system import machine
 
 SHAPE = (17, 13, 11)
 LABELS = np.random.default_rng(0).choice([0, 2, 3, 41], SHAPE).astype(np.int16)

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from timm_ext.doubling_ops import neighbour_sums3d
 from timm_ext.fisher.convolution import Geometry, doubled_gradient, forward_way, gradient_way
+from timm_ext.ops.upsampled_conv3d import neighbour_sums3d
 
 CASES = [
     (size, kernel, stride, dilation, padding, outputs)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from timm_ext.errors import InputError
 from timm_ext.fisher import Fisher, FisherAccumulator, estimate_fisher
-from timm_ext.state_dicts import without_wrappers
+from timm_ext.storage.state_dicts import without_wrappers
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 

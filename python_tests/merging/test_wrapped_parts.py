@@ -9,7 +9,7 @@ from torch import nn
 from timm_ext.fisher import Fisher, estimate_fisher
 from timm_ext.merging import Bank, MergedModel, assemble_bank
 from timm_ext.parameters import Layout, split_parameters
-from timm_ext.state_dicts import names_among
+from timm_ext.storage.state_dicts import names_among
 
 Wrap = Callable[[nn.Module], nn.Module]
 X = torch.randn(2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(1))

@@ -8,9 +8,9 @@ import torch
 
 from timm_ext.checkpoint import save_checkpoint
 from timm_ext.errors import InputError
-from timm_ext.metadata import NetworkConfig
 from timm_ext.networks import build_network, load_network
 from timm_ext.networks.outline import TooLargeError, outline_network
+from timm_ext.storage.metadata import NetworkConfig
 
 LARGE = {
     "wide": ("isensee2017", {"base_filters": 3000}),

@@ -4,7 +4,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from timm_ext.data.generate import GenerateSettings, generate_cases
 from timm_ext.data.layouts import read_cases
 from timm_ext.data.prepare import PrepareSettings
 from timm_ext.data.tasks import get_task
@@ -13,6 +12,7 @@ from timm_ext.study.data_stages import prepare_pool, take_cases
 from timm_ext.study.settings import to_json
 from timm_ext.study.stages import settled_task
 from timm_ext.study.worker import Context
+from timm_ext.synthesis.generate import GenerateSettings, generate_cases
 
 KINDS = {"T1": "t1", "T1c": "t1ce", "T2": "t2", "FLAIR": "flair", "label": "seg"}
 

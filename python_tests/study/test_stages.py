@@ -4,7 +4,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from timm_ext.data.generate import GenerateSettings
 from timm_ext.data.prepare import PrepareSettings
 from timm_ext.data.tasks import get_task, joint_task, task_to_dict
 from timm_ext.fisher import Fisher, FisherKind, estimate_fisher
@@ -12,7 +11,6 @@ from timm_ext.merging import MergedModel, get_method
 from timm_ext.networks.io import load_network, save_network
 from timm_ext.study import stages
 from timm_ext.study.settings import to_json
-from timm_ext.study.sources import Recipe, Sources, network_of, new_network, start_from
 from timm_ext.study.stages import (
     FISHER,
     INITIAL,
@@ -26,7 +24,9 @@ from timm_ext.study.stages import (
     tune_and_test,
 )
 from timm_ext.study.worker import Context
+from timm_ext.synthesis.generate import GenerateSettings
 from timm_ext.training.settings import TrainSettings
+from timm_ext.transfer.sources import Recipe, Sources, network_of, new_network, start_from
 
 TASKS = tuple(get_task(name) for name in ("parcellation-1-7", "parcellation-8-14"))
 

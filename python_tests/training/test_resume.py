@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 from examples_for_tests import Blobs, reference_run, settings, small_network  # noqa: E402
 
-from timm_ext.locks import folder_lock  # noqa: E402
+from timm_ext.system.locks import folder_lock  # noqa: E402
 from timm_ext.training.state import load_state  # noqa: E402
 from timm_ext.training.trainer import Trainer  # noqa: E402
 

@@ -10,12 +10,12 @@ from timm_ext.errors import InputError
 from timm_ext.networks.registry import heads_of
 from timm_ext.parameters import named_parameters, split_parameters
 from timm_ext.training.settings import TrainSettings
-from timm_ext.training.stages import adapt, fine_tune, warm_up
 from timm_ext.training.trainer import Trainer
 from timm_ext.training.transfer import Tie, make_tie
+from timm_ext.transfer.stages import adapt, fine_tune, warm_up
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE.parent / "transfer")]
 from examples_for_tests import Blobs, run_in_two_processes, settings, small_network  # noqa: E402
 from test_stages import _merged  # noqa: E402
 

@@ -10,7 +10,7 @@ from timm_ext.cli.info import info
 from timm_ext.cli.initialise import adapt, merge
 from timm_ext.cli.study import study
 from timm_ext.cli.train import fisher, train
-from timm_ext.signals import leave_quietly
+from timm_ext.system.signals import leave_quietly
 
 __all__ = ["app", "main", "run"]
 

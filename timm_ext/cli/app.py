@@ -13,9 +13,9 @@ from typing import Annotated
 import typer
 
 from timm_ext.errors import InputError
-from timm_ext.locks import is_first_of_launched
-from timm_ext.signals import ending, received, watched
-from timm_ext.terminal import accept_any_text, say
+from timm_ext.system.locks import is_first_of_launched
+from timm_ext.system.signals import ending, received, watched
+from timm_ext.system.terminal import accept_any_text, say
 
 INTERRUPTED_BY = 128  # and the number of the signal
 INTERRUPTED = INTERRUPTED_BY + signal.SIGINT

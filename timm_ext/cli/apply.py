@@ -23,7 +23,7 @@ from timm_ext.cli.planned import SETTINGS_NAME, settings_of_network, tell_far_sc
 from timm_ext.cli.reckoned import within_memory
 from timm_ext.errors import InputError, listed
 from timm_ext.files import check_outputs, ending_of, stem_of
-from timm_ext.terminal import make_console, say, show_table
+from timm_ext.system.terminal import make_console, say, show_table
 
 if TYPE_CHECKING:
     from timm_ext.data.entries import Image
@@ -246,7 +246,7 @@ def _single_case(images: list[str], task: "Task") -> "Case":
     from timm_ext.data.entries import image_at
     from timm_ext.data.layouts import Case
     from timm_ext.data.volume_file import SUFFIXES
-    from timm_ext.modality_names import modality_key
+    from timm_ext.vocabulary.modalities import modality_key
 
     wanted = {modality_key(modality): modality for modality in task.modalities}
     found: dict[str, Image] = {}

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from timm_ext.cli.common import DEFAULT_TASK
-from timm_ext.locks import is_first_of_launched
-from timm_ext.terminal import say
+from timm_ext.system.locks import is_first_of_launched
+from timm_ext.system.terminal import say
 
 if TYPE_CHECKING:
     from timm_ext.config import RunSettings

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from timm_ext.bounds import MOST_WORKERS
 from timm_ext.cli.app import hold
+from timm_ext.documents.bounds import MOST_WORKERS
 from timm_ext.files import check_outputs, stem_of
-from timm_ext.locks import folder_lock, is_first_of_launched, output_lock
-from timm_ext.terminal import say
+from timm_ext.system.locks import folder_lock, is_first_of_launched, output_lock
+from timm_ext.system.terminal import say
 
 if TYPE_CHECKING:
     from torch import nn

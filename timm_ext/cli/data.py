@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from timm_ext.bounds import MOST_CASES, MOST_SEED, MOST_WORKERS
 from timm_ext.cli.cases import told_default
 from timm_ext.cli.common import (
     DEFAULT_TASK,
@@ -20,7 +19,8 @@ from timm_ext.cli.common import (
     settings_from,
 )
 from timm_ext.cli.planned import with_spacing
-from timm_ext.terminal import make_progress, say
+from timm_ext.documents.bounds import MOST_CASES, MOST_SEED, MOST_WORKERS
+from timm_ext.system.terminal import make_progress, say
 
 
 def phantom(
@@ -47,7 +47,7 @@ def phantom(
 
     Example: `timm-ext phantom cases --task brats --count 8`
     """
-    from timm_ext.data.generate import PHANTOM, GenerateSettings, generate_cases
+    from timm_ext.synthesis.generate import PHANTOM, GenerateSettings, generate_cases
 
     source = PHANTOM if label_maps is None else str(label_maps)
     refuse_file(out, "OUT")

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from timm_ext.bounds import MOST_WORKERS
 from timm_ext.cli.common import refuse_file
+from timm_ext.documents.bounds import MOST_WORKERS
 
 
 def demo(

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from timm_ext.terminal import say
+from timm_ext.system.terminal import say
 
 _TITLES = {
     "version": "timm_ext",

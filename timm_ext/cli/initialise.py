@@ -43,7 +43,7 @@ from timm_ext.cli.planned import (
 from timm_ext.cli.streamed import merge_as_they_are, refuse_streams, refuse_together
 from timm_ext.errors import InputError
 from timm_ext.files import sha256
-from timm_ext.terminal import say
+from timm_ext.system.terminal import say
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,8 +51,8 @@ if TYPE_CHECKING:
     from timm_ext.checkpoint import Checkpoint
     from timm_ext.config import RunSettings
     from timm_ext.data.tasks import Task
-    from timm_ext.study.sources import Recipe, Sources, Start
     from timm_ext.training.examples import Examples
+    from timm_ext.transfer.sources import Recipe, Sources, Start
 
 _SHARE_OF_STEPS = 0.2  # of a whole training that an adaptation takes unless the settings say
 
@@ -128,7 +128,7 @@ def _merge_by_method(
     from timm_ext.merging import get_method
     from timm_ext.networks.io import save_network
     from timm_ext.networks.registry import config_of
-    from timm_ext.study.sources import load_sources, network_of, start_from
+    from timm_ext.transfer.sources import load_sources, network_of, start_from
 
     wanted = get_method(method)
     if wanted.adapt != "none" or wanted.learns_ratios:
@@ -190,9 +190,9 @@ def adapt(
     from timm_ext.merging import MergedModel, get_method
     from timm_ext.networks.io import save_network
     from timm_ext.networks.registry import config_of
-    from timm_ext.study.sources import load_sources, network_of, start_from
     from timm_ext.training.device import check_precision
     from timm_ext.training.state import refuse_begun
+    from timm_ext.transfer.sources import load_sources, network_of, start_from
 
     hold_output(out, folder=True, inputs=[*networks, *(fishers or ())])
     wanted = get_method(method)
@@ -312,8 +312,8 @@ def _learn(
     from dataclasses import replace
 
     from timm_ext.merging import MergedModel
-    from timm_ext.training.stages import adapt as adapt_merge
-    from timm_ext.training.stages import tune_merged, warm_up
+    from timm_ext.transfer.stages import adapt as adapt_merge
+    from timm_ext.transfer.stages import tune_merged, warm_up
 
     options = settings.adapt.of(start.method)
     if isinstance(start.model, MergedModel):

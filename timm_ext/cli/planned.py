@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from timm_ext.cli.reckoned import check_training_memory, edges
-from timm_ext.locks import is_first_of_launched
-from timm_ext.terminal import say
+from timm_ext.system.locks import is_first_of_launched
+from timm_ext.system.terminal import say
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from timm_ext.data.prepare import Prepared
     from timm_ext.data.tasks import Task
     from timm_ext.planning import Choice, TrainingPlan
-    from timm_ext.study.sources import Sources
+    from timm_ext.transfer.sources import Sources
 
     Parts = tuple[list[Prepared], list[Prepared]]
 
@@ -75,7 +75,7 @@ def training_sets(
 ) -> "tuple[CaseDataset, CaseDataset | None]":
     """Turn prepared cases into data sets, held in memory where they fit."""
     from timm_ext.planning import keep_in_memory, this_machine
-    from timm_ext.training.stages import make_sets
+    from timm_ext.transfer.stages import make_sets
 
     every = [case for part in parts for case in part]
     processes = this_machine(settings.train.accelerator, settings.train.devices).devices

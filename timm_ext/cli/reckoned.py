@@ -20,8 +20,8 @@ def check_training_memory(
         InputError: as said.
     """
     from timm_ext.errors import InputError
-    from timm_ext.machine import check_memory
     from timm_ext.planning import free_memory, held_bytes
+    from timm_ext.system.machine import check_memory
 
     data = [case for part in parts for case in part]
     needed = plan.step_bytes + (held_bytes(data, channels, machine.devices) if machine.kind == "cpu" else 0)
@@ -48,8 +48,8 @@ def check_fisher_memory(
 
     from timm_ext.errors import InputError
     from timm_ext.inference import fitting_size
-    from timm_ext.machine import check_memory
     from timm_ext.planning import footprint_of, held_bytes
+    from timm_ext.system.machine import check_memory
 
     footprint, patch = footprint_of(network), settings.fisher.patch
     voxels = max(prod(patch or fitting_size(case.shape, footprint.divisor)) for case in cases)
@@ -73,8 +73,8 @@ def within_memory(settings: "RunSettings", network: Mapping[str, Any]) -> "Calla
 
     from timm_ext.errors import InputError
     from timm_ext.inference import fitting_size
-    from timm_ext.machine import check_memory
     from timm_ext.planning import footprint_of
+    from timm_ext.system.machine import check_memory
 
     footprint, window = footprint_of(network), settings.predict.window
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from timm_ext.errors import InputError, listed
-from timm_ext.terminal import make_console, make_progress, say
+from timm_ext.system.terminal import make_console, make_progress, say
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -26,7 +26,7 @@ def merge_as_they_are(
     """
     from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    from timm_ext.merging.streamed import merge_checkpoints
+    from timm_ext.merging.streaming.merge import merge_checkpoints
 
     numbers = _parse_ratios(ratios)
     size = None if shard_size is None else _parse_size(shard_size)

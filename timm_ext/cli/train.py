@@ -42,7 +42,7 @@ from timm_ext.cli.planned import (
     with_training_plan,
 )
 from timm_ext.cli.reckoned import check_fisher_memory
-from timm_ext.terminal import say
+from timm_ext.system.terminal import say
 
 
 def train(
@@ -79,10 +79,10 @@ def train(
     from timm_ext.networks.io import load_network, save_network
     from timm_ext.networks.registry import config_of, heads_of
     from timm_ext.parameters import split_parameters
-    from timm_ext.study.sources import new_network
     from timm_ext.training.device import check_precision
-    from timm_ext.training.stages import fine_tune
     from timm_ext.training.state import refuse_begun
+    from timm_ext.transfer.sources import new_network
+    from timm_ext.transfer.stages import fine_tune
 
     hold_output(out, folder=True, inputs=[init] if init is not None else [])
     start, checkpoint = load_network(init) if init is not None else (None, None)

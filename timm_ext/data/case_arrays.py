@@ -25,8 +25,8 @@ from timm_ext.data.volume import (
     to_canonical,
 )
 from timm_ext.errors import InputError
-from timm_ext.machine import check_memory
-from timm_ext.modality_names import in_hounsfield_units
+from timm_ext.system.machine import check_memory
+from timm_ext.vocabulary.modalities import in_hounsfield_units
 
 if TYPE_CHECKING:
     from timm_ext.data.prepare import PrepareSettings, Spacing

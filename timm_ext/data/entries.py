@@ -12,7 +12,7 @@ from timm_ext.data.volume import SUFFIXES
 from timm_ext.documents import read_csv, read_json
 from timm_ext.errors import InputError, listed, shown
 from timm_ext.files import visible
-from timm_ext.modality_names import modality_key
+from timm_ext.vocabulary.modalities import modality_key
 
 LONGEST_ID = 150
 """Bytes of the longest id: names of files made for a case must fit into the 255 of a file system."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from timm_ext.data.volume import Affine, Array, Interpolation, Volume, from_canonical, resample_to
 from timm_ext.documents import validated
-from timm_ext.machine import check_memory
+from timm_ext.system.machine import check_memory
 
 Triple = tuple[int, int, int]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from timm_ext.data.tasks import FREESURFER_TO_CLASS, Region, Task
 from timm_ext.errors import InputError, listed
-from timm_ext.region_names import form_of, meaning_of
+from timm_ext.vocabulary.regions import form_of, meaning_of
 
 _BACKGROUND = {"background", "bg"}
 _TUMOR = {"tumor", "brain tumor", "glioma"}

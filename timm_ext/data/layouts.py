@@ -25,7 +25,7 @@ from timm_ext.data.label_names import check_label_names
 from timm_ext.data.tasks import Task
 from timm_ext.errors import InputError, lines_of, printable
 from timm_ext.files import atomic_write, write_json
-from timm_ext.modality_names import modality_key
+from timm_ext.vocabulary.modalities import modality_key
 
 LIST_NAME = "cases.json"
 """A folder that holds a list of this name is read by it."""

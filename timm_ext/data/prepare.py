@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 from rich.progress import track
 
-from timm_ext.bounds import LEAST_MM, MOST_EDGE, MOST_MM, check_edges, check_number, check_whole
 from timm_ext.data.case_arrays import build_arrays
 from timm_ext.data.grid import Grid, Triple
 from timm_ext.data.layouts import Case
@@ -24,11 +23,12 @@ from timm_ext.data.volume import (
     Affine,
 )
 from timm_ext.documents import validated
+from timm_ext.documents.bounds import LEAST_MM, MOST_EDGE, MOST_MM, check_edges, check_number, check_whole
 from timm_ext.errors import InputError, lines_of
 from timm_ext.files import ending_of, sha256
-from timm_ext.machine import check_workers
-from timm_ext.modality_names import in_hounsfield_units
-from timm_ext.processes import worker_pool
+from timm_ext.system.machine import check_workers
+from timm_ext.system.processes import worker_pool
+from timm_ext.vocabulary.modalities import in_hounsfield_units
 
 Spacing = float | tuple[float, float, float]
 

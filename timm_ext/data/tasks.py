@@ -11,7 +11,7 @@ import numpy.typing as npt
 from timm_ext.data.dataset_json import Header, is_header, parse_header, task_of
 from timm_ext.documents import read_json, read_yaml, validated
 from timm_ext.errors import InputError, listed, shown
-from timm_ext.modality_names import distinct_keys
+from timm_ext.vocabulary.modalities import distinct_keys
 
 Labels = npt.NDArray[np.uint8]
 

@@ -21,7 +21,7 @@ from timm_ext.data.volume_file import Array as Array
 from timm_ext.data.volume_file import Header, read_header, read_stored
 from timm_ext.errors import InputError
 from timm_ext.files import atomic_write
-from timm_ext.machine import check_memory
+from timm_ext.system.machine import check_memory
 
 Interpolation = Literal["linear", "nearest"]
 

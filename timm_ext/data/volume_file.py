@@ -22,7 +22,7 @@ from nibabel.nifti2 import Nifti2Header
 
 from timm_ext.errors import InputError
 from timm_ext.files import ending_of, stem_of, visible
-from timm_ext.machine import check_memory
+from timm_ext.system.machine import check_memory
 
 Array = npt.NDArray[Any]
 Affine = npt.NDArray[np.float64]

@@ -32,8 +32,8 @@ from timm_ext.fisher.result import Fisher, FisherKind, unused_note
 from timm_ext.fisher.rules import Rules, close_modes, open_modes, run_backward
 from timm_ext.fisher.unused import cut_off
 from timm_ext.fisher.unwrap import bare_network, uncompiled
-from timm_ext.memory import kept_memory, release_memory
 from timm_ext.modes import evaluating
+from timm_ext.ops.memory import kept_memory, release_memory
 
 _REENTRANT = (
     "model: expected activation checkpointing with use_reentrant=False, or none (got reentrant "

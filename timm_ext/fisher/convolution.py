@@ -15,9 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from timm_ext.doubling_ops import doubled_conv3d_input_gradient
-from timm_ext.layer_ops import small_conv3d, strided_conv3d_input_gradient, winograd_conv3d
-from timm_ext.memory import new_tensor
+from timm_ext.ops.conv3d import small_conv3d, strided_conv3d_input_gradient, winograd_conv3d
+from timm_ext.ops.memory import new_tensor
+from timm_ext.ops.upsampled_conv3d import doubled_conv3d_input_gradient
 
 Way = Literal["aten", "onednn", "small", "strided", "transposed", "winograd"]
 Sizes = tuple[int, ...]

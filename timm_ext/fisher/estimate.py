@@ -16,7 +16,7 @@ from timm_ext.fisher.batch import checked_batch
 from timm_ext.fisher.likelihoods import Likelihood, LogLikelihood
 from timm_ext.fisher.partial import PartialFile
 from timm_ext.fisher.result import Fisher
-from timm_ext.signals import ending, uninterrupted
+from timm_ext.system.signals import ending, uninterrupted
 
 
 def estimate_fisher(
@@ -173,7 +173,7 @@ def _bar(total: int | None, *, show: bool) -> Iterator[Any]:
         return
     from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
-    from timm_ext.terminal import make_progress
+    from timm_ext.system.terminal import make_progress
 
     with make_progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
         task = bar.add_task("Fisher", total=total)

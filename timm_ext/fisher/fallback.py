@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from timm_ext.ops import square_accumulate_
+from timm_ext.ops.fisher import square_accumulate_
 
 
 def square_examples_one_by_one(

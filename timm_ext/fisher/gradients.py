@@ -6,10 +6,10 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from timm_ext.doubling_ops import doubled_conv3d_weight_grad_square_
 from timm_ext.fisher import fused
 from timm_ext.fisher.convolution import Geometry
-from timm_ext.ops import conv_weight_grad_square_, square_accumulate_
+from timm_ext.ops.fisher import conv_weight_grad_square_, square_accumulate_
+from timm_ext.ops.upsampled_conv3d import doubled_conv3d_weight_grad_square_
 
 HELD_BYTES = 32 << 20  # of the gradients that wait to be squared in one launch
 _STRIDED = Geometry((2, 2, 2), (0, 0, 0), (1, 1, 1), False, (0, 0, 0), 1)

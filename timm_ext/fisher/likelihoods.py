@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from timm_ext.errors import InputError, listed
-from timm_ext.ops import sample_labels
+from timm_ext.ops.fisher import sample_labels
 
 LogLikelihood = Callable[[Tensor, Any], Tensor]
 
@@ -41,7 +41,7 @@ class Likelihood(ABC):
         Args:
             logits: `[B, ...]`.
             keys: int64 `[B]`, on the device of the logits, of seed, example and sample; nothing else may
-                decide the draw. `timm_ext.reference.uniform` makes random numbers of them.
+                decide the draw. `timm_ext.ops.reference.uniform` makes random numbers of them.
 
         Raises:
             InputError: this likelihood cannot be sampled.

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from timm_ext.doubling_ops import doubled_conv3d, nearest_doubling3d, neighbour_sums3d
 from timm_ext.fisher.convolution import Geometry, doubled_gradient
 from timm_ext.fisher.gradients import (
     ConvolutionWeightGradients,
@@ -23,7 +22,8 @@ from timm_ext.fisher.gradients import (
     LinearWeightGradients,
     SquareSums,
 )
-from timm_ext.layer_ops import instance_norm, instance_norm_backward
+from timm_ext.ops.norm import instance_norm, instance_norm_backward
+from timm_ext.ops.upsampled_conv3d import doubled_conv3d, nearest_doubling3d, neighbour_sums3d
 
 
 class Tape:

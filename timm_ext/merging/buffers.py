@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from timm_ext.checkpoint import non_finite
 from timm_ext.errors import InputError, lines_of
-from timm_ext.ops import fused_merge
+from timm_ext.ops.merge import fused_merge
 from timm_ext.parameters import Entry, Layout
 
 _COUNTER = "num_batches_tracked"

@@ -12,7 +12,7 @@ from torch import Tensor
 from timm_ext.errors import InputError
 from timm_ext.groups import Granularity
 from timm_ext.merging.bank import Bank, Normalization
-from timm_ext.ops import fused_merge
+from timm_ext.ops.merge import fused_merge
 
 _GEYER = "Geyer et al., Transfer Learning by Adaptive Merging of Multiple Models, MIDL 2019"
 _ALMAKKY = (
@@ -49,10 +49,10 @@ class Method:
         normalize: how the Fishers of the bank are scaled before merging, see `Bank.build`.
         l2_transfer: λ in fine-tuning that stays near its start, see `timm_ext.training.transfer.Tie`.
         drop_transfer: p of the same.
-        logit_pull: λ of the logits' pull to equal ratios, see `timm_ext.training.stages.adapt`.
+        logit_pull: λ of the logits' pull to equal ratios, see `timm_ext.transfer.stages.adapt`.
         warm_up: share of the steps of `adapt` in which the logits do not move yet.
         weight_pull: μ of a pull of the weights to the merge, whose ratios are then learned during
-            fine-tuning, see `timm_ext.training.stages.tune_merged`; 0 learns them before it or not at all.
+            fine-tuning, see `timm_ext.transfer.stages.tune_merged`; 0 learns them before it or not at all.
         combine: the row is no initialisation but the mean, of weights or logits, of the networks that were
             fine-tuned from each of the source models.
         joint: in a study, its last source model is trained on the cases of all source tasks, for the regions

@@ -5,8 +5,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from timm_ext import ops
 from timm_ext.errors import InputError
+from timm_ext.ops import merge as ops
 
 Mixing = Literal["sigmoid", "softmax", "ratios", "free"]
 MIXINGS: tuple[Mixing, ...] = (*ops.MIXINGS, "free")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from timm_ext.errors import InputError
-from timm_ext.modality_names import distinct_keys, modality_key
+from timm_ext.vocabulary.modalities import distinct_keys, modality_key
 
 if TYPE_CHECKING:
     from timm_ext.fisher.result import Fisher

@@ -10,7 +10,7 @@ from timm_ext.errors import InputError, listed
 from timm_ext.merging.modalities import same_modality, source_channels
 from timm_ext.networks.registry import build_network, channel_axes_of, config_of
 from timm_ext.parameters import named_parameters
-from timm_ext.region_names import matching
+from timm_ext.vocabulary.regions import matching
 
 Places = tuple[int | None, ...]  # for each channel of the new network that of the old one, None for its own
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from timm_ext.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from timm_ext.errors import InputError, shown
-from timm_ext.metadata import NetworkConfig, network_config
 from timm_ext.networks.fit import check_tensors
 from timm_ext.networks.outline import TooLargeError, outline_network
 from timm_ext.networks.registry import build_network, config_of
 from timm_ext.parameters import named_parameters, parameter_aliases
-from timm_ext.state_dicts import without_wrappers
+from timm_ext.storage.metadata import NetworkConfig, network_config
+from timm_ext.storage.state_dicts import without_wrappers
 
 _MOST_GROWTH = 4  # of a network over the tensors of its file
 _MOST_WORK = 64  # bytes that building a network may pass through, over those of its file

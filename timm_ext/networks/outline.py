@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from timm_ext.errors import InputError
-from timm_ext.metadata import NetworkConfig
 from timm_ext.networks.registry import build_network
+from timm_ext.storage.metadata import NetworkConfig
 
 
 class TooLargeError(InputError):

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from timm_ext.machine import available_memory, total_memory
+from timm_ext.system.machine import available_memory, total_memory
 
 GIB = 1024**3
 _SHARE = {"cpu": 0.25, "gpu": 0.8}

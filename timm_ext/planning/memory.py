@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from math import prod
 
 from timm_ext.data.prepare import Prepared
-from timm_ext.machine import total_memory
+from timm_ext.system.machine import total_memory
 
 _SHARE = 0.25
 

@@ -14,7 +14,6 @@ from timm_ext.data.volume import read_labels, read_volume
 from timm_ext.documents import read_json, validated
 from timm_ext.errors import InputError, listed
 from timm_ext.merging import Method, get_method, unseen_modalities
-from timm_ext.modality_names import modality_key
 from timm_ext.study.plan import Plan
 from timm_ext.study.records import Folder, Step, with_needs
 from timm_ext.study.results import Cases, Forgetting, Learned, Scored, Scores, Times, Training
@@ -22,6 +21,7 @@ from timm_ext.study.settings import CommonSettings
 from timm_ext.study.stages import CASES, LABELS, PREDICTIONS, TIMES
 from timm_ext.study.summary import Array, Example, ForgettingRow, MethodResult, Ratios, Summary
 from timm_ext.training.settings import TrainSettings
+from timm_ext.vocabulary.modalities import modality_key
 
 BASELINE = "scratch"
 EXAMPLE_MODALITY = "FLAIR"

@@ -12,9 +12,9 @@ from timm_ext.data.tasks import get_task
 from timm_ext.networks.registry import size_divisor_of
 from timm_ext.study.records import Folder, Step
 from timm_ext.study.settings import CommonSettings
-from timm_ext.study.sources import new_network
 from timm_ext.study.stages import channels_last
 from timm_ext.training.device import keep_freed_memory
+from timm_ext.transfer.sources import new_network
 
 _EDGE = 48
 _TYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}

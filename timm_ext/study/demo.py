@@ -8,7 +8,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from timm_ext.data.generate import PHANTOM
 from timm_ext.errors import InputError
 from timm_ext.files import atomic_write, real_path
 from timm_ext.merging.methods import get_method
@@ -21,7 +20,8 @@ from timm_ext.study.runner import available_cores
 from timm_ext.study.settings import PlanSettings, settings_to_dict
 from timm_ext.study.stages import FISHER, INITIAL, NETWORK
 from timm_ext.study.summary import Summary
-from timm_ext.terminal import make_console, show_table, tell
+from timm_ext.synthesis.generate import PHANTOM
+from timm_ext.system.terminal import make_console, show_table, tell
 
 CHECKPOINTS = "checkpoints"
 TITLE = "T-IMM demo: initialisations for a small tumour task"

@@ -5,16 +5,16 @@ from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import Any
 
-from timm_ext.data.generate import PHANTOM
 from timm_ext.data.tasks import get_task
 from timm_ext.errors import InputError, listed
 from timm_ext.files import real_path
-from timm_ext.machine import check_memory
 from timm_ext.merging.methods import get_method
 from timm_ext.study.parts import available_train_cases
 from timm_ext.study.plan import Plan, make_plan
 from timm_ext.study.records import Step, with_needs
 from timm_ext.study.settings import PlanSettings, StudySettings
+from timm_ext.synthesis.generate import PHANTOM
+from timm_ext.system.machine import check_memory
 
 _LEAST_CHANNELS = 2
 """Of what a network makes of an image, at least so many are in memory with it."""

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from timm_ext.data.generate import PHANTOM, GenerateSettings
-from timm_ext.data.label_maps import label_map_files
 from timm_ext.data.layouts import Case, read_cases
 from timm_ext.data.prepare import PrepareSettings
 from timm_ext.data.tasks import get_task
@@ -17,6 +15,8 @@ from timm_ext.errors import InputError
 from timm_ext.files import real_path, sha256
 from timm_ext.study.records import Step
 from timm_ext.study.settings import CommonSettings, PlanSettings, to_json
+from timm_ext.synthesis.generate import PHANTOM, GenerateSettings
+from timm_ext.synthesis.label_maps import label_map_files
 
 STAGES = "timm_ext.study.stages"
 _DATA_STAGES = "timm_ext.study.data_stages"

@@ -12,8 +12,8 @@ from timm_ext.study.options import adapt_options, check_options, merge_options, 
 from timm_ext.study.parts import STAGES, case_steps, check_fields, prepare_settings
 from timm_ext.study.records import Step
 from timm_ext.study.settings import PlanSettings, to_json
-from timm_ext.study.sources import Recipe
 from timm_ext.training.settings import TIES, TrainSettings
+from timm_ext.transfer.sources import Recipe
 
 # Seconds per training step and voxel of a pair of volumes on one core, for the time left only.
 _SECONDS_PER_STEP = 0.2

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from timm_ext.study.records import Folder, Step, with_needs
 from timm_ext.study.runner import Event, Listener
-from timm_ext.terminal import make_progress, tell
+from timm_ext.system.terminal import make_progress, tell
 
 
 @contextmanager

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 from timm_ext.documents import read_json, validated
 from timm_ext.errors import InputError, listed, shown
 from timm_ext.files import visible, write_json
-from timm_ext.locks import LOCK_NAME, folder_lock
 from timm_ext.study.results import Failure
+from timm_ext.system.locks import LOCK_NAME, folder_lock
 
 RECORD = "record.json"
 FAILURE = "failed.json"
@@ -201,7 +201,7 @@ class Folder:
         write_json(self.run_path(step) / RECORD, {**as_read, "checksum": _checksum(as_read)})
 
     def lock(self) -> AbstractContextManager[None]:
-        """Hold the folder for this process; see `timm_ext.locks.folder_lock`."""
+        """Hold the folder for this process; see `timm_ext.system.locks.folder_lock`."""
         return folder_lock(self.path)
 
     def claim(self, settings: Mapping[str, Any], *, extendable: Iterable[str] = ()) -> None:

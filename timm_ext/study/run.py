@@ -7,7 +7,6 @@ from typing import Any
 
 from rich.console import Console
 
-from timm_ext.data.generate import PHANTOM
 from timm_ext.errors import InputError, lines_of
 from timm_ext.files import visible
 from timm_ext.study.collect import environment
@@ -19,7 +18,8 @@ from timm_ext.study.records import Folder, Step
 from timm_ext.study.runner import Outcome, available_cores, run_steps, visible_gpus
 from timm_ext.study.settings import EXTENDABLE, StudySettings, settings_to_dict
 from timm_ext.study.study_report import write_study_report
-from timm_ext.terminal import make_console, show_table, tell
+from timm_ext.synthesis.generate import PHANTOM
+from timm_ext.system.terminal import make_console, show_table, tell
 
 PLANS = Path(__file__).with_name("plans")
 

@@ -14,10 +14,10 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from timm_ext.errors import InputError
-from timm_ext.machine import check_workers
-from timm_ext.signals import children_start, ending, uninterrupted, wait_for_signal
 from timm_ext.study.records import Folder, Step, with_needs
 from timm_ext.study.worker import SINGLE_THREAD, Job, Reply, serve
+from timm_ext.system.machine import check_workers
+from timm_ext.system.signals import children_start, ending, uninterrupted, wait_for_signal
 
 Listener = Callable[["Event"], None]
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
-from timm_ext.bounds import (
+from timm_ext.documents.bounds import (
     LEAST_MM,
     MOST_BATCH,
     MOST_CASES,
@@ -16,9 +16,9 @@ from timm_ext.bounds import (
     check_seed,
     check_whole,
 )
-from timm_ext.data.generate import PHANTOM
 from timm_ext.errors import InputError
 from timm_ext.files import real_path
+from timm_ext.synthesis.generate import PHANTOM
 
 _EPOCHS = ("source_epochs", "epochs", "adapt_epochs")
 _MOST_LISTED = 1000

@@ -14,12 +14,9 @@ import torch
 from torch import nn
 
 from timm_ext.data.dataset import CaseDataset, Sample
-from timm_ext.data.generate import GenerateSettings, generate_cases
 from timm_ext.data.layouts import read_cases
 from timm_ext.data.prepare import Prepared, PrepareSettings, label_numbers, prepare_case, prepare_cases
-from timm_ext.data.synthesis import SynthesisSettings
 from timm_ext.data.tasks import Task, get_task, task_from_dict, task_to_dict
-from timm_ext.data.tumour import TumourSettings
 from timm_ext.documents import read_json, validated
 from timm_ext.files import write_json
 from timm_ext.fisher import estimate_fisher, remove_partial
@@ -29,7 +26,15 @@ from timm_ext.metrics import Scores, dice_by_region, evaluate_pairs
 from timm_ext.networks.io import load_network, save_network
 from timm_ext.networks.registry import input_layers_of
 from timm_ext.parameters import named_parameters
-from timm_ext.study.sources import (
+from timm_ext.study.worker import Context
+from timm_ext.synthesis.generate import GenerateSettings, generate_cases
+from timm_ext.synthesis.render import SynthesisSettings
+from timm_ext.synthesis.tumour import TumourSettings
+from timm_ext.training.examples import Examples, identity_of
+from timm_ext.training.history import History
+from timm_ext.training.settings import AdaptSettings, TrainSettings
+from timm_ext.training.state import STATE_NAME
+from timm_ext.transfer.sources import (
     Recipe,
     Sources,
     in_order,
@@ -39,12 +44,7 @@ from timm_ext.study.sources import (
     split_by,
     start_from,
 )
-from timm_ext.study.worker import Context
-from timm_ext.training.examples import Examples, identity_of
-from timm_ext.training.history import History
-from timm_ext.training.settings import AdaptSettings, TrainSettings
-from timm_ext.training.stages import adapt, fine_tune, make_sets, train, tune_merged, warm_up
-from timm_ext.training.state import STATE_NAME
+from timm_ext.transfer.stages import adapt, fine_tune, make_sets, train, tune_merged, warm_up
 
 Settings = Mapping[str, Any]
 Inputs = Mapping[str, Path]

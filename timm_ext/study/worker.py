@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_ext.errors import InputError
-from timm_ext.signals import follow_parent
+from timm_ext.system.signals import follow_parent
 
 REPORT_EVERY = 0.5
 SINGLE_THREAD = {

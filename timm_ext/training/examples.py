@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from timm_ext.data.dataset import Sample, collate
 from timm_ext.data.noise import keyed_generator
 from timm_ext.errors import InputError
-from timm_ext.machine import check_workers
-from timm_ext.processes import mortal_children
-from timm_ext.signals import follow_parent, uninterrupted, wait_for_signal
+from timm_ext.system.machine import check_workers
+from timm_ext.system.processes import mortal_children
+from timm_ext.system.signals import follow_parent, uninterrupted, wait_for_signal
 from timm_ext.training.settings import TrainSettings
 
 Key = tuple[int, int]

@@ -5,7 +5,7 @@ from types import TracebackType
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from timm_ext.terminal import make_progress, say
+from timm_ext.system.terminal import make_progress, say
 
 _SPEED_OVER = 1800.0  # seconds: a step may take a minute, a validation many
 

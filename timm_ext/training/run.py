@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from timm_ext.errors import InputError
 from timm_ext.files import remove_stale_partials, write_json
-from timm_ext.signals import Interrupted, received, uninterrupted
+from timm_ext.system.signals import Interrupted, received, uninterrupted
 from timm_ext.training.examples import (
     BatchOrder,
     Examples,

@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from timm_ext.bounds import (
+from timm_ext.documents.bounds import (
     MOST_BATCH,
     MOST_STEPS,
     MOST_WORKERS,
@@ -184,9 +184,9 @@ class AdaptSettings:
     Attributes:
         logit_lr: learning rate of the mixing logits.
         specific_lr: of the task-specific layers, in a warm-up without logits, too; None is that of training.
-        logit_pull: λ, see `timm_ext.training.stages.adapt`; None is as the method has it, here and below.
+        logit_pull: λ, see `timm_ext.transfer.stages.adapt`; None is as the method has it, here and below.
         warm_up: share of the largest number of steps in which, at the beginning, the logits do not move.
-        weight_pull: μ, see `timm_ext.training.stages.tune_merged`; for methods that learn the ratios there.
+        weight_pull: μ, see `timm_ext.transfer.stages.tune_merged`; for methods that learn the ratios there.
     """
 
     logit_lr: float = 0.1

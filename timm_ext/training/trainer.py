@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from timm_ext.errors import InputError
-from timm_ext.locks import folder_lock
-from timm_ext.signals import ending, watched
+from timm_ext.system.locks import folder_lock
+from timm_ext.system.signals import ending, watched
 from timm_ext.training.device import launch, only_trained, reproducible
 from timm_ext.training.examples import Examples, LoaderDiedError, examine
 from timm_ext.training.history import History

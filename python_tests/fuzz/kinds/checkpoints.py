@@ -16,7 +16,7 @@ from timm_ext.checkpoint import load_checkpoint, save_checkpoint
 from timm_ext.cli.common import task_of
 from timm_ext.data.tasks import get_task, task_to_dict
 from timm_ext.merging.bank import Bank
-from timm_ext.merging.streamed import merge_checkpoints
+from timm_ext.merging.streaming.merge import merge_checkpoints
 from timm_ext.networks import build_network, load_network, save_network
 from timm_ext.parameters import Layout, split_parameters
 

@@ -11,8 +11,10 @@ from fuzz.tensors import clear, view
 from torch import Tensor
 
 import timm_ext
-from timm_ext import doubling_ops, layer_ops
-from timm_ext.memory import kept_memory, new_tensor
+from timm_ext.ops import conv3d as layer_ops
+from timm_ext.ops import norm as norm_ops
+from timm_ext.ops import upsampled_conv3d as doubling_ops
+from timm_ext.ops.memory import kept_memory, new_tensor
 
 ODD_INTEGERS = [-(2**63), -(2**31), -2, -1, 0, 1, 2, 3, 5, 100, 2**31 - 1, 2**31, 2**32, 2**40]
 ODD_INTEGERS += [2**61 - 1, 2**61, 2**62, 2**63 - 1, 2**63, 2**70]
@@ -86,11 +88,11 @@ GOOD: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {
     ),
     "neighbour_sums3d": lambda: (doubling_ops.neighbour_sums3d, {"input": torch.randn(1, 2, 2, 3, 2)}),
     "instance_norm": lambda: (
-        layer_ops.instance_norm,
+        norm_ops.instance_norm,
         {"input": torch.randn(2, 3, 4), "weight": torch.randn(3), "bias": torch.randn(3)},
     ),
     "instance_norm_backward": lambda: (
-        layer_ops.instance_norm_backward,
+        norm_ops.instance_norm_backward,
         {
             "grad": torch.randn(2, 3, 4),
             "input": torch.randn(2, 3, 4),

@@ -12,8 +12,12 @@ from torch import Tensor
 from torch.nn import functional
 
 import timm_ext
-from timm_ext import doubling_ops, layer_ops, ops, reference
-from timm_ext.memory import kept_memory
+from timm_ext.ops import conv3d as layer_ops
+from timm_ext.ops import merge as ops
+from timm_ext.ops import norm as norm_ops
+from timm_ext.ops import reference
+from timm_ext.ops import upsampled_conv3d as doubling_ops
+from timm_ext.ops.memory import kept_memory
 
 # --- the merge ------------------------------------------------------------------------------------------
 
@@ -238,11 +242,11 @@ def _norm(rng: random.Random) -> None:
     weight, bias = (drawn(rng, channels) if rng.random() < 0.7 else None for _ in range(2))
     slope, epsilon = rng.choice([1.0, 0.0, 0.01]), rng.choice([1e-5, 1e-2])
     output, mean, deviation = clear(
-        lambda: layer_ops.instance_norm(view(rng, input), weight, bias, epsilon=epsilon)
+        lambda: norm_ops.instance_norm(view(rng, input), weight, bias, epsilon=epsilon)
     )
     grad = drawn(rng, *input.shape)
     got = clear(
-        lambda: layer_ops.instance_norm_backward(
+        lambda: norm_ops.instance_norm_backward(
             view(rng, grad), view(rng, input), mean, deviation, weight, bias, slope=slope
         )
     )

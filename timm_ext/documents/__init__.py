@@ -1,0 +1,312 @@
+"""Texts that people and programs write, read with bounds: JSON, YAML and CSV, and values checked by a model.
+
+Whatever a file holds, a reader here returns plain values or raises one `InputError`: no file is read beyond
+`MOST_BYTES`, no value is nested beyond `MOST_DEPTH`, and no YAML alias multiplies beyond `MOST_VALUES`.
+"""
+
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, cast, get_args, get_type_hints
+
+from timm_ext.errors import InputError, listed, shown
+from timm_ext.files import check_file
+
+MOST_BYTES = 32 << 20
+MOST_YAML_BYTES = 1 << 20
+MOST_DEPTH = 64
+MOST_VALUES = 100_000
+MOST_DIGITS = 100
+
+Location = tuple[int | str, ...]
+Kind = TypeVar("Kind")
+
+_OTHER_FORMS = ("tuple_type", "missing", "too_long", "float_type", "float_parsing")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a CSV file: the line it ends on, and its cells that are not empty, by column."""
+
+    line: int
+    cells: dict[str, str]
+
+
+def read_text(path: Path | str, *, most: int = MOST_BYTES) -> str:
+    """Read a text file in UTF-8; a byte order mark is dropped.
+
+    Raises:
+        InputError: no regular file, more than `most` bytes, other bytes than UTF-8 or a NUL.
+    """
+    data = _read_bytes(path, most)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}: expected text in UTF-8 (got byte {data[error.start]:#04x} at {error.start})"
+        ) from error
+    if "\0" in text:
+        raise InputError(f"{path}: expected text (got a NUL character at {text.index(chr(0))})")
+    return text
+
+
+def read_json(path: Path | str) -> Any:
+    """Read a JSON file; see `parse_json`.
+
+    Raises:
+        InputError: the file cannot be read, or is not JSON.
+    """
+    return parse_json(read_text(path), path)
+
+
+def parse_json(text: str, where: object) -> Any:
+    """Turn JSON into values.
+
+    Args:
+        text: the document.
+        where: the file, for the message.
+
+    Raises:
+        InputError: no JSON, a key twice in one object, `NaN` or infinite numbers, numbers of more than
+            `MOST_DIGITS` digits, half of a surrogate pair, or more than `MOST_DEPTH` levels.
+    """
+    try:
+        value = json.loads(
+            text,
+            parse_int=_whole,
+            parse_float=_finite,
+            parse_constant=_refuse_constant,
+            object_pairs_hook=_without_repeats,
+        )
+        deep = _is_deep(value)
+        if _SURROGATE.search(text) and not deep:
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        deep = True
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: expected JSON (got half of a surrogate pair)") from error
+    except ValueError as error:
+        raise InputError(f"{where}: expected JSON (got {shown(error)})") from error
+    if deep:
+        raise InputError(f"{where}: expected JSON of at most {MOST_DEPTH} levels (got more)")
+    return value
+
+
+def read_yaml(path: Path | str) -> tuple[Any, dict[Location, int]]:
+    """Read a YAML file; see `parse_yaml`.
+
+    Returns:
+        Its value, and the line of every key by its place in the value.
+
+    Raises:
+        InputError: the file cannot be read, or is not YAML of plain values.
+    """
+    text = read_text(path, most=MOST_YAML_BYTES)
+    value = parse_yaml(text, path)
+    from timm_ext.documents._yaml import key_lines
+
+    return value, key_lines(text)
+
+
+def parse_yaml(text: str, where: object) -> Any:
+    """Turn YAML into plain values: null, truth values, numbers, texts, lists and mappings. Dates stay texts.
+
+    Args:
+        text: one document.
+        where: the file or option, for the message.
+
+    Raises:
+        InputError: no YAML, other tags, a key twice in one mapping, numbers of more than `MOST_DIGITS`
+            characters, more than `MOST_DEPTH` levels, or more than `MOST_VALUES` values, aliases put in.
+    """
+    from timm_ext.documents._yaml import plain_values
+
+    try:
+        return plain_values(text, most_depth=MOST_DEPTH, most_values=MOST_VALUES, most_digits=MOST_DIGITS)
+    except ValueError as error:
+        raise InputError(f"{where}: expected YAML of plain values (got {shown(error)})") from error
+
+
+def read_csv(path: Path | str) -> list[Row]:
+    """Read a CSV file whose first row names the columns; rows without any content are left out.
+
+    Raises:
+        InputError: the file cannot be read, is not CSV, has a column twice or without a name, or a row with
+            more cells than there are columns.
+    """
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), skipinitialspace=True, strict=True)
+    columns: list[str] | None = None
+    rows = []
+    try:
+        for cells in reader:
+            if not any(cell.strip() for cell in cells):
+                continue
+            if columns is None:
+                columns = _columns(cells, path)
+            else:
+                rows.append(_row(cells, columns, reader.line_num, path))
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: expected CSV (got {shown(error)})") from error
+    return rows
+
+
+def validated(
+    kind: type[Kind],
+    value: Any,
+    where: object,
+    *,
+    lines: Mapping[Location, str] | None = None,
+    forms: Mapping[Location, str] | None = None,
+    strict: bool = False,
+) -> Kind:
+    """Check a value against a model and return it as one.
+
+    Args:
+        kind: a pydantic model, a dataclass, or any type that pydantic takes.
+        value: JSON values, as a reader of this module returns them.
+        where: the file or section, for the message.
+        lines: of the places in `value` that are known better than `where`: what to say instead of it.
+        forms: of the places in `value` that may be written in several ways: which they are.
+        strict: take no number for a text, no text for a number and no truth value for either.
+
+    Raises:
+        InputError: the value does not fit; the message names the first field that does not, and says how
+            many more there are.
+    """
+    from pydantic import ValidationError
+
+    try:
+        if strict:
+            fitting: Kind = _adapter(cast(Hashable, kind)).validate_json(json.dumps(value), strict=True)
+        else:
+            fitting = _adapter(cast(Hashable, kind)).validate_python(value)
+    except ValidationError as error:
+        raise InputError(_describe(error, kind, lines or {}, str(where), forms or {})) from error
+    return fitting
+
+
+@cache
+def _adapter(kind: Hashable) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cast(Any, kind))
+
+
+def _read_bytes(path: Path | str, most: int) -> bytes:
+    check_file(path)
+    try:
+        with open(path, "rb") as file:
+            data = file.read(most + 1)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    if len(data) > most:
+        raise InputError(f"{path}: expected at most {most >> 20} MiB of text (got more)")
+    return data
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether lists and objects are nested beyond `MOST_DEPTH`."""
+    level = [value]
+    for _ in range(MOST_DEPTH + 1):
+        inner = [node for node in level if isinstance(node, (dict, list))]
+        if not inner:
+            return False
+        level = [child for node in inner for child in (node.values() if isinstance(node, dict) else node)]
+    return True
+
+
+def _whole(text: str) -> int:
+    if len(text) > MOST_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"the number {shown(text)}, which is too large")
+    return value
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text}, which is no number in JSON")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} twice in one object")
+    return values
+
+
+def _columns(cells: list[str], path: Path | str) -> list[str]:
+    columns = [cell.strip() for cell in cells]
+    while columns and not columns[-1]:
+        columns.pop()
+    if "" in columns or len(set(columns)) != len(columns):
+        raise InputError(f"{path}: expected a different name for each column (got {shown(columns)})")
+    return columns
+
+
+def _row(cells: list[str], columns: list[str], line: int, path: Path | str) -> Row:
+    if extra := [cell for cell in cells[len(columns) :] if cell.strip()]:
+        raise InputError(
+            f"{path}, line {line}: expected at most {len(columns)} cells, for the columns "
+            f"{shown(', '.join(columns))} (got more: {shown(', '.join(extra))})"
+        )
+    filled = {name: cell for name, cell in zip(columns, cells, strict=False) if cell.strip()}
+    return Row(line, filled)
+
+
+def _describe(
+    error: Any, kind: Any, lines: Mapping[Location, str], default: str, forms: Mapping[Location, str]
+) -> str:
+    from pydantic import BaseModel
+
+    problems = error.errors(include_url=False)
+    problem = problems[0]
+    location: Location = problem["loc"]
+    known = next((location[:n] for n in range(len(location), 0, -1) if location[:n] in lines), location)
+    name = shown(".".join(map(str, known)))
+    place = lines.get(known, default) + (f": {name}" if name else "")
+    left = len({other["loc"] for other in problems} - {location})
+    more = f" (and {left} more)" if left else ""
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        expected = listed(_field_names(kind, location[:-1]), most=100)
+        return f"{lines.get(known, default)}: unknown field {name} (expected one of {expected}){more}"
+    whole = isinstance(problem["input"], (dict, BaseModel))
+    got = "" if whole else f" (got {shown(repr(problem['input']))})"
+    form = forms.get(location[:2]) if problem["type"] in _OTHER_FORMS else None
+    told = _in_our_words(problem) if form is None else f"expected {form}"
+    return f"{place}: {told}{got}{more}"
+
+
+def _in_our_words(problem: Mapping[str, Any]) -> str:
+    if problem["type"] in ("dataclass_type", "model_type", "model_attributes_type", "dict_type"):
+        return "expected named fields"
+    if problem["type"] in ("missing", "missing_argument"):
+        return "missing"
+    message = shown(problem["msg"].removeprefix("Value error, "))
+    return f"expected {rest}" if (rest := message.removeprefix("Input should be ")) != message else message
+
+
+def _field_names(kind: Any, location: Location) -> list[str]:
+    """Return the names of the fields at a place in a model; none where the place is no model."""
+    for part in location:
+        types = [kind, *get_args(kind)]  # of a list or a choice, the model in it
+        inner = (known[str(part)] for known in map(_fields_of, types) if str(part) in known)
+        kind = next(inner, next(filter(_fields_of, types), kind))
+    return list(_fields_of(kind))
+
+
+def _fields_of(kind: Any) -> dict[str, Any]:
+    if is_dataclass(kind):
+        return get_type_hints(kind)
+    return {name: field.annotation for name, field in getattr(kind, "model_fields", {}).items()}

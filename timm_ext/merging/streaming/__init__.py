@@ -1,0 +1,1 @@
+"""Merges of files that are larger than memory."""

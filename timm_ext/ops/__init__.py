@@ -1,0 +1,1 @@
+"""The operators: for each a documented function, its fake kernel, and its twin in `reference`."""

@@ -1,0 +1,1 @@
+"""Images drawn on phantoms and label maps."""

@@ -1,0 +1,320 @@
+"""Generated data sets: cases of a task on phantoms or on label maps, in memory or as files."""
+
+import math
+import os
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, as_completed
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from timm_ext.data.label_names import check_label_names
+from timm_ext.data.layouts import LIST_NAME, Case, write_list
+from timm_ext.data.noise import keyed_generator
+from timm_ext.data.tasks import Task, get_task, task_to_dict
+from timm_ext.data.volume import Array, Volume, write_nifti
+from timm_ext.documents import read_json
+from timm_ext.documents.bounds import (
+    MOST_CASES,
+    MOST_WORKERS,
+    check_edges,
+    check_number,
+    check_seed,
+    check_whole,
+)
+from timm_ext.errors import InputError, listed
+from timm_ext.files import sha256, write_json
+from timm_ext.synthesis.label_maps import classes_of, draw_subject, label_map_files
+from timm_ext.synthesis.render import SynthesisSettings, check_modalities, pool_labels, pooled_affine, render
+from timm_ext.synthesis.tumour import ENHANCING, TumourSettings, grow, push_aside
+from timm_ext.system.locks import folder_lock
+from timm_ext.system.machine import check_memory, check_workers
+from timm_ext.system.processes import worker_pool
+
+RECORD_NAME = "generated.json"
+PHANTOM = "phantom"
+
+_RECIPE = 1
+"""Counts the changes after which the same settings give other images."""
+_FINE_MM = 2.0
+_BYTES_PER_VOXEL = 60
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """What a generated data set is made of.
+
+    Attributes:
+        source: `"phantom"`, or a folder of FreeSurfer-style label maps.
+        task: name or file of the task; one with tumours (labels 1, 2 and 4 or 3) or a parcellation.
+        seed: of everything that is drawn.
+        spacing: voxel size of the images in mm.
+        size: voxels along R, A, S; the brain's centre is in the middle.
+        subjects: person numbers of the phantom, or names of label maps; cases take them in turn. Empty: a
+            person of its own for each case, or all label maps of the folder.
+        modalities: images to draw; empty: those of the task.
+        prefix: of the case ids.
+        skull_stripped: leave out what lies outside the skull (label maps that have it).
+        synthesis: how hard the images are.
+        tumour: how tumours grow.
+    """
+
+    source: str = PHANTOM
+    task: str = "brats"
+    seed: int = 0
+    spacing: float = 4.0
+    size: tuple[int, int, int] = (40, 48, 40)
+    subjects: tuple[str | int, ...] = ()
+    modalities: tuple[str, ...] = ()
+    prefix: str = "case"
+    skull_stripped: bool = True
+    synthesis: SynthesisSettings = field(default_factory=SynthesisSettings)
+    tumour: TumourSettings = field(default_factory=TumourSettings)
+
+
+@dataclass(frozen=True, eq=False)
+class DrawnCase:
+    """One generated case in memory.
+
+    Attributes:
+        id: prefix and number.
+        subject: whose anatomy it is.
+        images: `[D, H, W]` float32 by modality.
+        label: `[D, H, W]` uint8 in the numbers of the task.
+    """
+
+    id: str
+    subject: str | int
+    images: dict[str, Volume]
+    label: Volume
+
+
+def draw_case(settings: GenerateSettings, index: int) -> DrawnCase:
+    """Draw one case of a data set; it depends on the settings and its number only.
+
+    At a spacing of 4 mm and more, anatomy and images are drawn at half the spacing and averaged.
+
+    Args:
+        settings: of the data set.
+        index: number of the case, from 0.
+
+    Raises:
+        InputError: settings that do not fit together, or a label map that cannot be read.
+    """
+    task = _checked(settings)
+    subject = _subject(settings, _subjects(settings), index)
+    key = f"{settings.seed}/{settings.prefix}/{index}"
+    pool = _pool(settings)
+    tissue = draw_subject(
+        settings.source,
+        subject,
+        [length * pool for length in settings.size],
+        settings.spacing / pool,
+        f"{key}/{subject}",
+        skull_stripped=settings.skull_stripped,
+    )
+    tumour = None
+    if not task.freesurfer:
+        tumour = grow(tissue, key, settings.tumour)
+        shift = keyed_generator(key, "mass effect").uniform(0, settings.tumour.mass_effect_mm)
+        tissue = push_aside(tissue, tumour, shift)
+    names = settings.modalities or task.modalities
+    images = render(tissue, names, key, tumour=tumour, pool=pool, settings=settings.synthesis)
+    fine = classes_of(tissue.data) if tumour is None else _renumbered(tumour, task)
+    label = Volume(pool_labels(fine, pool), pooled_affine(tissue.affine, pool))
+    return DrawnCase(_case_id(settings, index), subject, images, label)
+
+
+def generate_cases(
+    out_dir: Path | str,
+    settings: GenerateSettings,
+    count: int,
+    *,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Case]:
+    """Draw cases and write them as `ID/ID_MODALITY.nii.gz`, `ID/ID_label.nii.gz` and the list `cases.json`.
+
+    Cases that the folder already holds, made with the same settings, are kept, so that an interrupted run
+    goes on where it was; `generated.json` records the settings, the subjects and what the label maps were.
+
+    Args:
+        out_dir: a new folder, or one that an earlier call with the same settings wrote.
+        settings: of the data set.
+        count: number of cases; a later call may ask for more.
+        workers: processes to draw with.
+        progress: called with the cases done and the count.
+
+    Returns:
+        The cases, sorted by id; `read_cases(out_dir, task)` returns the same.
+
+    Raises:
+        InputError: settings that do not fit together, a label map that cannot be read, a folder that holds
+            cases of other settings, cannot be written or is in use.
+    """
+    out_dir = Path(out_dir)
+    check_whole("count", count, 1, MOST_CASES)
+    check_whole("workers", workers, 0, MOST_WORKERS)
+    task = _checked(settings)
+    subjects = _subjects(settings)
+    with folder_lock(out_dir):
+        return _generate(out_dir, settings, task, subjects, count, workers, progress)
+
+
+def _generate(
+    out_dir: Path,
+    settings: GenerateSettings,
+    task: Task,
+    subjects: Sequence[str | int],
+    count: int,
+    workers: int,
+    progress: Callable[[int, int], None] | None,
+) -> list[Case]:
+    _record(out_dir, settings, subjects, count)
+    cases = [_paths(out_dir, settings, task, index) for index in range(count)]
+    missing = [index for index, case in enumerate(cases) if not _complete(case)]
+    done = count - len(missing)
+    with closing(_written(out_dir, settings, missing, workers)) as written:
+        for _ in written:
+            done += 1
+            if progress:
+                progress(done, count)
+    write_list(out_dir / LIST_NAME, cases)
+    return sorted(cases, key=lambda case: case.id)
+
+
+def _written(out_dir: Path, settings: GenerateSettings, indices: list[int], workers: int) -> Generator[int]:
+    if workers <= 1 or len(indices) < 2:
+        for index in indices:
+            yield _write_case(out_dir, settings, index)
+        return
+    workers = min(workers, len(indices))
+    check_workers(workers)
+    folders = [out_dir / _case_id(settings, index) for index in indices]
+    with worker_pool(workers, "draws cases", folders) as pool:
+        jobs: list[Future[int]] = [pool.submit(_write_case, out_dir, settings, index) for index in indices]
+        for job in as_completed(jobs):
+            yield job.result()
+
+
+def _write_case(out_dir: Path, settings: GenerateSettings, index: int) -> int:
+    drawn = draw_case(settings, index)
+    paths = _paths(out_dir, settings, get_task(settings.task), index)
+    for name, volume in drawn.images.items():
+        data = np.rint(volume.data).clip(0, np.iinfo(np.int16).max).astype(np.int16)
+        write_nifti(paths.images[name], Volume(data, volume.affine))
+    assert paths.label is not None
+    write_nifti(paths.label, drawn.label)
+    return index
+
+
+def _checked(settings: GenerateSettings) -> Task:
+    """Return the task after checking that the settings fit together."""
+    task = get_task(settings.task)
+    if not task.freesurfer and not ({0, 1, 2} <= task.labels and task.labels & {3, ENHANCING}):
+        raise InputError(
+            f"task {task.name}: expected a parcellation or the tumour labels 1, 2 and 4 or 3 to generate "
+            f"(got the labels {sorted(task.labels)})"
+        )
+    if not task.freesurfer:
+        enhancing = ENHANCING if ENHANCING in task.labels else 3
+        drawn = {"necrotic core": (1,), "oedema": (2,), "enhancing tumour": (enhancing,)}
+        check_label_names(drawn, task, "generated cases")
+    check_modalities(settings.modalities or task.modalities)
+    check_seed("seed", settings.seed)
+    check_number("spacing", settings.spacing, 0.5, 8)
+    check_edges("size", settings.size, least=8)
+    check_memory(_bytes_to_draw(settings), f"size: drawing {' × '.join(map(str, settings.size))} voxels")
+    if os.sep in settings.prefix or not settings.prefix:
+        raise InputError(f"prefix: expected the beginning of a file name (got {settings.prefix!r})")
+    return task
+
+
+def _bytes_to_draw(settings: GenerateSettings) -> int:
+    """Return the memory that drawing one case takes: float64 and float32 fields of the drawn grid."""
+    return math.prod(length * _pool(settings) for length in settings.size) * _BYTES_PER_VOXEL
+
+
+def _pool(settings: GenerateSettings) -> int:
+    """Return how many drawn voxels become one along each axis."""
+    return 2 if settings.spacing >= 2 * _FINE_MM else 1
+
+
+def _subjects(settings: GenerateSettings) -> tuple[str | int, ...]:
+    """Return the subjects that cases take in turn; empty means one person of the phantom for each case."""
+    if settings.source == PHANTOM:
+        if bad := [subject for subject in settings.subjects if not isinstance(subject, int)]:
+            raise InputError(f"subjects: expected numbers of persons (got {bad[0]!r})")
+        return settings.subjects
+    files = label_map_files(settings.source)
+    if missing := [str(name) for name in settings.subjects if name not in files]:
+        raise InputError(
+            f"{settings.source}: expected the label maps {listed(missing)} (got {listed(files)})"
+        )
+    return settings.subjects or tuple(files)
+
+
+def _subject(settings: GenerateSettings, subjects: Sequence[str | int], index: int) -> str | int:
+    if subjects:
+        return subjects[index % len(subjects)]
+    return int(keyed_generator(settings.seed, settings.prefix, index).integers(2**31))
+
+
+def _record(out_dir: Path, settings: GenerateSettings, subjects: Sequence[str | int], count: int) -> None:
+    """Write what the folder is made of; refuse one that is made of something else."""
+    maps = {}
+    if settings.source != PHANTOM:
+        files = label_map_files(settings.source)
+        maps = {str(name): sha256(files[str(name)]) for name in dict.fromkeys(subjects)}
+    plain = _plain(asdict(settings))
+    plain["source"] = PHANTOM if settings.source == PHANTOM else "label maps"
+    plain["task"] = task_to_dict(get_task(settings.task))
+    made: dict[str, Any] = {"recipe": _RECIPE, "settings": plain, "label_maps": maps}
+    path = out_dir / RECORD_NAME
+    if path.is_file():
+        old = read_json(path)
+        if not isinstance(old, dict) or not isinstance(old.get("settings"), dict):
+            raise InputError(f"{path}: expected the record of a generated data set; remove it or its folder")
+        changed = sorted(
+            {key for key in made["settings"] if old["settings"].get(key) != made["settings"][key]}
+            | {key for key in ("recipe", "label_maps") if old.get(key) != made[key]}
+        )
+        if changed:
+            raise InputError(
+                f"{out_dir}: holds cases made with other settings ({', '.join(changed)}); "
+                "choose another folder or remove it"
+            )
+        count = max(count, len(old.get("subjects", {})))
+    owners = {_case_id(settings, index): _subject(settings, subjects, index) for index in range(count)}
+    write_json(path, {**made, "subjects": owners})
+
+
+def _paths(out_dir: Path, settings: GenerateSettings, task: Task, index: int) -> Case:
+    name = _case_id(settings, index)
+    folder = out_dir / name
+    modalities = settings.modalities or task.modalities
+    images = {modality: folder / f"{name}_{modality}.nii.gz" for modality in modalities}
+    return Case(name, images, folder / f"{name}_label.nii.gz")
+
+
+def _complete(case: Case) -> bool:
+    return case.label is not None and all(path.is_file() for path in (*case.images.values(), case.label))
+
+
+def _case_id(settings: GenerateSettings, index: int) -> str:
+    return f"{settings.prefix}-{index:03d}"
+
+
+def _renumbered(tumour: Array, task: Task) -> Array:
+    if ENHANCING in task.labels:
+        return tumour
+    return np.where(tumour == ENHANCING, 3, tumour).astype(np.uint8)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value

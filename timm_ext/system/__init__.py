@@ -1,0 +1,1 @@
+"""The machine the program runs on: memory, terminal, locks, signals and processes."""

@@ -1,0 +1,1 @@
+"""From source networks to a network for a new task: start, adaptation and fine-tuning."""
