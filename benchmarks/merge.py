@@ -28,7 +28,7 @@ from benchmarks import merge_rivals as rivals
 from benchmarks.machine import environment, median_ratio, milliseconds
 from benchmarks.merge_isa import isa_row
 from benchmarks.merge_machine import Bandwidth, copy_loops
-from benchmarks.merge_table import RIVALS
+from benchmarks.pages.speed import MERGE_RIVALS
 from timm_ext.documents import read_json
 from timm_ext.files import write_json
 
@@ -93,7 +93,7 @@ def ratios(times: dict[str, list[float]]) -> dict[str, float]:
         f"{name}_over_fused": median_ratio(values, times[f"fused_{ours}"])
         for ours in OURS
         for name, values in times.items()
-        if name.removesuffix(f"_{ours}") in RIVALS
+        if name.removesuffix(f"_{ours}") in MERGE_RIVALS
     }
     loops = [values for name, values in times.items() if name.startswith("loop_")]
     fastest = min(loops, key=statistics.median)

@@ -1,8 +1,7 @@
-"""The README's first screen: short enough, and its code does what it says."""
+"""README and docs: short enough, their code does what it says, their figures are those of the results."""
 
-import json
+import importlib
 import re
-import runpy
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,9 @@ import torch
 from timm_ext.data.tasks import get_task, task_from_dict
 from timm_ext.networks import load_network
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.fixture
@@ -19,21 +20,36 @@ def text():
     return README.read_text(encoding="utf-8")
 
 
-def test_the_first_screen_is_short_and_holds_the_essentials(text):
-    first = text[: text.index("\n## ")]
-    assert len(first.splitlines()) <= 40
-    for wanted in (
-        "pip install . && timm-ext demo",
-        'pip install ".[test]" && pytest',
-        "fused_merge",
-        "![",
-        "equivalent",
-    ):
-        assert wanted in first
+@pytest.fixture
+def documents(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    return importlib.import_module("benchmarks.pages").documents()
 
 
-def test_the_example_is_equivalent_to_plain_pytorch(text):
-    example, equivalent = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[:2]
+def blocks_of(path):
+    return re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_it_is_short_and_begins_with_the_essentials(text):
+    assert len(text.splitlines()) < 150
+    assert len(text[: text.index("\n## ")].splitlines()) <= 40
+    places = [
+        text.index(wanted)
+        for wanted in (
+            "pip install . && timm-ext demo",
+            'pip install ".[test]" && pytest',
+            "![",
+            "timm-ext train",
+            "fused_merge(theta",
+            "equivalent",
+            "## Reading on",
+        )
+    ]
+    assert places == sorted(places)
+
+
+def test_the_example_is_equivalent_to_plain_pytorch():
+    example, equivalent = blocks_of(README)
     names: dict[str, object] = {}
     exec(example, names)
     merged = names["merged"]
@@ -44,12 +60,10 @@ def test_the_example_is_equivalent_to_plain_pytorch(text):
     torch.testing.assert_close(names["logits"].grad, plain, rtol=1e-4, atol=1e-5)
 
 
-def test_every_block_runs_as_printed_one_after_the_other(text, tmp_path, monkeypatch):
+def test_every_block_of_the_page_on_networks_runs_as_printed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 4
     names: dict[str, object] = {}
-    for block in blocks:
+    for block in blocks_of(ROOT / "docs" / "networks.md"):
         exec(block, names)
     saved, checkpoint = load_network(tmp_path / "m1.safetensors")
     assert task_from_dict(checkpoint.metadata["task"]) == get_task("parcellation-1-7")
@@ -71,20 +85,47 @@ def fused_mean(bank, layout):
     return {e.name: merged[start : start + e.numel].reshape(e.shape) for e, start in places}
 
 
-def test_files_that_the_readme_links_to_exist(text):
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        assert (README.parent / target).exists(), target
+def test_no_other_page_has_code_that_is_not_run():
+    assert [path.name for path in PAGES if blocks_of(path)] == ["README.md", "networks.md"]
 
 
-def test_the_table_of_the_merge_is_that_of_its_result(text):
-    benchmarks = README.parent / "benchmarks"
-    table = runpy.run_path(str(benchmarks / "merge_table.py"))["table"]
-    result = json.loads((benchmarks / "results" / "merge_cpu.json").read_text(encoding="utf-8"))
-    assert table(result, result["rows"][0]["elements"]) in text
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_headings_that_a_page_links_to_exist(page):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        path, _, heading = target.partition("#")
+        found = (page.parent / path).resolve()
+        assert found.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", found.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
 
 
-def test_the_table_of_the_fisher_is_that_of_its_result(text):
-    benchmarks = README.parent / "benchmarks"
-    table = runpy.run_path(str(benchmarks / "fisher_table.py"))["table"]
-    result = json.loads((benchmarks / "results" / "fisher_cpu.json").read_text(encoding="utf-8"))
-    assert table(result) in text
+def test_pages_of_benchmarks_are_those_that_their_results_make(documents):
+    for path, made in documents.items():
+        assert path.read_text(encoding="utf-8") == made, f"{path.name}: run `python -m benchmarks.pages`"
+    pages = {path for path in documents if path != README}
+    assert pages == set((ROOT / "docs" / "benchmarks").glob("*.md"))
+
+
+def test_the_readme_has_a_line_for_each_benchmark(documents, text):
+    for path in documents.keys() - {README}:
+        assert f"]({path.relative_to(ROOT)})" in text
+
+
+def test_all_results_are_on_a_page():
+    pages = "".join(path.read_text(encoding="utf-8") for path in PAGES if path.parent.name == "benchmarks")
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        assert f"results/{path.name})" in pages
+
+
+def test_figures_change_with_their_results(documents, monkeypatch):
+    tables = importlib.import_module("benchmarks.pages.speed")
+    read = tables.read_json
+
+    def slower(name):
+        result = read(name)
+        result["rows"][0]["milliseconds"]["fused_forward"] = 1234.5
+        return result
+
+    monkeypatch.setattr(tables, "read_json", slower)
+    assert "1234.5 ms" in tables.merge()["tables"][8260000]
