@@ -22,7 +22,7 @@ from typing import Any
 
 from timm_ext.files import write_json
 
-SOURCES = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
+SOURCES = Path(__file__).resolve().parent.parent / "csrc"
 ELEMENTS = ("float32", "bfloat16", "float16", "float64")
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<architecture>sm_\d+)'"
@@ -33,7 +33,7 @@ ENTRY = re.compile(
 )
 
 
-THREADS = 128  # per block: kThreads of csrc/cuda/merge_tile.h
+THREADS = 128  # per block: kThreads of csrc/merge/cuda/tile.h
 SHARED_MEMORY = {"sm_80": 164 << 10, "sm_90": 228 << 10}  # of a multiprocessor; a block takes 1 KiB more
 LEAST_IN_FLIGHT = 25_500  # see above
 
@@ -68,7 +68,7 @@ def occupancy(kernel: str, architecture: str, registers: int, shared: int) -> di
     warps = THREADS // 32
     registers_of_block = -(-registers // 8) * 8 * THREADS
     blocks = min(65536 // registers_of_block, SHARED_MEMORY[architecture] // (shared + 1024), 64 // warps)
-    narrow = models > 8 or (models > 5 and element != "float32")  # as vector_bytes of merge_planes.h
+    narrow = models > 8 or (models > 5 and element != "float32")  # as vector_bytes of merge/cuda/planes.h
     bytes_of_thread = (models * (1 if packed[4] else 2) + (name != "forward")) * (8 if narrow else 16)
     return {"warps_per_sm": blocks * warps, "bytes_in_flight_per_sm": blocks * THREADS * bytes_of_thread}
 
@@ -76,7 +76,7 @@ def occupancy(kernel: str, architecture: str, registers: int, shared: int) -> di
 def compile_source(nvcc: str, source: Path, architectures: list[str], target: Path) -> str:
     """Return what ptxas says about the kernels of one file."""
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
-    flags = ["-std=c++17", "-O3", "-Xptxas=-v", "--Werror=all-warnings"]
+    flags = ["-std=c++17", "-O3", "-I", str(SOURCES), "-Xptxas=-v", "--Werror=all-warnings"]
     command = [nvcc, *flags, *codes, "-c", str(source), "-o", str(target)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
@@ -128,13 +128,14 @@ def main(arguments: list[str]) -> None:
     kernels: list[dict[str, Any]] = []
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:
-        for source in sorted(SOURCES.glob("*.cu")):
+        for source in sorted(SOURCES.glob("*/cuda/*.cu")):
             begin = os.times()
             report = compile_source(nvcc, source, options.architectures, Path(folder, "kernel.o"))
             end = os.times()
             used = end.children_user + end.children_system - begin.children_user - begin.children_system
-            seconds[source.name] = round(used, 1)
-            kernels += rows_of(report, source.name)
+            name = source.relative_to(SOURCES).as_posix()
+            seconds[name] = round(used, 1)
+            kernels += rows_of(report, name)
     kernels.sort(key=lambda row: (row["architecture"], row["source"], row["kernel"]))
     release = re.search(r"release [\d.]+, V([\d.]+)", version)
     facts = {

@@ -4,22 +4,22 @@ find_package(pybind11 CONFIG REQUIRED)
 
 # One library for every torch >= 2.10: the stable ABI at version 2.10, and libtorch by name, without a path.
 add_library(timm_ext MODULE
-  csrc/conv_square_on_cpu.cpp
-  csrc/conv_weight_grad_square.cpp
-  csrc/doubling3d.cpp
-  csrc/instance_norm.cpp
+  csrc/conv3d/conv_square_on_cpu.cpp
+  csrc/conv3d/conv_weight_grad_square.cpp
+  csrc/conv3d/cpu/conv_pack.cpp
+  csrc/conv3d/doubling3d.cpp
+  csrc/conv3d/small_conv3d.cpp
+  csrc/conv3d/strided_conv3d.cpp
+  csrc/conv3d/winograd_conv3d.cpp
+  csrc/fisher/sample_labels.cpp
+  csrc/fisher/square_accumulate.cpp
   csrc/library.cpp
-  csrc/log_weights.cpp
-  csrc/merge.cpp
-  csrc/new_tensor.cpp
-  csrc/sample_labels.cpp
-  csrc/small_conv3d.cpp
-  csrc/square_accumulate.cpp
-  csrc/strided_conv3d.cpp
-  csrc/winograd_conv3d.cpp
-  csrc/cpu/conv_pack.cpp
-  csrc/cpu/kernels.cpp
-  csrc/cpu/memory_pool.cpp)
+  csrc/memory/cpu/memory_pool.cpp
+  csrc/memory/new_tensor.cpp
+  csrc/merge/cpu/stitch.cpp
+  csrc/merge/fused_merge.cpp
+  csrc/merge/log_weights.cpp
+  csrc/norm/instance_norm.cpp)
 set(torch_library_dir ${TIMM_EXT_TORCH_DIR}/lib)
 target_include_directories(timm_ext SYSTEM PRIVATE ${TIMM_EXT_TORCH_DIR}/include)
 target_compile_definitions(timm_ext PRIVATE TORCH_TARGET_VERSION=0x020a000000000000)
@@ -30,16 +30,7 @@ target_link_libraries(timm_ext PRIVATE ${torch_library_dir}/libtorch.so ${torch_
 set_target_properties(timm_ext PROPERTIES SKIP_BUILD_RPATH ON SUFFIX .torch.so)
 
 if(timm_ext_cuda)
-  target_sources(timm_ext PRIVATE
-    csrc/cuda/conv_square.cu
-    csrc/cuda/conv_square_plan.cpp
-    csrc/cuda/merge_backward.cu
-    csrc/cuda/merge_backward_planes.cu
-    csrc/cuda/merge_forward.cu
-    csrc/cuda/merge_general.cu
-    csrc/cuda/merge_stitch.cu
-    csrc/cuda/sample_labels.cu
-    csrc/cuda/square_accumulate.cu)
+  target_sources(timm_ext PRIVATE ${timm_ext_cuda_sources})
   target_compile_definitions(timm_ext PRIVATE TIMM_EXT_CUDA)
 endif()
 

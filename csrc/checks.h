@@ -12,7 +12,7 @@
 #include <string>
 #include <utility>
 
-#include "cuda/element.h"
+#include "math/element.h"
 
 namespace timm_ext {
 
@@ -68,16 +68,16 @@ inline std::string list(torch::headeronly::IntHeaderOnlyArrayRef values) {
 }
 
 /// Kernel storage type of a floating dtype, or nothing.
-inline std::optional<cuda::Element> element_of(ScalarType type) {
+inline std::optional<Element> element_of(ScalarType type) {
   switch (type) {
     case ScalarType::Float:
-      return cuda::Element::kFloat32;
+      return Element::kFloat32;
     case ScalarType::BFloat16:
-      return cuda::Element::kBFloat16;
+      return Element::kBFloat16;
     case ScalarType::Half:
-      return cuda::Element::kFloat16;
+      return Element::kFloat16;
     case ScalarType::Double:
-      return cuda::Element::kFloat64;
+      return Element::kFloat64;
     default:
       return std::nullopt;
   }

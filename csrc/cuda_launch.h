@@ -9,7 +9,7 @@
 #include "checks.h"
 
 #if defined(TIMM_EXT_CUDA)
-#include "cuda/merge.h"
+#include "cuda/error.h"
 
 // Weak: libtorch of a CPU build does not have it, and the same library loads there.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,

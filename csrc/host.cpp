@@ -9,10 +9,10 @@
 #include <string>
 #include <vector>
 
+#include "cpu/block.h"
 #include "cpu/isa.h"
-#include "cpu/kernels.h"
-#include "cpu/pages.h"
 #include "math/tiles.h"
+#include "memory/cpu/pages.h"
 
 namespace {
 

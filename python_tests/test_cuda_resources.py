@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ROOT / "csrc" / "cuda"
+SOURCES = ROOT / "csrc"
 REPORT = ROOT / "benchmarks" / "results" / "cuda_resources.json"
 
 pytestmark = pytest.mark.skipif(not SOURCES.is_dir(), reason="the tests run without the sources")
@@ -26,7 +26,7 @@ def test_no_kernel_spills_registers(kernels: list[dict[str, Any]]) -> None:
 
 def test_every_source_is_reported_for_both_architectures(kernels: list[dict[str, Any]]) -> None:
     reported = {(row["source"], row["architecture"]) for row in kernels}
-    sources = [source.name for source in SOURCES.glob("*.cu")]
+    sources = [source.relative_to(SOURCES).as_posix() for source in SOURCES.glob("*/cuda/*.cu")]
     assert sources
     assert reported == {(source, architecture) for source in sources for architecture in ("sm_80", "sm_90")}
 

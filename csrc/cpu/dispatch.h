@@ -3,22 +3,22 @@
 
 #include <type_traits>
 
-#include "../cuda/element.h"
-#include "storage.h"
+#include "cpu/storage.h"
+#include "math/element.h"
 
 namespace timm_ext::cpu {
 
 /// Calls f with a null pointer of the storage type.
 template <class F>
-TIMM_EXT_FN void with_storage(cuda::Element element, const F& f) {
+TIMM_EXT_FN void with_storage(Element element, const F& f) {
   switch (element) {
-    case cuda::Element::kFloat32:
+    case Element::kFloat32:
       return f(static_cast<float*>(nullptr));
-    case cuda::Element::kBFloat16:
+    case Element::kBFloat16:
       return f(static_cast<BFloat16*>(nullptr));
-    case cuda::Element::kFloat16:
+    case Element::kFloat16:
       return f(static_cast<Float16*>(nullptr));
-    case cuda::Element::kFloat64:
+    case Element::kFloat64:
       return f(static_cast<double*>(nullptr));
   }
 }

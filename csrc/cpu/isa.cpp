@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "isa.h"
+#include "cpu/isa.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -43,6 +44,14 @@ std::string chosen_isa() {
     if (isa == wanted && cpu_supports(isa)) return isa;
   }
   throw std::runtime_error("TIMM_EXT_ISA: must be one of " + usable + " on this CPU (got '" + wanted + "')");
+}
+
+int chosen_isa_number() {
+  static const int number = [] {
+    const std::vector<std::string> built = built_isas();
+    return static_cast<int>(std::find(built.begin(), built.end(), chosen_isa()) - built.begin());
+  }();
+  return number;
 }
 
 }  // namespace timm_ext::cpu

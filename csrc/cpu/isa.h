@@ -13,4 +13,7 @@ std::vector<std::string> built_isas();
 /// std::runtime_error where that one is unknown or not supported by the CPU.
 std::string chosen_isa();
 
+/// Its place among built_isas(), found once.
+int chosen_isa_number();
+
 }  // namespace timm_ext::cpu

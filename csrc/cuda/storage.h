@@ -8,13 +8,12 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../math/scalar.h"
-#include "element.h"
-#include "launch.h"
-
+#include "math/scalar.h"
 #ifndef __CUDACC__
-#include "../cpu/storage.h"
+#include "math/half.h"
 #endif
+#include "cuda/launch.h"
+#include "math/element.h"
 
 namespace timm_ext::cuda {
 
@@ -82,10 +81,10 @@ struct Storage<Element::kFloat16> {
   TIMM_EXT_FN static float decode(Bits) { return 0; }
   TIMM_EXT_FN static Bits encode(float) { return 0; }
 #else
-  TIMM_EXT_FN static float decode(Bits bits) { return cpu::to_float(cpu::Float16{bits}); }
+  TIMM_EXT_FN static float decode(Bits bits) { return math::to_float(math::Float16{bits}); }
   TIMM_EXT_FN static Bits encode(float value) {
-    cpu::Float16 half;
-    cpu::from_float(half, value);
+    math::Float16 half;
+    math::from_float(half, value);
     return half.bits;
   }
 #endif

@@ -4,9 +4,9 @@
 // by CPU) and torch.sigmoid (vector and tail code differ) do not promise. Good to about 1e-15 relative.
 #pragma once
 
-#include "scalar.h"
+#include "math/scalar.h"
 #if !defined(__CUDACC__)
-#include "simd.h"
+#include "math/simd.h"
 #endif
 
 namespace timm_ext::math {

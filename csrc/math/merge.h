@@ -16,10 +16,10 @@
 // fisher(t) must give 0 where alpha(t) is 0, so that a model without weight does not set the scale. NaN passes through.
 #pragma once
 
-#include "portable.h"
-#include "scalar.h"
+#include "math/portable.h"
+#include "math/scalar.h"
 #if !defined(__CUDACC__)
-#include "simd.h"
+#include "math/simd.h"
 #endif
 
 namespace timm_ext::math {

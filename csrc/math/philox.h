@@ -6,9 +6,9 @@
 // that vectors of up to 16 lanes store them as they come.
 #pragma once
 
-#include "scalar.h"
+#include "math/scalar.h"
 #if !defined(__CUDACC__)
-#include "simd.h"
+#include "math/simd.h"
 #endif
 
 namespace timm_ext::math {

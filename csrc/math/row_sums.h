@@ -4,7 +4,7 @@
 // instruction set.
 #pragma once
 
-#include "simd.h"
+#include "math/simd.h"
 
 namespace timm_ext::math {
 

@@ -3,8 +3,8 @@
 // Labels drawn from a network's own prediction and the gradient of their log-likelihood, for one element or a vector.
 #pragma once
 
-#include "exp.h"
-#include "philox.h"
+#include "math/exp.h"
+#include "math/philox.h"
 
 namespace timm_ext::math {
 

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "portable.h"
+#include "math/portable.h"
 
 namespace timm_ext::math {
 

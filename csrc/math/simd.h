@@ -13,7 +13,7 @@
 #include <immintrin.h>
 #endif
 
-#include "portable.h"
+#include "math/portable.h"
 
 namespace timm_ext::math {
 

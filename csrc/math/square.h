@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "portable.h"
+#include "math/portable.h"
 
 namespace timm_ext::math {
 

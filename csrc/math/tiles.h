@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "portable.h"
+#include "math/portable.h"
 
 namespace timm_ext::math {
 

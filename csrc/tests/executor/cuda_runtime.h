@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "executor.h"
+#include "tests/executor/executor.h"
 
 #define __host__
 #define __device__

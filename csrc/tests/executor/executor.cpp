@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "executor.h"
+#include "tests/executor/executor.h"
 
 #include <sys/mman.h>
 #include <ucontext.h>

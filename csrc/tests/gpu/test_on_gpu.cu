@@ -9,15 +9,15 @@
 #include <memory>
 #include <vector>
 
-#include "../../cuda/conv_square.h"
-#include "../../cuda/merge.h"
-#include "../../cuda/sample_labels.h"
-#include "../../cuda/square_accumulate.h"
-#include "../check.h"
-#include "../conv_case.h"
-#include "../merge_case.h"
-#include "../merge_check.h"
-#include "../sample_case.h"
+#include "conv3d/cuda/conv_square.h"
+#include "cuda/error.h"
+#include "fisher/cuda/launchers.h"
+#include "merge/cuda/launchers.h"
+#include "tests/check.h"
+#include "tests/conv3d/conv_case.h"
+#include "tests/fisher/sample_case.h"
+#include "tests/merge/merge_case.h"
+#include "tests/merge/merge_check.h"
 
 namespace {
 
@@ -61,7 +61,7 @@ struct DeviceCase {
   size_t shift;
   DeviceBuffer theta, fisher, log_weight, offsets, gradient;
   DeviceBuffer merged, rows, workspace, grad_theta, grad_fisher;
-  cuda::MergeInputs inputs;
+  MergeInputs inputs;
 
   explicit DeviceCase(const MergeCase& c)
       : host(c),
@@ -83,12 +83,12 @@ struct DeviceCase {
     inputs.offsets = static_cast<const int64_t*>(offsets.data());
   }
 
-  cuda::MergePlaneGradients planes() const {
+  MergePlaneGradients planes() const {
     return {grad_theta.data(), inputs.fisher ? grad_fisher.data() : nullptr, host.spec.elements, host.spec.elements};
   }
 
   void launch(cudaStream_t stream) const {
-    const cuda::MergeGradient upstream = {gradient.data(), host.upstream.stride};
+    const MergeGradient upstream = {gradient.data(), host.upstream.stride};
     must(cuda::merge_forward(inputs, merged.data(), stream), "merge_forward");
     must(cuda::merge_backward_log_weight(inputs, upstream, rows.data(), workspace.data(), stream), "backward");
     must(cuda::merge_backward_planes(inputs, upstream, planes(), stream), "merge_backward_planes");
@@ -142,7 +142,7 @@ void check_square_accumulate(cudaStream_t stream) {
     gradients.push_back(std::make_unique<DeviceBuffer>(host[i].data(), size * sizeof(float)));
     addresses.insert(addresses.end(), kEach, gradients.back()->data());
   }
-  std::vector<cuda::SquareAccumulateItem> items;
+  std::vector<SquareAccumulateItem> items;
   for (int i = 0; i < kItems; ++i) {
     items.push_back({sums[i]->data(), addresses.data() + kEach * i, static_cast<int64_t>(host[i].size())});
   }
@@ -191,7 +191,7 @@ void check_sample_labels(const SampleSpec& spec, uint64_t seed, cudaStream_t str
   const size_t label_bytes = c.labels.size() * sizeof(int64_t);
   const DeviceBuffer logits(c.logits.data(), c.logits.size()), keys(c.keys.data(), c.keys.size() * sizeof(int64_t));
   const DeviceBuffer labels(c.labels.data(), label_bytes), scores(c.scores.size());
-  cuda::SampleProblem problem = c.problem();
+  SampleProblem problem = c.problem();
   problem.logits = logits.data();
   problem.keys = static_cast<const int64_t*>(keys.data());
   problem.labels = spec.labels_wanted ? static_cast<int64_t*>(labels.data()) : nullptr;

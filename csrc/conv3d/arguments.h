@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the convolutions ask of their arguments, so that no kernel meets a number it cannot reckon with in 64 bits.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <limits>
+#include <vector>
+
+#include "checks.h"
+#include "conv3d/problem.h"
+
+namespace timm_ext {
+
+/// The largest size, stride, padding or dilation, and elements of a padded channel.
+constexpr int64_t kLargestNumber = std::numeric_limits<int32_t>::max();
+
+/// One number for each axis.
+inline void check_numbers(const char* op, const char* name, const std::vector<int64_t>& values, int64_t axes,
+                          int64_t least) {
+  const bool fit = static_cast<int64_t>(values.size()) == axes &&
+                   std::all_of(values.begin(), values.end(), [&](int64_t value) { return value >= least; });
+  check(fit, op, ": ", name, " must hold ", axes, " numbers >= ", least, " (got ", list(values), ")");
+  const bool known = std::all_of(values.begin(), values.end(), [](int64_t value) { return value <= kLargestNumber; });
+  check(known, op, ": ", name, " must hold numbers < 2^31 (got ", list(values), ")");
+}
+
+inline void check_sizes(const char* op, const char* name, const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  check(std::all_of(sizes.begin(), sizes.end(), [](int64_t size) { return size <= kLargestNumber; }), op, ": ", name,
+        " must have sizes < 2^31 (got ", list(sizes), ")");
+}
+
+inline void check_volume(const char* op, const char* name, const Tensor& tensor, int64_t axes, const Tensor& input) {
+  check_same_device(op, name, tensor, "input", input);
+  check_dtype(op, name, tensor, ScalarType::Float, "");
+  check(tensor.dim() == axes, op, ": ", name, " must have ", axes, " axes (got ", list(tensor.sizes()), ")");
+  check_sizes(op, name, tensor);
+}
+
+inline void check_bias(const char* op, const std::optional<Tensor>& bias, int64_t outputs, const Tensor& input) {
+  if (!bias) return;
+  check_volume(op, "bias", *bias, 1, input);
+  check(bias->size(0) == outputs && bias->is_contiguous(), op, ": bias must be [", outputs, "], contiguous (got ",
+        list(bias->sizes()), ")");
+}
+
+/// Whether a product stays below 2^57, which leaves the kernels' own layouts room.
+inline bool small_product(std::initializer_list<int64_t> factors) {
+  int64_t product = 1 << 6;
+  return std::all_of(factors.begin(), factors.end(),
+                     [&](int64_t factor) { return !__builtin_mul_overflow(product, factor, &product); });
+}
+
+/// Of the axis of a convolution whose numbers are below 2^31, the size of the input with its padding, and how far the
+/// taps of a point reach.
+inline int64_t padded_size(const ConvShape& s, int axis) { return s.in[axis] + 2 * s.padding[axis]; }
+inline int64_t kernel_reach(const ConvShape& s, int axis) { return (s.kernel[axis] - 1) * s.dilation[axis] + 1; }
+
+/// Kernels go through whole channels with their padding, which may be large, but not of nothing else: memory is taken
+/// for it. Returns the elements of such a channel.
+inline int64_t check_padded(const char* op, const ConvShape& s, int64_t examples) {
+  constexpr int64_t few = int64_t{1} << 28, times = 8;
+  int64_t padded = 1, bare = 1;
+  bool fit = true;
+  for (int a = 0; a < 3; ++a) {
+    fit = fit && !__builtin_mul_overflow(padded, padded_size(s, a), &padded) && padded <= kLargestNumber;
+    if (fit) bare *= s.in[a];
+  }
+  const int64_t most = fit ? std::clamp(times * bare, few, kLargestNumber) : few;
+  check(fit && padded <= most && small_product({examples, std::max(s.inputs, s.outputs), padded}), op,
+        ": input with its padding must hold at most ", most, " elements for each channel (got ",
+        list({padded_size(s, 0), padded_size(s, 1), padded_size(s, 2)}), " for ", s.inputs, " channels)");
+  return padded;
+}
+
+/// Sums of neighbours, one more on each axis than the volume of even sizes whose they are.
+inline void check_sums(const char* op, const Tensor& sums) {
+  const bool odd = sums.size(2) % 2 == 1 && sums.size(3) % 2 == 1 && sums.size(4) % 2 == 1;
+  check(odd, op, ": sums must have odd sizes (got ", list(sums.sizes()), ")");
+}
+
+/// What a convolution of no input channels gives, [examples, outputs, ...]: the bias, or 0.
+inline void write_bias(const Tensor& result, const std::optional<Tensor>& bias) {
+  const int64_t outputs = result.size(1), planes = result.size(0) * outputs, points = result.numel() / planes;
+  const auto* const values = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
+  auto* const to = static_cast<float*>(result.mutable_data_ptr());
+  for (int64_t plane = 0; plane < planes; ++plane) {
+    std::fill_n(to + plane * points, points, values != nullptr ? values[plane % outputs] : 0.0f);
+  }
+}
+
+}  // namespace timm_ext

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <torch/csrc/stable/ops.h>
+
+#include "checks.h"
+#include "norm/cpu/kernels.h"
+#include "operators.h"
+
+namespace timm_ext {
+namespace {
+
+void check_input(const char* op, const Tensor& input) {
+  check_dtype(op, "input", input, ScalarType::Float, "");
+  check(input.dim() >= 3, op, ": input must be [B, C, ...] (got ", list(input.sizes()), ")");
+}
+
+void check_vector(const char* op, const char* name, const Tensor& vector, int64_t size, const Tensor& input) {
+  check_same_device(op, name, vector, "input", input);
+  check_dtype(op, name, vector, ScalarType::Float, "");
+  check(vector.numel() == size && vector.is_contiguous(), op, ": ", name, " must hold ", size,
+        " elements, contiguous, for input ", list(input.sizes()), " (got ", list(vector.sizes()), ")");
+}
+
+const float* data_of(const std::optional<Tensor>& vector) {
+  return vector ? static_cast<const float*>(vector->const_data_ptr()) : nullptr;
+}
+
+/// Whether the elements of each example lie side by side; examples may lie apart, as in a part of the channels.
+bool has_whole_examples(const Tensor& tensor) {
+  int64_t step = 1;
+  for (int64_t axis = tensor.dim() - 1; axis > 0; --axis) {
+    if (tensor.size(axis) != 1 && tensor.stride(axis) != step) return false;
+    step *= tensor.size(axis);
+  }
+  return true;
+}
+
+std::vector<int64_t> sizes_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> instance_norm(const Tensor& input, const std::optional<Tensor>& weight,
+                                                 const std::optional<Tensor>& bias, double epsilon) {
+  constexpr const char* kOp = "instance_norm";
+  check_input(kOp, input);
+  const int64_t channels = input.size(1), planes = input.size(0) * channels;
+  if (weight) check_vector(kOp, "weight", *weight, channels, input);
+  if (bias) check_vector(kOp, "bias", *bias, channels, input);
+
+  const Tensor output = new_tensor(input, sizes_of(input));
+  const Tensor mean = new_tensor(input, {planes}), deviation = new_tensor(input, {planes});
+  if (planes == 0) return {output, mean, deviation};
+  const Tensor x = torch::stable::contiguous(input);
+  const cpu::InstanceNormProblem problem{static_cast<const float*>(x.const_data_ptr()),
+                                         data_of(weight),
+                                         data_of(bias),
+                                         static_cast<float*>(output.mutable_data_ptr()),
+                                         static_cast<float*>(mean.mutable_data_ptr()),
+                                         static_cast<float*>(deviation.mutable_data_ptr()),
+                                         epsilon,
+                                         channels,
+                                         input.numel() / planes};
+  torch::stable::parallel_for(0, planes, 1,
+                              [&](int64_t first, int64_t last) { cpu::instance_norm(problem, first, last); });
+  return {output, mean, deviation};
+}
+
+std::tuple<Tensor, Tensor, Tensor> instance_norm_backward(const Tensor& grad, const Tensor& input, const Tensor& mean,
+                                                          const Tensor& deviation, const std::optional<Tensor>& weight,
+                                                          const std::optional<Tensor>& bias, double slope) {
+  constexpr const char* kOp = "instance_norm_backward";
+  check_input(kOp, input);
+  check_same_device(kOp, "grad", grad, "input", input);
+  check_dtype(kOp, "grad", grad, ScalarType::Float, "");
+  check(list(grad.sizes()) == list(input.sizes()), kOp, ": grad must have the shape of input, ", list(input.sizes()),
+        " (got ", list(grad.sizes()), ")");
+  const int64_t channels = input.size(1), planes = input.size(0) * channels;
+  check_vector(kOp, "mean", mean, planes, input);
+  check_vector(kOp, "deviation", deviation, planes, input);
+  if (weight) check_vector(kOp, "weight", *weight, channels, input);
+  if (bias) check_vector(kOp, "bias", *bias, channels, input);
+
+  const Tensor below = new_tensor(input, sizes_of(input));
+  const Tensor for_weight = new_tensor(input, {input.size(0), channels});
+  const Tensor for_bias = new_tensor(input, {input.size(0), channels});
+  if (planes == 0) return {below, for_weight, for_bias};
+  const Tensor g = has_whole_examples(grad) ? grad : torch::stable::contiguous(grad);
+  const Tensor x = torch::stable::contiguous(input);
+  const cpu::InstanceNormGradient problem{static_cast<const float*>(g.const_data_ptr()),
+                                          static_cast<const float*>(x.const_data_ptr()),
+                                          static_cast<const float*>(mean.const_data_ptr()),
+                                          static_cast<const float*>(deviation.const_data_ptr()),
+                                          data_of(weight),
+                                          data_of(bias),
+                                          static_cast<float*>(below.mutable_data_ptr()),
+                                          static_cast<float*>(for_weight.mutable_data_ptr()),
+                                          static_cast<float*>(for_bias.mutable_data_ptr()),
+                                          static_cast<float>(slope),
+                                          g.stride(0),
+                                          channels,
+                                          input.numel() / planes};
+  torch::stable::parallel_for(0, planes, 1,
+                              [&](int64_t first, int64_t last) { cpu::instance_norm_backward(problem, first, last); });
+  return {below, for_weight, for_bias};
+}
+
+}  // namespace timm_ext
