@@ -11,11 +11,13 @@ from timm_ext.system.signals import quiet_start
 
 quiet_start()  # torch takes seconds to load, in which Ctrl-C must not print a traceback
 
+from timm_ext._moved import keep_old_names  # noqa: E402
 from timm_ext.errors import InputError  # noqa: E402
 from timm_ext.ops._library import build_info, load_library  # noqa: E402
 
 __version__ = "0.1.0"
 load_library(__path__, __version__)
+keep_old_names()
 
 from timm_ext.ops.fisher import (  # noqa: E402
     conv_weight_grad_square_,

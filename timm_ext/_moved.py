@@ -1,0 +1,80 @@
+"""Old names of modules, which work through one release and warn."""
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+# Where what a module held is now; a module that was divided names several.
+MOVED: dict[str, tuple[str, ...]] = {
+    "_library": ("ops._library",),
+    "bounds": ("documents.bounds",),
+    "data.anatomy": ("synthesis.anatomy",),
+    "data.generate": ("synthesis.generate",),
+    "data.label_maps": ("synthesis.label_maps",),
+    "data.phantom": ("synthesis.phantom",),
+    "data.shapes": ("synthesis.shapes",),
+    "data.synthesis": ("synthesis.render",),
+    "data.tumour": ("synthesis.tumour",),
+    "doubling_ops": ("ops.upsampled_conv3d",),
+    "integrity": ("storage.integrity",),
+    "layer_ops": ("ops.conv3d", "ops.norm"),
+    "locks": ("system.locks",),
+    "machine": ("system.machine",),
+    "memory": ("ops.memory",),
+    "merging.blocks": ("merging.streaming.blocks",),
+    "merging.companions": ("merging.streaming.companions",),
+    "merging.shards": ("merging.streaming.shards",),
+    "merging.streamed": ("merging.streaming.merge",),
+    "metadata": ("storage.metadata",),
+    "modality_names": ("vocabulary.modalities",),
+    "processes": ("system.processes",),
+    "reference": ("ops.reference",),
+    "region_names": ("vocabulary.regions",),
+    "signals": ("system.signals",),
+    "state_dicts": ("storage.state_dicts",),
+    "study.sources": ("transfer.sources",),
+    "terminal": ("system.terminal",),
+    "torch_files": ("storage.torch_files",),
+    "training.stages": ("transfer.stages",),
+}
+
+
+class _Moved(ModuleType):
+    """A module that holds nothing and looks names up where they are now."""
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("__"):
+            for place in self.__dict__["_places"]:
+                if hasattr(module := import_module(f"timm_ext.{place}"), name):
+                    return getattr(module, name)
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Finds modules by the names that they had."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        known = fullname.startswith("timm_ext.") and fullname.removeprefix("timm_ext.") in MOVED
+        return ModuleSpec(fullname, self) if known else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = _Moved(spec.name)
+        module.__dict__["_places"] = MOVED[spec.name.removeprefix("timm_ext.")]
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        places = " and ".join(f"timm_ext.{place}" for place in module.__dict__["_places"])
+        warnings.warn(f"{module.__name__} has moved to {places}", DeprecationWarning, stacklevel=2)
+
+
+def keep_old_names() -> None:
+    """Let imports by old names find what they name; the last place that Python asks."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())
