@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from timm_ext.data.layouts import Case
+from timm_ext.data.formats.cases import Case
 from timm_ext.data.prepare import PrepareSettings
 from timm_ext.data.tasks import TASKS, Region, Task
 from timm_ext.data.volume import Volume, write_nifti

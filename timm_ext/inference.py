@@ -13,7 +13,7 @@ import torch
 from monai.inferers.utils import sliding_window_inference
 from torch import Tensor, nn
 
-from timm_ext.data.layouts import Case
+from timm_ext.data.formats.cases import Case
 from timm_ext.data.prepare import Prepared, PrepareSettings, prepare_case, restore
 from timm_ext.data.tasks import Labels, Task
 from timm_ext.data.volume import Volume, write_nifti

@@ -13,7 +13,7 @@ from timm_ext.checkpoint import load_checkpoint
 from timm_ext.cli import run
 from timm_ext.cli.common import fit_volumes
 from timm_ext.config import RunSettings
-from timm_ext.data.layouts import read_cases
+from timm_ext.data.formats.cases import read_cases
 from timm_ext.data.prepare import prepare_cases
 from timm_ext.data.tasks import get_task, task_from_dict, task_to_dict
 from timm_ext.fisher import Fisher, estimate_fisher

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from timm_ext.data.augment import AugmentSettings
 from timm_ext.data.dataset import CaseDataset, collate
-from timm_ext.data.layouts import Case
+from timm_ext.data.formats.cases import Case
 from timm_ext.data.prepare import PrepareSettings, prepare_cases
 from timm_ext.data.tasks import task_from_dict
 from timm_ext.errors import InputError

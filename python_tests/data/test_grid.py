@@ -6,22 +6,22 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from timm_ext.data.grid import Grid, fit_box, foreground_box, take_box
+from timm_ext.data.grid import Grid, crop_or_pad, fit_box, foreground_box
 from timm_ext.data.volume import Volume, to_canonical
 from timm_ext.errors import InputError
 
 
 def test_take_box_by_hand():
     data = np.arange(6).reshape(1, 2, 3)
-    assert take_box(data, (0, 1, 1), (1, 1, 2)).tolist() == [[[4, 5]]]
-    assert take_box(data, (0, -1, 2), (1, 3, 2)).tolist() == [[[0, 0], [2, 0], [5, 0]]]
-    assert take_box(data, (0, 5, 0), (1, 2, 1)).tolist() == [[[0], [0]]]
-    assert take_box(np.stack([data, -data]), (0, 1, 2), (1, 1, 1)).tolist() == [[[[5]]], [[[-5]]]]
+    assert crop_or_pad(data, (0, 1, 1), (1, 1, 2)).tolist() == [[[4, 5]]]
+    assert crop_or_pad(data, (0, -1, 2), (1, 3, 2)).tolist() == [[[0, 0], [2, 0], [5, 0]]]
+    assert crop_or_pad(data, (0, 5, 0), (1, 2, 1)).tolist() == [[[0], [0]]]
+    assert crop_or_pad(np.stack([data, -data]), (0, 1, 2), (1, 1, 1)).tolist() == [[[[5]]], [[[-5]]]]
 
 
 def test_take_box_copies():
     data = np.ones((2, 2, 2))
-    take_box(data, (0, 0, 0), (2, 2, 2))[:] = 0
+    crop_or_pad(data, (0, 0, 0), (2, 2, 2))[:] = 0
     assert data.all()
 
 

@@ -4,7 +4,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from timm_ext.data.layouts import Case
+from timm_ext.data.formats.cases import Case
 from timm_ext.data.normalise import clip_to_window
 from timm_ext.data.prepare import PrepareSettings, prepare_case
 from timm_ext.data.tasks import task_from_dict

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from timm_ext.data import prepare
-from timm_ext.data.layouts import Case
+from timm_ext.data.formats.cases import Case
 from timm_ext.data.prepare import PrepareSettings, prepare_case, prepare_cases, restore
 from timm_ext.data.store import write_entry
 from timm_ext.data.tasks import TASKS, Region, Task, task_from_dict

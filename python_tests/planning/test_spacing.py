@@ -2,7 +2,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from timm_ext.data.layouts import Case
+from timm_ext.data.formats.cases import Case
 from timm_ext.planning import case_spacing, plan_spacing
 
 

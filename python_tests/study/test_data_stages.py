@@ -4,7 +4,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from timm_ext.data.layouts import read_cases
+from timm_ext.data.formats.cases import read_cases
 from timm_ext.data.prepare import PrepareSettings
 from timm_ext.data.tasks import get_task
 from timm_ext.errors import InputError

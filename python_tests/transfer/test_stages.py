@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from timm_ext.data.formats.cases import Case
 from timm_ext.data.grid import Grid
-from timm_ext.data.layouts import Case
 from timm_ext.data.prepare import Prepared
 from timm_ext.data.tasks import Region, Task
 from timm_ext.errors import InputError

@@ -26,8 +26,8 @@ from timm_ext.files import check_outputs, ending_of, stem_of
 from timm_ext.system.terminal import make_console, say, show_table
 
 if TYPE_CHECKING:
-    from timm_ext.data.entries import Image
-    from timm_ext.data.layouts import Case
+    from timm_ext.data.formats.cases import Case
+    from timm_ext.data.formats.entries import Image
     from timm_ext.data.tasks import Task
     from timm_ext.metrics import Evaluation
 
@@ -38,7 +38,7 @@ def predict(
     cases: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[CASES]", help="Cases in any layout that the other commands read; labels are not used."
+            metavar="[CASES]", help="Cases in any format that the other commands read; labels are not used."
         ),
     ] = None,
     images: Annotated[
@@ -69,7 +69,7 @@ def predict(
     """
     from rich.progress import track
 
-    from timm_ext.data.layouts import read_cases
+    from timm_ext.data.formats.cases import read_cases
     from timm_ext.inference import predict_case
     from timm_ext.networks.io import load_network
     from timm_ext.networks.registry import config_of
@@ -117,7 +117,7 @@ def evaluate(
     ],
     truth: Annotated[
         Path,
-        typer.Argument(metavar="TRUTH", help="Labelled cases in any layout, a folder of label maps, or one."),
+        typer.Argument(metavar="TRUTH", help="Labelled cases in any format, a folder of label maps, or one."),
     ],
     task: TaskOption = None,
     out: Annotated[
@@ -187,7 +187,7 @@ def _refuse_run(out: Path) -> None:
 def _evaluate(predictions: Path, truth: Path, task: "Task") -> "Evaluation":
     from dataclasses import replace
 
-    from timm_ext.data.layouts import check_names_beside
+    from timm_ext.data.formats.cases import check_names_beside
     from timm_ext.data.volume_file import volume_files
     from timm_ext.metrics import evaluate_folder, evaluate_pairs
 
@@ -215,7 +215,7 @@ def _evaluate(predictions: Path, truth: Path, task: "Task") -> "Evaluation":
 
 def _labelled_cases(truth: Path, task: "Task", predicted: Iterable[str]) -> dict[str, "Case"]:
     """Return labelled cases by id; a folder that is no data set is told as one of label maps, too."""
-    from timm_ext.data.layouts import read_cases
+    from timm_ext.data.formats.cases import read_cases
     from timm_ext.data.volume_file import volume_files
 
     try:
@@ -243,8 +243,8 @@ def _single_case(images: list[str], task: "Task") -> "Case":
     Raises:
         InputError: an option of another form, an unknown or missing modality, or a missing file.
     """
-    from timm_ext.data.entries import image_at
-    from timm_ext.data.layouts import Case
+    from timm_ext.data.formats.cases import Case
+    from timm_ext.data.formats.lists import image_at
     from timm_ext.data.volume_file import SUFFIXES
     from timm_ext.vocabulary.modalities import modality_key
 

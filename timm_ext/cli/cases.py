@@ -11,7 +11,7 @@ from timm_ext.system.terminal import say
 
 if TYPE_CHECKING:
     from timm_ext.config import RunSettings
-    from timm_ext.data.layouts import Case
+    from timm_ext.data.formats.cases import Case
     from timm_ext.data.prepare import Prepared
     from timm_ext.data.tasks import Task
 
@@ -64,7 +64,7 @@ def training_parts(
         InputError: cases cannot be read or prepared, or they number a region in two ways.
     """
     from timm_ext.cli.planned import with_spacing
-    from timm_ext.data.layouts import read_cases, split_cases
+    from timm_ext.data.formats.cases import read_cases, split_cases
     from timm_ext.data.prepare import resolve_task
 
     every = read_cases(cases, task, require_labels=True)

@@ -74,7 +74,7 @@ def prepare(
 
     Example: `timm-ext prepare BraTS2021/ --task brats --cache cache --set prepare.spacing=2 --workers 4`
     """
-    from timm_ext.data.layouts import read_cases
+    from timm_ext.data.formats.cases import read_cases
     from timm_ext.data.prepare import prepare_cases
     from timm_ext.data.tasks import get_task
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from timm_ext.checkpoint import Checkpoint
     from timm_ext.config import RunSettings
     from timm_ext.data.dataset import CaseDataset
-    from timm_ext.data.layouts import Case
+    from timm_ext.data.formats.cases import Case
     from timm_ext.data.prepare import Prepared
     from timm_ext.data.tasks import Task
     from timm_ext.planning import Choice, TrainingPlan

@@ -166,7 +166,7 @@ def fisher(
     """
     from timm_ext.checkpoint import check_replaced
     from timm_ext.data.dataset import CaseDataset
-    from timm_ext.data.layouts import read_cases
+    from timm_ext.data.formats.cases import read_cases
     from timm_ext.data.prepare import resolve_task
     from timm_ext.data.tasks import task_to_dict
     from timm_ext.fisher import estimate_fisher, remove_partial

@@ -1,1 +1,1 @@
-"""Cases on disk to samples for a network: tasks, layouts, preprocessing, data sets and generated anatomy."""
+"""From cases on disk to samples for a network: formats, volumes, tasks, preprocessing and augmentation."""

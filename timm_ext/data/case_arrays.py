@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from timm_ext.data.bias import correct_bias
+from timm_ext.data.formats.cases import Case
 from timm_ext.data.grid import Grid, fit_box, foreground_box
-from timm_ext.data.layouts import Case
 from timm_ext.data.normalise import Mask, check_hounsfield, clip_to_window, normalise
 from timm_ext.data.store import Arrays
 from timm_ext.data.tasks import Task

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from timm_ext.data.augment import AugmentSettings, apply, draw
-from timm_ext.data.grid import Triple, take_box
+from timm_ext.data.grid import Triple, crop_or_pad
 from timm_ext.data.prepare import Prepared
 from timm_ext.data.tasks import Labels, Task
 from timm_ext.data.volume import Array, spacing_of
@@ -112,7 +112,7 @@ class CaseDataset(Dataset[Sample]):
         assert label is not None
         if self.patch is not None:
             start = self._start(label, self.patch, generator)
-            image, label = take_box(image, start, self.patch), take_box(label, start, self.patch)
+            image, label = crop_or_pad(image, start, self.patch), crop_or_pad(label, start, self.patch)
         if self.augment is None:
             return Sample(id=name, image=torch.from_numpy(image.copy()), target=self._target(label))
         change = draw(self.augment, len(image), generator)

@@ -63,7 +63,7 @@ class Grid:
 
     def take(self, data: Array) -> Array:
         """Cut the box out of `[..., D, H, W]` on the working grid; 0 where it reaches beyond."""
-        return take_box(data, self.start, self.size)
+        return crop_or_pad(data, self.start, self.size)
 
     def restore(self, data: Array) -> Array:
         """Bring prepared voxels back to the input's grid.
@@ -82,7 +82,7 @@ class Grid:
         needed = 2 * data.itemsize * prod((*data.shape[:-3], *self.input_shape))
         check_memory(needed, f"a prediction of {(*data.shape[:-3], *self.input_shape)} voxels")
         back = tuple(-first for first in self.start)
-        working = take_box(data, (back[0], back[1], back[2]), self.working_shape)
+        working = crop_or_pad(data, (back[0], back[1], back[2]), self.working_shape)
         if not self.resampled:
             return from_canonical(Volume(working, self.working_affine), self.input_affine).data
         interpolation: Interpolation = "linear" if working.dtype.kind == "f" else "nearest"
@@ -130,7 +130,7 @@ class Grid:
         )
 
 
-def take_box(data: Array, start: Triple, size: Triple) -> Array:
+def crop_or_pad(data: Array, start: Triple, size: Triple) -> Array:
     """Copy a box out of `[..., D, H, W]`; voxels of the box that lie outside are 0.
 
     Args:

@@ -14,8 +14,8 @@ import numpy.typing as npt
 from rich.progress import track
 
 from timm_ext.data.case_arrays import build_arrays
+from timm_ext.data.formats.cases import Case
 from timm_ext.data.grid import Grid, Triple
-from timm_ext.data.layouts import Case
 from timm_ext.data.normalise import HOUNSFIELD_WINDOW, Normalisation
 from timm_ext.data.store import Arrays, read_array, read_entry, write_entry
 from timm_ext.data.tasks import Labels, Task, task_to_dict

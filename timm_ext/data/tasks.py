@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from timm_ext.data.dataset_json import Header, is_header, parse_header, task_of
+from timm_ext.data.formats.dataset_json import Header, is_header, parse_header, task_of
 from timm_ext.documents import read_json, read_yaml, validated
 from timm_ext.errors import InputError, listed, shown
 from timm_ext.vocabulary.modalities import distinct_keys

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from timm_ext.data.layouts import Case, read_cases
+from timm_ext.data.formats.cases import Case, read_cases
 from timm_ext.data.tasks import TASKS, Task, get_task
 from timm_ext.data.volume import read_labels, read_volume
 from timm_ext.documents import read_json, validated

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from timm_ext.data.layouts import LIST_NAME, Case, read_cases, write_list
+from timm_ext.data.formats.cases import LIST_NAME, Case, read_cases, write_list
 from timm_ext.data.prepare import PrepareSettings, label_numbers, prepare_case, resolve_task
 from timm_ext.data.tasks import get_task
 from timm_ext.documents import read_json

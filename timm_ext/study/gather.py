@@ -7,7 +7,7 @@ from math import ceil
 
 import numpy as np
 
-from timm_ext.data.layouts import read_cases
+from timm_ext.data.formats.cases import read_cases
 from timm_ext.data.tasks import get_task
 from timm_ext.data.volume import read_labels
 from timm_ext.merging.methods import get_method

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from timm_ext.data.layouts import Case, read_cases
+from timm_ext.data.formats.cases import Case, read_cases
 from timm_ext.data.prepare import PrepareSettings
 from timm_ext.data.tasks import get_task
 from timm_ext.errors import InputError

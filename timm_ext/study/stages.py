@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from timm_ext.data.dataset import CaseDataset, Sample
-from timm_ext.data.layouts import read_cases
+from timm_ext.data.formats.cases import read_cases
 from timm_ext.data.prepare import Prepared, PrepareSettings, label_numbers, prepare_case, prepare_cases
 from timm_ext.data.tasks import Task, get_task, task_from_dict, task_to_dict
 from timm_ext.documents import read_json, validated

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from timm_ext.data.formats.cases import LIST_NAME, Case, write_list
 from timm_ext.data.label_names import check_label_names
-from timm_ext.data.layouts import LIST_NAME, Case, write_list
 from timm_ext.data.noise import keyed_generator
 from timm_ext.data.tasks import Task, get_task, task_to_dict
 from timm_ext.data.volume import Array, Volume, write_nifti

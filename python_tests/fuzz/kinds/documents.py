@@ -14,7 +14,7 @@ import yaml
 from fuzz import Outcome, kind, mutate
 
 from timm_ext.config import RunSettings, load_settings, settings_to_dict, settings_to_yaml, write_settings
-from timm_ext.data.layouts import read_cases
+from timm_ext.data.formats.cases import read_cases
 from timm_ext.data.tasks import TASKS, get_task, task_from_dict, task_to_dict
 from timm_ext.documents import parse_json, parse_yaml, read_csv, read_json, read_text
 from timm_ext.study.grid import make_study

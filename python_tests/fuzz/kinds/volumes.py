@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 from fuzz import Outcome, kind, mutate, scratch
 
-from timm_ext.data.layouts import Case
+from timm_ext.data.formats.cases import Case
 from timm_ext.data.prepare import PrepareSettings, prepare_case
 from timm_ext.data.store import read_array, read_entry
 from timm_ext.data.tasks import Region, Task

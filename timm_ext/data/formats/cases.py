@@ -10,17 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from timm_ext.data.dataset_json import HEADER_NAME, nnunet, read_header
-from timm_ext.data.entries import (
-    Entry,
-    Image,
-    Listing,
-    brats,
-    csv_list,
-    json_list,
-    numbers_in,
-    problem_with_id,
-)
+from timm_ext.data.formats.brats import brats
+from timm_ext.data.formats.dataset_json import HEADER_NAME, nnunet, read_header
+from timm_ext.data.formats.entries import Entry, Image, Listing, numbers_in, problem_with_id
+from timm_ext.data.formats.lists import csv_list, json_list
 from timm_ext.data.label_names import check_label_names
 from timm_ext.data.tasks import Task
 from timm_ext.errors import InputError, lines_of, printable
@@ -60,7 +53,7 @@ class Case:
 def read_cases(
     path: Path | str, task: Task, *, require_labels: bool = False, use_labels: bool = True
 ) -> list[Case]:
-    """Read the cases of a data set, whatever its layout.
+    """Read the cases of a data set, whatever its format.
 
     - a `.csv` file: columns `id`, one per modality, and optionally `label`; an empty cell is a missing file
     - a `.json` file: a list of objects with the same keys
@@ -86,14 +79,14 @@ def read_cases(
         The cases, sorted by id.
 
     Raises:
-        InputError: unknown layout, no cases; names of labels that contradict the task; or, in one listing,
+        InputError: unknown format, no cases; names of labels that contradict the task; or, in one listing,
             missing modalities and files, two files of one modality, unusable or duplicate ids.
     """
     path = Path(path)
     listing = _listing(path)
     if not listing.entries:
         raise InputError(
-            f"{path}: expected cases in a known layout: BraTS, nnU-Net, Decathlon, CSV or JSON (got none)"
+            f"{path}: expected cases in a known format: BraTS, nnU-Net, Decathlon, CSV or JSON (got none)"
         )
     if use_labels and any(entry.labels for entry in listing.entries):
         _check_names(listing.names, task, listing.source)

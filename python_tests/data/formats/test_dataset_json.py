@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from timm_ext.data.layouts import Case, read_cases, write_list
+from timm_ext.data.formats.cases import Case, read_cases, write_list
 from timm_ext.data.prepare import PrepareSettings, prepare_cases, resolve_task
 from timm_ext.data.tasks import TASKS, Region, get_task
 from timm_ext.errors import InputError

@@ -1,4 +1,4 @@
-"""Data sets described by a `dataset.json`: nnU-Net's raw layout, and the Medical Segmentation Decathlon's.
+"""Data sets described by a `dataset.json`: nnU-Net's raw format, and the Medical Segmentation Decathlon's.
 
 nnU-Net keeps one file per channel, `CASE_0000`, `CASE_0001`, …; a Decathlon archive lists its files and keeps
 all channels of a case in one file with four axes.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from timm_ext.data.entries import Entry, Image, Listing, numbers_in
+from timm_ext.data.formats.entries import Entry, Image, Listing, numbers_in
 from timm_ext.data.volume import SUFFIXES
 from timm_ext.documents import read_json
 from timm_ext.errors import InputError
