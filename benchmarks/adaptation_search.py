@@ -26,11 +26,11 @@ from timm_ext.config import load_settings
 from timm_ext.errors import InputError
 from timm_ext.files import atomic_write
 from timm_ext.study.collect import environment
-from timm_ext.study.grid import make_study
+from timm_ext.study.outcomes import Training
 from timm_ext.study.records import Folder, Step
-from timm_ext.study.results import Training
 from timm_ext.study.run import finish_steps
 from timm_ext.study.settings import StudySettings
+from timm_ext.study.study import make_study
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def search(plan: Search, folder: Folder, workers: int, console: Console) -> list
             for (seed, draw), step in runs.items():
                 if folder.record(step) is None:
                     continue
-                result = folder.result(step, Training)
+                result = folder.outcome(step, Training)
                 dice = dict(result.curve)[result.best_step or 0]
                 scores[name, seed, draw] = Score(name, seed, draw, dice)
     console.print(summary(list(scores.values()), plan.reference), highlight=False)

@@ -7,8 +7,9 @@ from timm_ext.data.prepare import PrepareSettings
 from timm_ext.data.tasks import get_task
 from timm_ext.networks.io import load_network
 from timm_ext.study.combination_stages import combine_and_test
+from timm_ext.study.outcomes import NETWORK
 from timm_ext.study.settings import to_json
-from timm_ext.study.stages import NETWORK, make_cases, save_result, segment_and_score
+from timm_ext.study.stages import make_cases, save_result, segment_and_score
 from timm_ext.study.worker import Context
 from timm_ext.synthesis.generate import GenerateSettings
 from timm_ext.training.settings import TrainSettings

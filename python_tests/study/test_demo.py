@@ -121,7 +121,7 @@ def test_failed_step_is_reported_and_retried(undisturbed, tmp_path):
     whole = (fisher / "fisher.safetensors").read_bytes()
     (fisher / "fisher.safetensors").write_bytes(whole[:100])
     with pytest.raises(
-        InputError, match=r"1 of the steps failed:\n  run-mode-imm-seed0: .*fisher\.safetensors"
+        InputError, match=r"1 of the steps failed:\n  run-mode-imm-seed0-n2-draw0: .*fisher\.safetensors"
     ):
         run_demo(out, demo_settings(seeds=1, quick=True), workers=1, console=Console(quiet=True))
     (fisher / "fisher.safetensors").write_bytes(whole)

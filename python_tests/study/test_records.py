@@ -5,8 +5,8 @@ import pytest
 
 from timm_ext.documents import read_json
 from timm_ext.errors import InputError
+from timm_ext.study.outcomes import Scored
 from timm_ext.study.records import PLAN, Folder, Step, with_needs
-from timm_ext.study.results import Scored
 
 
 def step(name="a", needs=None, **settings):
@@ -47,14 +47,14 @@ def test_record_round_trip(tmp_path):
     folder, done = Folder(tmp_path), step(x=1)
     assert folder.record(done) is None
     folder.write_record(done, {"dice": 0.5}, seconds=1.0)
-    assert folder.result(done, dict) == {"dice": 0.5}
+    assert folder.outcome(done, dict) == {"dice": 0.5}
     assert folder.run_path(done).name == f"a-{done.digest[:12]}"
     assert json.loads((folder.run_path(done) / "record.json").read_text())["settings"] == {"x": 1}
 
 
 def test_unfinished_step_has_no_result(tmp_path):
     with pytest.raises(InputError, match="expected a finished step"):
-        Folder(tmp_path).result(step(), dict)
+        Folder(tmp_path).outcome(step(), dict)
 
 
 def test_record_of_other_settings_is_refused(tmp_path):
@@ -76,7 +76,7 @@ def test_an_altered_record_is_refused(tmp_path):
         folder.record(mine)
     values = json.loads(path.read_text())
     path.write_text(json.dumps({name: value for name, value in values.items() if name != "checksum"}))
-    assert folder.result(mine, dict)["dice"] == 0.6  # early versions wrote no checksum
+    assert folder.outcome(mine, dict)["dice"] == 0.6  # early versions wrote no checksum
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_a_result_of_another_kind_is_refused(tmp_path, change, message):
     folder, mine = Folder(tmp_path), step()
     folder.write_record(mine, {"curve": [[1, 0.5]], "steps": 1, "scores": {"a": {"WT": None}}, **change})
     with pytest.raises(InputError, match=message):
-        folder.result(mine, Scored)
+        folder.outcome(mine, Scored)
 
 
 def hold(path, held, release):

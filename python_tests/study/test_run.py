@@ -169,7 +169,10 @@ def test_dry_run_prints_the_cost_and_leaves_nothing(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nothing"], "plan: expected a YAML file or one of brats, paper, small, smoke (got 'nothing')"),
+        (
+            ["nothing"],
+            "plan: expected a YAML file or one of brats, demo, paper, small, smoke (got 'nothing')",
+        ),
         (["smoke", "--set", "methods=[magic]"], "method: expected one of scratch"),
         (["smoke", "--set", "stepz=1"], "--set: unknown field stepz"),
         (["smoke", "--set", "size=[1, 2]"], "--set: size"),

@@ -76,7 +76,7 @@ def test_shared_steps_run_once_and_results_flow(tmp_path):
     base, left, right, top = diamond()
     events = []
     assert run_steps([top], folder, workers=2, listener=events.append).complete
-    assert folder.result(top, dict) == {"value": 2 * (2 * (2 + 10) + 2 * (2 + 100))}
+    assert folder.outcome(top, dict) == {"value": 2 * (2 * (2 + 10) + 2 * (2 + 100))}
     assert [calls(folder, step) for step in (base, left, right, top)] == [1, 1, 1, 1]
     assert next(e.step.name for e in events if e.kind == "done") == "base"
     assert run_steps([top], folder, workers=2).complete
@@ -97,7 +97,7 @@ def test_a_failure_is_told_and_the_rest_goes_on(tmp_path):
     assert "KeyError: 'lost'" in outcome.failed["crashed"]
     assert "ended with status -9" in outcome.failed["killed"]
     assert outcome.skipped == {"child": "refused", "grandchild": "refused"}
-    assert folder.result(good, dict) == {"value": 8}
+    assert folder.outcome(good, dict) == {"value": 8}
     assert "lost" in (folder.run_path(crashed) / "error.txt").read_text()
 
 
@@ -113,9 +113,9 @@ def test_a_failed_step_is_retried_on_request_only(tmp_path, work_module):
     again = run_steps([child, after], folder, workers=1, retry=False)
     assert again.failed == {"step": "cases: expected 3 (got 2) (failed before; --retry tries again)"}
     assert again.skipped == {"child": "step"}
-    assert folder.result(after, dict) == {"value": 2}
+    assert folder.outcome(after, dict) == {"value": 2}
     assert run_steps([child], folder, workers=1, retry=True).complete
-    assert folder.result(child, dict) == {"value": 8}
+    assert folder.outcome(child, dict) == {"value": 8}
     assert folder.failure(step) is None
 
 
@@ -126,7 +126,7 @@ def test_each_worker_has_a_gpu_of_its_own_and_is_none_of_torchruns(tmp_path, mon
     folder = Folder(tmp_path / "study")
     steps = [Step(f"s{i}", "study_work:place", {"i": i}) for i in range(8)]
     run_steps(steps, folder, workers=2)
-    results = [folder.result(step, dict) for step in steps]
+    results = [folder.outcome(step, dict) for step in steps]
     assert {result["CUDA_VISIBLE_DEVICES"] for result in results} <= {"3", "5"}
     assert all(result["RANK"] is None and result["TORCHELASTIC_RUN_ID"] is None for result in results)
 
@@ -135,7 +135,7 @@ def test_workers_compute_with_one_thread(tmp_path):
     folder = Folder(tmp_path / "study")
     step = Step("threads", "study_work:threads", {})
     run_steps([step], folder)
-    assert folder.result(step, dict) == {"threads": 1}
+    assert folder.outcome(step, dict) == {"threads": 1}
 
 
 RUN = """
@@ -177,7 +177,7 @@ def test_killed_runner_takes_its_workers_along_and_is_continued(tmp_path, work_m
     assert sum(len(p.read_text()) for p in folder.path.glob("runs/*/calls.txt")) == begun
     assert run_script(folder.path, work_module).wait() == 0
     steps = [Step(f"s{i}", "study_work:double", {"value": i, "sleep": 0.15}) for i in range(12)]
-    assert [folder.result(step, dict) for step in steps] == [{"value": 2 * i} for i in range(12)]
+    assert [folder.outcome(step, dict) for step in steps] == [{"value": 2 * i} for i in range(12)]
     assert all(calls(folder, step) == 1 for step in steps if step.folder_name in done)
 
 

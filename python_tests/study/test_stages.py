@@ -10,11 +10,9 @@ from timm_ext.fisher import Fisher, FisherKind, estimate_fisher
 from timm_ext.merging import MergedModel, get_method
 from timm_ext.networks.io import load_network, save_network
 from timm_ext.study import stages
+from timm_ext.study.outcomes import FISHER, INITIAL, NETWORK
 from timm_ext.study.settings import to_json
 from timm_ext.study.stages import (
-    FISHER,
-    INITIAL,
-    NETWORK,
     _in_source,
     adapt_start,
     make_cases,

@@ -13,7 +13,7 @@ from timm_ext.documents.bounds import MOST_WORKERS
 def study(
     plan: Annotated[
         str,
-        typer.Argument(metavar="PLAN", help="YAML file, or one of the package: smoke, small, paper, brats."),
+        typer.Argument(metavar="PLAN", help="YAML file, or one of demo, smoke, small, paper, brats."),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the results.")],
     label_maps: Annotated[

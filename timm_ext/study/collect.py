@@ -14,11 +14,22 @@ from timm_ext.data.volume import read_labels, read_volume
 from timm_ext.documents import read_json, validated
 from timm_ext.errors import InputError, listed
 from timm_ext.merging import Method, get_method, unseen_modalities
+from timm_ext.study.outcomes import (
+    CASES,
+    LABELS,
+    PREDICTIONS,
+    TIMES,
+    Cases,
+    Forgetting,
+    Learned,
+    Scored,
+    Scores,
+    Times,
+    Training,
+)
 from timm_ext.study.plan import Plan
 from timm_ext.study.records import Folder, Step, with_needs
-from timm_ext.study.results import Cases, Forgetting, Learned, Scored, Scores, Times, Training
 from timm_ext.study.settings import CommonSettings
-from timm_ext.study.stages import CASES, LABELS, PREDICTIONS, TIMES
 from timm_ext.study.summary import Array, Example, ForgettingRow, MethodResult, Ratios, Summary
 from timm_ext.training.settings import TrainSettings
 from timm_ext.vocabulary.modalities import modality_key
@@ -58,7 +69,7 @@ def summarise(plan: Plan, folder: Folder, title: str, facts: Mapping[str, str]) 
     """
     settings = plan.settings
     task = get_task(settings.target_task)
-    cases = folder.result(plan.cases["test"], Cases).cases
+    cases = folder.outcome(plan.cases["test"], Cases).cases
     methods = [get_method(name) for name in settings.methods]
     results = tuple(method_result(plan, folder, method) for method in methods)
     learned = learned_ratios(plan, folder)
@@ -104,13 +115,13 @@ def method_result(plan: Plan, folder: Folder, method: Method) -> MethodResult:
     Raises:
         InputError: a run is not finished.
     """
-    cases = folder.result(plan.cases["test"], Cases).cases
+    cases = folder.outcome(plan.cases["test"], Cases).cases
     regions = get_task(plan.settings.target_task).region_names
     dice, hd95, curves, clocks, seconds, steps = [], [], [], [], [], []
     for seed in plan.settings.seeds:
         chain = [plan.adaptations.get((method.name, seed)), plan.runs[method.name, seed]]
         stages = [step for step in chain if step is not None]
-        result, where = folder.result(stages[-1], Scored), folder.run_path(stages[-1])
+        result, where = folder.outcome(stages[-1], Scored), folder.run_path(stages[-1])
         dice.append(_table(result.scores or {}, cases, regions, where))
         hd95.append(result.hd95 and _table(result.hd95, cases, regions, where))
         curve, clock, length = _joined(folder, stages)
@@ -153,7 +164,7 @@ def _joined(
     clock: list[tuple[float, float]] = []
     steps, seconds = 0, 0.0
     for step in stages:
-        result, times = folder.result(step, Training), folder.notes(step, TIMES, Times)
+        result, times = folder.outcome(step, Training), folder.notes(step, TIMES, Times)
         curve += [(steps + number, value) for number, value in result.curve]
         if times:
             when = dict(times.validations)
@@ -173,7 +184,7 @@ def learned_ratios(plan: Plan, folder: Folder) -> dict[str, Ratios]:
             steps.setdefault(name, []).append(step)
     ratios = {}
     for name, shared in steps.items():
-        results = [folder.result(step, Learned) for step in shared]
+        results = [folder.outcome(step, Learned) for step in shared]
         layers, sources = results[0].layers, results[0].sources
         for step, result in zip(shared, results, strict=True):
             if [len(row) for row in result.ratios] != [len(sources)] * len(layers):
@@ -186,7 +197,7 @@ def learned_ratios(plan: Plan, folder: Folder) -> dict[str, Ratios]:
 def forgetting_rows(steps: Iterable[Step], folder: Folder) -> tuple[ForgettingRow, ...]:
     """Read scores on the source tasks: fixed merges first, then learned ones over their seeds and draws."""
     scores: dict[str, list[dict[str, float]]] = {}
-    done = [(step.settings, folder.result(step, Forgetting).dice) for step in steps]
+    done = [(step.settings, folder.outcome(step, Forgetting).dice) for step in steps]
     for values, dice in done:
         for name in values["methods"]:
             scores.setdefault(name, [dice[name]])

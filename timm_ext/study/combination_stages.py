@@ -11,11 +11,9 @@ from timm_ext.documents import read_json, validated
 from timm_ext.files import write_json
 from timm_ext.merging import LogitEnsemble, get_method, uniform_soup
 from timm_ext.networks.io import load_network
+from timm_ext.study.outcomes import NETWORK, TIMES, Times, Training
 from timm_ext.study.records import RECORD, read_record
-from timm_ext.study.results import Times, Training
 from timm_ext.study.stages import (
-    NETWORK,
-    TIMES,
     prepared_cases,
     save_result,
     segment_and_score,

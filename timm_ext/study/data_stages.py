@@ -13,7 +13,7 @@ from timm_ext.data.tasks import get_task
 from timm_ext.documents import read_json
 from timm_ext.errors import InputError, listed
 from timm_ext.files import real_path, write_json
-from timm_ext.study.stages import CACHE, CASES, LABELS
+from timm_ext.study.outcomes import CACHE, CASES, LABELS
 from timm_ext.study.worker import Context
 
 Settings = Mapping[str, Any]

@@ -3,32 +3,47 @@
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from timm_ext.documents import read_yaml, validated
 from timm_ext.errors import InputError
 from timm_ext.files import atomic_write, real_path
 from timm_ext.merging.methods import get_method
 from timm_ext.study.collect import environment, summarise
-from timm_ext.study.plan import Plan, make_plan
+from timm_ext.study.outcomes import FISHER, INITIAL, NETWORK
+from timm_ext.study.plan import Plan
 from timm_ext.study.records import Folder
 from timm_ext.study.report import write_report
-from timm_ext.study.run import finish_steps
+from timm_ext.study.run import bundled_plans, finish_steps
 from timm_ext.study.runner import available_cores
-from timm_ext.study.settings import PlanSettings, settings_to_dict
-from timm_ext.study.stages import FISHER, INITIAL, NETWORK
+from timm_ext.study.settings import EXTENDABLE, StudySettings, settings_to_dict
+from timm_ext.study.study import make_study
 from timm_ext.study.summary import Summary
 from timm_ext.synthesis.generate import PHANTOM
 from timm_ext.system.terminal import make_console, show_table, tell
 
 CHECKPOINTS = "checkpoints"
-TITLE = "T-IMM demo: initialisations for a small tumour task"
+_QUICK: dict[str, Any] = {
+    "options": {"base_filters": 2, "levels": 3},
+    "spacing": 8.0,
+    "size": (20, 24, 20),
+    "source_cases": 2,
+    "source_test": 1,
+    "train_cases": (2,),
+    "val_cases": 1,
+    "test_cases": 3,
+    "source_steps": 6,
+    "steps": 6,
+    "adapt_steps": 2,
+    "validate_every": 2,
+}
 
 
-def demo_settings(*, seeds: int = 3, label_maps: Path | None = None, quick: bool = False) -> PlanSettings:
-    """Return the demo's settings.
+def demo_settings(*, seeds: int = 3, label_maps: Path | None = None, quick: bool = False) -> StudySettings:
+    """Return the settings of `demo.yaml`, and what is said otherwise here.
 
     Args:
         seeds: number of repeats of adaptation and fine-tuning.
@@ -40,29 +55,16 @@ def demo_settings(*, seeds: int = 3, label_maps: Path | None = None, quick: bool
     """
     if seeds < 1:
         raise InputError(f"seeds: expected at least 1 (got {seeds})")
-    source = PHANTOM if label_maps is None else str(real_path(label_maps))
-    settings = PlanSettings(source=source, seeds=tuple(range(seeds)))
-    if not quick:
-        return settings
-    return replace(
-        settings,
-        options={"base_filters": 2, "levels": 3},
-        spacing=8.0,
-        size=(20, 24, 20),
-        source_cases=2,
-        source_test=1,
-        train_cases=2,
-        val_cases=1,
-        test_cases=3,
-        source_steps=6,
-        steps=6,
-        adapt_steps=2,
-        validate_every=2,
-    )
+    path = bundled_plans()["demo"]
+    values, _ = read_yaml(path)
+    changes: dict[str, Any] = {"seeds": tuple(range(seeds)), **(_QUICK if quick else {})}
+    if label_maps is not None:
+        changes["source"] = str(real_path(label_maps))
+    return validated(StudySettings, {**values, **changes}, path)
 
 
 def run_demo(
-    out: Path, settings: PlanSettings, *, workers: int | None = None, console: Console | None = None
+    out: Path, settings: StudySettings, *, workers: int | None = None, console: Console | None = None
 ) -> Path:
     """Run the demo, or go on with one that was interrupted, and write its report.
 
@@ -81,20 +83,21 @@ def run_demo(
     """
     console = console or make_console()
     folder = Folder(out)
-    plan = make_plan(settings)
+    study = make_study(settings)
     count = workers or available_cores()
     facts = environment()
     with folder.lock():
-        folder.claim(settings_to_dict(settings), extendable=["seeds"])
-        finish_steps(plan.steps, folder, workers=count, console=console, facts=facts)
-        summary = summarise(plan, folder, TITLE, _facts(settings, facts))
+        folder.claim(settings_to_dict(study.settings), extendable=EXTENDABLE)
+        finish_steps(study.steps, folder, workers=count, console=console, facts=facts)
+        (plan,) = study.plans.values()
+        summary = summarise(plan, folder, settings.title, _facts(settings, facts))
         page = write_report(summary, out)
         saved = publish_checkpoints(plan, folder)
     _print_end(console, summary, page, saved)
     return page
 
 
-def _facts(settings: PlanSettings, facts: Mapping[str, str]) -> dict[str, str]:
+def _facts(settings: StudySettings, facts: Mapping[str, str]) -> dict[str, str]:
     phantom = settings.source == PHANTOM
     return {
         "Made by": f"timm_ext {facts['timm_ext']}, torch {facts['torch']}, Python {facts['python']}",

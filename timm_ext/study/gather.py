@@ -23,12 +23,11 @@ from timm_ext.study.collect import (
     target_numbers,
     total_seconds,
 )
-from timm_ext.study.grid import Study
+from timm_ext.study.outcomes import CASES, Cases, Training
 from timm_ext.study.plan import Plan
 from timm_ext.study.records import Folder, Step, with_needs
-from timm_ext.study.results import Cases, Training
-from timm_ext.study.stages import CASES
 from timm_ext.study.statistics import Comparison, compare
+from timm_ext.study.study import Study
 from timm_ext.study.summary import Array, Example, ForgettingRow, MethodResult, Ratios
 
 
@@ -193,7 +192,7 @@ def gather(study: Study, folder: Folder, facts: Mapping[str, str]) -> StudySumma
         notes=notes(first),
         seeds=settings.seeds,
         draws=settings.draws,
-        cases=folder.result(first.cases["test"], Cases).cases,
+        cases=folder.outcome(first.cases["test"], Cases).cases,
         diagonals=_diagonals(first, folder),
         regions=get_task(settings.target_task).region_names,
         references=settings.references,
@@ -277,7 +276,7 @@ def _stage_row(title: str, count: int | None, cases: int, steps: Iterable[Step],
     lengths, scores, seconds = [], [], []
     batch = 1
     for step in steps:
-        result, train = folder.result(step, Training), step.settings["train"]
+        result, train = folder.outcome(step, Training), step.settings["train"]
         batch = train["batch_size"]
         lengths.append(train["steps"] if result.steps is None else result.steps)
         scores.append(_kept_score(result, train["keep"]))

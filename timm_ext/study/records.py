@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 from timm_ext.documents import read_json, validated
 from timm_ext.errors import InputError, listed, shown
 from timm_ext.files import visible, write_json
-from timm_ext.study.results import Failure
+from timm_ext.study.outcomes import Failure
 from timm_ext.system.locks import LOCK_NAME, folder_lock
+from timm_ext.training.settings import TrainSettings
 
 RECORD = "record.json"
 FAILURE = "failed.json"
@@ -57,6 +58,11 @@ class Step:
         }
         text = json.dumps(question, sort_keys=True, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def train(self) -> TrainSettings:
+        """Return how a step that trains does it."""
+        return TrainSettings(**self.settings["train"])
 
     @property
     def folder_name(self) -> str:
@@ -153,8 +159,8 @@ class Folder:
         path = self.run_path(step) / RECORD
         return read_record(path, step.digest) if path.exists() else None
 
-    def result(self, step: Step, kind: type[Kind]) -> Kind:
-        """Return what a finished step's function returned, as a type of `timm_ext.study.results`.
+    def outcome(self, step: Step, kind: type[Kind]) -> Kind:
+        """Return what a finished step's function returned, as a type of `timm_ext.study.outcomes`.
 
         Raises:
             InputError: the step is not finished, or its record holds something else.

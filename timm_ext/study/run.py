@@ -12,11 +12,11 @@ from timm_ext.files import visible
 from timm_ext.study.collect import environment
 from timm_ext.study.cost import Cost, costs_of, measure_step, told
 from timm_ext.study.gather import gather
-from timm_ext.study.grid import Study, make_study
 from timm_ext.study.progress import plan_progress
 from timm_ext.study.records import Folder, Step
 from timm_ext.study.runner import Outcome, available_cores, run_steps, visible_gpus
 from timm_ext.study.settings import EXTENDABLE, StudySettings, settings_to_dict
+from timm_ext.study.study import Study, make_study
 from timm_ext.study.study_report import write_study_report
 from timm_ext.synthesis.generate import PHANTOM
 from timm_ext.system.terminal import make_console, show_table, tell

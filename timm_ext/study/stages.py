@@ -26,6 +26,17 @@ from timm_ext.metrics import Scores, dice_by_region, evaluate_pairs
 from timm_ext.networks.io import load_network, save_network
 from timm_ext.networks.registry import input_layers_of
 from timm_ext.parameters import named_parameters
+from timm_ext.study.outcomes import (
+    CACHE,
+    CASES,
+    FISHER,
+    INITIAL,
+    LABELS,
+    NETWORK,
+    PREDICTIONS,
+    TIMES,
+    TRAINING,
+)
 from timm_ext.study.worker import Context
 from timm_ext.synthesis.generate import GenerateSettings, generate_cases
 from timm_ext.synthesis.render import SynthesisSettings
@@ -48,13 +59,6 @@ from timm_ext.transfer.stages import adapt, fine_tune, make_sets, train, tune_me
 
 Settings = Mapping[str, Any]
 Inputs = Mapping[str, Path]
-
-NETWORK = "network.safetensors"
-INITIAL = "initial.safetensors"
-FISHER = "fisher.safetensors"
-LABELS = "labels.json"
-CASES, CACHE, TRAINING, PREDICTIONS = "cases", "prepared", "training", "predictions"
-TIMES = "times.json"
 
 
 def make_cases(settings: Settings, inputs: Inputs, context: Context) -> dict[str, Any]:

@@ -17,11 +17,11 @@ from timm_ext.config import RunSettings, load_settings, settings_to_dict, settin
 from timm_ext.data.formats.cases import read_cases
 from timm_ext.data.tasks import TASKS, get_task, task_from_dict, task_to_dict
 from timm_ext.documents import parse_json, parse_yaml, read_csv, read_json, read_text
-from timm_ext.study.grid import make_study
+from timm_ext.study.outcomes import Scored, Times
 from timm_ext.study.records import Folder, Step
-from timm_ext.study.results import Scored, Times
 from timm_ext.study.run import bundled_plans
 from timm_ext.study.settings import StudySettings
+from timm_ext.study.study import make_study
 
 ORGANS = {"name": "organs", "modalities": ["CT", "T1"], "regions": {"liver": [1, 2], "tumour": [2]}}
 YAML_PIECES = [
@@ -306,16 +306,16 @@ def record(rng: random.Random, folder: Path) -> Outcome:
     study = Folder(folder)
     study.write_record(STEP, RUN, seconds=1.5, environment={"torch": "2"})
     path = study.run_path(STEP) / "record.json"
-    good = study.record(STEP), study.result(STEP, Scored)
+    good = study.record(STEP), study.outcome(STEP, Scored)
     tree = json.loads(path.read_text())
     text = dumped(rng, mutate.damaged_tree(rng, tree)) if rng.random() < 0.5 else None
     written(rng, path, spliced(rng, json.dumps(tree), JSON_PIECES) if text is None else text)
     now = study.record(STEP)
     assert now is not None
     if now.checksum is None:  # as of an early version; what it says cannot be told from what was written
-        study.result(STEP, Scored)
+        study.outcome(STEP, Scored)
         return Outcome.RIGHT
-    assert (now, study.result(STEP, Scored)) == good
+    assert (now, study.outcome(STEP, Scored)) == good
     return Outcome.SAME
 
 

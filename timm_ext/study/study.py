@@ -21,6 +21,62 @@ _LEAST_CHANNELS = 2
 
 
 @dataclass(frozen=True)
+class Run:
+    """One arm, fine-tuned and tested at one number of training cases, draw of them and seed.
+
+    Attributes:
+        arm: its name.
+        train_cases: the number.
+        draw: of the cases.
+        seed: of adaptation and fine-tuning.
+        step: the last one, which scores the test cases.
+        adaptation: the training before it, which runs may share.
+    """
+
+    arm: str
+    train_cases: int
+    draw: int
+    seed: int
+    step: Step
+    adaptation: Step | None = None
+
+    @property
+    def members(self) -> tuple[Step, ...]:
+        """The runs that this one combines."""
+        return tuple(step for role, step in self.step.needs.items() if role.startswith("member-"))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source network: what it is called, the step that trains it, and on how many cases."""
+
+    title: str
+    step: Step
+    train_cases: int
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """How an arm's merge is scored on the source tasks, before fine-tuning.
+
+    Attributes:
+        arm: its name.
+        train_cases: number of training cases that the merge was learned on; None: it was not learned.
+        draw: of these cases.
+        seed: of the adaptation.
+        step: that scores it, among others.
+        key: of the merge in the step's table.
+    """
+
+    arm: str
+    train_cases: int | None
+    draw: int | None
+    seed: int | None
+    step: Step
+    key: str
+
+
+@dataclass(frozen=True)
 class Study:
     """The plans of a study.
 
@@ -38,6 +94,69 @@ class Study:
     def steps(self) -> list[Step]:
         """All steps, each once, needed ones first."""
         return with_needs(step for plan in self.plans.values() for step in plan.steps)
+
+    @property
+    def plan(self) -> StudySettings:
+        """What the study was made from, as the plan file says it."""
+        return self.settings
+
+    @property
+    def tests(self) -> Step:
+        """The step that provides the test cases, the same in all runs."""
+        return self._first.cases["test"]
+
+    @property
+    def subjects(self) -> dict[str, tuple[str, ...]]:
+        """Part of the data → label maps that it is drawn from; empty for phantoms and data on disk."""
+        return self._first.subjects
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs: by number of training cases, draw, arm and seed."""
+        return [
+            Run(arm, count, draw, seed, plan.runs[arm, seed], plan.adaptations.get((arm, seed)))
+            for (count, draw), plan in self.plans.items()
+            for arm in self.settings.methods
+            for seed in self.settings.seeds
+        ]
+
+    @property
+    def sources(self) -> list[Source]:
+        """The source networks that runs start from."""
+        settings, first = self.settings, self._first
+        needed = {step.digest for step in with_needs(first.steps)}
+        sources = [
+            Source(f"M{number}: {settings.source_tasks[number - 1]}", step, settings.source_cases)
+            for number, step in enumerate(first.models, 1)
+            if step.digest in needed
+        ]
+        together = settings.source_cases * len(settings.source_tasks)
+        return sources + [
+            Source(f"Source of {get_method(name).title}", step, together)
+            for name, step in first.joint.items()
+        ]
+
+    @property
+    def forgetting(self) -> list[Remembered]:
+        """Merges that are scored on the source tasks: fixed ones, then learned ones."""
+        rows = {}
+        for (count, draw), plan in self.plans.items():
+            for step in plan.forgetting:
+                for name in step.settings["methods"]:
+                    rows[name] = Remembered(name, None, None, None, step, name)
+                for key, name in step.settings["adapted"].items():
+                    seed = int(key.rpartition("-seed")[2])
+                    rows[key, count, draw] = Remembered(name, count, draw, seed, step, key)
+        return sorted(rows.values(), key=lambda row: row.train_cases is not None)
+
+    def budget(self, train_cases: int) -> tuple[int, int, int]:
+        """Return the steps of a source network, of a run and of an adaptation in it, at most."""
+        settings = next(p.settings for (count, _), p in self.plans.items() if count == train_cases)
+        return settings.source_steps, settings.steps, settings.adapt_steps
+
+    @property
+    def _first(self) -> Plan:
+        return next(iter(self.plans.values()))
 
 
 def make_study(settings: StudySettings, step_seconds: float | None = None) -> Study:

@@ -1,6 +1,13 @@
-"""What the steps of a study note in their records, as far as reports read it."""
+"""What the steps of a study leave: their files, and what they note in their records, as far as it is read."""
 
 from dataclasses import dataclass
+
+NETWORK = "network.safetensors"
+INITIAL = "initial.safetensors"
+FISHER = "fisher.safetensors"
+LABELS = "labels.json"
+CASES, CACHE, TRAINING, PREDICTIONS = "cases", "prepared", "training", "predictions"
+TIMES = "times.json"
 
 Scores = dict[str, dict[str, float | None]]
 """Case → region → score; None where it is undefined."""

@@ -4,9 +4,9 @@ import pytest
 
 from timm_ext.config import load_settings
 from timm_ext.errors import InputError
-from timm_ext.study.grid import make_study
 from timm_ext.study.run import bundled_plans
 from timm_ext.study.settings import EXTENDABLE, CommonSettings, StudySettings, settings_to_dict
+from timm_ext.study.study import make_study
 
 
 def settings(**changes):
@@ -162,3 +162,35 @@ def test_brats_plan_asks_for_its_folders(tmp_path):
     plan = load_settings(StudySettings, bundled_plans()["brats"], [missing])
     with pytest.raises(InputError, match=r"BraTS: no such file or folder"):
         make_study(plan)
+
+
+def test_runs_are_rows_by_number_of_cases_draw_arm_and_seed():
+    study = make_study(settings())
+    rows = [(run.train_cases, run.draw, run.arm, run.seed) for run in study.runs]
+    arms = study.plan.methods
+    assert rows == [(n, d, arm, s) for n in (2, 4) for d in (0, 1) for arm in arms for s in (0, 1)]
+    assert {run.step.digest for run in study.runs} < digests(study)
+    assert [run.adaptation is not None for run in study.runs[:6]] == [False] * 4 + [True] * 2
+    assert not study.runs[0].members
+    soup = make_study(settings(methods=("soup",), references=("soup",)))
+    assert len(soup.runs[0].members) == 2
+
+
+def test_sources_are_those_that_runs_start_from():
+    assert [source.title for source in make_study(settings()).sources] == [
+        "M1: parcellation-1-7",
+        "M2: parcellation-8-14",
+    ]
+    joint = make_study(settings(methods=("scratch", "transfer-joint")))
+    (source,) = joint.sources
+    assert (source.title, source.train_cases) == ("Source of Transfer from joint training", 32)
+
+
+def test_merges_are_remembered_once_and_learned_ones_by_run():
+    rows = make_study(settings()).forgetting
+    assert [row.arm for row in rows] == ["mode-imm"] + ["t-imm"] * 8
+    assert (rows[0].train_cases, rows[0].draw, rows[0].seed) == (None, None, None)
+    assert [(row.train_cases, row.draw, row.seed) for row in rows[1:]] == [
+        (n, d, s) for n in (2, 4) for d in (0, 1) for s in (0, 1)
+    ]
+    assert len({(row.step.digest, row.key) for row in rows}) == 9
