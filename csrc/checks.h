@@ -19,13 +19,19 @@ namespace timm_ext {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+/// Throws what is put together of the parts.
 template <class... Parts>
-void check(bool condition, const Parts&... parts) {
-  if (condition) return;
+[[noreturn, gnu::cold, gnu::noinline]] void fail(const Parts&... parts) {
   std::ostringstream message;
   (message << ... << parts);
   throw std::runtime_error(message.str());
 }
+
+/// TIMM_EXT_CHECK(condition, parts...): the parts of the message are looked at only where the condition does not hold.
+#define TIMM_EXT_CHECK(condition, ...)               \
+  do {                                               \
+    if (!(condition)) ::timm_ext::fail(__VA_ARGS__); \
+  } while (false)
 
 inline std::string dtype_name(ScalarType type) {
   static constexpr std::pair<ScalarType, const char*> kNames[] = {
@@ -90,24 +96,36 @@ inline ScalarType arithmetic_type(ScalarType type) {
 
 inline void check_same_device(const char* op, const char* name, const Tensor& tensor, const char* other,
                               const Tensor& reference) {
-  check(tensor.device() == reference.device(), op, ": ", name, " must be on the device of ", other, " (got ",
-        device_name(tensor), " vs ", device_name(reference), ")");
+  TIMM_EXT_CHECK(tensor.device() == reference.device(), op, ": ", name, " must be on the device of ", other, " (got ",
+                 device_name(tensor), " vs ", device_name(reference), ")");
 }
 
 inline void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType wanted, const char* why) {
-  check(tensor.scalar_type() == wanted, op, ": ", name, " must be ", dtype_name(wanted), why, " (got ",
-        dtype_name(tensor.scalar_type()), ")");
+  TIMM_EXT_CHECK(tensor.scalar_type() == wanted, op, ": ", name, " must be ", dtype_name(wanted), why, " (got ",
+                 dtype_name(tensor.scalar_type()), ")");
 }
 
-/// Whether the memory of two tensors overlaps, taking each as the span from its first to its last element.
-inline bool overlap(const Tensor& a, const Tensor& b) {
-  const auto end = [](const Tensor& t) {
-    int64_t last = 0;
-    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
-    return static_cast<const char*>(t.const_data_ptr()) + (last + 1) * static_cast<int64_t>(t.element_size());
-  };
-  if (a.numel() == 0 || b.numel() == 0) return false;
-  return static_cast<const char*>(a.const_data_ptr()) < end(b) && static_cast<const char*>(b.const_data_ptr()) < end(a);
+/// The memory of a tensor from its first element to its last.
+struct Span {
+  const char* begin;
+  const char* end;  // where it begins, for a tensor without elements
+
+  bool overlaps(const Span& other) const {
+    return begin < end && other.begin < other.end && begin < other.end && other.begin < end;
+  }
+};
+
+inline Span span_of(const Tensor& tensor) {
+  const auto* const begin = static_cast<const char*>(tensor.const_data_ptr());
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  int64_t last = 0;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] == 0) return {begin, begin};
+    last += (sizes[d] - 1) * strides[d];
+  }
+  return {begin, begin + (last + 1) * static_cast<int64_t>(tensor.element_size())};
 }
+
+inline bool overlap(const Tensor& a, const Tensor& b) { return span_of(a).overlaps(span_of(b)); }
 
 }  // namespace timm_ext

@@ -24,17 +24,17 @@ void launch_on_device_of(const char* op, const Tensor& tensor, const Launcher& l
 #if defined(TIMM_EXT_CUDA)
   const auto device = tensor.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  check(aoti_torch_get_current_cuda_stream != nullptr, op,
-        ": a CUDA tensor needs a CUDA build of PyTorch (got a CPU build)");
+  TIMM_EXT_CHECK(aoti_torch_get_current_cuda_stream != nullptr, op,
+                 ": a CUDA tensor needs a CUDA build of PyTorch (got a CPU build)");
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const int error = launcher(stream);
-  check(error == 0, op, ": the CUDA kernel could not be launched (", cuda::error_string(error), ")");
+  TIMM_EXT_CHECK(error == 0, op, ": the CUDA kernel could not be launched (", cuda::error_string(error), ")");
 #else
   (void)tensor;
   (void)launcher;
-  check(false, op, ": timm_ext must be built with its CUDA kernels for CUDA tensors (got a build without nvcc; put ",
-        "nvcc on PATH and run 'TIMM_EXT_CUDA=1 pip install --force-reinstall --no-deps .')");
+  fail(op, ": timm_ext must be built with its CUDA kernels for CUDA tensors (got a build without nvcc; put ",
+       "nvcc on PATH and run 'TIMM_EXT_CUDA=1 pip install --force-reinstall --no-deps .')");
 #endif
 }
 

@@ -21,29 +21,29 @@ inline void check_numbers(const char* op, const char* name, const std::vector<in
                           int64_t least) {
   const bool fit = static_cast<int64_t>(values.size()) == axes &&
                    std::all_of(values.begin(), values.end(), [&](int64_t value) { return value >= least; });
-  check(fit, op, ": ", name, " must hold ", axes, " numbers >= ", least, " (got ", list(values), ")");
+  TIMM_EXT_CHECK(fit, op, ": ", name, " must hold ", axes, " numbers >= ", least, " (got ", list(values), ")");
   const bool known = std::all_of(values.begin(), values.end(), [](int64_t value) { return value <= kLargestNumber; });
-  check(known, op, ": ", name, " must hold numbers < 2^31 (got ", list(values), ")");
+  TIMM_EXT_CHECK(known, op, ": ", name, " must hold numbers < 2^31 (got ", list(values), ")");
 }
 
 inline void check_sizes(const char* op, const char* name, const Tensor& tensor) {
   const auto sizes = tensor.sizes();
-  check(std::all_of(sizes.begin(), sizes.end(), [](int64_t size) { return size <= kLargestNumber; }), op, ": ", name,
-        " must have sizes < 2^31 (got ", list(sizes), ")");
+  TIMM_EXT_CHECK(std::all_of(sizes.begin(), sizes.end(), [](int64_t size) { return size <= kLargestNumber; }), op, ": ",
+                 name, " must have sizes < 2^31 (got ", list(sizes), ")");
 }
 
 inline void check_volume(const char* op, const char* name, const Tensor& tensor, int64_t axes, const Tensor& input) {
   check_same_device(op, name, tensor, "input", input);
   check_dtype(op, name, tensor, ScalarType::Float, "");
-  check(tensor.dim() == axes, op, ": ", name, " must have ", axes, " axes (got ", list(tensor.sizes()), ")");
+  TIMM_EXT_CHECK(tensor.dim() == axes, op, ": ", name, " must have ", axes, " axes (got ", list(tensor.sizes()), ")");
   check_sizes(op, name, tensor);
 }
 
 inline void check_bias(const char* op, const std::optional<Tensor>& bias, int64_t outputs, const Tensor& input) {
   if (!bias) return;
   check_volume(op, "bias", *bias, 1, input);
-  check(bias->size(0) == outputs && bias->is_contiguous(), op, ": bias must be [", outputs, "], contiguous (got ",
-        list(bias->sizes()), ")");
+  TIMM_EXT_CHECK(bias->size(0) == outputs && bias->is_contiguous(), op, ": bias must be [", outputs,
+                 "], contiguous (got ", list(bias->sizes()), ")");
 }
 
 /// Whether a product stays below 2^57, which leaves the kernels' own layouts room.
@@ -69,16 +69,16 @@ inline int64_t check_padded(const char* op, const ConvShape& s, int64_t examples
     if (fit) bare *= s.in[a];
   }
   const int64_t most = fit ? std::clamp(times * bare, few, kLargestNumber) : few;
-  check(fit && padded <= most && small_product({examples, std::max(s.inputs, s.outputs), padded}), op,
-        ": input with its padding must hold at most ", most, " elements for each channel (got ",
-        list({padded_size(s, 0), padded_size(s, 1), padded_size(s, 2)}), " for ", s.inputs, " channels)");
+  TIMM_EXT_CHECK(fit && padded <= most && small_product({examples, std::max(s.inputs, s.outputs), padded}), op,
+                 ": input with its padding must hold at most ", most, " elements for each channel (got ",
+                 list({padded_size(s, 0), padded_size(s, 1), padded_size(s, 2)}), " for ", s.inputs, " channels)");
   return padded;
 }
 
 /// Sums of neighbours, one more on each axis than the volume of even sizes whose they are.
 inline void check_sums(const char* op, const Tensor& sums) {
   const bool odd = sums.size(2) % 2 == 1 && sums.size(3) % 2 == 1 && sums.size(4) % 2 == 1;
-  check(odd, op, ": sums must have odd sizes (got ", list(sums.sizes()), ")");
+  TIMM_EXT_CHECK(odd, op, ": sums must have odd sizes (got ", list(sums.sizes()), ")");
 }
 
 /// What a convolution of no input channels gives, [examples, outputs, ...]: the bias, or 0.

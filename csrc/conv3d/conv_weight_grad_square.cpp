@@ -23,10 +23,10 @@ void set_axes(int64_t (&to)[3], const int64_t* from, int64_t axes, int64_t missi
 
 void check_tensor(const char* name, const Tensor& tensor, const Tensor& acc) {
   check_same_device(kOp, name, tensor, "acc", acc);
-  check(tensor.dim() == acc.dim(), kOp, ": ", name, " must have as many axes as acc, ", acc.dim(), " (got ",
-        list(tensor.sizes()), ")");
+  TIMM_EXT_CHECK(tensor.dim() == acc.dim(), kOp, ": ", name, " must have as many axes as acc, ", acc.dim(), " (got ",
+                 list(tensor.sizes()), ")");
   check_sizes(kOp, name, tensor);
-  check(!overlap(acc, tensor), kOp, ": acc must not share memory with ", name);
+  TIMM_EXT_CHECK(!overlap(acc, tensor), kOp, ": acc must not share memory with ", name);
 }
 
 /// float32 on the CPU; on CUDA bfloat16 and float16, too.
@@ -34,8 +34,8 @@ void check_types(const Tensor& acc, const Tensor& grad, const Tensor& input) {
   check_dtype(kOp, "acc", acc, ScalarType::Float, "");
   const ScalarType type = grad.scalar_type();
   if (acc.is_cpu()) check_dtype(kOp, "grad", grad, ScalarType::Float, " on the CPU");
-  check(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, kOp,
-        ": grad must be float32, bfloat16 or float16 (got ", dtype_name(type), ")");
+  TIMM_EXT_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, kOp,
+                 ": grad must be float32, bfloat16 or float16 (got ", dtype_name(type), ")");
   check_dtype(kOp, "input", input, type, " like grad");
 }
 
@@ -43,11 +43,11 @@ void check_types(const Tensor& acc, const Tensor& grad, const Tensor& input) {
 ConvShape shape_of(const Tensor& acc, const Tensor& grad, const Tensor& input, const std::vector<int64_t>& stride,
                    const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups) {
   const int64_t axes = acc.dim() - 2;
-  check(groups >= 1 && groups <= kLargestNumber && acc.size(0) % groups == 0, kOp,
-        ": groups must divide the channels of grad, ", acc.size(0), " (got ", groups, ")");
-  check(grad.size(0) == input.size(0) && grad.size(1) == acc.size(0) && input.size(1) == acc.size(1) * groups, kOp,
-        ": acc, grad and input must be [O, I / groups, ...], [B, O, ...] and [B, I, ...] (got ", list(acc.sizes()),
-        ", ", list(grad.sizes()), " and ", list(input.sizes()), " in ", groups, " groups)");
+  TIMM_EXT_CHECK(groups >= 1 && groups <= kLargestNumber && acc.size(0) % groups == 0, kOp,
+                 ": groups must divide the channels of grad, ", acc.size(0), " (got ", groups, ")");
+  TIMM_EXT_CHECK(grad.size(0) == input.size(0) && grad.size(1) == acc.size(0) && input.size(1) == acc.size(1) * groups,
+                 kOp, ": acc, grad and input must be [O, I / groups, ...], [B, O, ...] and [B, I, ...] (got ",
+                 list(acc.sizes()), ", ", list(grad.sizes()), " and ", list(input.sizes()), " in ", groups, " groups)");
   ConvShape s{acc.size(0) / groups, acc.size(1), {}, {}, {}, {}, {}, {}};
   set_axes(s.out, grad.sizes().data() + 2, axes, 1);
   set_axes(s.in, input.sizes().data() + 2, axes, 1);
@@ -56,9 +56,9 @@ ConvShape shape_of(const Tensor& acc, const Tensor& grad, const Tensor& input, c
   set_axes(s.padding, padding.data(), axes, 0);
   set_axes(s.dilation, dilation.data(), axes, 1);
   for (int a = 0; a < 3; ++a) {
-    check((s.out[a] - 1) * s.stride[a] + kernel_reach(s, a) <= padded_size(s, a), kOp,
-          ": grad must have no larger sizes than the output (got ", list(grad.sizes()), " for input ",
-          list(input.sizes()), ")");
+    TIMM_EXT_CHECK((s.out[a] - 1) * s.stride[a] + kernel_reach(s, a) <= padded_size(s, a), kOp,
+                   ": grad must have no larger sizes than the output (got ", list(grad.sizes()), " for input ",
+                   list(input.sizes()), ")");
   }
   check_padded(kOp, s, grad.size(0));
   return s;
@@ -75,8 +75,8 @@ void square_on_cuda(const ConvShape& shape, const Tensor& acc, const Tensor& gra
                                           grad.size(0),
                                           *element_of(grad.scalar_type()),
                                           scale};
-    check(cuda::conv_square_serves(problem), kOp, ": sizes must be within 32 bits on CUDA (got ", list(grad.sizes()),
-          " and ", list(input.sizes()), ")");
+    TIMM_EXT_CHECK(cuda::conv_square_serves(problem), kOp, ": sizes must be within 32 bits on CUDA (got ",
+                   list(grad.sizes()), " and ", list(input.sizes()), ")");
     const auto floats = static_cast<int64_t>(cuda::conv_square_workspace_bytes(problem) / sizeof(float));
     const Tensor workspace = torch::stable::new_empty(acc, {floats});
     return cuda::conv_square(problem, workspace.mutable_data_ptr(), stream);
@@ -89,8 +89,8 @@ void conv_weight_grad_square(const Tensor& acc, const Tensor& grad, const Tensor
                              std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
                              double scale) {
   check_types(acc, grad, input);
-  check(acc.dim() >= 3 && acc.dim() <= 5 && acc.is_contiguous(), kOp,
-        ": acc must be [O, I / groups, ...] with one to three axes, contiguous (got ", list(acc.sizes()), ")");
+  TIMM_EXT_CHECK(acc.dim() >= 3 && acc.dim() <= 5 && acc.is_contiguous(), kOp,
+                 ": acc must be [O, I / groups, ...] with one to three axes, contiguous (got ", list(acc.sizes()), ")");
   check_sizes(kOp, "acc", acc);
   check_tensor("grad", grad, acc);
   check_tensor("input", input, acc);

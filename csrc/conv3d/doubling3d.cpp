@@ -24,8 +24,8 @@ Tensor nearest_doubling3d(const Tensor& input) {
 Tensor neighbour_sums3d(const Tensor& input) {
   constexpr const char* op = "neighbour_sums3d";
   check_volume(op, "input", input, 5, input);
-  check(input.size(2) > 0 && input.size(3) > 0 && input.size(4) > 0, op, ": input must have voxels (got ",
-        list(input.sizes()), ")");
+  TIMM_EXT_CHECK(input.size(2) > 0 && input.size(3) > 0 && input.size(4) > 0, op, ": input must have voxels (got ",
+                 list(input.sizes()), ")");
   const int64_t planes = input.size(2) + 1;
   const Tensor result = new_tensor(input, {input.size(0), input.size(1), planes, input.size(3) + 1, input.size(4) + 1});
   if (result.numel() == 0) return result;
@@ -46,11 +46,11 @@ void doubled_conv3d_weight_grad_square(const Tensor& acc, const Tensor& sums, co
   check_sums(op, sums);
   bool fit = sums.size(0) == input.size(0) && acc.size(0) == sums.size(1) && acc.size(1) == input.size(1);
   for (int a = 2; a < 5; ++a) fit &= acc.size(a) == 3 && sums.size(a) / 2 == input.size(a);
-  check(fit && acc.is_contiguous(), op,
-        ": acc, sums and input must be [O, I, 3, 3, 3], contiguous, [B, O, 2 D + 1, 2 H + 1, 2 W + 1] and "
-        "[B, I, D, H, W] (got ",
-        list(acc.sizes()), ", ", list(sums.sizes()), " and ", list(input.sizes()), ")");
-  check(!overlap(acc, sums) && !overlap(acc, input), op, ": acc must not share memory with sums or input");
+  TIMM_EXT_CHECK(fit && acc.is_contiguous(), op,
+                 ": acc, sums and input must be [O, I, 3, 3, 3], contiguous, [B, O, 2 D + 1, 2 H + 1, 2 W + 1] and "
+                 "[B, I, D, H, W] (got ",
+                 list(acc.sizes()), ", ", list(sums.sizes()), " and ", list(input.sizes()), ")");
+  TIMM_EXT_CHECK(!overlap(acc, sums) && !overlap(acc, input), op, ": acc must not share memory with sums or input");
   if (acc.numel() == 0 || input.numel() == 0) return;
   ConvShape shape{input.size(1), acc.size(0), {}, {}, {3, 3, 3}, {2, 2, 2}, {0, 0, 0}, {1, 1, 1}};
   for (int a = 0; a < 3; ++a) shape.out[a] = input.size(a + 2), shape.in[a] = sums.size(a + 2);

@@ -18,9 +18,9 @@ constexpr const char* kOp = "small_conv3d";
 ConvShape shape_of(const Tensor& input, const Tensor& weight, const std::vector<int64_t>& stride,
                    const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, bool mirrored) {
   const bool has_taps = weight.size(2) > 0 && weight.size(3) > 0 && weight.size(4) > 0;
-  check(weight.size(mirrored ? 0 : 1) == input.size(1) && has_taps, kOp, ": weight must be ", mirrored ? "[" : "[O, ",
-        input.size(1), mirrored ? ", O, ...], mirrored," : ", ...]", " for input ", list(input.sizes()), " (got ",
-        list(weight.sizes()), ")");
+  TIMM_EXT_CHECK(weight.size(mirrored ? 0 : 1) == input.size(1) && has_taps, kOp, ": weight must be ",
+                 mirrored ? "[" : "[O, ", input.size(1), mirrored ? ", O, ...], mirrored," : ", ...]", " for input ",
+                 list(input.sizes()), " (got ", list(weight.sizes()), ")");
   check_numbers(kOp, "stride", stride, 3, 1);
   check_numbers(kOp, "padding", padding, 3, 0);
   check_numbers(kOp, "dilation", dilation, 3, 1);
@@ -32,8 +32,9 @@ ConvShape shape_of(const Tensor& input, const Tensor& weight, const std::vector<
     s.padding[a] = padding[a];
     s.dilation[a] = dilation[a];
     const int64_t free = padded_size(s, a) - kernel_reach(s, a);
-    check(s.in[a] >= 1 && free >= 0, kOp, ": input with its padding must be at least as large as the kernel (got ",
-          list(input.sizes()), " with padding ", list(padding), " for a kernel ", list(weight.sizes()), ")");
+    TIMM_EXT_CHECK(s.in[a] >= 1 && free >= 0, kOp,
+                   ": input with its padding must be at least as large as the kernel (got ", list(input.sizes()),
+                   " with padding ", list(padding), " for a kernel ", list(weight.sizes()), ")");
     s.out[a] = free / s.stride[a] + 1;
   }
   check_padded(kOp, s, input.size(0));
@@ -43,12 +44,13 @@ ConvShape shape_of(const Tensor& input, const Tensor& weight, const std::vector<
 /// The columns of all points are made, and of each channel that of all examples with zeros around.
 void check_few(const ConvShape& s, int64_t examples, int64_t column) {
   constexpr int64_t most = int64_t{1} << 28;
-  check(column <= most / std::max<int64_t>(s.inputs, 1), kOp, ": output must have few points: at most ", most,
-        " factors in all (got ", s.inputs, " channels of ", column, ")");
-  check(examples * cpu::small_conv_padded(s, 0) * cpu::small_conv_padded(s, 1) * cpu::small_conv_padded(s, 2) <=
-            kLargestNumber,
-        kOp, ": input with its padding must hold fewer than 2^31 elements for each channel of all examples (got ",
-        examples, " examples of ", list({s.in[0], s.in[1], s.in[2]}), ")");
+  TIMM_EXT_CHECK(column <= most / std::max<int64_t>(s.inputs, 1), kOp, ": output must have few points: at most ", most,
+                 " factors in all (got ", s.inputs, " channels of ", column, ")");
+  TIMM_EXT_CHECK(
+      examples * cpu::small_conv_padded(s, 0) * cpu::small_conv_padded(s, 1) * cpu::small_conv_padded(s, 2) <=
+          kLargestNumber,
+      kOp, ": input with its padding must hold fewer than 2^31 elements for each channel of all examples (got ",
+      examples, " examples of ", list({s.in[0], s.in[1], s.in[2]}), ")");
 }
 
 /// Where the element of each tap and point lies in the padded channel of all examples; mirrored: the last tap first.

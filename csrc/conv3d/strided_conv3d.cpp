@@ -29,9 +29,9 @@ void check_arguments(const Way& way, const char* name, const Tensor& from, const
   check_volume(way.op, name, from, 5, from);
   check_volume(way.op, "weight", weight, 5, from);
   const int64_t inputs = weight.size(way.outputs_first ? 1 : 0);
-  check(weight.size(2) == 3 && weight.size(3) == 3 && weight.size(4) == 3 && inputs == from.size(1), way.op,
-        ": weight must be ", way.outputs_first ? "[O, " : "[", from.size(1), way.outputs_first ? "" : ", I",
-        ", 3, 3, 3] for ", name, " ", list(from.sizes()), " (got ", list(weight.sizes()), ")");
+  TIMM_EXT_CHECK(weight.size(2) == 3 && weight.size(3) == 3 && weight.size(4) == 3 && inputs == from.size(1), way.op,
+                 ": weight must be ", way.outputs_first ? "[O, " : "[", from.size(1), way.outputs_first ? "" : ", I",
+                 ", 3, 3, 3] for ", name, " ", list(from.sizes()), " (got ", list(weight.sizes()), ")");
 }
 
 /// Sizes of the result.
@@ -99,9 +99,9 @@ Tensor strided_conv3d_input_gradient(const Tensor& grad, const Tensor& weight, s
   check_numbers(way.op, "size", size, 3, 1);
   const int64_t large[3] = {size[0], size[1], size[2]};
   const int64_t small[3] = {(size[0] + 1) / 2, (size[1] + 1) / 2, (size[2] + 1) / 2};
-  check(grad.size(2) == small[0] && grad.size(3) == small[1] && grad.size(4) == small[2], way.op,
-        ": grad must have half of size, rounded up, ", list({small[0], small[1], small[2]}), " (got ",
-        list(grad.sizes()), ")");
+  TIMM_EXT_CHECK(grad.size(2) == small[0] && grad.size(3) == small[1] && grad.size(4) == small[2], way.op,
+                 ": grad must have half of size, rounded up, ", list({small[0], small[1], small[2]}), " (got ",
+                 list(grad.sizes()), ")");
   return run(way, grad, weight, std::nullopt, small, large);
 }
 

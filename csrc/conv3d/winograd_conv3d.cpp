@@ -16,10 +16,11 @@ constexpr const char* kOp = "winograd_conv3d";
 
 /// The shape of the convolution; a mirrored weight is [inputs, outputs, 3, 3, K].
 ConvShape shape_of(const Tensor& input, const Tensor& weight, const std::vector<int64_t>& padding, bool mirrored) {
-  check(weight.size(mirrored ? 0 : 1) == input.size(1) && weight.size(2) == 3 && weight.size(3) == 3 &&
-            weight.size(4) >= 1,
-        kOp, ": weight must be ", mirrored ? "[" : "[O, ", input.size(1), mirrored ? ", O" : "", ", 3, 3, K]",
-        mirrored ? ", mirrored," : "", " for input ", list(input.sizes()), " (got ", list(weight.sizes()), ")");
+  TIMM_EXT_CHECK(weight.size(mirrored ? 0 : 1) == input.size(1) && weight.size(2) == 3 && weight.size(3) == 3 &&
+                     weight.size(4) >= 1,
+                 kOp, ": weight must be ", mirrored ? "[" : "[O, ", input.size(1), mirrored ? ", O" : "", ", 3, 3, K]",
+                 mirrored ? ", mirrored," : "", " for input ", list(input.sizes()), " (got ", list(weight.sizes()),
+                 ")");
   check_numbers(kOp, "padding", padding, 3, 0);
   ConvShape s{weight.size(mirrored ? 1 : 0), input.size(1), {}, {}, {}, {1, 1, 1}, {}, {1, 1, 1}};
   for (int a = 0; a < 3; ++a) {
@@ -27,8 +28,9 @@ ConvShape shape_of(const Tensor& input, const Tensor& weight, const std::vector<
     s.kernel[a] = weight.size(a + 2);
     s.padding[a] = padding[a];
     s.out[a] = padded_size(s, a) - kernel_reach(s, a) + 1;
-    check(s.in[a] >= 1 && s.out[a] >= 1, kOp, ": input with its padding must be at least as large as the kernel (got ",
-          list(input.sizes()), " with padding ", list(padding), " for a kernel ", list(weight.sizes()), ")");
+    TIMM_EXT_CHECK(s.in[a] >= 1 && s.out[a] >= 1, kOp,
+                   ": input with its padding must be at least as large as the kernel (got ", list(input.sizes()),
+                   " with padding ", list(padding), " for a kernel ", list(weight.sizes()), ")");
   }
   check_padded(kOp, s, input.size(0));
   return s;

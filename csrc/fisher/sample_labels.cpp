@@ -15,20 +15,20 @@ using torch::stable::parallel_for;
 constexpr const char* kOp = "sample_labels";
 
 bool parse(const std::string& likelihood) {
-  check(likelihood == "bernoulli" || likelihood == "categorical", kOp,
-        ": likelihood must be 'bernoulli' or 'categorical' (got '", likelihood, "')");
+  TIMM_EXT_CHECK(likelihood == "bernoulli" || likelihood == "categorical", kOp,
+                 ": likelihood must be 'bernoulli' or 'categorical' (got '", likelihood, "')");
   return likelihood == "categorical";
 }
 
 void check_arguments(const Tensor& logits, const Tensor& keys) {
-  check(logits.dim() >= 2 && logits.size(1) >= 1, kOp, ": logits must be [B, K, ...] with K >= 1 (got ",
-        list(logits.sizes()), ")");
+  TIMM_EXT_CHECK(logits.dim() >= 2 && logits.size(1) >= 1, kOp, ": logits must be [B, K, ...] with K >= 1 (got ",
+                 list(logits.sizes()), ")");
   const ScalarType type = logits.scalar_type();
-  check(type == ScalarType::Float || type == ScalarType::Double, kOp, ": logits must be float32 or float64 (got ",
-        dtype_name(type), ")");
+  TIMM_EXT_CHECK(type == ScalarType::Float || type == ScalarType::Double, kOp,
+                 ": logits must be float32 or float64 (got ", dtype_name(type), ")");
   check_dtype(kOp, "keys", keys, ScalarType::Long, "");
-  check(keys.dim() == 1 && keys.size(0) == logits.size(0), kOp, ": keys must be [B] = [", logits.size(0), "] (got ",
-        list(keys.sizes()), ")");
+  TIMM_EXT_CHECK(keys.dim() == 1 && keys.size(0) == logits.size(0), kOp, ": keys must be [B] = [", logits.size(0),
+                 "] (got ", list(keys.sizes()), ")");
   check_same_device(kOp, "keys", keys, "logits", logits);
 }
 

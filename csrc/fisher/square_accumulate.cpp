@@ -15,36 +15,62 @@ namespace {
 
 constexpr const char* kOp = "square_accumulate_";
 
-void check_item(size_t i, size_t k, const Tensor& acc, const Tensor& grad, const Tensor& first) {
-  const std::string name = std::string(kOp) + ": acc[" + std::to_string(i) + "]";
-  const std::string grad_name = std::string(kOp) + ": grads[" + std::to_string(k) + "]";
-  check(element_of(grad.scalar_type()).has_value(), grad_name, " must be float32, bfloat16, float16 or float64 (got ",
-        dtype_name(grad.scalar_type()), ")");
-  check(grad.scalar_type() == first.scalar_type(), grad_name, " must have the dtype of grads[0] (got ",
-        dtype_name(grad.scalar_type()), " vs ", dtype_name(first.scalar_type()), ")");
-  check(grad.device() == first.device(), grad_name, " must be on the device of grads[0] (got ", device_name(grad),
-        " vs ", device_name(first), ")");
-  check(acc.device() == first.device(), name, " must be on the device of grads[0] (got ", device_name(acc), " vs ",
-        device_name(first), ")");
-  const ScalarType wanted = arithmetic_type(grad.scalar_type());
-  check(acc.scalar_type() == wanted, name, " must be ", dtype_name(wanted), " for gradients of ",
-        dtype_name(grad.scalar_type()), " (got ", dtype_name(acc.scalar_type()), ")");
-  check(std::equal(acc.sizes().begin(), acc.sizes().end(), grad.sizes().begin(), grad.sizes().end()), name,
-        " must have the shape of grads[", k, "] (got ", list(acc.sizes()), " vs ", list(grad.sizes()), ")");
-  check(acc.is_contiguous(), name, " must be contiguous (got strides ", list(acc.strides()), ")");
-  check(!overlap(acc, grad), name, " must not share memory with grads[", k, "]");
+/// What all gradients share, the first one's.
+struct Kind {
+  ScalarType type;
+  ScalarType sums;
+  torch::stable::Device device;
+};
+
+void check_gradient(size_t k, const Tensor& grad, const Tensor& first, const Kind& kind) {
+  TIMM_EXT_CHECK(grad.scalar_type() == kind.type, kOp, ": grads[", k, "] must have the dtype of grads[0] (got ",
+                 dtype_name(grad.scalar_type()), " vs ", dtype_name(kind.type), ")");
+  TIMM_EXT_CHECK(grad.device() == kind.device, kOp, ": grads[", k, "] must be on the device of grads[0] (got ",
+                 device_name(grad), " vs ", device_name(first), ")");
 }
 
-void check_apart(const std::vector<Tensor>& acc) {
-  const auto begin = [&](size_t i) { return static_cast<const char*>(acc[i].const_data_ptr()); };
+void check_accumulator(size_t i, const Tensor& acc, const Tensor& first, const Kind& kind) {
+  TIMM_EXT_CHECK(acc.device() == kind.device, kOp, ": acc[", i, "] must be on the device of grads[0] (got ",
+                 device_name(acc), " vs ", device_name(first), ")");
+  TIMM_EXT_CHECK(acc.scalar_type() == kind.sums, kOp, ": acc[", i, "] must be ", dtype_name(kind.sums),
+                 " for gradients of ", dtype_name(kind.type), " (got ", dtype_name(acc.scalar_type()), ")");
+  TIMM_EXT_CHECK(acc.is_contiguous(), kOp, ": acc[", i, "] must be contiguous (got strides ", list(acc.strides()), ")");
+}
+
+void check_apart(const std::vector<Span>& acc) {
   std::vector<size_t> order;
   for (size_t i = 0; i < acc.size(); ++i) {
-    if (acc[i].numel() > 0) order.push_back(i);
+    if (acc[i].begin < acc[i].end) order.push_back(i);
   }
-  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return begin(a) < begin(b); });
+  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return acc[a].begin < acc[b].begin; });
   for (size_t k = 1; k < order.size(); ++k) {
-    check(!overlap(acc[order[k - 1]], acc[order[k]]), kOp, ": acc[", std::max(order[k - 1], order[k]),
-          "] must not share memory with acc[", std::min(order[k - 1], order[k]), "]");
+    TIMM_EXT_CHECK(!acc[order[k - 1]].overlaps(acc[order[k]]), kOp, ": acc[", std::max(order[k - 1], order[k]),
+                   "] must not share memory with acc[", std::min(order[k - 1], order[k]), "]");
+  }
+}
+
+/// The gradients of each accumulator one after another, as the kernels read them.
+struct Gradients {
+  std::vector<const void*> data;
+  std::vector<Tensor> copies;  // of those that are not contiguous, alive until the kernels are enqueued
+};
+
+/// Checks the gradients of accumulator i against it, and appends them.
+void take_gradients(size_t i, const Tensor& acc, const Span& acc_span, const std::vector<Tensor>& grads, size_t step,
+                    Gradients& to) {
+  const auto sizes = acc.sizes();
+  for (size_t k = i; k < grads.size(); k += step) {
+    const auto given = grads[k].sizes();
+    TIMM_EXT_CHECK(std::equal(sizes.begin(), sizes.end(), given.begin(), given.end()), kOp, ": acc[", i,
+                   "] must have the shape of grads[", k, "] (got ", list(sizes), " vs ", list(given), ")");
+    const Span span = span_of(grads[k]);
+    TIMM_EXT_CHECK(!acc_span.overlaps(span), kOp, ": acc[", i, "] must not share memory with grads[", k, "]");
+    if (grads[k].is_contiguous()) {
+      to.data.push_back(span.begin);
+    } else {
+      to.copies.push_back(torch::stable::contiguous(grads[k]));
+      to.data.push_back(to.copies.back().const_data_ptr());
+    }
   }
 }
 
@@ -67,34 +93,35 @@ void accumulate_cpu(const std::vector<SquareAccumulateItem>& items, int64_t each
 
 void square_accumulate(const std::vector<Tensor>& acc, const std::vector<Tensor>& grads, double scale) {
   const size_t count = acc.size(), each = count == 0 ? 0 : grads.size() / count;
-  check(each * count == grads.size() && (each > 0 || count == 0), kOp,
-        ": grads must be as long a list as acc, or several times as long (got ", grads.size(), " for ", count, ")");
+  TIMM_EXT_CHECK(each * count == grads.size() && (each > 0 || count == 0), kOp,
+                 ": grads must be as long a list as acc, or several times as long (got ", grads.size(), " for ", count,
+                 ")");
   if (acc.empty()) return;
-  for (size_t k = 0; k < grads.size(); ++k) check_item(k % count, k, acc[k % count], grads[k], grads[0]);
-  check_apart(acc);
+  const ScalarType type = grads[0].scalar_type();
+  const auto element = element_of(type);
+  TIMM_EXT_CHECK(element.has_value(), kOp, ": grads[0] must be float32, bfloat16, float16 or float64 (got ",
+                 dtype_name(type), ")");
+  const Kind kind{type, arithmetic_type(type), grads[0].device()};
+  for (size_t k = 0; k < grads.size(); ++k) check_gradient(k, grads[k], grads[0], kind);
 
-  std::vector<Tensor> contiguous;  // keeps copies alive until the kernels are enqueued
-  std::vector<const void*> gradients;
+  Gradients gradients;
+  gradients.data.reserve(grads.size());
+  std::vector<Span> spans;
   std::vector<SquareAccumulateItem> items;
   for (size_t i = 0; i < count; ++i) {
-    for (size_t k = i; k < grads.size(); k += count) {
-      contiguous.push_back(grads[k].is_contiguous() ? grads[k] : torch::stable::contiguous(grads[k]));
-      gradients.push_back(contiguous.back().const_data_ptr());
-    }
+    check_accumulator(i, acc[i], grads[0], kind);
+    spans.push_back(span_of(acc[i]));
+    take_gradients(i, acc[i], spans[i], grads, count, gradients);
   }
+  check_apart(spans);
   for (size_t i = 0; i < count; ++i) {
-    items.push_back({acc[i].mutable_data_ptr(), gradients.data() + i * each, acc[i].numel()});
+    items.push_back({acc[i].mutable_data_ptr(), gradients.data.data() + i * each, acc[i].numel()});
   }
-  const auto element = *element_of(grads[0].scalar_type());
-  const auto gradients_of_each = static_cast<int64_t>(each);
-  if (acc[0].is_cuda()) {
-    launch_on_device_of(kOp, acc[0], [&](void* stream) {
-      return cuda::square_accumulate(items.data(), static_cast<int64_t>(count), gradients_of_each, element, scale,
-                                     stream);
-    });
-  } else {
-    accumulate_cpu(items, gradients_of_each, element, scale);
-  }
+  if (!acc[0].is_cuda()) return accumulate_cpu(items, static_cast<int64_t>(each), *element, scale);
+  launch_on_device_of(kOp, acc[0], [&](void* stream) {
+    return cuda::square_accumulate(items.data(), static_cast<int64_t>(count), static_cast<int64_t>(each), *element,
+                                   scale, stream);
+  });
 }
 
 }  // namespace timm_ext

@@ -48,8 +48,8 @@ Tensor from_torch(const Tensor& like, const std::vector<int64_t>& sizes) {
   try {
     return torch::stable::new_empty(like, sizes);
   } catch (const std::exception&) {
-    check(false, "timm_ext: sizes must be those of a tensor for which there is memory on ", device_name(like), " (got ",
-          list(sizes), " of ", like.element_size(), " bytes each)");
+    fail("timm_ext: sizes must be those of a tensor for which there is memory on ", device_name(like), " (got ",
+         list(sizes), " of ", like.element_size(), " bytes each)");
     throw;
   }
 }

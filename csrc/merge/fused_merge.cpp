@@ -26,28 +26,28 @@ int64_t row_stride(const char* name, const Tensor& plane) {
   const int64_t elements = plane.size(1);
   const bool unit = elements <= 1 || plane.stride(1) == 1;
   const bool apart = models <= 1 || plane.stride(0) >= elements;
-  check(unit && apart, kOp, ": ", name, " must have stride 1 along P and rows at least P apart (got strides ",
-        list(plane.strides()), " for ", list(plane.sizes()), ")");
+  TIMM_EXT_CHECK(unit && apart, kOp, ": ", name, " must have stride 1 along P and rows at least P apart (got strides ",
+                 list(plane.strides()), " for ", list(plane.sizes()), ")");
   return models <= 1 ? elements : plane.stride(0);
 }
 
 void check_offsets(const Tensor& offsets, int64_t segments, int64_t elements) {
   const int64_t* const values = static_cast<const int64_t*>(offsets.const_data_ptr());
-  check(values[0] == 0 && values[segments] == elements, kOp, ": offsets must go from 0 to P = ", elements, " (got ",
-        values[0], " to ", values[segments], ")");
+  TIMM_EXT_CHECK(values[0] == 0 && values[segments] == elements, kOp, ": offsets must go from 0 to P = ", elements,
+                 " (got ", values[0], " to ", values[segments], ")");
   for (int64_t s = 0; s < segments; ++s) {
-    check(values[s] < values[s + 1], kOp, ": offsets must be strictly increasing (got ", values[s], " then ",
-          values[s + 1], " at segment ", s, ")");
+    TIMM_EXT_CHECK(values[s] < values[s + 1], kOp, ": offsets must be strictly increasing (got ", values[s], " then ",
+                   values[s + 1], " at segment ", s, ")");
   }
 }
 
 MergeInputs check_inputs(const Tensor& theta, const std::optional<Tensor>& fisher, const Tensor& log_weight,
                          const Tensor& offsets) {
-  check(theta.dim() == 2 && theta.size(0) >= 1, kOp, ": theta must be [T, P] with T >= 1 (got ", list(theta.sizes()),
-        ")");
+  TIMM_EXT_CHECK(theta.dim() == 2 && theta.size(0) >= 1, kOp, ": theta must be [T, P] with T >= 1 (got ",
+                 list(theta.sizes()), ")");
   const auto element = element_of(theta.scalar_type());
-  check(element.has_value(), kOp, ": theta must be float32, bfloat16, float16 or float64 (got ",
-        dtype_name(theta.scalar_type()), ")");
+  TIMM_EXT_CHECK(element.has_value(), kOp, ": theta must be float32, bfloat16, float16 or float64 (got ",
+                 dtype_name(theta.scalar_type()), ")");
   MergeInputs in{};
   in.element = *element;
   in.models = theta.size(0);
@@ -56,30 +56,33 @@ MergeInputs check_inputs(const Tensor& theta, const std::optional<Tensor>& fishe
   in.theta_stride = row_stride("theta", theta);
 
   if (fisher.has_value()) {
-    check(fisher->dim() == 2 && fisher->size(0) == in.models && fisher->size(1) == in.elements, kOp,
-          ": fisher must have the shape of theta (got ", list(fisher->sizes()), " vs ", list(theta.sizes()), ")");
+    TIMM_EXT_CHECK(fisher->dim() == 2 && fisher->size(0) == in.models && fisher->size(1) == in.elements, kOp,
+                   ": fisher must have the shape of theta (got ", list(fisher->sizes()), " vs ", list(theta.sizes()),
+                   ")");
     check_dtype(kOp, "fisher", *fisher, theta.scalar_type(), " like theta");
     check_same_device(kOp, "fisher", *fisher, "theta", theta);
     in.fisher = fisher->const_data_ptr();
     in.fisher_stride = row_stride("fisher", *fisher);
   }
 
-  check(offsets.dim() == 1 && offsets.size(0) >= 1 && offsets.is_contiguous(), kOp,
-        ": offsets must be [S + 1], contiguous (got ", list(offsets.sizes()), ")");
+  TIMM_EXT_CHECK(offsets.dim() == 1 && offsets.size(0) >= 1 && offsets.is_contiguous(), kOp,
+                 ": offsets must be [S + 1], contiguous (got ", list(offsets.sizes()), ")");
   check_dtype(kOp, "offsets", offsets, ScalarType::Long, "");
   check_same_device(kOp, "offsets", offsets, "theta", theta);
   in.segments = offsets.size(0) - 1;
   in.offsets = static_cast<const int64_t*>(offsets.const_data_ptr());
-  check((in.segments == 0) == (in.elements == 0), kOp, ": offsets must hold one segment or more just when P > 0 (got ",
-        in.segments, " segments for P = ", in.elements, ")");
+  TIMM_EXT_CHECK((in.segments == 0) == (in.elements == 0), kOp,
+                 ": offsets must hold one segment or more just when P > 0 (got ", in.segments,
+                 " segments for P = ", in.elements, ")");
   if (theta.is_cpu()) check_offsets(offsets, in.segments, in.elements);
 
-  check(log_weight.dim() == 2 && log_weight.size(0) == in.segments && log_weight.size(1) == in.models, kOp,
-        ": log_weight must be [S, T] = [", in.segments, ", ", in.models, "] (got ", list(log_weight.sizes()), ")");
+  TIMM_EXT_CHECK(log_weight.dim() == 2 && log_weight.size(0) == in.segments && log_weight.size(1) == in.models, kOp,
+                 ": log_weight must be [S, T] = [", in.segments, ", ", in.models, "] (got ", list(log_weight.sizes()),
+                 ")");
   check_dtype(kOp, "log_weight", log_weight, arithmetic_type(theta.scalar_type()), " for planes of this dtype");
   check_same_device(kOp, "log_weight", log_weight, "theta", theta);
-  check(log_weight.is_contiguous(), kOp, ": log_weight must be contiguous (got strides ", list(log_weight.strides()),
-        ")");
+  TIMM_EXT_CHECK(log_weight.is_contiguous(), kOp, ": log_weight must be contiguous (got strides ",
+                 list(log_weight.strides()), ")");
   in.log_weight = log_weight.const_data_ptr();
   return in;
 }
@@ -98,8 +101,8 @@ void forward(const MergeInputs& in, const Tensor& theta, const Tensor& merged) {
 
 /// The gradient with a stride the kernels know: 1, or 0 when one value stands for all.
 Tensor usable_gradient(const Tensor& grad, const Tensor& theta) {
-  check(grad.dim() == 1 && grad.size(0) == theta.size(1), kOp, ": grad must be [P] = [", theta.size(1), "] (got ",
-        list(grad.sizes()), ")");
+  TIMM_EXT_CHECK(grad.dim() == 1 && grad.size(0) == theta.size(1), kOp, ": grad must be [P] = [", theta.size(1),
+                 "] (got ", list(grad.sizes()), ")");
   check_dtype(kOp, "grad", grad, theta.scalar_type(), " like theta");
   check_same_device(kOp, "grad", grad, "theta", theta);
   const bool usable = grad.numel() <= 1 || grad.stride(0) == 0 || grad.stride(0) == 1;
@@ -132,13 +135,13 @@ Tensor fused_merge(const Tensor& theta, const std::optional<Tensor>& fisher, con
 void fused_merge_out(const Tensor& theta, const std::optional<Tensor>& fisher, const Tensor& log_weight,
                      const Tensor& offsets, const Tensor& out) {
   const MergeInputs in = check_inputs(theta, fisher, log_weight, offsets);
-  check(out.dim() == 1 && out.size(0) == in.elements && out.is_contiguous(), kOp, ": out must be [P] = [", in.elements,
-        "], contiguous (got ", list(out.sizes()), " with strides ", list(out.strides()), ")");
+  TIMM_EXT_CHECK(out.dim() == 1 && out.size(0) == in.elements && out.is_contiguous(), kOp, ": out must be [P] = [",
+                 in.elements, "], contiguous (got ", list(out.sizes()), " with strides ", list(out.strides()), ")");
   check_dtype(kOp, "out", out, theta.scalar_type(), " like theta");
   check_same_device(kOp, "out", out, "theta", theta);
   const bool apart = !overlap(out, theta) && !overlap(out, log_weight) && !overlap(out, offsets) &&
                      !(fisher.has_value() && overlap(out, *fisher));
-  check(apart, kOp, ": out must not share memory with the inputs (got overlapping tensors)");
+  TIMM_EXT_CHECK(apart, kOp, ": out must not share memory with the inputs (got overlapping tensors)");
   forward(in, theta, out);
 }
 
@@ -165,7 +168,8 @@ std::tuple<Tensor, Tensor> fused_merge_backward_planes(const Tensor& grad, const
                                                        const std::optional<Tensor>& fisher, const Tensor& log_weight,
                                                        const Tensor& offsets, bool theta_wanted, bool fisher_wanted) {
   const MergeInputs in = check_inputs(theta, fisher, log_weight, offsets);
-  check(fisher.has_value() || !fisher_wanted, kOp, ": fisher must be given where its gradient is wanted (got None)");
+  TIMM_EXT_CHECK(fisher.has_value() || !fisher_wanted, kOp,
+                 ": fisher must be given where its gradient is wanted (got None)");
   const Tensor usable = usable_gradient(grad, theta);
   const auto plane = [&](bool wanted) {
     return wanted ? new_tensor(theta, {in.models, in.elements}) : new_tensor(theta, {0});

@@ -17,16 +17,16 @@ constexpr int64_t kRowsPerThread = 1024;
 Mixing parse(const std::string& mixing) {
   if (mixing == "sigmoid") return Mixing::kSigmoid;
   if (mixing == "softmax") return Mixing::kSoftmax;
-  check(mixing == "ratios", kOp, ": mixing must be 'sigmoid', 'softmax' or 'ratios' (got '", mixing, "')");
+  TIMM_EXT_CHECK(mixing == "ratios", kOp, ": mixing must be 'sigmoid', 'softmax' or 'ratios' (got '", mixing, "')");
   return Mixing::kRatios;
 }
 
 void check_logits(const Tensor& logits) {
-  check(logits.dim() == 2 && logits.size(1) >= 1, kOp, ": logits must be [G, T] with T >= 1 (got ",
-        list(logits.sizes()), ")");
+  TIMM_EXT_CHECK(logits.dim() == 2 && logits.size(1) >= 1, kOp, ": logits must be [G, T] with T >= 1 (got ",
+                 list(logits.sizes()), ")");
   const ScalarType type = logits.scalar_type();
-  check(type == ScalarType::Float || type == ScalarType::Double, kOp, ": logits must be float32 or float64 (got ",
-        dtype_name(type), ")");
+  TIMM_EXT_CHECK(type == ScalarType::Float || type == ScalarType::Double, kOp,
+                 ": logits must be float32 or float64 (got ", dtype_name(type), ")");
 }
 
 Element element(const Tensor& logits) {
@@ -52,8 +52,8 @@ Tensor log_weights_backward(const Tensor& grad, const Tensor& logits, const std:
   const Mixing kind = parse(mixing);
   check_logits(logits);
   check_dtype(kOp, "grad", grad, logits.scalar_type(), " like logits");
-  check(grad.dim() == 2 && grad.size(0) == logits.size(0) && grad.size(1) == logits.size(1), kOp,
-        ": grad must have the shape of logits (got ", list(grad.sizes()), " vs ", list(logits.sizes()), ")");
+  TIMM_EXT_CHECK(grad.dim() == 2 && grad.size(0) == logits.size(0) && grad.size(1) == logits.size(1), kOp,
+                 ": grad must have the shape of logits (got ", list(grad.sizes()), " vs ", list(logits.sizes()), ")");
   const Tensor g = torch::stable::contiguous(grad);
   const Tensor x = torch::stable::contiguous(logits);
   const Tensor result = new_tensor(logits, {logits.size(0), logits.size(1)});

@@ -10,14 +10,14 @@ namespace {
 
 void check_input(const char* op, const Tensor& input) {
   check_dtype(op, "input", input, ScalarType::Float, "");
-  check(input.dim() >= 3, op, ": input must be [B, C, ...] (got ", list(input.sizes()), ")");
+  TIMM_EXT_CHECK(input.dim() >= 3, op, ": input must be [B, C, ...] (got ", list(input.sizes()), ")");
 }
 
 void check_vector(const char* op, const char* name, const Tensor& vector, int64_t size, const Tensor& input) {
   check_same_device(op, name, vector, "input", input);
   check_dtype(op, name, vector, ScalarType::Float, "");
-  check(vector.numel() == size && vector.is_contiguous(), op, ": ", name, " must hold ", size,
-        " elements, contiguous, for input ", list(input.sizes()), " (got ", list(vector.sizes()), ")");
+  TIMM_EXT_CHECK(vector.numel() == size && vector.is_contiguous(), op, ": ", name, " must hold ", size,
+                 " elements, contiguous, for input ", list(input.sizes()), " (got ", list(vector.sizes()), ")");
 }
 
 const float* data_of(const std::optional<Tensor>& vector) {
@@ -71,8 +71,8 @@ std::tuple<Tensor, Tensor, Tensor> instance_norm_backward(const Tensor& grad, co
   check_input(kOp, input);
   check_same_device(kOp, "grad", grad, "input", input);
   check_dtype(kOp, "grad", grad, ScalarType::Float, "");
-  check(list(grad.sizes()) == list(input.sizes()), kOp, ": grad must have the shape of input, ", list(input.sizes()),
-        " (got ", list(grad.sizes()), ")");
+  TIMM_EXT_CHECK(list(grad.sizes()) == list(input.sizes()), kOp, ": grad must have the shape of input, ",
+                 list(input.sizes()), " (got ", list(grad.sizes()), ")");
   const int64_t channels = input.size(1), planes = input.size(0) * channels;
   check_vector(kOp, "mean", mean, planes, input);
   check_vector(kOp, "deviation", deviation, planes, input);

@@ -26,21 +26,24 @@ def square_accumulate_(acc: Sequence[Tensor], grads: Sequence[Tensor], scale: fl
         scale: factor of the squares; applied before squaring, so that small and large gradients keep their
             precision.
     """
-    for name, tensors in (("acc", acc), ("grads", grads)):
-        if not all(isinstance(tensor, Tensor) for tensor in tensors):
-            check_tensors(**{f"{name}[{i}]": tensor for i, tensor in enumerate(tensors)})
-    if len({tensor.device for tensor in (*acc, *grads)}) > 1:
-        named = {f"acc[{i}]": tensor for i, tensor in enumerate(acc)}
-        check_tensors(**named, **{f"grads[{i}]": tensor for i, tensor in enumerate(grads)})
     if not acc and not grads:
         return  # the dispatcher finds no device in empty lists
-    with undifferentiated():
-        _ops.square_accumulate_.default(list(acc), list(grads), float(scale))
+    try:
+        with undifferentiated():
+            _ops.square_accumulate_.default(list(acc), list(grads), float(scale))
+    except (RuntimeError, TypeError):
+        _check_lists(acc, grads)  # only now: looking at every tensor takes as long as adding small ones
+        raise
     mark_changed(acc)
 
 
+def _check_lists(acc: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    named = {f"acc[{i}]": tensor for i, tensor in enumerate(acc)}
+    check_tensors(**named, **{f"grads[{i}]": tensor for i, tensor in enumerate(grads)})
+
+
 def _fake_square_accumulate(acc: list[Tensor], grads: list[Tensor], scale: float) -> None:
-    return None
+    _check_lists(acc, grads)  # one on `meta` brings all of them here
 
 
 register_fake("timm_ext::square_accumulate_", _fake_square_accumulate)

@@ -112,5 +112,9 @@ def _overload(op: str) -> Any:
 
 def mark_changed(tensors: Sequence[Tensor]) -> None:
     """Let autograd notice when a tensor that it saved was overwritten."""
-    if not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except RuntimeError:  # those of inference mode have no version
         torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
