@@ -39,7 +39,7 @@ from timm_ext.ops import reference
 from timm_ext.parameters import Layout, named_parameters, split_parameters
 from timm_ext.study.collect import environment
 from timm_ext.training.device import keep_freed_memory, reproducible
-from timm_ext.training.losses import soft_dice_loss
+from timm_ext.training.objective import soft_dice_loss
 
 OUTPUT = Path(__file__).parent / "results" / "adaptation_step.json"
 GRADIENT_BOUND = 1e-5  # relative error of the logits' gradient; it sums up to a million terms of either sign

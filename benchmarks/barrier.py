@@ -30,8 +30,8 @@ from timm_ext.networks import build_network
 from timm_ext.parameters import split_parameters
 from timm_ext.study.collect import environment
 from timm_ext.synthesis.generate import GenerateSettings, generate_cases
-from timm_ext.training.examples import Examples
-from timm_ext.training.losses import soft_dice_loss
+from timm_ext.training.examples import Data, Examples
+from timm_ext.training.objective import soft_dice_loss
 from timm_ext.training.settings import AdaptSettings, TrainSettings
 from timm_ext.transfer.stages import adapt, make_sets, train
 
@@ -63,7 +63,7 @@ def make_cases(folder: Path, seed: int, count: int) -> list[Prepared]:
 
 
 def train_network(
-    options: argparse.Namespace, filters: int, seed: int, data: Examples, folder: Path
+    options: argparse.Namespace, filters: int, seed: int, data: Data, folder: Path
 ) -> nn.Module:
     """A network of a seed, trained on its own cases."""
     network = build_network(
@@ -75,7 +75,7 @@ def train_network(
         levels=4,
     )
     settings = training_settings(seed, options.steps, options.lr)
-    train(network, data, None, settings, folder)
+    train(network, data, settings, folder)
     return network
 
 
@@ -96,7 +96,7 @@ def held_out_loss(cases: Examples) -> Callable[[nn.Module], float]:
 def learned_loss(
     options: argparse.Namespace,
     networks: Sequence[nn.Module],
-    data: Examples,
+    data: Data,
     loss: Callable[[nn.Module], float],
     folder: Path,
 ) -> float:
@@ -113,7 +113,7 @@ def learned_loss(
     merged = build_initialisation("medmerge", networks[0], bank)
     assert isinstance(merged, MergedModel)
     settings = training_settings(0, options.merge_steps, options.lr)
-    adapt(merged, data, None, settings, folder, options=AdaptSettings(logit_lr=options.logit_lr))
+    adapt(merged, data, settings, folder, options=AdaptSettings(logit_lr=options.logit_lr))
     return loss(merged.fold())
 
 
@@ -122,11 +122,10 @@ def measure(options: argparse.Namespace, filters: int, pair: int, folder: Path) 
     seeds = (2 * pair, 2 * pair + 1)
     settings = training_settings(seeds[0], options.steps, options.lr)
     sets = [
-        make_sets(make_cases(folder / f"train{s}", 100 + s, TRAIN_CASES), (), TASK, settings)[0]
-        for s in seeds
+        make_sets(make_cases(folder / f"train{s}", 100 + s, TRAIN_CASES), (), TASK, settings) for s in seeds
     ]
-    test, _ = make_sets(make_cases(folder / "test", 1000 + pair, TEST_CASES), (), TASK, settings)
-    loss = held_out_loss(test)
+    test = make_sets(make_cases(folder / "test", 1000 + pair, TEST_CASES), (), TASK, settings)
+    loss = held_out_loss(test.train)
     first, second = (
         train_network(options, filters, seed, data, folder / f"run{seed}")
         for seed, data in zip(seeds, sets, strict=True)

@@ -13,7 +13,7 @@ from timm_ext.inference import predict_probabilities
 from timm_ext.merging import loss_along_merge
 from timm_ext.modes import evaluating
 from timm_ext.networks import trace_channels
-from timm_ext.training.losses import soft_dice_loss
+from timm_ext.training.objective import soft_dice_loss
 from timm_ext.training.settings import TrainSettings
 from timm_ext.training.validation import validate
 

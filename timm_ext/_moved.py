@@ -40,7 +40,9 @@ MOVED: dict[str, tuple[str, ...]] = {
     "study.sources": ("transfer.sources",),
     "terminal": ("system.terminal",),
     "torch_files": ("storage.torch_files",),
+    "training.losses": ("training.objective",),
     "training.stages": ("transfer.stages",),
+    "training.transfer": ("training.ties",),
 }
 
 

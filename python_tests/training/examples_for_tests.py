@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from timm_ext.networks.registry import build_network
+from timm_ext.training.callbacks import Observe
+from timm_ext.training.examples import Data
 from timm_ext.training.settings import TrainSettings
 
 SHAPE = (8, 8, 12)
@@ -83,10 +85,9 @@ def reference_run(run_dir, cases=None, *, resume=True):
     chosen = settings(steps=14, schedule="plateau", lr_patience=1, validate_every=3, save_every=2)
     history = Trainer(chosen, run_dir).fit(
         model,
-        cases or Blobs(5),
-        Blobs(3, first=50),
+        Data(cases or Blobs(5), Blobs(3, first=50)),
+        callbacks=[Observe(lambda: next(model.parameters()).sum())],
         resume=resume,
-        observe=lambda: next(model.parameters()).sum(),
     )
     return model, history
 

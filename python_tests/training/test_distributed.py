@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from timm_ext.errors import InputError
+from timm_ext.training.examples import Data
 from timm_ext.training.trainer import Trainer
 
 HERE = Path(__file__).parent
@@ -16,11 +17,12 @@ import sys
 sys.path.insert(0, {here!r})
 import torch
 from examples_for_tests import Blobs, settings, small_network
+from timm_ext.training.examples import Data
 from timm_ext.training.trainer import Trainer
 
 model = small_network(dropout=0.0)
 history = Trainer(settings(steps={steps}, batch_size=4), {run!r}).fit(
-    model, Blobs(5), Blobs(3, first=50), resume=True
+    model, Data(Blobs(5), Blobs(3, first=50)), resume=True
 )
 if torch.distributed.get_rank() == 0:
     torch.save(model.state_dict(), {out!r})
@@ -41,7 +43,7 @@ def test_two_processes_train_as_one(tmp_path):
     """Each takes half of every batch; the means over processes are those over the batch, up to rounding."""
     model = small_network(dropout=0.0)
     history = Trainer(settings(steps=6, batch_size=4), tmp_path / "one").fit(
-        model, Blobs(5), Blobs(3, first=50)
+        model, Data(Blobs(5), Blobs(3, first=50))
     )
     _torchrun(tmp_path, steps=4)
     weights = _torchrun(tmp_path, steps=6)  # resumes in both processes
@@ -60,4 +62,4 @@ def test_two_processes_train_as_one(tmp_path):
 
 def test_batch_that_cannot_be_dealt_out_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"batch_size must be a multiple of the 2 processes \(got 3\)"):
-        Trainer(settings(batch_size=3, devices=2), tmp_path).fit(small_network(), Blobs(2))
+        Trainer(settings(batch_size=3, devices=2), tmp_path).fit(small_network(), Data(Blobs(2)))

@@ -12,6 +12,7 @@ from timm_ext.errors import InputError
 from timm_ext.merging import Bank, MergedModel
 from timm_ext.networks import build_network, heads_of
 from timm_ext.parameters import Layout, split_parameters
+from timm_ext.training.examples import Data
 from timm_ext.training.norms import check_norms, refuse_single_values
 from timm_ext.training.trainer import Trainer
 
@@ -99,10 +100,10 @@ def test_training_is_refused_before_it_begins(tmp_path) -> None:
     model, cases = unet("BATCH").eval(), Sized([(8, 8, 8)] * 3 + [(4, 4, 4)])
     trainer = Trainer(settings(batch_size=1, steps=4), tmp_path / "run")
     with pytest.raises(InputError, match=r"got \[1, 8, 1, 1, 1\] from images \[1, 1, 4, 4, 4\].*batch_size"):
-        trainer.fit(model, cases)
+        trainer.fit(model, Data(cases))
     assert not (tmp_path / "run" / "state.pt").exists()
     assert not model.training
-    Trainer(settings(batch_size=1, steps=2), tmp_path / "other").fit(model, Sized([(8, 8, 8)] * 2))
+    Trainer(settings(batch_size=1, steps=2), tmp_path / "other").fit(model, Data(Sized([(8, 8, 8)] * 2)))
 
 
 def test_validation_is_refused_before_training(tmp_path) -> None:
@@ -110,7 +111,7 @@ def test_validation_is_refused_before_training(tmp_path) -> None:
     model = unet("INSTANCE")
     del model.size_divisor  # its validation volumes are not padded
     with pytest.raises(InputError, match=r"from images \[1, 1, 4, 4, 4\]"):
-        trainer.fit(model, Sized([(8, 8, 8)]), Sized([(8, 8, 8), (4, 4, 4)]))
+        trainer.fit(model, Data(Sized([(8, 8, 8)]), Sized([(8, 8, 8), (4, 4, 4)])))
 
 
 def test_each_process_has_its_share_of_a_batch() -> None:

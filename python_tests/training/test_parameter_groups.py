@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from timm_ext.errors import InputError
+from timm_ext.training.callbacks import Observe
+from timm_ext.training.examples import Data
 from timm_ext.training.parameter_groups import hold_back, named_groups, rate_columns
 from timm_ext.training.trainer import Trainer
 
@@ -54,14 +56,16 @@ def test_a_trained_network_holds_a_group_back(tmp_path):
     heads = [value for name, value in model.named_parameters() if "heads" in name]
     rest = [value for name, value in model.named_parameters() if "heads" not in name]
     seen = []
+
+    def look():
+        seen.append([not torch.equal(before[n], v) for n, v in model.named_parameters()])
+        return torch.zeros(1)
+
     Trainer(settings(steps=4, validate_every=1), tmp_path).fit(
         model,
-        Blobs(2),
+        Data(Blobs(2)),
+        callbacks=[Observe(look)],
         parameter_groups=[{"params": heads}, {"params": rest, "start": 3}],
-        observe=lambda: (
-            seen.append([not torch.equal(before[n], v) for n, v in model.named_parameters()])
-            or torch.zeros(1)
-        ),
     )
     of_heads = ["heads" in name for name in before]
     assert seen == [[False] * len(before), of_heads, of_heads, of_heads, [True] * len(before)]

@@ -14,6 +14,8 @@ sys.path.insert(0, str(HERE))
 from examples_for_tests import Blobs, reference_run, settings, small_network  # noqa: E402
 
 from timm_ext.system.locks import folder_lock  # noqa: E402
+from timm_ext.training.callbacks import Observe  # noqa: E402
+from timm_ext.training.examples import Data  # noqa: E402
 from timm_ext.training.state import load_state  # noqa: E402
 from timm_ext.training.trainer import Trainer  # noqa: E402
 
@@ -93,10 +95,10 @@ def test_finished_run_is_loaded(tmp_path, undisturbed):
 
 
 def test_a_longer_budget_goes_on(tmp_path):
-    Trainer(settings(steps=4), tmp_path / "a").fit(small_network(), Blobs(3))
+    Trainer(settings(steps=4), tmp_path / "a").fit(small_network(), Data(Blobs(3)))
     longer, whole = small_network(), small_network()
-    Trainer(settings(steps=7), tmp_path / "a").fit(longer, Blobs(3), resume=True)
-    Trainer(settings(steps=7), tmp_path / "b").fit(whole, Blobs(3))
+    Trainer(settings(steps=7), tmp_path / "a").fit(longer, Data(Blobs(3)), resume=True)
+    Trainer(settings(steps=7), tmp_path / "b").fit(whole, Data(Blobs(3)))
     assert torch.equal(_weights(longer), _weights(whole))
     assert (tmp_path / "a/log.csv").read_bytes() == (tmp_path / "b/log.csv").read_bytes()
 
@@ -116,42 +118,44 @@ def test_second_run_in_one_folder_is_refused(tmp_path):
 
 
 def test_other_settings_are_refused(tmp_path):
-    Trainer(settings(steps=2), tmp_path).fit(small_network(), Blobs(3))
+    Trainer(settings(steps=2), tmp_path).fit(small_network(), Data(Blobs(3)))
     with pytest.raises(InputError, match=r"other settings: batch_size 2, now 1; lr 0\.01, now 0\.5"):
-        Trainer(settings(steps=2, lr=0.5, batch_size=1), tmp_path).fit(small_network(), Blobs(3), resume=True)
+        Trainer(settings(steps=2, lr=0.5, batch_size=1), tmp_path).fit(
+            small_network(), Data(Blobs(3)), resume=True
+        )
 
 
 def test_other_cases_are_refused(tmp_path):
-    Trainer(settings(steps=2), tmp_path).fit(small_network(), Blobs(3))
+    Trainer(settings(steps=2), tmp_path).fit(small_network(), Data(Blobs(3)))
     with pytest.raises(InputError, match=r"expected \[3, 0\] training and validation cases.*got \[4, 0\]"):
-        Trainer(settings(steps=2), tmp_path).fit(small_network(), Blobs(4), resume=True)
+        Trainer(settings(steps=2), tmp_path).fit(small_network(), Data(Blobs(4)), resume=True)
 
 
 def test_other_model_is_refused(tmp_path):
-    Trainer(settings(steps=2), tmp_path).fit(small_network(), Blobs(3))
+    Trainer(settings(steps=2), tmp_path).fit(small_network(), Data(Blobs(3)))
     other = small_network(out_channels=2)
     with pytest.raises(
         InputError, match=r"(?s)these differ:.*heads\.0\.weight: \[1, 2, 1, 1, 1\], model \[2, 2"
     ):
-        Trainer(settings(steps=2), tmp_path).fit(other, Blobs(3, regions=2), resume=True)
+        Trainer(settings(steps=2), tmp_path).fit(other, Data(Blobs(3, regions=2)), resume=True)
 
 
 def test_damaged_state_is_refused(tmp_path):
-    Trainer(settings(steps=2), tmp_path).fit(small_network(), Blobs(3))
+    Trainer(settings(steps=2), tmp_path).fit(small_network(), Data(Blobs(3)))
     state = tmp_path / "state.pt"
     state.write_bytes(state.read_bytes()[:2000])
     with pytest.raises(
         InputError, match=r"state\.pt: expected the state of a training run .the file is damaged"
     ):
-        Trainer(settings(steps=2), tmp_path).fit(small_network(), Blobs(3), resume=True)
+        Trainer(settings(steps=2), tmp_path).fit(small_network(), Data(Blobs(3)), resume=True)
 
 
 def test_lost_log_is_refused(tmp_path):
-    Trainer(settings(steps=2), tmp_path).fit(small_network(), Blobs(3))
+    Trainer(settings(steps=2), tmp_path).fit(small_network(), Data(Blobs(3)))
     log = tmp_path / "log.csv"
     log.write_bytes(log.read_bytes()[:-5])
     with pytest.raises(InputError, match=r"log\.csv: expected the log of the run that is resumed"):
-        Trainer(settings(steps=2), tmp_path).fit(small_network(), Blobs(3), resume=True)
+        Trainer(settings(steps=2), tmp_path).fit(small_network(), Data(Blobs(3)), resume=True)
 
 
 def test_a_folder_that_another_process_trains_in_is_refused(tmp_path):
@@ -180,7 +184,10 @@ def _run(run_dir, train_set, val_set, **changes):
     model = small_network()
     chosen = settings(steps=7, schedule="plateau", lr_patience=1, validate_every=3, save_every=100, **changes)
     history = Trainer(chosen, run_dir).fit(
-        model, train_set, val_set, resume=True, observe=lambda: next(model.parameters()).sum()
+        model,
+        Data(train_set, val_set),
+        callbacks=[Observe(lambda: next(model.parameters()).sum())],
+        resume=True,
     )
     return _weights(model), (run_dir / "log.csv").read_bytes(), history
 

@@ -10,6 +10,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 from examples_for_tests import Blobs, settings, small_network  # noqa: E402
 
+from timm_ext.training.examples import Data  # noqa: E402
 from timm_ext.training.saved import SavedSchedule  # noqa: E402
 from timm_ext.training.schedule import Schedule  # noqa: E402
 from timm_ext.training.settings import TrainSettings  # noqa: E402
@@ -30,12 +31,12 @@ class Known(Blobs):
 
 
 def begin(folder, data, **changes):
-    Trainer(settings(steps=2, **changes), folder).fit(small_network(), data)
+    Trainer(settings(steps=2, **changes), folder).fit(small_network(), Data(data))
     return folder / "state.pt"
 
 
 def go_on(folder, data, **changes):
-    return Trainer(settings(steps=3, **changes), folder).fit(small_network(), data, resume=True)
+    return Trainer(settings(steps=3, **changes), folder).fit(small_network(), Data(data), resume=True)
 
 
 def test_every_flipped_bit_is_noticed(tmp_path):
@@ -100,7 +101,7 @@ def test_content_that_no_run_writes_is_named(tmp_path, change, message):
     model = small_network()
     before = [value.clone() for value in model.state_dict().values()]
     with pytest.raises(InputError, match=f"(?s){message}"):
-        Trainer(settings(steps=3), tmp_path).fit(model, Blobs(3), resume=True)
+        Trainer(settings(steps=3), tmp_path).fit(model, Data(Blobs(3)), resume=True)
     assert all(torch.equal(*pair) for pair in zip(before, model.state_dict().values(), strict=True))
 
 
@@ -158,12 +159,12 @@ def test_other_data_of_equal_number_are_named(tmp_path, other, message):
 
 def test_other_validation_cases_are_named(tmp_path):
     run = Trainer(settings(steps=2), tmp_path)
-    run.fit(small_network(), Known(3), Known(2))
+    run.fit(small_network(), Data(Known(3), Known(2)))
     with pytest.raises(
         InputError, match="validation set: other images, labels or preparation in case0, case1"
     ):
         Trainer(settings(steps=3), tmp_path).fit(
-            small_network(), Known(3), Known(2, content="c"), resume=True
+            small_network(), Data(Known(3), Known(2, content="c")), resume=True
         )
 
 
@@ -171,7 +172,9 @@ def test_other_frozen_tensors_are_refused(tmp_path):
     def fit(seed, steps):
         model = small_network(seed)
         groups = [{"params": list(model.heads.parameters())}]
-        Trainer(settings(steps=steps), tmp_path).fit(model, Blobs(3), parameter_groups=groups, resume=True)
+        Trainer(settings(steps=steps), tmp_path).fit(
+            model, Data(Blobs(3)), parameter_groups=groups, resume=True
+        )
 
     fit(0, 2)
     with pytest.raises(InputError, match="others of the tensors that training leaves as they are"):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from timm_ext.errors import InputError
+from timm_ext.training.examples import Data
 from timm_ext.training.trainer import Trainer
 
 HERE = Path(__file__).parent
@@ -32,15 +33,15 @@ class _Constant(nn.Module):
 
 def test_training_learns(tmp_path):
     history = Trainer(settings(steps=60), tmp_path).fit(
-        small_network(dropout=0.0), Blobs(4), Blobs(2, first=50)
+        small_network(dropout=0.0), Data(Blobs(4), Blobs(2, first=50))
     )
     dice = history.curve("val_dice")
     assert dice[-1][1] > 0.75 > dice[0][1]
 
 
 def test_validations_are_timed_beside_the_log(tmp_path):
-    first = Trainer(settings(steps=3), tmp_path).fit(small_network(), Blobs(3), Blobs(1))
-    history = Trainer(settings(steps=6), tmp_path).fit(small_network(), Blobs(3), Blobs(1), resume=True)
+    first = Trainer(settings(steps=3), tmp_path).fit(small_network(), Data(Blobs(3), Blobs(1)))
+    history = Trainer(settings(steps=6), tmp_path).fit(small_network(), Data(Blobs(3), Blobs(1)), resume=True)
     assert [step for step, _ in history.times] == [step for step, _ in history.curve("val_dice")]
     assert history.times[: len(first.times)] == first.times
     seconds = [value for _, value in history.times]
@@ -51,7 +52,7 @@ def test_validations_are_timed_beside_the_log(tmp_path):
 
 def test_rows_are_logged(tmp_path):
     history = Trainer(settings(steps=5), tmp_path).fit(
-        small_network(out_channels=2), Blobs(3, regions=2), Blobs(1, regions=2)
+        small_network(out_channels=2), Data(Blobs(3, regions=2), Blobs(1, regions=2))
     )
     with open(tmp_path / "log.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -81,7 +82,7 @@ def test_tensorboard_events(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     chosen = settings(steps=3, tensorboard=True)
-    history = Trainer(chosen, tmp_path).fit(small_network(), Blobs(2), Blobs(1))
+    history = Trainer(chosen, tmp_path).fit(small_network(), Data(Blobs(2), Blobs(1)))
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     values = [(event.step, event.value) for event in events.Scalars("loss")]
@@ -103,7 +104,7 @@ def test_best_or_last_weights_are_kept(tmp_path):
     def run(keep):
         model = _Constant()
         chosen = settings(steps=4, lr=0.1, keep=keep, validate_every=1, batch_size=1)
-        history = Trainer(chosen, tmp_path / keep).fit(model, Full(1), Empty(1))
+        history = Trainer(chosen, tmp_path / keep).fit(model, Data(Full(1), Empty(1)))
         return model.value.item(), history
 
     best, history = run("best")
@@ -113,7 +114,7 @@ def test_best_or_last_weights_are_kept(tmp_path):
 
 
 def test_without_validation_the_last_weights_are_kept(tmp_path):
-    history = Trainer(settings(steps=3), tmp_path).fit(small_network(), Blobs(2))
+    history = Trainer(settings(steps=3), tmp_path).fit(small_network(), Data(Blobs(2)))
     assert history.best_step is None
     assert "val_loss" not in history.rows[0]
 
@@ -128,7 +129,7 @@ def test_plateau_halves_the_rate_and_stops(tmp_path):
     chosen = settings(
         steps=100, lr=1.0, schedule="plateau", lr_patience=2, stop_patience=5, validate_every=1, batch_size=1
     )
-    history = Trainer(chosen, tmp_path).fit(Deaf(), Blobs(1, noise=0), Blobs(1))
+    history = Trainer(chosen, tmp_path).fit(Deaf(), Data(Blobs(1, noise=0), Blobs(1)))
     assert history.stopped == "plateau"
     # The first validation is the best; the rate halves after the third and fifth, the sixth ends the run.
     assert [row["lr"] for row in history.rows] == [1.0, 1.0, 1.0, 0.5, 0.5, 0.25]
@@ -136,7 +137,7 @@ def test_plateau_halves_the_rate_and_stops(tmp_path):
 
 def test_cosine_falls_to_zero(tmp_path):
     chosen = settings(steps=4, lr=1.0, schedule="cosine")
-    history = Trainer(chosen, tmp_path).fit(_Constant(), Blobs(1))
+    history = Trainer(chosen, tmp_path).fit(_Constant(), Data(Blobs(1)))
     expected = [0.5 * (1 + math.cos(math.pi * step / 4)) for step in range(4)]
     assert [row["lr"] for row in history.rows] == pytest.approx(expected)
     assert history.stopped == "steps"
@@ -149,7 +150,7 @@ def test_groups_have_their_own_rates_and_the_rest_is_frozen(tmp_path):
         {"name": "first", "params": model[0].parameters(), "lr": 0.0},
         {"name": "last", "params": model[2].parameters()},
     ]
-    history = Trainer(settings(steps=2, lr=0.1), tmp_path).fit(model, Blobs(2), parameter_groups=groups)
+    history = Trainer(settings(steps=2, lr=0.1), tmp_path).fit(model, Data(Blobs(2)), parameter_groups=groups)
     assert [torch.equal(old, layer.weight) for old, layer in zip(before, model, strict=True)] == [
         True,
         True,
@@ -162,7 +163,7 @@ def test_groups_have_their_own_rates_and_the_rest_is_frozen(tmp_path):
 
 def test_batch_larger_than_the_set(tmp_path):
     cases = Blobs(2)
-    history = Trainer(settings(steps=2, batch_size=5), tmp_path).fit(small_network(), cases)
+    history = Trainer(settings(steps=2, batch_size=5), tmp_path).fit(small_network(), Data(cases))
     assert len(history.rows) == 2
     epochs = sorted(key for key in cases.asked[1:])
     assert epochs == sorted((epoch, index) for epoch in range(5) for index in range(2))
@@ -172,7 +173,7 @@ def test_order_depends_on_the_seed(tmp_path):
     orders = {}
     for seed in (0, 1):
         cases = Blobs(6)
-        Trainer(settings(steps=6, seed=seed), tmp_path / str(seed)).fit(_Constant(), cases)
+        Trainer(settings(steps=6, seed=seed), tmp_path / str(seed)).fit(_Constant(), Data(cases))
         orders[seed] = cases.asked[1:]
     assert sorted(orders[0]) == sorted(orders[1])
     assert orders[0] != orders[1]
@@ -182,7 +183,9 @@ def test_order_depends_on_the_seed(tmp_path):
 def test_loader_processes_change_nothing(tmp_path):
     logs = []
     for workers in (0, 2):
-        Trainer(settings(steps=4, workers=workers), tmp_path / str(workers)).fit(small_network(), Blobs(3))
+        Trainer(settings(steps=4, workers=workers), tmp_path / str(workers)).fit(
+            small_network(), Data(Blobs(3))
+        )
         logs.append((tmp_path / str(workers) / "log.csv").read_bytes())
     assert logs[0] == logs[1]
 
@@ -194,13 +197,13 @@ def test_patches_are_validated_by_sliding_window(tmp_path):
             return {"id": "large", "image": image, "target": (image > 0).float()}
 
     chosen = settings(steps=2, patch=SHAPE)
-    history = Trainer(chosen, tmp_path).fit(small_network(), Blobs(2), Large(1))
+    history = Trainer(chosen, tmp_path).fit(small_network(), Data(Blobs(2), Large(1)))
     assert history.rows[-1]["val_dice"] is not None
 
 
 def test_mixed_precision_runs(tmp_path):
     history = Trainer(settings(steps=2, precision="bf16-mixed"), tmp_path).fit(
-        small_network(), Blobs(2), Blobs(1)
+        small_network(), Data(Blobs(2), Blobs(1))
     )
     assert math.isfinite(history.rows[-1]["loss"])
 
@@ -215,7 +218,9 @@ def test_nan_loss_names_step_and_cases(tmp_path, precision, advice):
             return sample | {"image": sample["image"] * float("nan")} if epoch == 1 else sample
 
     with pytest.raises(InputError, match=rf"the loss is nan at step 3 \(cases case\d, case\d\); .*{advice}"):
-        Trainer(settings(steps=9, precision=precision), tmp_path).fit(small_network(), Poisoned(4), Blobs(1))
+        Trainer(settings(steps=9, precision=precision), tmp_path).fit(
+            small_network(), Data(Poisoned(4), Blobs(1))
+        )
 
 
 def test_nan_in_validation_names_the_case(tmp_path):
@@ -224,26 +229,26 @@ def test_nan_in_validation_names_the_case(tmp_path):
             return super().sample(index, epoch) | {"image": torch.full((1, *SHAPE), float("nan"))}
 
     with pytest.raises(InputError, match="validation: the loss of case case0 is nan"):
-        Trainer(settings(steps=2), tmp_path).fit(small_network(), Blobs(2), Poisoned(1))
+        Trainer(settings(steps=2), tmp_path).fit(small_network(), Data(Blobs(2), Poisoned(1)))
 
 
 def test_empty_sets_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"training set: expected at least one case \(got none\)"):
-        Trainer(settings(), tmp_path).fit(small_network(), Blobs(0))
+        Trainer(settings(), tmp_path).fit(small_network(), Data(Blobs(0)))
     with pytest.raises(InputError, match=r"validation set: expected at least one case \(got none\)"):
-        Trainer(settings(), tmp_path).fit(small_network(), Blobs(1), Blobs(0))
+        Trainer(settings(), tmp_path).fit(small_network(), Data(Blobs(1), Blobs(0)))
 
 
 def test_wrong_number_of_regions_is_refused(tmp_path):
     with pytest.raises(
         InputError, match=r"expected logits \[2, 2, 8, 8, 12\] from the network \(got \[2, 1, 8, 8, 12\]"
     ):
-        Trainer(settings(), tmp_path).fit(small_network(), Blobs(2, regions=2))
+        Trainer(settings(), tmp_path).fit(small_network(), Data(Blobs(2, regions=2)))
 
 
 def test_validation_set_of_another_task_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"validation set: expected the 1 regions .*got 2"):
-        Trainer(settings(), tmp_path).fit(small_network(), Blobs(2), Blobs(2, regions=2))
+        Trainer(settings(), tmp_path).fit(small_network(), Data(Blobs(2), Blobs(2, regions=2)))
 
 
 def test_target_on_another_grid_is_refused(tmp_path):
@@ -252,7 +257,7 @@ def test_target_on_another_grid_is_refused(tmp_path):
             return super().sample(index, epoch) | {"target": torch.zeros(1, 8, 8, 8)}
 
     with pytest.raises(InputError, match=r"training set: expected image .* on one grid .* for case case0"):
-        Trainer(settings(), tmp_path).fit(small_network(), Skewed(2))
+        Trainer(settings(), tmp_path).fit(small_network(), Data(Skewed(2)))
 
 
 def test_examples_of_different_shapes_are_refused(tmp_path):
@@ -262,26 +267,26 @@ def test_examples_of_different_shapes_are_refused(tmp_path):
             return {"id": f"case{index}", "image": torch.zeros(shape), "target": torch.zeros(shape)}
 
     with pytest.raises(InputError, match="batch: expected samples of one shape"):
-        Trainer(settings(), tmp_path).fit(small_network(), Mixed(2))
+        Trainer(settings(), tmp_path).fit(small_network(), Data(Mixed(2)))
 
 
 def test_overlapping_parameter_groups_are_refused(tmp_path):
     model = small_network()
     groups = [{"params": model.parameters()}, {"params": model.heads.parameters()}]
     with pytest.raises(InputError, match="parameter groups must be disjoint parts of the model"):
-        Trainer(settings(), tmp_path).fit(model, Blobs(1), parameter_groups=groups)
+        Trainer(settings(), tmp_path).fit(model, Data(Blobs(1)), parameter_groups=groups)
     with pytest.raises(InputError, match="parameter groups must be disjoint parts of the model"):
         Trainer(settings(), tmp_path).fit(
-            model, Blobs(1), parameter_groups=[{"params": _Constant().parameters()}]
+            model, Data(Blobs(1)), parameter_groups=[{"params": _Constant().parameters()}]
         )
     with pytest.raises(InputError, match="at least one parameter in every parameter group"):
-        Trainer(settings(), tmp_path).fit(model, Blobs(1), parameter_groups=[{"params": []}])
+        Trainer(settings(), tmp_path).fit(model, Data(Blobs(1)), parameter_groups=[{"params": []}])
 
 
 def test_unwritable_folder_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"file/run: cannot be written"):
-        Trainer(settings(), tmp_path / "file" / "run").fit(small_network(), Blobs(1))
+        Trainer(settings(), tmp_path / "file" / "run").fit(small_network(), Data(Blobs(1)))
 
 
 @pytest.mark.slow
@@ -295,7 +300,7 @@ def test_full_disk_is_one_clear_error(tmp_path, limit):
         "from timm_ext.training.trainer import Trainer\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
         f"chosen = settings(steps=500, save_every={1 if limit > 5000 else 1000}, tensorboard=True)\n"
-        f"Trainer(chosen, {str(tmp_path / 'run')!r}).fit(small_network(), Blobs(2))\n"
+        f"Trainer(chosen, {str(tmp_path / 'run')!r}).fit(small_network(), Data(Blobs(2)))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -309,4 +314,4 @@ def test_full_disk_is_one_clear_error(tmp_path, limit):
 
 def test_unknown_accelerator_is_refused(tmp_path):
     with pytest.raises(InputError, match="cannot use accelerator 'abacus' with 1 devices"):
-        Trainer(settings(accelerator="abacus"), tmp_path).fit(small_network(), Blobs(1))
+        Trainer(settings(accelerator="abacus"), tmp_path).fit(small_network(), Data(Blobs(1)))

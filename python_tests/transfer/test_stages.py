@@ -16,6 +16,7 @@ from timm_ext.merging import Bank, MergedModel
 from timm_ext.networks.registry import build_network, heads_of
 from timm_ext.networks.reset import reset_specific
 from timm_ext.parameters import Layout, named_parameters, split_parameters
+from timm_ext.training.examples import Data
 from timm_ext.training.settings import AdaptSettings
 from timm_ext.transfer.stages import _Pull, adapt, fine_tune, make_sets, train, tune_merged, warm_up
 
@@ -50,8 +51,7 @@ def test_adaptation_trains_logits_and_specific_parameters(tmp_path):
     before = [parameter.detach().clone() for parameter in merged.specific_parameters()]
     result = adapt(
         merged,
-        Blobs(3),
-        Blobs(2, first=50),
+        Data(Blobs(3), Blobs(2, first=50)),
         settings(steps=8, keep="last"),
         tmp_path,
         options=AdaptSettings(logit_lr=0.2, specific_lr=0.05),
@@ -68,7 +68,7 @@ def test_adaptation_trains_logits_and_specific_parameters(tmp_path):
 
 def test_adaptation_notes_the_ratios_over_time(tmp_path):
     merged, _, _ = _merged()
-    result = adapt(merged, Blobs(3), Blobs(2, first=50), settings(steps=4, keep="last"), tmp_path)
+    result = adapt(merged, Data(Blobs(3), Blobs(2, first=50)), settings(steps=4, keep="last"), tmp_path)
     assert result.steps == (0, 2, 4)
     assert result.sources == ("M1", "M2")
     assert torch.equal(result.ratios[0], torch.full((len(result.layers), 2), 0.5, dtype=torch.float64))
@@ -83,7 +83,7 @@ def test_adaptation_notes_the_ratios_over_time(tmp_path):
 
 def test_ratios_of_finer_groups_are_means_by_layer(tmp_path):
     merged, _, _ = _merged(granularity="filter")
-    result = adapt(merged, Blobs(2), None, settings(steps=2), tmp_path)
+    result = adapt(merged, Data(Blobs(2)), settings(steps=2), tmp_path)
     names = [name.partition("[")[0] for name in merged.group_names]
     chosen = [index for index, name in enumerate(names) if name == result.layers[0]]
     assert len(chosen) == 2
@@ -92,11 +92,11 @@ def test_ratios_of_finer_groups_are_means_by_layer(tmp_path):
 
 def test_interrupted_adaptation_goes_on(tmp_path):
     whole, _, _ = _merged()
-    expected = adapt(whole, Blobs(3), Blobs(1), settings(steps=6), tmp_path / "whole")
+    expected = adapt(whole, Data(Blobs(3), Blobs(1)), settings(steps=6), tmp_path / "whole")
     part, _, _ = _merged()
-    adapt(part, Blobs(3), Blobs(1), settings(steps=4), tmp_path / "part")
+    adapt(part, Data(Blobs(3), Blobs(1)), settings(steps=4), tmp_path / "part")
     rest, _, _ = _merged()
-    result = adapt(rest, Blobs(3), Blobs(1), settings(steps=6), tmp_path / "part", resume=True)
+    result = adapt(rest, Data(Blobs(3), Blobs(1)), settings(steps=6), tmp_path / "part", resume=True)
     assert torch.equal(rest.logits, whole.logits)
     assert torch.equal(result.ratios, expected.ratios)
     assert (tmp_path / "part/ratios.csv").read_bytes() == (tmp_path / "whole/ratios.csv").read_bytes()
@@ -106,7 +106,7 @@ def test_warm_up_trains_only_the_specific_parameters(tmp_path):
     merged, split, _ = _merged()
     network = merged.fold()
     before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
-    warm_up(network, split.specific, Blobs(3), None, settings(steps=3), tmp_path)
+    warm_up(network, split.specific, Data(Blobs(3)), settings(steps=3), tmp_path)
     after = dict(network.named_parameters())
     assert all(torch.equal(before[name], after[name]) for name in split.shared)
     assert all(not torch.equal(before[name], after[name]) for name in split.specific)
@@ -117,12 +117,12 @@ def test_warm_up_refuses_unknown_names(tmp_path):
     with pytest.raises(
         InputError, match=r"warm-up: expected names of the network's parameters \(got nothing\)"
     ):
-        warm_up(small_network(), ["nothing"], Blobs(1), None, settings(), tmp_path)
+        warm_up(small_network(), ["nothing"], Data(Blobs(1)), settings(), tmp_path)
 
 
 def test_fine_tuning_folds_and_trains_everything(tmp_path):
     merged, split, sources = _merged()
-    network, history = fine_tune(merged, Blobs(3), None, settings(steps=2), tmp_path)
+    network, history = fine_tune(merged, Data(Blobs(3)), settings(steps=2), tmp_path)
     assert len(history.rows) == 2
     parameters = dict(network.named_parameters())
     assert set(parameters) == {*split.shared, *split.specific}
@@ -134,7 +134,7 @@ def test_fine_tuning_folds_and_trains_everything(tmp_path):
 
 def test_fine_tuning_a_plain_network_trains_it_in_place(tmp_path):
     network = small_network()
-    result, _ = fine_tune(network, Blobs(2), None, settings(steps=1), tmp_path)
+    result, _ = fine_tune(network, Data(Blobs(2)), settings(steps=1), tmp_path)
     assert result is network
 
 
@@ -150,16 +150,16 @@ def test_monai_networks_are_merged_adapted_and_fine_tuned(tmp_path, name):
     images = Cubes(1).sample(0, 0)["image"][None]
     with torch.no_grad():
         assert torch.allclose(merged.eval()(images), merged.fold().eval()(images), atol=1e-6)
-    result = adapt(merged, Cubes(2), None, settings(steps=2), tmp_path / "adapt")
+    result = adapt(merged, Data(Cubes(2)), settings(steps=2), tmp_path / "adapt")
     assert set(result.layers) <= {key.rpartition(".")[0] for key in split.shared}
     assert not torch.equal(result.ratios[0], result.ratios[-1])
-    network, history = fine_tune(merged, Cubes(2), Cubes(1), settings(steps=2), tmp_path / "tune")
+    network, history = fine_tune(merged, Data(Cubes(2), Cubes(1)), settings(steps=2), tmp_path / "tune")
     assert network(images).shape == images.shape
     assert history.curve("val_dice")
 
 
 def test_train_reports_its_run(tmp_path):
-    history = train(small_network(), Blobs(2), None, settings(steps=1), tmp_path)
+    history = train(small_network(), Data(Blobs(2)), settings(steps=1), tmp_path)
     assert history.stopped == "steps"
 
 
@@ -175,13 +175,13 @@ def _prepared(name, labelled=True):
 def test_sets_follow_the_settings():
     task = Task("one", ("T1",), (Region("A", (1,)),), frozenset((0, 1)))
     chosen = settings(patch=(4, 4, 4), augment=True, seed=5)
-    train_set, val_set = make_sets([_prepared("a")], [_prepared("b")], task, chosen)
-    assert train_set.sample(0, 0)["image"].shape == (1, 4, 4, 4)
-    assert train_set.augment is not None
-    assert train_set.seed == 5
-    assert val_set.sample(0, 0)["image"].shape == (1, 8, 8, 8)
-    assert val_set.augment is None
-    assert make_sets([_prepared("a")], [], task, settings())[1] is None
+    data = make_sets([_prepared("a")], [_prepared("b")], task, chosen)
+    assert data.train.sample(0, 0)["image"].shape == (1, 4, 4, 4)
+    assert data.train.augment is not None
+    assert data.train.seed == 5
+    assert data.val.sample(0, 0)["image"].shape == (1, 8, 8, 8)
+    assert data.val.augment is None
+    assert make_sets([_prepared("a")], [], task, settings()).val is None
     with pytest.raises(InputError, match="expected a label for every case"):
         make_sets([_prepared("a", labelled=False)], [], task, chosen)
 
@@ -190,7 +190,7 @@ def test_the_pull_brings_logits_back_to_equal_ratios(tmp_path):
     """It outweighs the gradient of the loss here, so that Adam moves every logit by its rate each step."""
     merged, _, _ = _merged(initial_logits=torch.tensor([2.0, -2.0]))
     options = AdaptSettings(logit_lr=0.1, logit_pull=1e3)
-    adapt(merged, Blobs(3), None, settings(steps=5), tmp_path, options=options)
+    adapt(merged, Data(Blobs(3)), settings(steps=5), tmp_path, options=options)
     expected = torch.tensor([1.5, -1.5]).expand_as(merged.logits)
     assert torch.allclose(merged.logits, expected, atol=0.02)
 
@@ -200,7 +200,7 @@ def test_logits_wait_for_the_task_specific_layers(tmp_path):
     before = [parameter.detach().clone() for parameter in merged.specific_parameters()]
     chosen = settings(steps=4, validate_every=1, keep="last")
     options = AdaptSettings(warm_up=0.5)
-    result = adapt(merged, Blobs(3), Blobs(1), chosen, tmp_path, options=options)
+    result = adapt(merged, Data(Blobs(3), Blobs(1)), chosen, tmp_path, options=options)
     moved = (result.ratios - 0.5).abs().amax(dim=(1, 2)) > 0
     assert moved.tolist() == [False, False, False, True, True]
     assert all(
@@ -226,7 +226,7 @@ def test_an_annealed_merge_trains_everything_and_is_folded(tmp_path):
     merged, split, _ = _merged(with_offset=True)
     start = merged.merge().detach().clone()
     chosen = settings(steps=4, keep="last")
-    network, result = tune_merged(merged, Blobs(3), Blobs(1), chosen, tmp_path)
+    network, result = tune_merged(merged, Data(Blobs(3), Blobs(1)), chosen, tmp_path)
     parameters = dict(network.named_parameters())
     assert set(parameters) == {*split.shared, *split.specific}
     assert torch.equal(torch.cat([parameters[n].flatten() for n in merged.layout.names]), merged.merge())
@@ -242,7 +242,7 @@ def test_a_strong_pull_keeps_the_weights_at_the_merge(tmp_path):
     for mu in (0.0, 100.0):
         merged, _, _ = _merged(with_offset=True)
         options = AdaptSettings(weight_pull=mu)
-        tune_merged(merged, Blobs(3), None, settings(steps=8), tmp_path / str(mu), options=options)
+        tune_merged(merged, Data(Blobs(3)), settings(steps=8), tmp_path / str(mu), options=options)
         sizes.append(merged.offset.detach().norm().item())
     assert sizes[1] < 0.5 * sizes[0]
 
@@ -270,7 +270,7 @@ def test_an_interrupted_run_with_pulls_and_a_warm_up_goes_on(tmp_path, with_offs
         chosen = settings(steps=steps, validate_every=2, save_every=1)
         options = EVERYTHING if with_offset else replace(EVERYTHING, weight_pull=None)
         stage = tune_merged if with_offset else adapt
-        result = stage(merged, cases, Blobs(1), chosen, tmp_path / folder, options=options, resume=True)
+        result = stage(merged, Data(cases, Blobs(1)), chosen, tmp_path / folder, options=options, resume=True)
         return merged.state_dict(), result[1] if with_offset else result
 
     expected, whole = learn(Blobs(4), "whole")
@@ -287,17 +287,17 @@ def test_an_interrupted_run_with_pulls_and_a_warm_up_goes_on(tmp_path, with_offs
 
 def test_other_rates_are_refused_on_resuming(tmp_path):
     merged, _, _ = _merged()
-    adapt(merged, Blobs(2), None, settings(steps=1), tmp_path)
+    adapt(merged, Data(Blobs(2)), settings(steps=1), tmp_path)
     options = AdaptSettings(logit_lr=0.2)
     with pytest.raises(InputError, match=r"resumed with other settings: logit_lr 0\.1, now 0\.2"):
-        adapt(merged, Blobs(2), None, settings(steps=1), tmp_path, options=options, resume=True)
+        adapt(merged, Data(Blobs(2)), settings(steps=1), tmp_path, options=options, resume=True)
 
 
 def test_stages_refuse_merges_that_are_not_theirs(tmp_path):
     (plain, *_), (offset, *_) = _merged(), _merged(with_offset=True)
     with pytest.raises(InputError, match="expected a merged model without an offset; use tune_merged"):
-        adapt(offset, Blobs(1), None, settings(), tmp_path)
+        adapt(offset, Data(Blobs(1)), settings(), tmp_path)
     with pytest.raises(InputError, match="fine-tuning of a merge: expected a merged model with an offset"):
-        tune_merged(plain, Blobs(1), None, settings(), tmp_path)
+        tune_merged(plain, Data(Blobs(1)), settings(), tmp_path)
     with pytest.raises(InputError, match="fine-tuning of a merge: expected l2_transfer 0"):
-        tune_merged(offset, Blobs(1), None, settings(l2_transfer=0.1), tmp_path)
+        tune_merged(offset, Data(Blobs(1)), settings(l2_transfer=0.1), tmp_path)

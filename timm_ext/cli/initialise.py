@@ -35,7 +35,7 @@ from timm_ext.cli.planned import (
     tell_plan,
     tell_unlike_fishers,
     tell_unlike_preparation,
-    training_sets,
+    training_data,
     with_network,
     with_noted_window,
     with_training_plan,
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from timm_ext.checkpoint import Checkpoint
     from timm_ext.config import RunSettings
     from timm_ext.data.tasks import Task
-    from timm_ext.training.examples import Examples
+    from timm_ext.training.examples import Data
     from timm_ext.transfer.sources import Recipe, Sources, Start
 
 _SHARE_OF_STEPS = 0.2  # of a whole training that an adaptation takes unless the settings say
@@ -225,7 +225,7 @@ def adapt(
     share = 1.0 if wanted.weight_pull else _SHARE_OF_STEPS
     settings, plan = with_training_plan(settings, network, parts, fixed=True, share=share)
     tell_plan(settings, plan, parts, start.model)
-    train_set, val_set = training_sets(parts, chosen, settings)
+    target_data = training_data(parts, chosen, settings)
     run = out / "training"
     note_run(out, run, settings)
     noted = facts_of_run(
@@ -234,7 +234,7 @@ def adapt(
         [sha256(path) for path in fishers or ()],
         method=method,
     )
-    learned = _learn(start, train_set, val_set, settings, run, noted, resume=resume)
+    learned = _learn(start, target_data, settings, run, noted, resume=resume)
     facts: dict[str, Any] = {"method": method, "sources": list(sources.names)}
     if isinstance(start.model, MergedModel):
         facts |= start.model.provenance()
@@ -300,8 +300,7 @@ def _tell_statistics(target: "nn.Module", start: "Start") -> None:
 
 def _learn(
     start: "Start",
-    train_set: "Examples",
-    val_set: "Examples | None",
+    data: "Data",
     settings: "RunSettings",
     run: Path,
     facts: dict[str, Any],
@@ -312,35 +311,36 @@ def _learn(
     from dataclasses import replace
 
     from timm_ext.merging import MergedModel
+    from timm_ext.training.callbacks import ProgressBar
     from timm_ext.transfer.stages import adapt as adapt_merge
     from timm_ext.transfer.stages import tune_merged, warm_up
 
     options = settings.adapt.of(start.method)
     if isinstance(start.model, MergedModel):
-        learn = tune_merged if start.method.weight_pull else adapt_merge
+        learn, title = (
+            (tune_merged, "fine-tuning") if start.method.weight_pull else (adapt_merge, "adaptation")
+        )
         learn(
             start.model,
-            train_set,
-            val_set,
+            data,
             settings.train,
             run,
             options=options,
             facts=facts,
+            callbacks=[ProgressBar(title)],
             resume=resume,
-            progress=True,
         )
         return start.model.fold()
     train = replace(settings.train, lr=options.specific_lr or settings.train.lr)
     warm_up(
         start.model,
         start.split.specific,
-        train_set,
-        val_set,
+        data,
         train,
         run,
         facts=facts,
+        callbacks=[ProgressBar("warm-up")],
         resume=resume,
-        progress=True,
     )
     return start.model
 

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
     from timm_ext.checkpoint import Checkpoint
     from timm_ext.config import RunSettings
-    from timm_ext.data.dataset import CaseDataset
     from timm_ext.data.formats.cases import Case
     from timm_ext.data.prepare import Prepared
     from timm_ext.data.tasks import Task
     from timm_ext.planning import Choice, TrainingPlan
+    from timm_ext.training.examples import Data
     from timm_ext.transfer.sources import Sources
 
     Parts = tuple[list[Prepared], list[Prepared]]
@@ -70,9 +70,7 @@ def settings_of_network(
     return without_noted_spacing(with_noted_window(settings, checkpoint), checkpoint.path)
 
 
-def training_sets(
-    parts: "Parts", task: "Task", settings: "RunSettings"
-) -> "tuple[CaseDataset, CaseDataset | None]":
+def training_data(parts: "Parts", task: "Task", settings: "RunSettings") -> "Data":
     """Turn prepared cases into data sets, held in memory where they fit."""
     from timm_ext.planning import keep_in_memory, this_machine
     from timm_ext.transfer.stages import make_sets

@@ -37,7 +37,7 @@ from timm_ext.cli.planned import (
     note_run,
     settings_of_network,
     tell_plan,
-    training_sets,
+    training_data,
     with_network,
     with_training_plan,
 )
@@ -79,6 +79,7 @@ def train(
     from timm_ext.networks.io import load_network, save_network
     from timm_ext.networks.registry import config_of, heads_of
     from timm_ext.parameters import split_parameters
+    from timm_ext.training.callbacks import ProgressBar
     from timm_ext.training.device import check_precision
     from timm_ext.training.state import refuse_begun
     from timm_ext.transfer.sources import new_network
@@ -108,7 +109,7 @@ def train(
     settings, plan = with_training_plan(settings, network, parts, fixed=start is not None)
     model = start or new_network(settings.network.name, settings.network.options, chosen, settings.train.seed)
     tell_plan(settings, plan, parts, model)
-    train_set, val_set = training_sets(parts, chosen, settings)
+    data = training_data(parts, chosen, settings)
     run = out / "training"
     note_run(out, run, settings)
     facts = facts_of_run(settings, [] if checkpoint is None else [str(checkpoint.sha256)])
@@ -119,15 +120,13 @@ def train(
         shared = split_parameters(model, heads=heads_of(model), transfer_norms=norms).shared
     model, history = fine_tune(
         model,
-        train_set,
-        val_set,
+        data,
         settings.train,
         run,
         tied=shared,
         facts=facts,
+        callbacks=[ProgressBar(title)],
         resume=resume,
-        progress=True,
-        title=title,
     )
     path = out / NETWORK_NAME
     save_network(

@@ -47,7 +47,7 @@ class Method:
         transfer_norms: the norms are shared, too.
         models: the least number of source models.
         normalize: how the Fishers of the bank are scaled before merging, see `Bank.build`.
-        l2_transfer: λ in fine-tuning that stays near its start, see `timm_ext.training.transfer.Tie`.
+        l2_transfer: λ in fine-tuning that stays near its start, see `timm_ext.training.ties.Tie`.
         drop_transfer: p of the same.
         logit_pull: λ of the logits' pull to equal ratios, see `timm_ext.transfer.stages.adapt`.
         warm_up: share of the steps of `adapt` in which the logits do not move yet.

@@ -22,7 +22,7 @@ from timm_ext.study.stages import (
 )
 from timm_ext.study.worker import Context
 from timm_ext.training.device import launch
-from timm_ext.training.losses import soft_dice_loss
+from timm_ext.training.objective import soft_dice_loss
 from timm_ext.training.validation import validate
 
 Settings = Mapping[str, Any]

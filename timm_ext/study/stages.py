@@ -6,14 +6,13 @@ They call what a user's own script would call; `timm_ext.study.worker` runs them
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from timm_ext.data.dataset import CaseDataset, Sample
+from timm_ext.data.dataset import CaseDataset
 from timm_ext.data.formats.cases import read_cases
 from timm_ext.data.prepare import Prepared, PrepareSettings, label_numbers, prepare_case, prepare_cases
 from timm_ext.data.tasks import Task, get_task, task_from_dict, task_to_dict
@@ -41,7 +40,8 @@ from timm_ext.study.worker import Context
 from timm_ext.synthesis.generate import GenerateSettings, generate_cases
 from timm_ext.synthesis.render import SynthesisSettings
 from timm_ext.synthesis.tumour import TumourSettings
-from timm_ext.training.examples import Examples, identity_of
+from timm_ext.training.callbacks import Report
+from timm_ext.training.examples import Data
 from timm_ext.training.history import History
 from timm_ext.training.settings import AdaptSettings, TrainSettings
 from timm_ext.training.state import STATE_NAME
@@ -106,14 +106,13 @@ def train_source(settings: Settings, inputs: Inputs, context: Context) -> dict[s
         for roles in ([role for role in inputs if role.startswith(part)] for part in ("train", "test"))
     )
     schedule = train_settings(settings)
-    train_set, test_set = make_sets(train_cases, test_cases, task, schedule)
     history = train(
         channels_last(model),
-        _Counted(train_set, context, schedule),
-        test_set,
+        make_sets(train_cases, test_cases, task, schedule),
         schedule,
         context.folder / TRAINING,
         tied=shared,
+        callbacks=[Report(context.report)],
         resume=True,
     )
     save_result(context.folder / NETWORK, model, task, settings, parents)
@@ -149,12 +148,12 @@ def adapt_start(settings: Settings, inputs: Inputs, context: Context) -> dict[st
     recipe = Recipe(**settings["recipe"])
     start = start_from(settings["method"], network_of(sources, task, recipe.seed), task, sources, recipe)
     schedule = train_settings(settings)
-    train_set, val_set = _target_sets(inputs, task, settings, schedule)
-    counted, folder = _Counted(train_set, context, schedule), context.folder / TRAINING
+    data, folder = _target_data(inputs, task, settings, schedule), context.folder / TRAINING
+    watch = [Report(context.report)]
     options = _adapt_settings(settings)
     facts: dict[str, Any] = {}
     if isinstance(start.model, MergedModel):
-        adaptation = adapt(start.model, counted, val_set, schedule, folder, options=options, resume=True)
+        adaptation = adapt(start.model, data, schedule, folder, options=options, callbacks=watch, resume=True)
         history, network = adaptation.history, start.model.fold()
         facts = adaptation.outcome()
         save_result(
@@ -162,7 +161,7 @@ def adapt_start(settings: Settings, inputs: Inputs, context: Context) -> dict[st
         )
     else:
         network, schedule = start.model, replace(schedule, lr=options.specific_lr or schedule.lr)
-        history = warm_up(network, start.split.specific, counted, val_set, schedule, folder, resume=True)
+        history = warm_up(network, start.split.specific, data, schedule, folder, callbacks=watch, resume=True)
         save_result(
             context.folder / INITIAL, network, task, settings, sources.hashes, {"method": settings["method"]}
         )
@@ -180,17 +179,19 @@ def tune_and_test(settings: Settings, inputs: Inputs, context: Context) -> dict[
     network, parents = _initial_network(settings, inputs, context, task)
     method = get_method(settings["method"])
     schedule = train_settings(settings)
-    train_set, val_set = _target_sets(inputs, task, settings, schedule)
-    counted, folder = _Counted(train_set, context, schedule), context.folder / TRAINING
+    data, folder = _target_data(inputs, task, settings, schedule), context.folder / TRAINING
+    watch = [Report(context.report)]
     facts: dict[str, Any] = {}
     if isinstance(network, MergedModel):
         options = _adapt_settings(settings)
-        network, done = tune_merged(network, counted, val_set, schedule, folder, options=options, resume=True)
+        network, done = tune_merged(
+            network, data, schedule, folder, options=options, callbacks=watch, resume=True
+        )
         history, facts = done.history, done.outcome()
     else:
         shared = split_by(network, method, Recipe(**settings["recipe"])).shared if method.models else ()
         network, history = fine_tune(
-            channels_last(network), counted, val_set, schedule, folder, tied=shared, resume=True
+            channels_last(network), data, schedule, folder, tied=shared, callbacks=watch, resume=True
         )
     save_result(context.folder / NETWORK, network, task, settings, parents)
     scores = segment_and_score(network, inputs["test"], task, settings, context.folder)
@@ -223,25 +224,6 @@ def forgetting(settings: Settings, inputs: Inputs, context: Context) -> dict[str
         }
         context.report((number + 1) / len(wanted))
     return {"dice": table}
-
-
-class _Counted:
-    """Training cases that tell the runner how far the training is."""
-
-    def __init__(self, examples: Examples, context: Context, settings: TrainSettings) -> None:
-        self._examples, self._context = examples, context
-        self._total = settings.total_steps(len(examples)) * settings.batch_size
-        self._seen = 0
-        self.task = getattr(examples, "task", None)
-        self.identity = partial(identity_of, examples)
-
-    def __len__(self) -> int:
-        return len(self._examples)
-
-    def sample(self, index: int, epoch: int) -> Sample:
-        self._seen += 1
-        self._context.report(self._seen / self._total)
-        return self._examples.sample(index, epoch)
 
 
 def _tuples(values: Settings) -> dict[str, Any]:
@@ -280,9 +262,7 @@ def _adapt_settings(settings: Settings) -> AdaptSettings:
     return AdaptSettings(logit_lr=settings["logit_lr"], **settings.get("adapt", {}))
 
 
-def _target_sets(
-    inputs: Inputs, task: Task, settings: Settings, schedule: TrainSettings
-) -> tuple[Examples, Examples | None]:
+def _target_data(inputs: Inputs, task: Task, settings: Settings, schedule: TrainSettings) -> Data:
     train_cases, val_cases = (prepared_cases(inputs[part], task, settings) for part in ("train", "val"))
     return make_sets(train_cases, val_cases, task, schedule)
 

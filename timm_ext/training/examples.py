@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Protocol
 
@@ -35,6 +36,14 @@ class Examples(Protocol):
     def sample(self, index: int, epoch: int) -> Sample:
         """Return a case; what is random in it depends on (index, epoch) and the data set's own seed alone."""
         ...
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a network is trained on, and validated on where there are validation cases."""
+
+    train: Examples
+    val: Examples | None = None
 
 
 @lru_cache(maxsize=4)

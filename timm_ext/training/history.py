@@ -16,7 +16,7 @@ class History:
         rows: one per step: `step` (from 1), `epoch`, `loss` (without penalties), the learning
             rates (`lr`, or `lr_NAME` for several parameter groups), and after a validation `val_loss`,
             `val_dice` (mean over regions) and `val_dice_REGION`, else None.
-        observations: (step, value) of the `observe` function before the first step and after each validation.
+        observations: (step, value) of `Observe` before the first step and after each validation.
         best_step: the step with the lowest validation loss, None without validation cases.
         stopped: `steps` when the budget was used up, `plateau` when the validation loss had stopped falling.
         seconds: time spent, in all processes' common wall clock, interruptions left out.

@@ -3,8 +3,8 @@
 import math
 import signal
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from timm_ext.errors import InputError
 from timm_ext.files import remove_stale_partials, write_json
 from timm_ext.system.signals import Interrupted, received, uninterrupted
+from timm_ext.training.callbacks import Callback, check_observations, observer_of
 from timm_ext.training.examples import (
     BatchOrder,
-    Examples,
+    Data,
     dropout_seed,
     identity_of,
     region_names,
@@ -25,14 +26,12 @@ from timm_ext.training.examples import (
 )
 from timm_ext.training.history import History
 from timm_ext.training.log import Row, RunLog
-from timm_ext.training.losses import Loss
+from timm_ext.training.objective import Objective
 from timm_ext.training.parameter_groups import hold_back, rate_columns
-from timm_ext.training.progress import StepProgress
 from timm_ext.training.saved import (
     SavedRun,
     check_adam,
     check_data,
-    check_observations,
     check_rows,
     check_scaler,
     saved_run,
@@ -51,7 +50,7 @@ from timm_ext.training.state import (
     save_state,
     weights_of,
 )
-from timm_ext.training.transfer import make_tie
+from timm_ext.training.ties import make_tie
 from timm_ext.training.validation import Validation, validate
 
 SETTINGS_NAME = "settings.json"
@@ -66,44 +65,40 @@ class Run:
         run_dir: Path,
         fabric: Fabric,
         model: nn.Module,
-        train_set: Examples,
-        val_set: Examples | None,
+        data: Data,
         regions: int,
+        objective: Objective,
+        callbacks: Sequence[Callback],
         groups: list[dict[str, Any]],
-        loss: Loss,
-        observe: Callable[[], Tensor] | None,
-        tied: Collection[str] | None,
-        penalty: Callable[[int], Tensor | float] | None,
         facts: Mapping[str, Any] | None,
     ) -> None:
         self.settings = settings
         self.state_path = run_dir / STATE_NAME
         self.fabric = fabric
         self.model = model
-        self.train_set, self.val_set = train_set, val_set
-        self.regions = region_names(train_set, regions)
-        self.loss = loss
-        self.observe, self.penalty = observe, penalty
+        self.train_set, self.val_set = data.train, data.val
+        self.regions = region_names(data.train, regions)
+        self.objective = objective
+        self.callbacks, self.observer = callbacks, observer_of(callbacks)
         self.facts = dict(facts or {})
-        self.total = self.settings.total_steps(len(train_set))
+        self.total = self.settings.total_steps(len(data.train))
         self.adam = torch.optim.Adam(groups, lr=self.settings.lr)
         self.schedule = Schedule(self.adam, self.settings, self.total)
         self.module, self.optimizer = fabric.setup(model, self.adam)
-        self.tie = make_tie(model, tied, self.settings)
+        self.tie = make_tie(model, objective.tied, self.settings)
         self.rates = rate_columns(groups)
         self.log: RunLog | None = None
         self.step = 0
         self.best: dict[str, Any] | None = None
         self.round_losses: list[float] = []
-        self.observations: list[tuple[int, Tensor]] = []
         self.seconds = 0.0
         self.times: list[tuple[int, float]] = []
         self.clock = time.monotonic()
         self.row: Row | None = None
         self.begun = self.stop = False
         self.saved: tuple[int, Row | None] | None = None
-        self.train_identity = identity_of(train_set)
-        self.val_identity = None if val_set is None else identity_of(val_set)
+        self.train_identity = identity_of(data.train)
+        self.val_identity = None if data.val is None else identity_of(data.val)
         self.frozen = frozen_digest(model)
 
     def start(self, resume: bool) -> None:
@@ -123,13 +118,13 @@ class Run:
             writes=self.fabric.is_global_zero,
             tensorboard=self.settings.tensorboard,
         )
-        if saved is None:
-            self._observe()
-        else:
+        if self.observer is not None:
+            self.observer.noted = []
+        if saved is not None:
             check_rows(self.log.rows, saved, self.log.path)
             self._restore(saved)
 
-    def train(self, bar: StepProgress) -> None:
+    def train(self) -> None:
         """Run the remaining steps.
 
         Signals are held back while a step is taken, and among several processes, which wait for one another,
@@ -139,7 +134,7 @@ class Run:
             Interrupted: a signal came to this process, or to another one of several.
         """
         with uninterrupted() if self.fabric.world_size > 1 else nullcontext():
-            self._train(bar)
+            self._train()
         if self.stop:
             raise Interrupted(received() or signal.SIGTERM)
 
@@ -148,7 +143,7 @@ class Run:
         if self.begun and self.fabric.world_size == 1 and self.saved != (self.step, self.row):
             self._write_state()
 
-    def _train(self, bar: StepProgress) -> None:
+    def _train(self) -> None:
         settings, count = self.settings, len(self.train_set)
         order = BatchOrder(
             count,
@@ -157,18 +152,21 @@ class Run:
             rank=self.fabric.global_rank,
             world=self.fabric.world_size,
         )
-        self.model.train()
-        self.begun = True
-        with bar:
+        with ExitStack() as watchers:
+            for callback in self.callbacks:
+                callback.on_start(self.step, self.total)
+                watchers.callback(callback.on_end)
+            self.model.train()
+            self.begun = True
             if self.row is not None:
-                self._end_step(bar)
+                self._end_step()
             if self.schedule.exhausted:
                 return
             with closing(training_batches(self.train_set, order, settings.workers)) as batches:
                 for batch in batches:
                     with uninterrupted():
                         self._take_step(batch)
-                    self._end_step(bar)
+                    self._end_step()
                     if self.schedule.exhausted or self.stop:
                         break
         self._save()
@@ -180,7 +178,7 @@ class Run:
             restore_weights(self.model, self.best["weights"], self.state_path)
         return History(
             rows=tuple(self.log.rows),
-            observations=tuple(self.observations),
+            observations=() if self.observer is None else tuple(self.observer.noted),
             best_step=None if self.best is None else self.best["step"],
             stopped="plateau" if self.schedule.exhausted else "steps",
             seconds=self.seconds,
@@ -201,41 +199,43 @@ class Run:
         self.schedule.after_step()
         self.row = row
 
-    def _end_step(self, bar: StepProgress) -> None:
+    def _end_step(self) -> None:
         """Validate where it is time, log the step, and save."""
         assert self.log is not None
         assert self.row is not None
         settings, row = self.settings, self.row
+        assert row["loss"] is not None
+        for callback in self.callbacks:
+            callback.on_step(self.step, row["loss"])
         validated = self.step % settings.round_steps(len(self.train_set)) == 0 or self.step == self.total
         result = self._validate() if validated else None
         with uninterrupted():
             if validated:
                 row = row | self._finish_round(result)
+                for callback in self.callbacks:
+                    callback.on_validation(self.step, {"step": self.step, **row})
             self.log.append({"step": self.step, **row})
             self.row = None
         if self.step % settings.save_every == 0 if settings.save_every else validated:
             self._save()
-        assert row["loss"] is not None
-        bar.advance(row["loss"], row.get("val_dice"))
 
     def _optimise(self, batch: dict[str, Any]) -> float:
         """Take one step and return the loss, the mean over all processes."""
         torch.manual_seed(dropout_seed(self.settings.seed, self.step, self.fabric.global_rank))
         images, targets = self.fabric.to_device((batch["image"], batch["target"]))
         self.optimizer.zero_grad(set_to_none=True)
-        logits = self.tie.forward(self.module, images, self.step) if self.tie else self.module(images)
+        logits = self.tie.forward(self.module, images, self.step)
         if not isinstance(logits, Tensor) or logits.shape != targets.shape:
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise InputError(f"training: expected logits {list(targets.shape)} from the network (got {got})")
-        loss = self.loss(logits, targets)
+        loss = self.objective.loss(logits, targets)
         value = self._mean_and_stop(loss)
         if not math.isfinite(value):
             raise InputError(
                 f"training: the loss is {value} at step {self.step + 1} (cases {', '.join(batch['id'])}); "
                 f"{self._advice()}"
             )
-        loss = loss + self.tie.penalty() if self.tie else loss
-        self.fabric.backward(loss + self.penalty(self.step) if self.penalty else loss)
+        self.fabric.backward(loss + self.tie.penalty() + self.objective.penalty(self.step))
         hold_back(self.adam, self.step)
         self.optimizer.step()
         self.round_losses.append(value)
@@ -260,7 +260,8 @@ class Run:
     def _validate(self) -> Validation | None:
         if self.val_set is None:
             return None
-        return validate(self.fabric, self.model, self.val_set, len(self.regions), self.loss, self.settings)
+        loss, regions = self.objective.loss, len(self.regions)
+        return validate(self.fabric, self.model, self.val_set, regions, loss, self.settings)
 
     def _finish_round(self, result: Validation | None) -> Row:
         """Let the schedule and the best weights follow a validation."""
@@ -272,13 +273,8 @@ class Run:
         improved = self.schedule.after_round(monitored)
         if improved and self.val_set is not None:
             self.best = {"step": self.step, "weights": weights_of(self.model)}
-        self._observe()
         self.times.append((self.step, self.seconds + time.monotonic() - self.clock))
         return row
-
-    def _observe(self) -> None:
-        if self.observe is not None:
-            self.observations.append((self.step, self.observe().detach().cpu().clone()))
 
     def _current_rates(self) -> Row:
         return {
@@ -312,10 +308,10 @@ class Run:
                     "schedule": self.schedule.state_dict(),
                     "best": self.best,
                     "round_losses": self.round_losses,
-                    "observations": self.observations,
+                    "observations": [] if self.observer is None else self.observer.noted,
                     "seconds": self.seconds,
                     "times": self.times,
-                    "start": self.tie.start if self.tie else {},
+                    "start": self.tie.start,
                 },
             )
         self.fabric.barrier()
@@ -324,8 +320,7 @@ class Run:
     def _restore(self, state: SavedRun) -> None:
         """Take over a state, all of which is known to fit."""
         restore_weights(self.model, state.weights, self.state_path)
-        if self.tie:
-            self.tie.restore(state.start)
+        self.tie.restore(state.start)
         self.adam.load_state_dict(
             {"state": state.optimizer.state, "param_groups": state.optimizer.param_groups}
         )
@@ -334,7 +329,9 @@ class Run:
         self.step, self.row = self.saved = state.step, state.row
         self.best = None if state.best is None else dict(state.best)
         self.round_losses = list(state.round_losses)
-        self.observations, self.times = list(state.observations), list(state.times)
+        if self.observer is not None:
+            self.observer.noted = list(state.observations)
+        self.times = list(state.times)
         self.seconds = state.seconds
 
     def _load(self) -> SavedRun:
@@ -350,7 +347,7 @@ class Run:
         if state.best is not None:
             check_finite(state.best.weights, self.model, where)
             check_tensors(state.best.weights, weights, where, "the best tensors of the trained model")
-        check_tensors(state.start, self.tie.start if self.tie else {}, where, "the tied weights of the model")
+        check_tensors(state.start, self.tie.start, where, "the tied weights of the model")
         if state.frozen != self.frozen:
             raise InputError(
                 f"{where}: expected the model of before the interruption (got others of the tensors that "
@@ -358,7 +355,7 @@ class Run:
             )
         check_adam(state.optimizer, self.adam, state.step, where)
         check_scaler(state.scaler, self.fabric.strategy.precision.state_dict(), where)
-        check_observations(state.observations, self.observe, where)
+        check_observations(state.observations, self.observer, where)
         return state
 
 

@@ -1,7 +1,7 @@
 """The content of a run's state: its fields, and how they are checked before any of them is used."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import torch
@@ -246,22 +246,6 @@ def _digests(identity: Facts) -> dict[str, list[Any]]:
         if isinstance(pair, list) and len(pair) == 2:
             found.setdefault(str(pair[0]), []).append(pair[1])
     return found
-
-
-def check_observations(
-    saved: list[tuple[int, Tensor]], observe: Callable[[], Tensor] | None, where: object
-) -> None:
-    """Compare what was observed with what is observed now.
-
-    Raises:
-        InputError: there is nothing to observe, or it has another shape.
-    """
-    shapes = {str(list(value.shape)) for _, value in saved}
-    now = set() if observe is None or not saved else {str(list(observe().shape))}
-    if shapes != now:
-        raise InputError(
-            f"{where}: expected observations of the shape {listed(now) or 'none'} (got {listed(shapes)})"
-        )
 
 
 def check_rows(rows: list[Row], saved: SavedRun, where: object) -> None:

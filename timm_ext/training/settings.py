@@ -29,7 +29,7 @@ _MOST = {
 _DEFAULT_EPOCHS = 500
 
 TIES = ("l2_transfer", "drop_transfer")
-"""Settings that tie weights to those at the start; see `timm_ext.training.transfer.Tie`."""
+"""Settings that tie weights to those at the start; see `timm_ext.training.ties.Tie`."""
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,23 @@
 """The trainer of all stages: exact to the step, also across interruptions."""
 
 import signal
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from timm_ext.errors import InputError
 from timm_ext.system.locks import folder_lock
 from timm_ext.system.signals import ending, watched
+from timm_ext.training.callbacks import Callback
 from timm_ext.training.device import launch, only_trained, reproducible
-from timm_ext.training.examples import Examples, LoaderDiedError, examine
+from timm_ext.training.examples import Data, LoaderDiedError, examine
 from timm_ext.training.history import History
-from timm_ext.training.losses import Loss, soft_dice_loss
 from timm_ext.training.norms import check_norms
+from timm_ext.training.objective import Objective
 from timm_ext.training.parameter_groups import named_groups
-from timm_ext.training.progress import StepProgress
 from timm_ext.training.run import Run
 from timm_ext.training.settings import TrainSettings
 
@@ -43,38 +43,27 @@ class Trainer:
     def fit(
         self,
         model: nn.Module,
-        train_set: Examples,
-        val_set: Examples | None = None,
+        data: Data,
+        objective: Objective | None = None,
+        callbacks: Sequence[Callback] = (),
         *,
-        loss: Loss | None = None,
         parameter_groups: Sequence[Mapping[str, Any]] | None = None,
-        observe: Callable[[], Tensor] | None = None,
-        tied: Collection[str] | None = None,
-        penalty: Callable[[int], Tensor | float] | None = None,
         facts: Mapping[str, Any] | None = None,
         resume: bool = False,
-        progress: bool = False,
-        title: str = "training",
     ) -> History:
         """Train a model in place; it ends with the weights that `settings.keep` names.
 
         Args:
             model: from `[B, C, D, H, W]` to logits `[B, R, D, H, W]`.
-            train_set: training cases.
-            val_set: validation cases; without them the training loss takes the place of the validation loss.
-            loss: of logits and targets; the soft Dice loss by default.
+            data: without validation cases the training loss takes the place of the validation loss.
+            objective: what to make small; by default the soft Dice loss, and the ties of the settings.
+            callbacks: what watches the run.
             parameter_groups: what to train: `{"params": parameters, "name": str, "lr": float, "start": int}`,
                 all but the first optional; `start` is the number of steps in which they do not move yet. All
                 other parameters are frozen during the run. By default everything is trained.
-            observe: returns a tensor to note in `History.observations`.
-            tied: names of the parameters that `l2_transfer` and `drop_transfer` tie to their values at the
-                start; None is all that are trained.
-            penalty: returns what is added to the loss of a step, counted from 0; it is not logged.
             facts: JSON values that the run depends on beside the settings; they must not change on resuming.
             resume: go on from the state in the folder; without a state there the run starts at the
                 beginning. A finished run is loaded.
-            progress: show a progress bar.
-            title: name of the run in the progress bar.
 
         Returns:
             The history.
@@ -85,8 +74,8 @@ class Trainer:
                 that differ from those of the run that is resumed.
         """
         groups = named_groups(model, parameter_groups, self.settings.lr)
-        regions, shapes = examine(train_set, "training set")
-        found, val_shapes = (regions, []) if val_set is None else examine(val_set, "validation set")
+        regions, shapes = examine(data.train, "training set")
+        found, val_shapes = (regions, []) if data.val is None else examine(data.val, "validation set")
         if found != regions:
             raise InputError(
                 f"validation set: expected the {regions} regions of the training set (got {found})"
@@ -101,19 +90,16 @@ class Trainer:
                 self.run_dir,
                 fabric,
                 model,
-                train_set,
-                val_set,
+                data,
                 regions,
+                objective or Objective(),
+                callbacks,
                 groups,
-                loss or soft_dice_loss(),
-                observe,
-                tied,
-                penalty,
                 facts,
             )
             try:
                 run.start(resume)
-                run.train(StepProgress(title, run.total, run.step, shown=progress and fabric.is_global_zero))
+                run.train()
                 return run.finish()
             except (KeyboardInterrupt, LoaderDiedError):
                 with ending():

@@ -14,7 +14,7 @@ from timm_ext.errors import InputError
 from timm_ext.inference import predict_logits
 from timm_ext.modes import evaluating
 from timm_ext.training.examples import Examples
-from timm_ext.training.losses import Loss
+from timm_ext.training.objective import Loss
 from timm_ext.training.settings import TrainSettings
 
 

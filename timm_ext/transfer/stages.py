@@ -17,9 +17,11 @@ from timm_ext.errors import InputError, listed
 from timm_ext.files import atomic_write
 from timm_ext.merging import MergedModel, squared_departure
 from timm_ext.parameters import named_parameters
+from timm_ext.training.callbacks import Callback, Observe
 from timm_ext.training.device import is_first_process
-from timm_ext.training.examples import Examples
+from timm_ext.training.examples import Data
 from timm_ext.training.history import History
+from timm_ext.training.objective import Objective
 from timm_ext.training.settings import AdaptSettings, TrainSettings
 from timm_ext.training.trainer import Trainer
 
@@ -62,7 +64,7 @@ def make_sets(
     settings: TrainSettings,
     *,
     in_memory: bool = True,
-) -> tuple[CaseDataset, CaseDataset | None]:
+) -> Data:
     """Turn prepared cases into a training set as the settings want it and a validation set of whole volumes.
 
     Args:
@@ -83,40 +85,36 @@ def make_sets(
         seed=settings.seed,
         in_memory=in_memory,
     )
-    return train_set, CaseDataset(val_cases, task, in_memory=in_memory) if val_cases else None
+    return Data(train_set, CaseDataset(val_cases, task, in_memory=in_memory) if val_cases else None)
 
 
 def train(
     model: nn.Module,
-    train_set: Examples,
-    val_set: Examples | None,
+    data: Data,
     settings: TrainSettings,
     run_dir: Path | str,
     *,
     tied: Collection[str] | None = None,
     facts: Mapping[str, Any] | None = None,
+    callbacks: Sequence[Callback] = (),
     resume: bool = False,
-    progress: bool = False,
-    title: str = "training",
 ) -> History:
     """Train all parameters of a network in place; arguments are those of `Trainer` and `Trainer.fit`."""
     return Trainer(settings, run_dir).fit(
-        model, train_set, val_set, tied=tied, facts=facts, resume=resume, progress=progress, title=title
+        model, data, Objective(tied=tied), callbacks, facts=facts, resume=resume
     )
 
 
 def adapt(
     merged: MergedModel,
-    train_set: Examples,
-    val_set: Examples | None,
+    data: Data,
     settings: TrainSettings,
     run_dir: Path | str,
     *,
     options: AdaptSettings | None = None,
     facts: Mapping[str, Any] | None = None,
+    callbacks: Sequence[Callback] = (),
     resume: bool = False,
-    progress: bool = False,
-    title: str = "adaptation",
 ) -> Adaptation:
     """Train the mixing logits and the task-specific parameters of a merged model in place, nothing else.
 
@@ -133,15 +131,13 @@ def adapt(
 
     Args:
         merged: the merged model.
-        train_set: training cases of the target task.
-        val_set: validation cases of the target task.
+        data: of the target task.
         settings: how to train.
         run_dir: folder of this run alone.
         options: rates, λ and warm-up.
         facts: see `Trainer.fit`.
+        callbacks: see `Trainer.fit`.
         resume: see `Trainer.fit`.
-        progress: see `Trainer.fit`.
-        title: see `Trainer.fit`.
 
     Returns:
         The history, with the mixing ratios per layer over time.
@@ -156,30 +152,26 @@ def adapt(
     return _learn(
         merged,
         (),
-        train_set,
-        val_set,
+        data,
         settings,
         run_dir,
         options or AdaptSettings(),
         facts=facts,
+        callbacks=callbacks,
         resume=resume,
-        progress=progress,
-        title=title,
     )
 
 
 def tune_merged(
     merged: MergedModel,
-    train_set: Examples,
-    val_set: Examples | None,
+    data: Data,
     settings: TrainSettings,
     run_dir: Path | str,
     *,
     options: AdaptSettings | None = None,
     facts: Mapping[str, Any] | None = None,
+    callbacks: Sequence[Callback] = (),
     resume: bool = False,
-    progress: bool = False,
-    title: str = "fine-tuning",
 ) -> tuple[nn.Module, Adaptation]:
     """Fine-tune a merged model with an offset while its ratios are learned, then fold it.
 
@@ -191,15 +183,13 @@ def tune_merged(
 
     Args:
         merged: the merged model, made `with_offset`.
-        train_set: training cases of the target task.
-        val_set: validation cases of the target task.
+        data: of the target task.
         settings: how to train; its rate is that of Δ, too.
         run_dir: folder of this run alone.
         options: rates, μ, and what `adapt` does with them.
         facts: see `Trainer.fit`.
+        callbacks: see `Trainer.fit`.
         resume: see `Trainer.fit`; another number of steps N is refused.
-        progress: see `Trainer.fit`.
-        title: see `Trainer.fit`.
 
     Returns:
         The plain network, and the history with the mixing ratios per layer over time.
@@ -214,15 +204,13 @@ def tune_merged(
     done = _learn(
         merged,
         groups,
-        train_set,
-        val_set,
+        data,
         settings,
         run_dir,
         options or AdaptSettings(),
         facts=facts,
+        callbacks=callbacks,
         resume=resume,
-        progress=progress,
-        title=title,
     )
     return merged.fold(), done
 
@@ -230,15 +218,13 @@ def tune_merged(
 def warm_up(
     model: nn.Module,
     specific: Collection[str],
-    train_set: Examples,
-    val_set: Examples | None,
+    data: Data,
     settings: TrainSettings,
     run_dir: Path | str,
     *,
     facts: Mapping[str, Any] | None = None,
+    callbacks: Sequence[Callback] = (),
     resume: bool = False,
-    progress: bool = False,
-    title: str = "warm-up",
 ) -> History:
     """Train only the task-specific parameters of a plain network in place; the shared ones are frozen.
 
@@ -248,14 +234,12 @@ def warm_up(
     Args:
         model: the network.
         specific: names of its task-specific parameters, as `Split.specific`.
-        train_set: training cases.
-        val_set: validation cases.
+        data: of the target task.
         settings: how to train.
         run_dir: folder of this run alone.
         facts: see `Trainer.fit`.
+        callbacks: see `Trainer.fit`.
         resume: see `Trainer.fit`.
-        progress: see `Trainer.fit`.
-        title: see `Trainer.fit`.
 
     Returns:
         The history.
@@ -270,28 +254,24 @@ def warm_up(
     chosen = [parameter for name, parameter in parameters.items() if name in set(specific)]
     return Trainer(settings, run_dir).fit(
         model,
-        train_set,
-        val_set,
+        data,
+        callbacks=callbacks,
         parameter_groups=[{"name": "specific", "params": chosen}],
         facts=facts,
         resume=resume,
-        progress=progress,
-        title=title,
     )
 
 
 def fine_tune(
     model: nn.Module,
-    train_set: Examples,
-    val_set: Examples | None,
+    data: Data,
     settings: TrainSettings,
     run_dir: Path | str,
     *,
     tied: Collection[str] | None = None,
     facts: Mapping[str, Any] | None = None,
+    callbacks: Sequence[Callback] = (),
     resume: bool = False,
-    progress: bool = False,
-    title: str = "fine-tuning",
 ) -> tuple[nn.Module, History]:
     """Fold a merged model into a plain network, if it is one, and train all of it; arguments as for `train`.
 
@@ -303,16 +283,7 @@ def fine_tune(
     """
     network = model.fold() if isinstance(model, MergedModel) else model
     history = train(
-        network,
-        train_set,
-        val_set,
-        settings,
-        run_dir,
-        tied=tied,
-        facts=facts,
-        resume=resume,
-        progress=progress,
-        title=title,
+        network, data, settings, run_dir, tied=tied, facts=facts, callbacks=callbacks, resume=resume
     )
     return network, history
 
@@ -320,19 +291,17 @@ def fine_tune(
 def _learn(
     merged: MergedModel,
     groups: Sequence[Mapping[str, Any]],
-    train_set: Examples,
-    val_set: Examples | None,
+    data: Data,
     settings: TrainSettings,
     run_dir: Path | str,
     options: AdaptSettings,
     *,
     facts: Mapping[str, Any] | None,
+    callbacks: Sequence[Callback],
     resume: bool,
-    progress: bool,
-    title: str,
 ) -> Adaptation:
     """Train the logits, the task-specific parameters and further groups, and note the ratios."""
-    total = settings.total_steps(len(train_set))
+    total = settings.total_steps(len(data.train))
     start = round((options.warm_up or 0.0) * total)
     specific = merged.specific_parameters()
     if start and not specific and not groups:
@@ -344,24 +313,22 @@ def _learn(
     if start or options.weight_pull:
         all_facts["of_steps"] = total
     layers, layer_of_group = _layers(merged)
+    ratios = Observe(lambda: _mean_by_layer(merged.ratios().cpu(), layer_of_group, len(layers)))
     history = Trainer(settings, run_dir).fit(
         merged,
-        train_set,
-        val_set,
+        data,
+        Objective(penalty=_Pull(merged, options, total)),
+        [*callbacks, ratios],
         parameter_groups=named,
-        penalty=_Pull(merged, options, total),
         facts=all_facts,
-        observe=lambda: _mean_by_layer(merged.ratios().cpu(), layer_of_group, len(layers)),
         resume=resume,
-        progress=progress,
-        title=title,
     )
     adaptation = Adaptation(
         history=history,
         layers=layers,
         sources=merged.sources,
         steps=tuple(step for step, _ in history.observations),
-        ratios=torch.stack([ratios for _, ratios in history.observations]),
+        ratios=torch.stack([values for _, values in history.observations]),
     )
     if is_first_process():
         _write_ratios(Path(run_dir) / RATIOS_NAME, adaptation)

@@ -12,6 +12,8 @@ from fuzz import Outcome, kind, mutate, scratch
 sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
 from examples_for_tests import Blobs, settings, small_network
 
+from timm_ext.training.callbacks import Observe
+from timm_ext.training.examples import Data
 from timm_ext.training.state import FORMAT, load_state, save_state
 from timm_ext.training.trainer import Trainer
 
@@ -23,7 +25,10 @@ def train(folder: Path, steps: int) -> bytes:
     model = small_network()
     chosen = settings(steps=steps, schedule="plateau", validate_every=2)
     Trainer(chosen, folder).fit(
-        model, Blobs(3), Blobs(2, first=50), observe=lambda: next(model.parameters()).sum(), resume=True
+        model,
+        Data(Blobs(3), Blobs(2, first=50)),
+        callbacks=[Observe(lambda: next(model.parameters()).sum())],
+        resume=True,
     )
     weights = torch.cat([value.flatten() for value in model.state_dict().values()])
     return weights.numpy().tobytes() + (folder / "log.csv").read_bytes()

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from timm_ext.training.losses import soft_dice_loss
+from timm_ext.training.objective import soft_dice_loss
 
 
 def test_soft_dice_by_hand():

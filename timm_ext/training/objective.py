@@ -1,6 +1,7 @@
-"""Training losses on logits."""
+"""What training makes small: a loss on logits, and what is added to it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 
 from monai.losses.dice import DiceLoss
 from torch import Tensor
@@ -32,3 +33,28 @@ def soft_dice_loss() -> Loss:
         return value
 
     return loss
+
+
+def _nothing(step: int) -> float:
+    return 0.0
+
+
+@dataclass(frozen=True)
+class Objective:
+    """All that goes into the number that is differentiated in step s = 0, 1, ….
+
+        loss(logits, targets) + λ ‖θ − θ_start‖² + penalty(s)
+
+    with logits of the weights that drop-transfer leaves; λ and its probability are settings
+    (`timm_ext.training.ties.Tie`). Logs and validations hold the loss alone.
+
+    Attributes:
+        loss: of logits and targets, both `[B, R, D, H, W]`.
+        penalty: of a step.
+        tied: names of the parameters that `l2_transfer` and `drop_transfer` tie to their values at the
+            start; None is all that are trained.
+    """
+
+    loss: Loss = field(default_factory=soft_dice_loss)
+    penalty: Callable[[int], Tensor | float] = _nothing
+    tied: Collection[str] | None = None

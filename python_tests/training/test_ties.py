@@ -9,9 +9,11 @@ from torch import nn
 from timm_ext.errors import InputError
 from timm_ext.networks.registry import heads_of
 from timm_ext.parameters import named_parameters, split_parameters
+from timm_ext.training.examples import Data
+from timm_ext.training.objective import Objective
 from timm_ext.training.settings import TrainSettings
+from timm_ext.training.ties import Tie, make_tie
 from timm_ext.training.trainer import Trainer
-from timm_ext.training.transfer import Tie, make_tie
 from timm_ext.transfer.stages import adapt, fine_tune, warm_up
 
 HERE = Path(__file__).parent
@@ -33,7 +35,7 @@ def trained(tmp_path, names=None, **changes):
     model = small_network(dropout=0.0)
     start = {name: value.detach().clone() for name, value in named_parameters(model).items()}
     history = Trainer(settings(**changes), tmp_path).fit(
-        model, Blobs(3), tied=shared_of(model) if names is None else names
+        model, Data(Blobs(3)), Objective(tied=shared_of(model) if names is None else names)
     )
     return model, start, history
 
@@ -161,7 +163,7 @@ def test_nothing_to_tie_is_plain_training(tmp_path):
     plain, _, _ = trained(tmp_path / "a", steps=2)
     tied, _, _ = trained(tmp_path / "b", names=(), steps=2, l2_transfer=9.0, drop_transfer=0.9)
     assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), tied.parameters(), strict=True))
-    assert make_tie(plain, None, TrainSettings()) is None
+    assert make_tie(plain, None, TrainSettings()).start == {}
 
 
 TIED = {"l2_transfer": 0.3, "drop_transfer": 0.25, "steps": 14, "validate_every": 3, "save_every": 2}
@@ -184,7 +186,7 @@ def tied_run(run_dir, cases=None, seed=0):
     model = small_network(seed)
     tied = shared_of(model)
     _, history = fine_tune(
-        model, cases or Blobs(5), Blobs(3, first=50), settings(**TIED), run_dir, tied=tied, resume=True
+        model, Data(cases or Blobs(5), Blobs(3, first=50)), settings(**TIED), run_dir, tied=tied, resume=True
     )
     return model, history
 
@@ -233,10 +235,13 @@ import sys
 sys.path.insert(0, {here!r})
 import torch
 from examples_for_tests import Blobs, settings, small_network
+from timm_ext.training.examples import Data
 from timm_ext.training.trainer import Trainer
 
 model = small_network(dropout=0.0)
-Trainer(settings(steps=3, batch_size=4, l2_transfer=0.3, drop_transfer=0.25), {run!r}).fit(model, Blobs(5))
+Trainer(settings(steps=3, batch_size=4, l2_transfer=0.3, drop_transfer=0.25), {run!r}).fit(
+    model, Data(Blobs(5))
+)
 if torch.distributed.get_rank() == 0:
     torch.save(model.state_dict(), {out!r})
 """
@@ -246,7 +251,7 @@ if torch.distributed.get_rank() == 0:
 def test_two_processes_train_as_one(tmp_path):
     changes = {"steps": 3, "batch_size": 4, "l2_transfer": 0.3, "drop_transfer": 0.25}
     model = small_network(dropout=0.0)
-    Trainer(settings(**changes), tmp_path / "one").fit(model, Blobs(5))
+    Trainer(settings(**changes), tmp_path / "one").fit(model, Data(Blobs(5)))
     program = tmp_path / "program.py"
     out = tmp_path / "two.pt"
     program.write_text(TWO.format(here=str(HERE), run=str(tmp_path / "two"), out=str(out)))
@@ -265,7 +270,7 @@ def test_unknown_names_are_refused(tmp_path):
 def test_stages_that_leave_the_shared_weights_alone_refuse_ties(tmp_path):
     merged, split, _ = _merged()
     with pytest.raises(InputError, match=r"adaptation: expected l2_transfer 0, .* \(got 0.1\)"):
-        adapt(merged, Blobs(2), None, settings(l2_transfer=0.1), tmp_path)
+        adapt(merged, Data(Blobs(2)), settings(l2_transfer=0.1), tmp_path)
     with pytest.raises(InputError, match=r"warm-up: expected drop_transfer 0, .* \(got 0.5\)"):
-        warm_up(merged.fold(), split.specific, Blobs(2), None, settings(drop_transfer=0.5), tmp_path)
+        warm_up(merged.fold(), split.specific, Data(Blobs(2)), settings(drop_transfer=0.5), tmp_path)
     assert not list(tmp_path.iterdir())

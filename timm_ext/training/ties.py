@@ -45,7 +45,7 @@ class Tie:
 
     def penalty(self) -> Tensor | float:
         """Return λ ‖θ − θ_0‖²."""
-        if not self._weight:
+        if not self._weight or not self._parameters:
             return 0.0
         squares = [(value - self.start[name]).square().sum() for name, value in self._parameters.items()]
         return self._weight * torch.stack(squares).sum()
@@ -55,7 +55,7 @@ class Tie:
 
         All processes drop the same channels.
         """
-        if not self._rate:
+        if not self._rate or not self._parameters:
             return module(images)
         masks = self._masks(step)
         mixed = {
@@ -85,20 +85,20 @@ class Tie:
         return masks
 
 
-def make_tie(model: nn.Module, names: Collection[str] | None, settings: TrainSettings) -> Tie | None:
-    """Tie those of the named parameters (None: of all) that are trained; None where there is nothing to tie.
+def make_tie(model: nn.Module, names: Collection[str] | None, settings: TrainSettings) -> Tie:
+    """Tie those of the named parameters (None: of all) that are trained; none without λ and p.
 
     Raises:
         InputError: a name is not a parameter of the model.
     """
     if not settings.l2_transfer and not settings.drop_transfer:
-        return None
+        return Tie(model, (), settings)
     parameters = named_parameters(model)
     names = parameters.keys() if names is None else names
     if unknown := sorted(set(names) - parameters.keys()):
         raise InputError(f"tied: expected names of the model's parameters (got {listed(unknown)})")
     trained = [name for name in names if parameters[name].requires_grad]
-    return Tie(model, trained, settings) if trained else None
+    return Tie(model, trained, settings)
 
 
 def _places(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
