@@ -1,5 +1,6 @@
 """Files that are either whole or absent: names, atomic writes and content hashes."""
 
+import csv
 import errno
 import hashlib
 import json
@@ -11,7 +12,7 @@ import stat
 import time
 import unicodedata
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
 from pathlib import Path
@@ -238,6 +239,14 @@ def write_json(path: Path | str, value: Any) -> None:
     """Write `value` as indented JSON with a final newline, atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_csv(path: Path | str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table as CSV (RFC 4180 with bare line feeds, UTF-8), atomically."""
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)
 
 
 def check_file(path: Path | str) -> None:

@@ -7,7 +7,6 @@ neither prediction nor truth of any case holds says nothing about a prediction: 
 it out.
 """
 
-import csv
 import statistics
 import warnings
 from collections.abc import Collection, Container, Mapping, Sequence
@@ -25,7 +24,7 @@ from timm_ext.data.tasks import Labels, Task
 from timm_ext.data.volume import check_grid, read_labels
 from timm_ext.data.volume_file import PROBABILITIES, SUFFIXES, read_header, volume_files
 from timm_ext.errors import InputError, listed
-from timm_ext.files import atomic_write, write_json
+from timm_ext.files import write_csv, write_json
 
 Scores = dict[str, dict[str, float | None]]
 """`{region: {"dice": value, "hd95": mm or None}}`."""
@@ -254,14 +253,12 @@ def write_evaluation(out_dir: Path | str, evaluation: Evaluation, task: Task) ->
         "summary": evaluation.summary,
     }
     write_json(out_dir / JSON_NAME, value)
-    with (
-        atomic_write(out_dir / CSV_NAME) as temporary,
-        open(temporary, "w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["case", "region", "dice", "hd95_mm"])
-        for case, scores in evaluation.cases.items():
-            writer.writerows([case, region, score["dice"], score["hd95"]] for region, score in scores.items())
+    rows = [
+        (case, region, score["dice"], score["hd95"])
+        for case, scores in evaluation.cases.items()
+        for region, score in scores.items()
+    ]
+    write_csv(out_dir / CSV_NAME, ("case", "region", "dice", "hd95_mm"), rows)
 
 
 def _scored(

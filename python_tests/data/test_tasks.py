@@ -5,8 +5,6 @@ import numpy as np
 import pytest
 
 from timm_ext.data.tasks import (
-    CLASSES,
-    FREESURFER_TO_CLASS,
     TASKS,
     Region,
     Task,
@@ -18,6 +16,7 @@ from timm_ext.data.tasks import (
     task_to_dict,
 )
 from timm_ext.errors import InputError
+from timm_ext.vocabulary.structures import FREESURFER_TO_CLASS, STRUCTURES
 
 ORGANS = {"name": "organs", "modalities": ["CT"], "regions": {"liver": [1, 2], "tumour": [2]}}
 
@@ -36,7 +35,9 @@ def test_parcellations_have_the_fourteen_classes_between_them():
     assert np.array_equal(whole, np.eye(15, dtype=np.uint8)[1:])
     assert np.array_equal(TASKS["parcellation-1-7"].targets(label), whole[:7])
     assert np.array_equal(TASKS["parcellation-8-14"].targets(label), whole[7:])
-    assert TASKS["parcellation-8-14"].region_names == tuple(CLASSES[number] for number in range(8, 15))
+    assert TASKS["parcellation-8-14"].region_names == tuple(
+        STRUCTURES[number].name for number in range(8, 15)
+    )
 
 
 def test_targets_keep_the_volume_shape():

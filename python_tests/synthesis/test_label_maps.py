@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from timm_ext.data.noise import keyed_generator
-from timm_ext.data.tasks import FREESURFER_TO_CLASS
 from timm_ext.data.volume import Volume
 from timm_ext.errors import InputError
 from timm_ext.synthesis.label_maps import (
@@ -23,6 +22,7 @@ from timm_ext.synthesis.label_maps import (
     tissues_from_codes,
 )
 from timm_ext.synthesis.phantom import brain_labels
+from timm_ext.vocabulary.structures import FREESURFER_TO_CLASS
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real label maps are not here")

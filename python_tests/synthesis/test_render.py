@@ -7,13 +7,13 @@ from timm_ext.data.volume import Volume
 from timm_ext.errors import InputError
 from timm_ext.synthesis.label_maps import CHOROID_PLEXUS, CSF_TISSUE, VESSEL, phantom_tissue
 from timm_ext.synthesis.render import (
-    MODALITIES,
     SynthesisSettings,
     pool_labels,
     pool_mean,
     pooled_affine,
     render,
 )
+from timm_ext.vocabulary.modalities import BRATS_MODALITIES
 
 PLAIN = SynthesisSettings(
     contrast=(1.0, 1.0), contrast_sd=0.0, texture=0.0, bias=0.0, noise=(0.0, 0.0), lesions=0
@@ -36,7 +36,7 @@ def mean_of(image, tissue, value):
 
 
 def test_plain_images_have_the_contrasts_of_the_priors(tissue):
-    images = render(tissue, MODALITIES, 0, settings=PLAIN)
+    images = render(tissue, BRATS_MODALITIES, 0, settings=PLAIN)
     ratio = {name: mean_of(image, tissue, 2) / mean_of(image, tissue, 9) for name, image in images.items()}
     assert ratio["T1"] == pytest.approx(130 / 226, rel=1e-4)
     assert ratio["T2"] == pytest.approx(97 / 72, rel=1e-4)
@@ -59,7 +59,7 @@ def test_choroid_plexus_and_vessels_enhance_in_t1c():
 
 
 def test_background_is_zero_and_the_brain_is_not(tissue):
-    for image in render(tissue, MODALITIES, 1).values():
+    for image in render(tissue, BRATS_MODALITIES, 1).values():
         assert np.array_equal(image.data > 0, tissue.data > 0)
         assert image.data.dtype == np.float32
         assert np.isfinite(image.data).all()
@@ -76,7 +76,7 @@ def test_noise_is_rician_of_the_given_size():
 
 def test_lesions_are_bright_in_flair_and_t2_and_have_no_label(tissue):
     without, lesions = (
-        render(tissue, MODALITIES, 4, settings=replace(PLAIN, lesions=most)) for most in (0, 200)
+        render(tissue, BRATS_MODALITIES, 4, settings=replace(PLAIN, lesions=most)) for most in (0, 200)
     )
     for name, sign in (("FLAIR", 1), ("T2", 1), ("T1", -1)):
         change = (lesions[name].data - without[name].data) * sign
@@ -88,7 +88,7 @@ def test_a_tumour_shows_in_its_own_way():
     tissue = blocks([9, 9, 9, 9])
     tumour = blocks([0, 1, 2, 4]).data
     settings = replace(PLAIN, conspicuity=(1.0, 1.0))
-    images = render(tissue, MODALITIES, 2, tumour=tumour, settings=settings)
+    images = render(tissue, BRATS_MODALITIES, 2, tumour=tumour, settings=settings)
     part = {
         (name, label): float(image.data[tumour == label].mean() / image.data[tumour == 0].mean())
         for name, image in images.items()
@@ -100,7 +100,7 @@ def test_a_tumour_shows_in_its_own_way():
 
 
 def test_images_depend_on_the_seed_and_not_on_each_other(tissue):
-    both, alone = render(tissue, MODALITIES, 7), render(tissue, ("T2",), 7)
+    both, alone = render(tissue, BRATS_MODALITIES, 7), render(tissue, ("T2",), 7)
     assert np.array_equal(both["T2"].data, alone["T2"].data)
     assert not np.array_equal(alone["T2"].data, render(tissue, ("T2",), 8)["T2"].data)
 

@@ -4,14 +4,14 @@ Intensities change in the foreground only (voxels that are not exactly 0), so th
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
+from timm_ext.data.grid import rotated
+from timm_ext.data.volume import Affine
 from timm_ext.errors import InputError
 
 
@@ -79,7 +79,7 @@ class Draw:
     """
 
     flips: tuple[int, ...] = ()
-    matrix: npt.NDArray[np.float64] | None = None
+    matrix: Affine | None = None
     intensities: tuple[Intensity | None, ...] = ()
 
 
@@ -117,9 +117,7 @@ def apply(
     return image, label
 
 
-def warp(
-    image: Tensor, matrix: npt.NDArray[np.float64], spacing: tuple[float, float, float], mode: str
-) -> Tensor:
+def warp(image: Tensor, matrix: Affine, spacing: tuple[float, float, float], mode: str) -> Tensor:
     """Rotate and scale about the centre; 0 comes in from outside.
 
     Args:
@@ -166,16 +164,9 @@ def recolour(channel: Tensor, change: Intensity) -> Tensor:
     return result
 
 
-def _draw_matrix(settings: AugmentSettings, generator: np.random.Generator) -> npt.NDArray[np.float64]:
+def _draw_matrix(settings: AugmentSettings, generator: np.random.Generator) -> Affine:
     matrix = np.eye(3) / (1 + generator.uniform(-settings.scale, settings.scale))
-    for axis in range(3):
-        angle = np.deg2rad(generator.uniform(-settings.rotate, settings.rotate))
-        first, second = (other for other in range(3) if other != axis)
-        turn: npt.NDArray[Any] = np.eye(3)
-        turn[first, first] = turn[second, second] = np.cos(angle)
-        turn[first, second], turn[second, first] = -np.sin(angle), np.sin(angle)
-        matrix = matrix @ turn
-    return matrix
+    return rotated(matrix, np.deg2rad(generator.uniform(-settings.rotate, settings.rotate, 3)))
 
 
 def _draw_intensity(settings: AugmentSettings, generator: np.random.Generator) -> Intensity | None:

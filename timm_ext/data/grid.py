@@ -1,5 +1,6 @@
 """The way from a scan's own grid to the prepared one and back."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -151,23 +152,20 @@ def crop_or_pad(data: Array, start: Triple, size: Triple) -> Array:
     return result
 
 
-def foreground_box(mask: Array, margin: int) -> tuple[Triple, Triple]:
+def foreground_box(mask: Array, margin: int | Triple) -> tuple[Triple, Triple]:
     """Find the smallest box around the true voxels, widened by a margin within the volume.
 
     Args:
         mask: `[D, H, W]` with at least one true voxel.
-        margin: voxels added on every side.
+        margin: voxels added on every side, one number or one per axis.
 
     Returns:
         First voxel and size of the box.
     """
-    low, high = [], []
-    for axis, length in enumerate(mask.shape):
-        others = tuple(other for other in range(3) if other != axis)
-        found = np.flatnonzero(mask.any(axis=others))
-        low.append(max(int(found[0]) - margin, 0))
-        high.append(min(int(found[-1]) + 1 + margin, length))
-    return _triple(low), _triple([stop - first for first, stop in zip(low, high, strict=True)])
+    found = [np.flatnonzero(mask.any(axis=others)) for others in ((1, 2), (0, 2), (0, 1))]
+    low = np.maximum([places[0] for places in found] - np.array(margin), 0)
+    high = np.minimum([places[-1] + 1 for places in found] + np.array(margin), mask.shape)
+    return _triple(low), _triple(high - low)
 
 
 def fit_box(start: Triple, size: Triple, wanted: Triple | None, multiple: int) -> tuple[Triple, Triple]:
@@ -185,6 +183,17 @@ def fit_box(start: Triple, size: Triple, wanted: Triple | None, multiple: int) -
     lengths = [-(-length // multiple) * multiple for length in (wanted or size)]
     first = [low + (old - new) // 2 for low, old, new in zip(start, size, lengths, strict=True)]
     return _triple(first), _triple(lengths)
+
+
+def rotated(matrix: Affine, angles: Sequence[float] | Affine) -> Affine:
+    """Return matrix · R₀(a₀) · R₁(a₁) · R₂(a₂), `[3, 3]`; R_i turns about axis i by an angle in radians."""
+    for axis, angle in enumerate(angles):
+        first, second = (other for other in range(3) if other != axis)
+        turn = np.eye(3)
+        turn[first, first] = turn[second, second] = np.cos(angle)
+        turn[first, second], turn[second, first] = -np.sin(angle), np.sin(angle)
+        matrix = matrix @ turn
+    return matrix
 
 
 def _triple(values: Any) -> Triple:

@@ -5,9 +5,10 @@ A name that nobody knows contradicts nothing, unless a region of the task has it
 
 from collections.abc import Iterator, Mapping
 
-from timm_ext.data.tasks import FREESURFER_TO_CLASS, Region, Task
+from timm_ext.data.tasks import Region, Task
 from timm_ext.errors import InputError, listed
 from timm_ext.vocabulary.regions import form_of, meaning_of
+from timm_ext.vocabulary.structures import FREESURFER_TO_CLASS
 
 _BACKGROUND = {"background", "bg"}
 _TUMOR = {"tumor", "brain tumor", "glioma"}

@@ -28,6 +28,7 @@ from timm_ext.errors import InputError, lines_of
 from timm_ext.files import ending_of, sha256
 from timm_ext.system.machine import check_workers
 from timm_ext.system.processes import worker_pool
+from timm_ext.vocabulary import structures
 from timm_ext.vocabulary.modalities import in_hounsfield_units
 
 Spacing = float | tuple[float, float, float]
@@ -372,5 +373,6 @@ def _code_version() -> str:
     names = (
         *("bias", "case_arrays", "grid", "normalise", "prepare", "store", "tasks", "volume", "volume_file"),
     )
-    hashes = [sha256(Path(__file__).with_name(f"{name}.py")) for name in names]
+    files = [Path(__file__).with_name(f"{name}.py") for name in names]
+    hashes = [sha256(file) for file in (*files, Path(structures.__file__))]
     return hashlib.sha256("".join(hashes).encode()).hexdigest()

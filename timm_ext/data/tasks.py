@@ -11,48 +11,10 @@ import numpy.typing as npt
 from timm_ext.data.formats.dataset_json import Header, is_header, parse_header, task_of
 from timm_ext.documents import read_json, read_yaml, validated
 from timm_ext.errors import InputError, listed, shown
-from timm_ext.vocabulary.modalities import distinct_keys
+from timm_ext.vocabulary.modalities import BRATS_MODALITIES, distinct_keys
+from timm_ext.vocabulary.structures import FREESURFER_TO_CLASS, STRUCTURES
 
 Labels = npt.NDArray[np.uint8]
-
-CLASSES: dict[int, str] = {
-    1: "cerebellum grey matter",
-    2: "cerebral grey matter",
-    3: "thalamus",
-    4: "amygdala",
-    5: "caudate",
-    6: "pallidum",
-    7: "CSF",
-    8: "cerebellum white matter",
-    9: "cerebral white matter",
-    10: "hippocampus",
-    11: "ventricle",
-    12: "putamen",
-    13: "ventral DC",
-    14: "brainstem",
-}
-"""The fourteen structures of Geyer et al. 2019, by class number."""
-
-_FREESURFER_CODES: dict[int, tuple[int, ...]] = {
-    1: (8, 47),
-    2: (3, 42, 26, 58, *range(1000, 3000), *range(11100, 13000)),
-    3: (10, 49),
-    4: (18, 54, 31, 63, 136, 137, 163, 164),
-    5: (11, 50),
-    6: (13, 52),
-    7: (24,),
-    8: (7, 46),
-    9: (2, 41, 77, 78, 79, *range(251, 256), 25, 57),
-    10: (17, 53),
-    11: (4, 5, 43, 44, 14, 15, 72),
-    12: (12, 51),
-    13: (28, 60),
-    14: (16,),
-}
-FREESURFER_TO_CLASS: dict[int, int] = {
-    code: number for number, codes in _FREESURFER_CODES.items() for code in codes
-}
-"""Class number of every FreeSurfer label that belongs to one; all other labels are background."""
 
 _FREESURFER_RIGHT_CEREBRUM = {41, 42}
 _LARGEST_LABEL = 255
@@ -255,13 +217,13 @@ def brats_task(enhancing: int | None = None) -> Task:
     )
     name = "brats" if enhancing is None else {4: "brats-2021", 3: "brats-2023"}[enhancing]
     exclusive = (numbers,) if enhancing is None else ()
-    return Task(name, ("T1", "T1c", "T2", "FLAIR"), regions, frozenset((0, 1, 2, *numbers)), exclusive)
+    return Task(name, BRATS_MODALITIES, regions, frozenset((0, 1, 2, *numbers)), exclusive)
 
 
 def parcellation_task(name: str, classes: Iterable[int]) -> Task:
     """Build a parcellation task: one region per class; the other classes are background."""
-    regions = tuple(Region(CLASSES[number], (number,)) for number in classes)
-    return Task(name, ("T1", "T2"), regions, frozenset(range(len(CLASSES) + 1)), freesurfer=True)
+    regions = tuple(Region(STRUCTURES[number].name, (number,)) for number in classes)
+    return Task(name, ("T1", "T2"), regions, frozenset(range(len(STRUCTURES) + 1)), freesurfer=True)
 
 
 TASKS: dict[str, Task] = {

@@ -8,12 +8,14 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from timm_ext.data.grid import crop_or_pad, fit_box, foreground_box, rotated
 from timm_ext.data.noise import keyed_generator, smooth_noise
-from timm_ext.data.tasks import FREESURFER_TO_CLASS, freesurfer_classes
-from timm_ext.data.volume import SUFFIXES, Affine, Array, Volume, read_labels, to_canonical
+from timm_ext.data.tasks import freesurfer_classes
+from timm_ext.data.volume import SUFFIXES, Affine, Volume, read_labels, to_canonical
 from timm_ext.data.volume_file import volume_files
 from timm_ext.errors import InputError, listed
 from timm_ext.synthesis.phantom import brain_labels
+from timm_ext.vocabulary.structures import FREESURFER_TO_CLASS
 
 Tissue = npt.NDArray[np.uint8]
 
@@ -37,8 +39,8 @@ def tissues_from_codes(codes: npt.NDArray[np.integer]) -> Tissue:
         codes: non-negative FreeSurfer labels, any shape.
 
     Returns:
-        Same shape: 1–14 the classes of `timm_ext.data.tasks.CLASSES` but for the choroid plexus, which is 15;
-        16 vessels; 17 any other tissue inside the skull; 64 + n what FreeSurfer numbers 500 + n, outside it.
+        Same shape: 1–14 the classes (`timm_ext.vocabulary.structures`) but for the choroid plexus, which is
+        15; 16 vessels; 17 any other tissue inside the skull; 64 + n outside it, FreeSurfer's 500 + n.
     """
     highest = max(*FREESURFER_TO_CLASS, *_OUTSIDE_CODES) + 2
     table = freesurfer_classes(np.arange(highest))
@@ -94,17 +96,13 @@ def _read_label_map(path: str, _modified: int) -> Volume:
     if not brain.any():
         found = np.unique(volume.data)[:8].tolist()
         raise InputError(f"{path}: expected FreeSurfer labels such as 2, 3, 41, 42 (got {found})")
-    window, origin = [], []
-    for axis, spacing in enumerate(volume.spacing):
-        inside = np.flatnonzero(brain.any(axis=tuple({0, 1, 2} - {axis})))
-        margin = int(np.ceil(_MARGIN_MM / spacing))
-        first = max(int(inside[0]) - margin, 0)
-        window.append(slice(first, int(inside[-1]) + margin + 1))
-        origin.append((first - (inside[0] + inside[-1]) / 2) * spacing)
-    cropped = np.ascontiguousarray(tissue[tuple(window)])
+    inner, length = foreground_box(brain, 0)
+    margin = np.ceil(_MARGIN_MM / np.array(volume.spacing)).astype(int)
+    start, size = foreground_box(brain, (margin[0], margin[1], margin[2]))
+    cropped = crop_or_pad(tissue, start, size)
     cropped.setflags(write=False)
     affine = np.diag([*volume.spacing, 1.0])
-    affine[:3, 3] = origin
+    affine[:3, 3] = (start - (np.array(inner) + (np.array(length) - 1) / 2)) * volume.spacing
     return Volume(cropped, affine)
 
 
@@ -133,7 +131,7 @@ def draw_tissue(
     """
     grid = tuple(int(length) for length in shape)
     affine = centred_affine(grid, spacing_mm)
-    turn = _rotation(np.deg2rad(generator.uniform(-_ROTATION_DEG, _ROTATION_DEG, 3)))
+    turn = rotated(np.eye(3), np.deg2rad(generator.uniform(-_ROTATION_DEG, _ROTATION_DEG, 3)))
     matrix = turn * generator.uniform(1 - _SCALING, 1 + _SCALING, 3)
     axes = [(np.arange(length) * spacing_mm + affine[axis, 3]) for axis, length in enumerate(grid)]
     flat, inside = np.zeros(grid, dtype=np.int64), np.ones(grid, dtype=bool)
@@ -161,17 +159,10 @@ def phantom_tissue(person: int, shape: Sequence[int], spacing_mm: float) -> Volu
         `[D, H, W]` uint8 tissues, RAS.
     """
     brain = brain_labels(person, spacing_mm)
-    tissue = tissues_from_codes(brain.data)
-    result = np.zeros(tuple(int(length) for length in shape), dtype=np.uint8)
-    source, target = [], []
+    start, size = fit_box((0, 0, 0), brain.shape, (shape[0], shape[1], shape[2]), 1)
     affine = brain.affine.copy()
-    for axis, (have, want) in enumerate(zip(brain.shape, result.shape, strict=True)):
-        offset = (have - want) // 2
-        source.append(slice(max(offset, 0), max(offset, 0) + min(have, want)))
-        target.append(slice(max(-offset, 0), max(-offset, 0) + min(have, want)))
-        affine[axis, 3] += offset * spacing_mm
-    result[tuple(target)] = tissue[tuple(source)]
-    return Volume(result, affine)
+    affine[:3, 3] += np.array(start) * spacing_mm
+    return Volume(crop_or_pad(tissues_from_codes(brain.data), start, size), affine)
 
 
 def draw_subject(
@@ -218,14 +209,3 @@ def _strip(tissue: Tissue, spacing_mm: float) -> Tissue:
     brain = (tissue > 0) & (tissue != CSF_TISSUE) & (tissue != OTHER)
     near = ndimage.binary_dilation(brain, iterations=max(1, round(_CSF_KEPT_MM / spacing_mm)))
     return np.where(near, tissue, 0).astype(np.uint8)
-
-
-def _rotation(angles: npt.NDArray[np.float64]) -> Array:
-    matrix = np.eye(3)
-    for axis, angle in enumerate(angles):
-        first, second = [other for other in range(3) if other != axis]
-        turn = np.eye(3)
-        turn[first, first] = turn[second, second] = np.cos(angle)
-        turn[first, second], turn[second, first] = -np.sin(angle), np.sin(angle)
-        matrix = matrix @ turn
-    return matrix

@@ -10,11 +10,9 @@ from timm_ext.data.noise import Field, keyed_generator, smooth_noise
 from timm_ext.data.volume import Affine, Volume
 from timm_ext.errors import InputError, listed
 from timm_ext.synthesis.label_maps import CHOROID_PLEXUS, CSF_TISSUE, OTHER, OUTSIDE, VESSEL, Tissue
-from timm_ext.vocabulary.modalities import modality_key
+from timm_ext.vocabulary.modalities import BRATS_MODALITIES, modality_key
 
 Table = npt.NDArray[np.float32]
-
-MODALITIES = ("T1", "T1c", "T2", "FLAIR")
 
 _VENTRICLE, _WHITE = 11, 9
 _FLUIDS = (CSF_TISSUE, _VENTRICLE)
@@ -137,14 +135,16 @@ def render(
 
 
 def check_modalities(names: Sequence[str]) -> dict[str, str]:
-    """Return which of `MODALITIES` each name, in any spelling that a file can have, means.
+    """Return which of `BRATS_MODALITIES` each name, in any spelling that a file can have, means.
 
     Raises:
         InputError: a name means none of them.
     """
-    known = {modality_key(name): name for name in MODALITIES}
+    known = {modality_key(name): name for name in BRATS_MODALITIES}
     if unknown := [name for name in names if modality_key(name) not in known or "/" in name]:
-        raise InputError(f"modalities: expected some of {', '.join(MODALITIES)} (got {listed(unknown)})")
+        raise InputError(
+            f"modalities: expected some of {', '.join(BRATS_MODALITIES)} (got {listed(unknown)})"
+        )
     return {name: known[modality_key(name)] for name in names}
 
 

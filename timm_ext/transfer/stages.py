@@ -1,6 +1,5 @@
 """The stages of the method: training, adaptation or warm-up, and fine-tuning, all by one trainer."""
 
-import csv
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from timm_ext.data.dataset import CaseDataset
 from timm_ext.data.prepare import Prepared
 from timm_ext.data.tasks import Task
 from timm_ext.errors import InputError, listed
-from timm_ext.files import atomic_write
+from timm_ext.files import write_csv
 from timm_ext.merging import MergedModel, squared_departure
 from timm_ext.parameters import named_parameters
 from timm_ext.training.callbacks import Callback, Observe
@@ -370,10 +369,9 @@ def _mean_by_layer(ratios: Tensor, layer_of_group: Tensor, layers: int) -> Tenso
 
 
 def _write_ratios(path: Path, adaptation: Adaptation) -> None:
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["step", "layer", *adaptation.sources])
-        for step, ratios in zip(adaptation.steps, adaptation.ratios.tolist(), strict=True):
-            writer.writerows(
-                [step, layer, *row] for layer, row in zip(adaptation.layers, ratios, strict=True)
-            )
+    rows = [
+        (step, layer, *row)
+        for step, ratios in zip(adaptation.steps, adaptation.ratios.tolist(), strict=True)
+        for layer, row in zip(adaptation.layers, ratios, strict=True)
+    ]
+    write_csv(path, ("step", "layer", *adaptation.sources), rows)

@@ -5,6 +5,9 @@ from collections.abc import Iterable, Sequence
 
 from timm_ext.errors import InputError
 
+BRATS_MODALITIES = ("T1", "T1c", "T2", "FLAIR")
+"""The images of a BraTS case, in the order of its task's channels."""
+
 # Lower case, without blanks and punctuation but + and *, which have a meaning.
 _SPELLINGS: dict[str, str] = {
     "t1": "t1n t1w t1wi t1weighted t1native t1nonenhanced t1nc t1wnc t1pre t1wpre pret1 t1precontrast "

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from timm_ext.errors import InputError
+from timm_ext.vocabulary.structures import STRUCTURES
 
 Meaning = frozenset[tuple[str, str]]
 """Pairs of a structure and a side; a name without a side means both."""
@@ -28,30 +29,6 @@ _WORDS = {
 }  # fmt: skip
 _JOINTS = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z]{2})|(?<=[A-Za-z]{2})(?=[0-9])")
 _CORE, _EDEMA, _ENHANCING, _CAVITY = "necrotic core", "oedema", "enhancing tumour", "resection cavity"
-_SYNONYMS: dict[int, tuple[str, ...]] = {
-    1: ("cerebellum gray matter", "cerebellum cortex"),
-    2: ("cerebral gray matter", "cerebral cortex", "cortex", "cortical gray matter", "gray matter",
-        "ctx", "isocortex", "neocortex"),
-    3: ("thalamus", "thalamus proper", "thalami"),
-    4: ("amygdala", "amygdalae"),
-    5: ("caudate", "caudate nucleus", "nucleus caudatus"),
-    6: ("pallidum", "globus pallidus"),
-    7: ("csf", "cerebrospinal fluid"),
-    8: ("cerebellum white matter",),
-    9: ("cerebral white matter", "white matter", "subcortical white matter"),
-    10: ("hippocampus", "hippocampi"),
-    11: ("ventricle",),
-    12: ("putamen", "putamina"),
-    13: ("ventral dc", "ventraldc", "ventral diencephalon"),
-    14: ("brainstem", "brain stem"),
-}  # fmt: skip
-_PARTS: dict[int, tuple[str, ...]] = {
-    2: ("accumbens", "accumbens area", "nucleus accumbens"),
-    4: ("choroid plexus",),
-    11: ("lateral ventricle", "inf lat vent", "inferior lateral ventricle", "3rd ventricle",
-         "third ventricle", "4th ventricle", "fourth ventricle", "5th ventricle", "fifth ventricle"),
-}  # fmt: skip
-"""Structures that the parcellation counts to a larger one, but that are not that one."""
 
 
 def form_of(name: str) -> str:
@@ -81,7 +58,7 @@ def meaning_of(name: str, *, parts: bool = True) -> Meaning:
     words = words_of(name)
     sides = [side for side in _SIDES if side in words]
     rest = [word for word in words if word not in _SIDES]
-    structure = _STRUCTURES.get(form := " ".join(sorted(rest))) or (_WHOLES.get(form) if parts else None)
+    structure = _KNOWN.get(form := " ".join(sorted(rest))) or (_WHOLES.get(form) if parts else None)
     found = _tissues(rest) or ({structure} if structure else set())
     return frozenset((structure, side) for structure in found for side in sides or _SIDES)
 
@@ -140,5 +117,9 @@ def _without_accents(name: str) -> str:
     return "".join(letter for letter in letters if not unicodedata.combining(letter))
 
 
-_STRUCTURES = {form_of(name): names[0] for names in _SYNONYMS.values() for name in names}
-_WHOLES = {form_of(name): _SYNONYMS[number][0] for number, names in _PARTS.items() for name in names}
+_KNOWN = {
+    form_of(name): structure.name
+    for structure in STRUCTURES.values()
+    for name in (structure.name, *structure.synonyms)
+}
+_WHOLES = {form_of(part): structure.name for structure in STRUCTURES.values() for part in structure.parts}

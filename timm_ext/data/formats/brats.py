@@ -5,10 +5,10 @@ from pathlib import Path
 
 from timm_ext.data.formats.entries import Entry, Image, Listing
 from timm_ext.files import visible
-from timm_ext.vocabulary.modalities import modality_key
+from timm_ext.vocabulary.modalities import BRATS_MODALITIES, modality_key
 
 _ENDING = re.compile(r"\.nii(?:\.gz)?", re.IGNORECASE)
-_KINDS = {"t1", "t1c", "t2", "flair", "seg"}
+_KINDS = {"seg", *map(modality_key, BRATS_MODALITIES)}
 _KINDS_OF_2023 = {"t1n", "t2f"}
 
 

@@ -1,6 +1,5 @@
 """Cases on disk: BraTS folders, nnU-Net and Decathlon data sets, and CSV or JSON lists."""
 
-import csv
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +16,7 @@ from timm_ext.data.formats.lists import csv_list, json_list
 from timm_ext.data.label_names import check_label_names
 from timm_ext.data.tasks import Task
 from timm_ext.errors import InputError, lines_of, printable
-from timm_ext.files import atomic_write, write_json
+from timm_ext.files import write_csv, write_json
 from timm_ext.vocabulary.modalities import modality_key
 
 LIST_NAME = "cases.json"
@@ -135,10 +134,7 @@ def write_list(path: Path | str, cases: Sequence[Case]) -> None:
         write_json(path, rows)
     elif path.suffix == ".csv":
         columns = list(dict.fromkeys(key for row in rows for key in row)) or ["id"]
-        with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(path, columns, ([row.get(name, "") for name in columns] for row in rows))
     else:
         raise InputError(f"{path}: expected a name that ends in .json or .csv")
 
