@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -226,3 +227,129 @@ def test_the_package_leaves_the_signals_of_its_users_alone():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.count("SIG_DFL") == 2
     assert "default_int_handler" in done.stdout
+
+
+FORKS = """
+import atexit, importlib, json, os, signal, sys, threading, time
+from timm_ext import cli
+from timm_ext.system import signals
+
+folder = sys.argv.pop(1)
+
+@cli.app.command()
+def tiny():
+    print("done")  # into a buffer
+
+def outcome(run, number, name):
+    \"\"\"Run a command in a fork of this process, to its very end; None where it is not asked to end.\"\"\"
+    told, note = os.pipe()
+    child = os.fork()
+    if not child:
+        for stream in (1, 2):
+            os.dup2(os.open(f"{folder}/{name}.{stream}", os.O_CREAT | os.O_WRONLY), stream)
+        sys.argv[1:] = ["tiny"]
+        def send(*_):
+            os.write(note, b"x")
+            os.kill(os.getpid(), number)
+            time.sleep(0.02)
+        run(send)
+    os.close(note)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    asked = os.read(told, 1)
+    os.close(told)
+    texts = [open(f"{folder}/{name}.{stream}").read() for stream in (1, 2)]
+    return (code, *texts) if asked else None
+"""
+
+AT_THE_END = """
+class Finalised:
+    def __init__(self, send):
+        self.send = send
+    def __del__(self):
+        self.send()
+
+def behind_main(send):
+    try:
+        cli.main()
+    finally:
+        send()
+
+def thread(send):
+    threading._register_atexit(send)
+    cli.main()
+
+def first_at_exit(send):
+    atexit.register(send)
+    cli.main()
+
+def last_at_exit(send):
+    try:
+        cli.main()
+    finally:
+        atexit.register(send)
+
+def finaliser(send):
+    sys.modules["kept"] = Finalised(send)
+    cli.main()
+
+for run in (behind_main, thread, first_at_exit, last_at_exit, finaliser):
+    for number in signals.SIGNALS:
+        name = f"{run.__name__} {number.name}"
+        print(json.dumps([name, *outcome(run, number, name)]), flush=True)
+"""
+
+AT_ANY_MOMENT = """
+number, every = int(sys.argv.pop(1)), int(sys.argv.pop(1))
+modules = [importlib.import_module(name) for name in ("timm_ext.cli", "timm_ext.cli.app")]
+FILES = {module.__file__ for module in (*modules, signals)}
+
+def at(moment):
+    def run(send):
+        passed = 0
+        def trace(frame, event, _):
+            nonlocal passed
+            if frame.f_code.co_filename not in FILES:
+                return None
+            passed += 1
+            if passed == moment:
+                send()
+            return trace
+        sys.settrace(trace)
+        try:
+            cli.main()
+        except SystemExit as end:
+            sys.stdout.flush()
+            os._exit(end.code)  # what follows takes longer, and is tried above
+    return run
+
+moment = 1
+while found := outcome(at(moment), number, moment):
+    print(json.dumps([moment, *found]), flush=True)
+    moment += every
+"""
+
+
+def outcomes(folder, program, *arguments):
+    script = folder / "timm-ext"
+    script.write_text(FORKS + program)
+    command = [sys.executable, str(script), str(folder), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_a_command_that_has_ended_leaves_with_its_status(tmp_path):
+    found = outcomes(tmp_path, AT_THE_END)
+    assert len(found) == 15
+    assert [place for place, *rest in found if rest != [0, "done\n", ""]] == []
+
+
+@pytest.mark.parametrize(("number", "every"), [(signal.SIGTERM, 1), (signal.SIGINT, 7), (signal.SIGHUP, 7)])
+def test_a_signal_at_any_moment_of_a_command_is_told_or_too_late(tmp_path, number, every):
+    early = [128 + number, "", "error: interrupted\n"]
+    how = "" if number == signal.SIGINT else f" by {number.name}"
+    told = [[128 + number, output, f"error: interrupted{how}\n"] for output in ("", "done\n")]
+    found = outcomes(tmp_path, AT_ANY_MOMENT, number.value, every)
+    assert [line for line in found if line[1:] not in ([0, "done\n", ""], early, *told)] == []
+    assert {code for _, code, *_ in found} == {0, 128 + number}
+    assert len(found) * every > 100

@@ -2,7 +2,7 @@
 
 import sys
 
-from timm_ext.cli.app import INTERRUPTED_BY, app, run
+from timm_ext.cli.app import app, run
 from timm_ext.cli.apply import evaluate, predict
 from timm_ext.cli.data import phantom, prepare
 from timm_ext.cli.demo import demo
@@ -10,7 +10,7 @@ from timm_ext.cli.info import info
 from timm_ext.cli.initialise import adapt, merge
 from timm_ext.cli.study import study
 from timm_ext.cli.train import fisher, train
-from timm_ext.system.signals import leave_quietly
+from timm_ext.system.signals import watch_command
 
 __all__ = ["app", "main", "run"]
 
@@ -20,6 +20,5 @@ for command in (demo, phantom, prepare, train, fisher, merge, adapt, predict, ev
 
 def main() -> None:
     """Run the command line and exit with its status."""
-    status = run(sys.argv[1:])
-    leave_quietly(interrupted=status > INTERRUPTED_BY)
-    sys.exit(status)
+    watch_command()
+    sys.exit(run(sys.argv[1:]))

@@ -14,7 +14,7 @@ import typer
 
 from timm_ext.errors import InputError
 from timm_ext.system.locks import is_first_of_launched
-from timm_ext.system.signals import ending, received, watched
+from timm_ext.system.signals import ending, heard, received, watched
 from timm_ext.system.terminal import accept_any_text, say
 
 INTERRUPTED_BY = 128  # and the number of the signal
@@ -57,7 +57,7 @@ def run(arguments: Sequence[str]) -> int:
         0 if it worked, 1 for a failure, 2 for wrong usage, 128 + N if interrupted by signal N: 130 for
         Ctrl-C, 143 for SIGTERM, 129 for a terminal that was closed.
     """
-    with watched():
+    with watched(held=True):
         return _run(list(arguments))
 
 
@@ -66,7 +66,7 @@ def _run(arguments: list[str]) -> int:
     accept_any_text()
     command = typer.main.get_command(app)
     try:
-        with _until_it_ends, warnings.catch_warnings():
+        with _until_it_ends, warnings.catch_warnings(), heard():
             if not debug:
                 warnings.simplefilter("ignore")
             rest = [argument for argument in arguments if argument != "--debug"]

@@ -1,6 +1,6 @@
 """Signals that ask a process to end: Ctrl-C, SIGTERM, and SIGHUP of a terminal that is gone."""
 
-import ctypes
+import atexit
 import os
 import signal
 import sys
@@ -36,15 +36,36 @@ class Interrupted(KeyboardInterrupt):
 class _Watch:
     """What the main thread knows of signals while they are watched."""
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: tuple[signal.Signals, ...], *, held: bool) -> None:
         self.pid = os.getpid()
         self.first: int | None = None
         self.noted = 0.0
         self.raised: float | None = None
-        self.depth = 0
+        self.depth = int(held)
         self.ending = False
         self.repeats = 0
         self.terminals = [number for number in (0, 1, 2) if _is_terminal(number)]
+        found = {number: signal.getsignal(number) for number in numbers}
+        self._before = {number: handler for number, handler in found.items() if handler in _REPLACED}
+        self._hook = sys.unraisablehook
+
+    def begin(self) -> None:
+        """Take over the signals that are nobody's."""
+        sys.unraisablehook = self.unraisable
+        for number in self._before:
+            signal.signal(number, self.handle)
+
+    def end(self) -> None:
+        """Leave the signals as they were."""
+        self.ending = True
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        sys.unraisablehook = self._hook
+
+    def ignore(self) -> None:
+        """Let no signal end this process any more: unlike a handler, this outlasts the interpreter."""
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Note a signal, and raise where nothing forbids it."""
@@ -68,7 +89,7 @@ class _Watch:
 
     def raise_it(self) -> None:
         assert self.first is not None
-        self.raised = time.monotonic()
+        self.raised = self.noted = time.monotonic()
         raise Interrupted(self.first)
 
     def unraisable(self, problem: "sys.UnraisableHookArgs") -> None:
@@ -99,30 +120,55 @@ _watch: _Watch | None = None
 
 
 @contextmanager
-def watched(numbers: tuple[signal.Signals, ...] = SIGNALS) -> Iterator[None]:
+def watched(numbers: tuple[signal.Signals, ...] = SIGNALS, *, held: bool = False) -> Iterator[None]:
     """Turn signals into `Interrupted`, in the main thread, for the length of the block.
 
     Signals that are ignored (`nohup`, a shell's background) stay so, and handlers of others are left alone.
     Within another `watched` it does nothing.
+
+    Args:
+        numbers: of the signals.
+        held: only note them, but where `heard` lets them through.
     """
     global _watch
     if _watch is not None or threading.current_thread() is not threading.main_thread():
         yield
         return
-    watch = _watch = _Watch()
-    hook, sys.unraisablehook = sys.unraisablehook, watch.unraisable
-    before = {number: signal.getsignal(number) for number in numbers}
-    ours = [number for number, handler in before.items() if handler in _REPLACED]
+    watch = _watch = _Watch(numbers, held=held)
     try:
-        for number in ours:
-            signal.signal(number, watch.handle)
+        watch.begin()
         yield
     finally:
-        watch.ending = True
-        for number in ours:
-            signal.signal(number, before[number])
-        sys.unraisablehook = hook
+        watch.end()
         _watch = None
+
+
+def watch_command() -> None:
+    """Note signals from here to the very end of a command, and raise them where `heard` lets them through.
+
+    A command that has told how it ended leaves with that status, whatever signals come. Does nothing in a
+    process that uses the package as a library.
+    """
+    global _watch
+    if _is_command():
+        _watch = _Watch(SIGNALS, held=True)
+        _watch.begin()
+        atexit.register(_watch.ignore)  # behind it the interpreter is still busy, and has no handlers
+
+
+class heard:  # noqa: N801 - reads as a statement
+    """Raise the signals that a watch holds, for the length of the block, and one that came before it."""
+
+    def __enter__(self) -> None:
+        self._watch = _watch
+        if self._watch is not None:
+            self._depth, self._watch.depth = self._watch.depth, 0
+            if self._watch.is_due():
+                self._watch.raise_it()
+
+    def __exit__(self, *_: object) -> None:
+        if self._watch is not None:
+            self._watch.depth = self._depth
 
 
 class uninterrupted:  # noqa: N801 - reads as a statement
@@ -164,7 +210,7 @@ def received() -> int | None:
 
 
 def quiet_start() -> None:
-    """Let a command that is still starting, or has done its work, end with one line and no traceback.
+    """Let a command that is still starting end with one line and no traceback.
 
     A worker process, which loads the package first, ends with its parent from here on. Does nothing in a
     process that uses the package as a library.
@@ -175,18 +221,6 @@ def quiet_start() -> None:
         for number in SIGNALS:
             if signal.getsignal(number) in _REPLACED:
                 signal.signal(number, _quit)
-
-
-def leave_quietly(*, interrupted: bool) -> None:
-    """Let a command that has told how it ended leave with that status, whatever signals come.
-
-    Args:
-        interrupted: it ended by a signal; others of the same request may still come.
-    """
-    if interrupted and _is_command():
-        for number in SIGNALS:
-            # Unlike a handler, this outlasts the interpreter.
-            signal.signal(number, signal.SIG_IGN)
 
 
 def follow_parent(parent: int, *, sigterm: bool = True) -> None:
@@ -213,6 +247,8 @@ def wait_for_signal() -> None:
 
 def _end_with_parent(parent: int) -> None:
     """Have the system kill this process when its parent ends (Linux)."""
+    import ctypes  # what loads before the handlers are set is a moment without them
+
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
