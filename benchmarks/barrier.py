@@ -25,15 +25,17 @@ from torch import nn
 from timm_ext.data.prepare import Prepared, PrepareSettings, prepare_cases
 from timm_ext.data.tasks import get_task
 from timm_ext.files import write_json
-from timm_ext.merging import MergedModel, align, assemble_bank, build_initialisation, loss_along_merge
+from timm_ext.merging import MergedModel, align, assemble_bank, loss_along_merge
 from timm_ext.networks import build_network
 from timm_ext.parameters import split_parameters
 from timm_ext.study.collect import environment
 from timm_ext.synthesis.generate import GenerateSettings, generate_cases
 from timm_ext.training.examples import Data, Examples
 from timm_ext.training.objective import soft_dice_loss
-from timm_ext.training.settings import AdaptSettings, TrainSettings
+from timm_ext.training.settings import TrainSettings
+from timm_ext.transfer.adapt import AdaptSettings
 from timm_ext.transfer.stages import adapt, make_sets, train
+from timm_ext.transfer.start import initialise
 
 TASK = get_task("parcellation-1-7")
 SPACING, SIZE = 4.0, (40, 48, 40)  # mm, voxels
@@ -110,7 +112,7 @@ def learned_loss(
         target_modalities=TASK.modalities,
         input_layers=(),
     )
-    merged = build_initialisation("medmerge", networks[0], bank)
+    merged = initialise("medmerge", networks[0], bank)
     assert isinstance(merged, MergedModel)
     settings = training_settings(0, options.merge_steps, options.lr)
     adapt(merged, data, settings, folder, options=AdaptSettings(logit_lr=options.logit_lr))

@@ -22,8 +22,9 @@ from timm_ext.documents import Location, parse_yaml, read_yaml, validated
 from timm_ext.documents.bounds import MOST_BATCH, MOST_CASES, MOST_EDGE, MOST_SEED
 from timm_ext.errors import InputError, printable, shown
 from timm_ext.files import atomic_write
-from timm_ext.training.settings import AdaptSettings, TrainSettings
-from timm_ext.transfer.sources import Recipe
+from timm_ext.training.settings import TrainSettings
+from timm_ext.transfer.adapt import AdaptSettings
+from timm_ext.transfer.start import Recipe
 
 Edge = Annotated[int, Field(ge=1, le=MOST_EDGE)]
 Axis = Annotated[int, Field(ge=0, le=2)]

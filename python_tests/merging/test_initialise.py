@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_ext.fisher.result import Fisher, FisherKind
-from timm_ext.merging import MergedModel, assemble_bank, build_initialisation
+from timm_ext.merging import MergedModel, assemble_bank
 from timm_ext.networks import build_network, heads_of, input_layers_of
 from timm_ext.parameters import named_parameters, split_parameters
 
@@ -43,8 +43,7 @@ def test_sources_of_other_tasks_become_a_network_of_the_target(name: str, transf
         input_layers=input_layers_of(target),
         normalize="tensor",
     )
-    merged = build_initialisation("t-imm", target, bank)
-    assert isinstance(merged, MergedModel)
+    merged = MergedModel(target, bank)
     image = torch.randn(2, 3, 32, 32, 32, generator=torch.Generator().manual_seed(3))
     merged.eval()(image).square().mean().backward()
     assert merged.logits.grad is not None

@@ -13,7 +13,7 @@ from timm_ext.study.stages import make_cases, save_result, segment_and_score
 from timm_ext.study.worker import Context
 from timm_ext.synthesis.generate import GenerateSettings
 from timm_ext.training.settings import TrainSettings
-from timm_ext.transfer.sources import new_network
+from timm_ext.transfer.start import new_network
 
 TASK = get_task("brats")
 PREPARE = PrepareSettings(spacing=8.0, size=(20, 24, 20))

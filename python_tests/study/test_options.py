@@ -1,10 +1,10 @@
 import pytest
 
 from timm_ext.errors import InputError
-from timm_ext.merging import get_method
-from timm_ext.study.options import adapt_options, merge_options, ties_of, without_ties
+from timm_ext.study.options import adapt_options, merge_options, without_ties
 from timm_ext.study.plan import make_plan
 from timm_ext.study.settings import PlanSettings
+from timm_ext.transfer.arms import get_arm
 
 
 def test_options_of_single_methods_go_before_those_of_the_plan():
@@ -14,7 +14,7 @@ def test_options_of_single_methods_go_before_those_of_the_plan():
         adapt={"specific_lr": 0.01, "weight_pull": 0.5, "warm_up": 0.0},
         method_adapt={"t-imm": {"logit_lr": 0.2, "logit_pull": 1e-3}},
     )
-    t_imm, annealed, warm_up = (adapt_options(settings, get_method(name)) for name in settings.methods)
+    t_imm, annealed, warm_up = (adapt_options(settings, get_arm(name)) for name in settings.methods)
     assert t_imm == {"logit_lr": 0.2, "adapt": {"specific_lr": 0.01, "logit_pull": 1e-3}}
     assert annealed == {"logit_lr": 0.05, "adapt": {"specific_lr": 0.01, "weight_pull": 0.5}}
     assert warm_up == {"logit_lr": 0.05, "adapt": {"specific_lr": 0.01}}
@@ -39,7 +39,7 @@ def test_an_annealed_merge_is_learned_in_its_one_run():
     assert run.settings["train"]["steps"] == settings.steps
     assert run.settings["train"]["l2_transfer"] == 0
     assert run.settings["train"]["augment"]
-    assert run.settings["adapt"] == {"weight_pull": get_method("t-imm-annealed").weight_pull}
+    assert run.settings["adapt"] == {"weight_pull": get_arm("t-imm-annealed").tuning.weight_pull}
     assert run.settings["logit_lr"] == settings.logit_lr
     assert {"model-1", "fisher-2"} <= set(run.needs)
     assert plan.forgetting[0].settings["methods"] == ["mode-imm"]
@@ -69,7 +69,7 @@ def test_a_method_is_merged_as_the_plan_says():
     )
     assert plan.runs["medmerge", 3].settings["recipe"] == recipe
     assert plan.adaptations["t-imm", 3].settings["recipe"]["mixing"] == "sigmoid"
-    assert merge_options(settings, get_method("t-imm")) == {}
+    assert merge_options(settings, get_arm("t-imm")) == {}
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,5 @@ def test_options_that_cannot_be(changes, message):
         make_plan(PlanSettings(**changes))
 
 
-def test_ties_of_a_method():
-    assert ties_of(get_method("transfer-1-drop")) == {"drop_transfer": 0.5}
-    assert ties_of(get_method("t-imm")) == {}
+def test_settings_without_ties():
     assert without_ties({"l2_transfer": 1.0, "augment": True}) == {"augment": True}

@@ -4,19 +4,19 @@ import json
 import pytest
 
 from timm_ext.errors import InputError
-from timm_ext.merging import get_method
 from timm_ext.study.plan import fine_tuning_steps, make_plan
 from timm_ext.study.records import with_needs
 from timm_ext.study.settings import PlanSettings, settings_to_dict
+from timm_ext.transfer.arms import get_arm
 
 
 def test_every_row_has_the_same_steps_but_for_the_extra_one():
     settings = PlanSettings()
     total = {}
     for name in settings.methods:
-        method = get_method(name)
-        adapted = settings.adapt_steps if method.adapt != "none" else 0
-        total[name] = fine_tuning_steps(settings, method) + adapted
+        arm = get_arm(name)
+        adapted = settings.adapt_steps if arm.adaptation else 0
+        total[name] = fine_tuning_steps(settings, arm) + adapted
     assert total.pop("t-imm-extra") == settings.steps + settings.adapt_steps
     assert set(total.values()) == {settings.steps}
 
@@ -126,7 +126,8 @@ def test_a_source_task_may_be_trained_on_all_source_cases():
     assert {role for role in source.needs if role.startswith("train")} == {"train-1", "train-2"}
     assert source.settings["train"]["steps"] == 2 * plan.settings.source_steps
     assert source.settings["recipe"]["seed"] == plan.models[1].settings["recipe"]["seed"]
-    assert plan.runs["transfer-2-all", 0].needs["model-2"] is source
+    assert plan.runs["transfer-2-all", 0].needs["model-1"] is source
+    assert "model-2" not in plan.runs["transfer-2-all", 0].needs
     assert plan.forgetting[0].settings["methods"] == ["transfer-2"]
 
 

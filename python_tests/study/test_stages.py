@@ -7,7 +7,7 @@ import torch
 from timm_ext.data.prepare import PrepareSettings
 from timm_ext.data.tasks import get_task, joint_task, task_to_dict
 from timm_ext.fisher import Fisher, FisherKind, estimate_fisher
-from timm_ext.merging import MergedModel, get_method
+from timm_ext.merging import MergedModel
 from timm_ext.networks.io import load_network, save_network
 from timm_ext.study import stages
 from timm_ext.study.outcomes import FISHER, INITIAL, NETWORK
@@ -24,7 +24,9 @@ from timm_ext.study.stages import (
 from timm_ext.study.worker import Context
 from timm_ext.synthesis.generate import GenerateSettings
 from timm_ext.training.settings import TrainSettings
-from timm_ext.transfer.sources import Recipe, Sources, network_of, new_network, start_from
+from timm_ext.transfer.arms import get_arm
+from timm_ext.transfer.sources import Sources
+from timm_ext.transfer.start import Recipe, network_of, new_network, start_from
 
 TASKS = tuple(get_task(name) for name in ("parcellation-1-7", "parcellation-8-14"))
 
@@ -45,16 +47,16 @@ def sources() -> Sources:
 @pytest.mark.parametrize("name", ["t-imm", "t-imm-norms", "t-imm-kernel", "medmerge-aligned"])
 def test_an_adapted_merge_in_a_source(sources: Sources, name: str, tmp_path: Path) -> None:
     """What was merged for four modalities goes into a network of two; heads and norms are the source's."""
-    task, method = get_task("brats"), get_method(name)
-    start = start_from(method, network_of(sources, task, 5), task, sources, Recipe())
+    task, arm = get_task("brats"), get_arm(name)
+    start = start_from(arm, network_of(sources, task, 5), task, sources, Recipe())
     assert isinstance(start.model, MergedModel)
     with torch.no_grad():
         start.model.logits.normal_(generator=torch.Generator().manual_seed(0))
     folded = start.model.fold()
     save_network(tmp_path / INITIAL, folded, task=task_to_dict(task), kind="merged")
-    ordered = sources.aligned() if method.aligned else sources
+    ordered = sources.aligned() if arm.merge.aligned else sources
     for index, network in enumerate(ordered.networks):
-        made, own = _in_source(method, sources, index, Recipe(), tmp_path).state_dict(), network.state_dict()
+        made, own = _in_source(arm, sources, index, Recipe(), tmp_path).state_dict(), network.state_dict()
         first = "encoder.0.entry.conv.weight"
         assert torch.equal(made[first], folded.state_dict()[first][:, [0, 2]])  # T1, T1c, T2, FLAIR → T1, T2
         for key in set(made) - {first}:
@@ -63,9 +65,9 @@ def test_an_adapted_merge_in_a_source(sources: Sources, name: str, tmp_path: Pat
 
 
 def test_a_fixed_merge_in_a_source_is_its_start(sources: Sources) -> None:
-    method = get_method("mode-imm")
-    made = _in_source(method, sources, 1, Recipe(), None)
-    start = start_from(method, sources.networks[1], TASKS[1], sources, Recipe()).model
+    arm = get_arm("mode-imm")
+    made = _in_source(arm, sources, 1, Recipe(), None)
+    start = start_from(arm, sources.networks[1], TASKS[1], sources, Recipe()).model
     assert all(torch.equal(p, q) for p, q in zip(made.parameters(), start.parameters(), strict=True))
 
 

@@ -1,11 +1,9 @@
 import json
-from dataclasses import replace
 
 import pytest
 
 from timm_ext.errors import InputError
-from timm_ext.merging import get_method
-from timm_ext.training.settings import AdaptSettings, TrainSettings
+from timm_ext.training.settings import TrainSettings
 
 
 def test_budgets():
@@ -66,29 +64,3 @@ def test_resume_compares_what_decides_the_result():
     cosine = TrainSettings(steps=5, schedule="cosine")
     with pytest.raises(InputError, match=r"steps 5, now 9"):
         TrainSettings(steps=9, schedule="cosine").check_resume(cosine.to_dict(), "run")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"logit_lr": 0}, r"adapt: logit_lr: expected a finite number greater than 0 \(got 0\)"),
-        ({"specific_lr": float("inf")}, r"specific_lr: expected a finite number greater than 0 \(got inf\)"),
-        ({"logit_pull": -1.0}, r"logit_pull: expected a finite number at least 0 \(got -1.0\)"),
-        ({"weight_pull": float("nan")}, r"weight_pull: expected a finite number at least 0 \(got nan\)"),
-        ({"warm_up": 1.0}, r"warm_up must be at least 0 and less than 1 \(got 1.0\)"),
-    ],
-)
-def test_impossible_adaptations_are_refused(changes, message):
-    with pytest.raises(InputError, match=message):
-        AdaptSettings(**changes)
-
-
-def test_what_an_adaptation_leaves_open_is_as_the_method_has_it():
-    method = replace(get_method("t-imm-annealed"), logit_pull=0.5, warm_up=0.25, weight_pull=2.0)
-    assert AdaptSettings().of(method) == AdaptSettings(logit_pull=0.5, warm_up=0.25, weight_pull=2.0)
-    assert AdaptSettings(warm_up=0.0, weight_pull=0.0).of(method).to_dict() == {
-        "logit_lr": 0.1,
-        "logit_pull": 0.5,
-    }
-    with pytest.raises(InputError, match=r"expected weight_pull only for .* \(got 1 for t-imm\)"):
-        AdaptSettings(weight_pull=1.0).of(get_method("t-imm"))

@@ -17,7 +17,7 @@ from timm_ext.networks.registry import build_network, heads_of
 from timm_ext.networks.reset import reset_specific
 from timm_ext.parameters import Layout, named_parameters, split_parameters
 from timm_ext.training.examples import Data
-from timm_ext.training.settings import AdaptSettings
+from timm_ext.transfer.adapt import AdaptSettings
 from timm_ext.transfer.stages import _Pull, adapt, fine_tune, make_sets, train, tune_merged, warm_up
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))

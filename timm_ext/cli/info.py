@@ -46,15 +46,20 @@ def info(
         return
     import timm_ext
     from timm_ext.data.tasks import TASKS
-    from timm_ext.merging import method_names
     from timm_ext.networks.registry import network_names
+    from timm_ext.transfer.arms import arms, beyond
 
     build = timm_ext.build_info()
     facts = {title: build[key] for key, title in _TITLES.items() if key in build}
     if not build.get("cuda_built"):
         facts |= {"CUDA toolkit": "none: built without nvcc", "CUDA architectures": "none"}
     _print(
-        {**facts, "tasks": list(TASKS), "networks": list(network_names()), "methods": list(method_names(2))}
+        {
+            **facts,
+            "tasks": list(TASKS),
+            "networks": list(network_names()),
+            "methods": [*arms(1, 2), *beyond(1, 2)],
+        }
     )
 
 

@@ -52,7 +52,9 @@ if TYPE_CHECKING:
     from timm_ext.config import RunSettings
     from timm_ext.data.tasks import Task
     from timm_ext.training.examples import Data
-    from timm_ext.transfer.sources import Recipe, Sources, Start
+    from timm_ext.transfer.arms import Arm
+    from timm_ext.transfer.sources import Sources
+    from timm_ext.transfer.start import Recipe, Start
 
 _SHARE_OF_STEPS = 0.2  # of a whole training that an adaptation takes unless the settings say
 
@@ -125,15 +127,16 @@ def _merge_by_method(
     overrides: list[str] | None,
 ) -> None:
     from timm_ext.data.tasks import get_task, task_to_dict
-    from timm_ext.merging import get_method
     from timm_ext.networks.io import save_network
     from timm_ext.networks.registry import config_of
-    from timm_ext.transfer.sources import load_sources, network_of, start_from
+    from timm_ext.transfer.arms import get_arm
+    from timm_ext.transfer.sources import load_sources
+    from timm_ext.transfer.start import network_of, start_from
 
-    wanted = get_method(method)
-    if wanted.adapt != "none" or wanted.learns_ratios:
+    arm = get_arm(method)
+    if arm.learns:
         raise InputError(f"method: {method} learns on data of the new task; use timm-ext adapt")
-    _refuse_study_rows(method)
+    _refuse_ties(arm)
     settings = settings_from(config, overrides, _first_of(networks))
     sources = load_sources(networks, fishers or ())
     settings = with_noted_window(
@@ -142,7 +145,7 @@ def _merge_by_method(
     tell_unlike_fishers(settings, sources)
     chosen = get_task(task) if task is not None else sources.tasks[0]
     target = network_of(sources, chosen, settings.merge.seed)
-    start = start_from(method, target, chosen, sources, settings.merge)
+    start = start_from(arm, target, chosen, sources, settings.merge)
     _tell_unseen(sources, chosen, settings.merge)
     _tell_intensities(sources, settings)
     _tell_statistics(target, start)
@@ -158,7 +161,7 @@ def _merge_by_method(
         merge={"method": method, "sources": list(sources.names)},
     )
     note_settings(out, settings, folder=False)
-    say(f"{out}: {start.method.title} of {', '.join(sources.names)}")
+    say(f"{out}: {arm.title} of {', '.join(sources.names)}")
 
 
 def adapt(
@@ -187,28 +190,30 @@ def adapt(
     --data BraTS2021/ --task brats --out adapted --set train.epochs=20`
     """
     from timm_ext.data.tasks import get_task, task_to_dict
-    from timm_ext.merging import MergedModel, get_method
+    from timm_ext.merging import MergedModel
     from timm_ext.networks.io import save_network
     from timm_ext.networks.registry import config_of
     from timm_ext.training.device import check_precision
     from timm_ext.training.state import refuse_begun
-    from timm_ext.transfer.sources import load_sources, network_of, start_from
+    from timm_ext.transfer.arms import get_arm
+    from timm_ext.transfer.sources import load_sources
+    from timm_ext.transfer.start import network_of, start_from
 
     hold_output(out, folder=True, inputs=[*networks, *(fishers or ())])
-    wanted = get_method(method)
-    if wanted.adapt == "none" and not wanted.learns_ratios:
+    arm = get_arm(method)
+    if not arm.learns:
         raise InputError(f"method: {method} learns nothing before fine-tuning; use timm-ext merge")
     settings = settings_from(config, with_alignment(overrides, align), _first_of(networks))
     settings = as_before(settings, out) if resume else settings
     check_precision(settings.train)
     settings.train.refuse_ties("timm-ext adapt")
-    settings.adapt.of(wanted)
+    settings.adapt.of(arm)
     if not resume:
         refuse_begun(out / "training")
     sources = load_sources(networks, fishers or ())
     chosen = get_task(task or DEFAULT_TASK)
     target = network_of(sources, chosen, settings.merge.seed)
-    start = start_from(method, target, chosen, sources, settings.merge)
+    start = start_from(arm, target, chosen, sources, settings.merge)
     _tell_unseen(sources, chosen, settings.merge)
     _tell_intensities(sources, settings)
     _tell_statistics(target, start)
@@ -222,7 +227,7 @@ def adapt(
         )
     tell_unlike_preparation(settings, networks)
     tell_unlike_fishers(settings, sources)
-    share = 1.0 if wanted.weight_pull else _SHARE_OF_STEPS
+    share = 1.0 if arm.tuning.weight_pull else _SHARE_OF_STEPS
     settings, plan = with_training_plan(settings, network, parts, fixed=True, share=share)
     tell_plan(settings, plan, parts, start.model)
     target_data = training_data(parts, chosen, settings)
@@ -249,7 +254,7 @@ def adapt(
     )
     note_settings(out, settings, folder=True)
     ratios = f", mean ratios {[round(x, 2) for x in facts['mean_ratios']]}" if "mean_ratios" in facts else ""
-    say(f"{out / NETWORK_NAME}: {start.method.title} of {', '.join(sources.names)}{ratios}")
+    say(f"{out / NETWORK_NAME}: {arm.title} of {', '.join(sources.names)}{ratios}")
 
 
 def _tell_unseen(sources: "Sources", task: "Task", recipe: "Recipe") -> None:
@@ -291,7 +296,7 @@ def _tell_statistics(target: "nn.Module", start: "Start") -> None:
     merged = buffer_owners(target, start.split.shared, transfer_norms=start.split.transfer_norms)
     names = [name for name, _ in target.named_buffers() if name.endswith(".running_mean")]
     own = [name.rpartition(".")[0] for name in names if name not in merged]
-    if own and start.method.models:
+    if own and start.arm.merge.models:
         say(
             f"running statistics of {len(own)} norms start over, as these norms do "
             f"(merge.transfer_norms=true merges those outside the heads): {listed(own)}"
@@ -315,10 +320,10 @@ def _learn(
     from timm_ext.transfer.stages import adapt as adapt_merge
     from timm_ext.transfer.stages import tune_merged, warm_up
 
-    options = settings.adapt.of(start.method)
+    options = settings.adapt.of(start.arm)
     if isinstance(start.model, MergedModel):
         learn, title = (
-            (tune_merged, "fine-tuning") if start.method.weight_pull else (adapt_merge, "adaptation")
+            (tune_merged, "fine-tuning") if start.arm.tuning.weight_pull else (adapt_merge, "adaptation")
         )
         learn(
             start.model,
@@ -345,28 +350,17 @@ def _learn(
     return start.model
 
 
-def _refuse_study_rows(name: str) -> None:
-    """Refuse a row of studies that a merge cannot be: one of fine-tuning, or from a network of its own.
+def _refuse_ties(arm: "Arm") -> None:
+    """Refuse an arm that is more than a merge, naming the commands to use.
 
     Raises:
-        InputError: as said, with the commands to use.
+        InputError: as said.
     """
-    from timm_ext.merging import get_method
-    from timm_ext.training.settings import TIES
-
-    method = get_method(name)
-    if method.joint != "none":
+    for tie, value in arm.tuning.ties().items():
         raise InputError(
-            f"method: {name} starts from a network trained on all source cases; give it to transfer-1"
+            f"method: {arm.name} is a way of fine-tuning; merge by {arm.merge.name}, then use timm-ext train "
+            f"--init with --set train.{tie}={value:g}"
         )
-    if method.combine != "none":
-        raise InputError(f"method: {name} combines fine-tuned networks; give them to merge --ratios")
-    for tie in TIES:
-        if value := getattr(method, tie):
-            raise InputError(
-                f"method: {name} is a way of fine-tuning; merge by {name.rpartition('-')[0]}, then use "
-                f"timm-ext train --init with --set train.{tie}={value:g}"
-            )
 
 
 def _first_of(networks: list[Path]) -> "Checkpoint":

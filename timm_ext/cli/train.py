@@ -82,8 +82,8 @@ def train(
     from timm_ext.training.callbacks import ProgressBar
     from timm_ext.training.device import check_precision
     from timm_ext.training.state import refuse_begun
-    from timm_ext.transfer.sources import new_network
     from timm_ext.transfer.stages import fine_tune
+    from timm_ext.transfer.start import new_network
 
     hold_output(out, folder=True, inputs=[init] if init is not None else [])
     start, checkpoint = load_network(init) if init is not None else (None, None)

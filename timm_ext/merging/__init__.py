@@ -1,26 +1,26 @@
-"""Merging of source models: the bank, the merged model, and the registry of methods."""
+"""Merging of source models: the bank, the merged model, and the table of merges."""
 
 from timm_ext.merging.alignment import Alignment, align, align_to_first
 from timm_ext.merging.bank import Bank, FisherStorage, Normalization
 from timm_ext.merging.barrier import LossPath, loss_along_merge
 from timm_ext.merging.combine import LogitEnsemble, uniform_soup
 from timm_ext.merging.initialise import assemble_bank, build_initialisation
+from timm_ext.merging.merge import MERGES, Merge, get_merge, merges
 from timm_ext.merging.merged_model import MergedModel
-from timm_ext.merging.methods import METHODS, Method, get_method, method_names
 from timm_ext.merging.mixing import Mixing, anchored_logits, logits_of, squared_departure
 from timm_ext.merging.modalities import fit_to_target, match_input_channels, same_modality, unseen_modalities
 from timm_ext.merging.refit import Channels, Refit, refit
 
 __all__ = [
-    "METHODS",
+    "MERGES",
     "Alignment",
     "Bank",
     "Channels",
     "FisherStorage",
     "LogitEnsemble",
     "LossPath",
+    "Merge",
     "MergedModel",
-    "Method",
     "Mixing",
     "Normalization",
     "Refit",
@@ -30,11 +30,11 @@ __all__ = [
     "assemble_bank",
     "build_initialisation",
     "fit_to_target",
-    "get_method",
+    "get_merge",
     "logits_of",
     "loss_along_merge",
     "match_input_channels",
-    "method_names",
+    "merges",
     "refit",
     "same_modality",
     "squared_departure",

@@ -9,12 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from timm_ext.errors import InputError
-from timm_ext.groups import Granularity
 from timm_ext.merging.bank import Bank, FisherStorage, Normalization, under_names
 from timm_ext.merging.buffers import check_buffers, set_buffers
-from timm_ext.merging.merged_model import MergedModel
-from timm_ext.merging.methods import Method, get_method
-from timm_ext.merging.mixing import Mixing, anchored_logits
+from timm_ext.merging.merge import Merge, get_merge
 from timm_ext.merging.modalities import fit_to_target
 from timm_ext.parameters import Layout, Split, check_compatible, named_parameters, parameter_aliases
 
@@ -98,78 +95,47 @@ def _one_each(fishers: "Sequence[Fisher] | None", models: int) -> "Sequence[Fish
     return fishers if fishers is not None else [None] * models
 
 
-def build_initialisation(
-    method: Method | str,
-    network: nn.Module,
-    bank: Bank | None,
-    *,
-    granularity: Granularity | None = None,
-    mixing: Mixing = "sigmoid",
-    anchor: float = 0.0,
-    initial_logits: Tensor | None = None,
-) -> nn.Module:
-    """Initialise a copy of the target network by a method.
+def build_initialisation(merge: Merge | str, network: nn.Module, bank: Bank | None) -> nn.Module:
+    """Return a copy of the target network with the merged shared weights, and the buffers beside them.
 
     Args:
-        method: or its name, see `get_method`.
+        merge: or its name, see `get_merge`.
         network: the target network, whose task-specific parameters are initialised; it is not changed.
-        bank: the source models, aligned if the method wants it (`align_to_first`); None only for methods
-            without any.
-        granularity: of the logits where they are trained; None as the method has it.
-        mixing: of the logits where they are trained.
-        anchor: where they are trained and no others are given, they start at this, see `anchored_logits`.
-        initial_logits: where they are trained, see `MergedModel`.
-
-    Returns:
-        A `MergedModel` for a method that trains the logits, which is to be adapted and folded; otherwise a
-        plain network with the merged shared weights, of which `adapt="specific"` trains the rest first.
+        bank: the source models, aligned if the merge wants it (`align_to_first`); None only for `scratch`.
 
     Raises:
-        InputError: the method initialises nothing, needs more models than the bank has, or Fishers, or the
-            network does not fit the bank, or `mixing`, `anchor` or the logits are refused by `MergedModel`.
+        InputError: as for `check_bank`, or the network does not fit the bank.
     """
-    method = get_method(method) if isinstance(method, str) else method
-    if method.combine != "none":
-        raise InputError(
-            f"{method.name}: expected a method that initialises (got one that combines fine-tuned networks)"
-        )
-    if method.models and (bank is None or len(bank) < method.models):
-        raise InputError(
-            f"{method.name}: expected at least {method.models} source models (got {len(bank or ())})"
-        )
-    if method.needs_fisher and bank is not None and bank.fisher is None:
-        raise InputError(f"{method.name}: expected a bank with Fishers (got one without)")
-    if bank is None or method.shared is None:
-        return copy.deepcopy(network)
-    if method.learns_ratios:
-        if initial_logits is None and anchor != 0:
-            initial_logits = anchored_logits(anchor, len(bank), mixing)
-        return MergedModel(
-            network,
-            bank if method.needs_fisher else bank.without_fisher(),
-            granularity=granularity or method.granularity,
-            mixing=mixing,
-            initial_logits=initial_logits,
-            with_offset=method.weight_pull > 0,
-        )
-    return _with_shared(network, bank, method.shared)
-
-
-def _with_shared(network: nn.Module, bank: Bank, merge: Callable[[Bank], Tensor]) -> nn.Module:
-    """Return a copy of the network with the bank's parameters, and the buffers beside them, merged."""
+    merge = get_merge(merge) if isinstance(merge, str) else merge
+    check_bank(merge, bank)
     result = copy.deepcopy(network)
+    if bank is None or merge.weights is None:
+        return result
     parameters = named_parameters(result)
     check_compatible({"network": parameters}, layout=bank.layout)
     check_buffers(result, bank.buffers.shapes())
-    set_buffers(result, _merged_buffers(bank, merge))
+    set_buffers(result, _merged_buffers(bank, merge.weights))
     with torch.no_grad():
-        for name, tensor in bank.layout.split(merge(bank)).items():
+        for name, tensor in bank.layout.split(merge.weights(bank)).items():
             parameters[name].copy_(tensor)
     return result
 
 
+def check_bank(merge: Merge, bank: Bank | None, name: str | None = None) -> None:
+    """Refuse a bank that lacks what the merge needs; `name` is what the user calls it.
+
+    Raises:
+        InputError: the merge needs more models than the bank has, or Fishers.
+    """
+    name = name or merge.name
+    if merge.models and (bank is None or len(bank) < merge.models):
+        raise InputError(f"{name}: expected at least {merge.models} source models (got {len(bank or ())})")
+    if merge.needs_fisher and bank is not None and bank.fisher is None:
+        raise InputError(f"{name}: expected a bank with Fishers (got one without)")
+
+
 def _merged_buffers(bank: Bank, merge: Callable[[Bank], Tensor]) -> dict[str, Tensor]:
-    """Merge the buffers by the same method, with F = 1."""
+    """Merge the buffers in the same way, with F = 1."""
     values = bank.buffers.values
     if not values:
         return dict(bank.buffers.fixed)

@@ -13,7 +13,8 @@ from timm_ext.data.tasks import TASKS, Task, get_task
 from timm_ext.data.volume import read_labels, read_volume
 from timm_ext.documents import read_json, validated
 from timm_ext.errors import InputError, listed
-from timm_ext.merging import Method, get_method, unseen_modalities
+from timm_ext.merging import unseen_modalities
+from timm_ext.study.arms import Combination, Row, get_row
 from timm_ext.study.outcomes import (
     CASES,
     LABELS,
@@ -32,6 +33,7 @@ from timm_ext.study.records import Folder, Step, with_needs
 from timm_ext.study.settings import CommonSettings
 from timm_ext.study.summary import Array, Example, ForgettingRow, MethodResult, Ratios, Summary
 from timm_ext.training.settings import TrainSettings
+from timm_ext.transfer.arms import Arm
 from timm_ext.vocabulary.modalities import modality_key
 
 BASELINE = "scratch"
@@ -70,7 +72,7 @@ def summarise(plan: Plan, folder: Folder, title: str, facts: Mapping[str, str]) 
     settings = plan.settings
     task = get_task(settings.target_task)
     cases = folder.outcome(plan.cases["test"], Cases).cases
-    methods = [get_method(name) for name in settings.methods]
+    methods = [get_row(name) for name in settings.methods]
     results = tuple(method_result(plan, folder, method) for method in methods)
     learned = learned_ratios(plan, folder)
     return Summary(
@@ -109,7 +111,7 @@ def target_numbers(plan: Plan, folder: Folder) -> list[int]:
     return validated(list[int], read_json(path), path) if path.is_file() else []
 
 
-def method_result(plan: Plan, folder: Folder, method: Method) -> MethodResult:
+def method_result(plan: Plan, folder: Folder, method: Row) -> MethodResult:
     """Read the scores and curves of a method over the seeds of a plan.
 
     Raises:
@@ -134,13 +136,20 @@ def method_result(plan: Plan, folder: Folder, method: Method) -> MethodResult:
         key=method.name,
         title=method.title,
         steps=round(sum(steps) / len(steps)),
-        extra=method.extra_steps or method.combine != "none",
+        extra=costs_more(method),
         dice=np.array(dice, dtype=np.float64),
         curves=tuple(curves),
         seconds=sum(seconds) / len(seconds),
         hd95=np.array(hd95, dtype=np.float64) if all(hd95) else None,
         clocks=tuple(clocks),
     )
+
+
+def costs_more(row: Row) -> bool:
+    """Whether a row takes more steps than the others."""
+    if isinstance(row, Arm):
+        return row.adaptation is not None and row.adaptation.extra_steps
+    return isinstance(row, Combination)
 
 
 def _table(
@@ -179,7 +188,8 @@ def learned_ratios(plan: Plan, folder: Folder) -> dict[str, Ratios]:
     steps: dict[str, list[Step]] = {}
     seen: set[str] = set()
     for (name, _), step in plan.adaptations.items():
-        if get_method(name).adapt == "logits" and step.digest not in seen:
+        row = get_row(name)
+        if isinstance(row, Arm) and row.learns_ratios and step.digest not in seen:
             seen.add(step.digest)
             steps.setdefault(name, []).append(step)
     ratios = {}
@@ -205,7 +215,7 @@ def forgetting_rows(steps: Iterable[Step], folder: Folder) -> tuple[ForgettingRo
         for role, name in values["adapted"].items():
             scores.setdefault(name, []).append(dice[role])
     return tuple(
-        ForgettingRow(get_method(name).title, {task: tuple(one[task] for one in runs) for task in runs[0]})
+        ForgettingRow(get_row(name).title, {task: tuple(one[task] for one in runs) for task in runs[0]})
         for name, runs in scores.items()
     )
 

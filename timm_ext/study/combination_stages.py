@@ -9,8 +9,9 @@ from torch import nn
 from timm_ext.data.dataset import CaseDataset
 from timm_ext.documents import read_json, validated
 from timm_ext.files import write_json
-from timm_ext.merging import LogitEnsemble, get_method, uniform_soup
+from timm_ext.merging import LogitEnsemble, uniform_soup
 from timm_ext.networks.io import load_network
+from timm_ext.study.arms import Combination, get_row
 from timm_ext.study.outcomes import NETWORK, TIMES, Times, Training
 from timm_ext.study.records import RECORD, read_record
 from timm_ext.study.stages import (
@@ -41,8 +42,10 @@ def combine_and_test(settings: Settings, inputs: Inputs, context: Context) -> di
     loaded = [load_network(member / NETWORK) for member in members]
     networks = [network for network, _ in loaded]
     parents = [str(checkpoint.sha256) for _, checkpoint in loaded]
+    row = get_row(settings["method"])
+    assert isinstance(row, Combination)
     combined: nn.Module
-    if get_method(settings["method"]).combine == "weights":
+    if row.mean_of == "weights":
         combined = uniform_soup(networks)
         save_result(context.folder / NETWORK, combined, task, settings, parents)
     else:

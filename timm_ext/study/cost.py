@@ -14,7 +14,7 @@ from timm_ext.study.records import Folder, Step
 from timm_ext.study.settings import CommonSettings
 from timm_ext.study.stages import channels_last
 from timm_ext.training.device import keep_freed_memory
-from timm_ext.transfer.sources import new_network
+from timm_ext.transfer.start import new_network
 
 _EDGE = 48
 _TYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}

@@ -11,7 +11,6 @@ from rich.console import Console
 from timm_ext.documents import read_yaml, validated
 from timm_ext.errors import InputError
 from timm_ext.files import atomic_write, real_path
-from timm_ext.merging.methods import get_method
 from timm_ext.study.collect import environment, summarise
 from timm_ext.study.outcomes import FISHER, INITIAL, NETWORK
 from timm_ext.study.plan import Plan
@@ -122,7 +121,7 @@ def publish_checkpoints(plan: Plan, folder: Folder) -> Path:
     for name in plan.settings.methods:
         run = folder.run_path(plan.runs[name, seed])
         adaptation = plan.adaptations.get((name, seed))
-        if get_method(name).combine != "logits":  # an ensemble is no network
+        if (run / NETWORK).exists():  # an ensemble is no network
             files[name] = run / NETWORK
         initial = (run if adaptation is None else folder.run_path(adaptation)) / INITIAL
         if initial.exists():

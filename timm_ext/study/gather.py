@@ -10,7 +10,7 @@ import numpy as np
 from timm_ext.data.formats.cases import read_cases
 from timm_ext.data.tasks import get_task
 from timm_ext.data.volume import read_labels
-from timm_ext.merging.methods import get_method
+from timm_ext.study.arms import Combination, get_row
 from timm_ext.study.collect import (
     examples,
     forgetting_rows,
@@ -185,7 +185,7 @@ def gather(study: Study, folder: Folder, facts: Mapping[str, str]) -> StudySumma
     plans = list(study.plans.values())
     first = plans[0]
     cells = tuple(_cell(study, folder, count) for count in study.train_cases)
-    opening = tuple(method_result(first, folder, get_method(name)) for name in settings.methods)
+    opening = tuple(method_result(first, folder, get_row(name)) for name in settings.methods)
     return StudySummary(
         title=settings.title,
         facts=(*facts.items(), *_facts(study, folder)),
@@ -207,7 +207,7 @@ def gather(study: Study, folder: Folder, facts: Mapping[str, str]) -> StudySumma
 def _cell(study: Study, folder: Folder, count: int) -> Cell:
     plans = [plan for (number, _), plan in study.plans.items() if number == count]
     per_plan = [
-        [method_result(plan, folder, get_method(name)) for name in study.settings.methods] for plan in plans
+        [method_result(plan, folder, get_row(name)) for name in study.settings.methods] for plan in plans
     ]
     learned = [learned_ratios(plan, folder) for plan in plans]
     steps = [step for plan in plans for step in plan.forgetting if step.settings["adapted"]]
@@ -254,14 +254,14 @@ def _stages(study: Study, folder: Folder) -> tuple[StageRow, ...]:
     for number, step in enumerate(first.models, 1):
         if step.digest in needed:
             groups[f"M{number}: {settings.source_tasks[number - 1]}", None] = {step.digest: step}
-    joint = {f"Source of {get_method(name).title}": step for name, step in first.joint.items()}
+    joint = {f"Source of {get_row(name).title}": step for name, step in first.joint.items()}
     groups |= {(title, None): {step.digest: step} for title, step in joint.items()}
     cases = {title: settings.source_cases * len(settings.source_tasks) for title in joint}
     for kind, title in (("adaptations", "Adaptation"), ("runs", "Fine-tuning")):
         for (count, _), plan in study.plans.items():
             for (name, _), step in getattr(plan, kind).items():
-                key = f"{title}, {get_method(name).title}", count
-                if step.digest not in seen and get_method(name).combine == "none":
+                key = f"{title}, {get_row(name).title}", count
+                if step.digest not in seen and not isinstance(get_row(name), Combination):
                     groups.setdefault(key, {})[step.digest] = step
                     seen.add(step.digest)
     return tuple(

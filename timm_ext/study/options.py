@@ -5,10 +5,12 @@ from dataclasses import fields
 from typing import Any
 
 from timm_ext.errors import InputError
-from timm_ext.merging.methods import Method, get_method
+from timm_ext.study.arms import Row, get_row
 from timm_ext.study.parts import check_fields
 from timm_ext.study.settings import CommonSettings
-from timm_ext.training.settings import TIES, AdaptSettings
+from timm_ext.training.settings import TIES
+from timm_ext.transfer.adapt import AdaptSettings
+from timm_ext.transfer.arms import Arm
 
 _ADAPT = {field.name for field in fields(AdaptSettings)}
 _MERGE = {"granularity", "mixing", "anchor", "normalize", "unseen"}
@@ -35,45 +37,36 @@ def check_options(settings: CommonSettings) -> None:
             )
     for name, values in (settings.method_adapt or {}).items():
         check_fields(f"method_adapt: {name}", values, _ADAPT)
-        if not _learns(get_method(name)):
+        if not (isinstance(row := get_row(name), Arm) and row.learns):
             raise InputError(f"method_adapt: expected methods that learn before fine-tuning (got {name})")
     for name, values in (settings.method_merge or {}).items():
         check_fields(f"method_merge: {name}", values, _MERGE)
-        if not get_method(name).learns_ratios:
+        if not (isinstance(row := get_row(name), Arm) and row.learns_ratios):
             raise InputError(f"method_merge: expected methods that learn ratios (got {name})")
 
 
-def adapt_options(settings: CommonSettings, method: Method) -> dict[str, Any]:
-    """Return how a method learns its ratios: the rate of the logits, and of the rest what is not off.
+def adapt_options(settings: CommonSettings, arm: Arm) -> dict[str, Any]:
+    """Return how an arm learns its ratios: the rate of the logits, and of the rest what is not off.
 
     Options that are off are left out, so that steps of studies without them stay as they are.
 
     Raises:
-        InputError: an option is out of range or does not concern the method.
+        InputError: an option is out of range or does not concern the arm.
     """
-    single = (settings.method_adapt or {}).get(method.name, {})
+    single = (settings.method_adapt or {}).get(arm.name, {})
     general = {
         name: value
         for name, value in (settings.adapt or {}).items()
-        if name != "weight_pull" or method.weight_pull
+        if name != "weight_pull" or arm.tuning.weight_pull
     }
-    values = AdaptSettings(**{"logit_lr": settings.logit_lr, **general, **single}).of(method).to_dict()
+    values = AdaptSettings(**{"logit_lr": settings.logit_lr, **general, **single}).of(arm).to_dict()
     rate = values.pop("logit_lr")
     return {"logit_lr": rate, **({"adapt": values} if values else {})}
 
 
-def merge_options(settings: CommonSettings, method: Method) -> dict[str, Any]:
-    """Return the fields of a method's `Recipe` that the plan sets."""
-    return dict((settings.method_merge or {}).get(method.name, {}))
-
-
-def _learns(method: Method) -> bool:
-    return method.adapt != "none" or method.learns_ratios
-
-
-def ties_of(method: Method) -> dict[str, float]:
-    """Return what a method ties in fine-tuning."""
-    return {name: value for name in TIES if (value := getattr(method, name))}
+def merge_options(settings: CommonSettings, row: Row) -> dict[str, Any]:
+    """Return the fields of a row's `Recipe` that the plan sets."""
+    return dict((settings.method_merge or {}).get(row.name, {}))
 
 
 def without_ties(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,13 +7,15 @@ from typing import Any
 
 from timm_ext.data.tasks import get_task, joint_task, task_to_dict
 from timm_ext.errors import InputError
-from timm_ext.merging.methods import Method, get_method, transfer
-from timm_ext.study.options import adapt_options, check_options, merge_options, ties_of, without_ties
+from timm_ext.merging.merge import transfer
+from timm_ext.study.arms import Combination, JointTransfer, Row, get_row
+from timm_ext.study.options import adapt_options, check_options, merge_options, without_ties
 from timm_ext.study.parts import STAGES, case_steps, check_fields, prepare_settings
 from timm_ext.study.records import Step
 from timm_ext.study.settings import PlanSettings, to_json
 from timm_ext.training.settings import TIES, TrainSettings
-from timm_ext.transfer.sources import Recipe
+from timm_ext.transfer.arms import Arm
+from timm_ext.transfer.start import Recipe
 
 # Seconds per training step and voxel of a pair of volumes on one core, for the time left only.
 _SECONDS_PER_STEP = 0.2
@@ -73,7 +75,7 @@ def make_plan(settings: PlanSettings, step_seconds: float | None = None) -> Plan
 class _Planner:
     def __init__(self, settings: PlanSettings, step_seconds: float | None) -> None:
         self.settings = settings
-        self.methods = [_method(name, len(settings.source_tasks)) for name in settings.methods]
+        self.rows = [_row(name, len(settings.source_tasks)) for name in settings.methods]
         check_options(settings)
         self.common: dict[str, Any] = {"prepare": to_json(prepare_settings(settings))}
         self.network = {"name": settings.network, "options": dict(settings.options)}
@@ -90,24 +92,20 @@ class _Planner:
         fishers = [self._fisher(number, cases, model) for number, model in enumerate(models, 1)]
         sources = {f"model-{n}": step for n, step in enumerate(models, 1)}
         sources |= {f"fisher-{n}": step for n, step in enumerate(fishers, 1)}
-        joint = {m.name: self._joint(m, cases) for m in self.methods if m.joint != "none"}
+        joint = {r.name: self._joint(r, cases) for r in self.rows if isinstance(r, JointTransfer)}
         adaptations: dict[tuple[str, int], Step] = {}
         runs: dict[tuple[str, int], Step] = {}
         for seed in settings.seeds:
-            for method in self.methods:
-                if method.combine != "none":
-                    runs[method.name, seed] = self._combination(method, seed, cases, sources)
-                    continue
-                if method.adapt != "none":
-                    adaptations[method.name, seed] = self._adaptation(
-                        self._twin(method), seed, cases, sources
-                    )
-                started = adaptations.get((method.name, seed))
-                models_of = sources
-                if method.name in joint:
-                    chain = [*models[: method.models - 1], joint[method.name]]
-                    models_of = {f"model-{n}": step for n, step in enumerate(chain, 1)}
-                runs[method.name, seed] = self._run(method, seed, cases, models_of, started)
+            for row in self.rows:
+                key = row.name, seed
+                if isinstance(row, Combination):
+                    runs[key] = self._combination(row, seed, cases, sources)
+                elif isinstance(row, JointTransfer):
+                    runs[key] = self._run(row.arm, seed, cases, {"model-1": joint[row.name]}, None)
+                else:
+                    if row.adaptation is not None:
+                        adaptations[key] = self._adaptation(self._twin(row), seed, cases, sources)
+                    runs[key] = self._run(row, seed, cases, sources, adaptations.get(key))
         forgetting = self._forgetting(cases, sources, adaptations)
         return Plan(
             settings, subjects, cases, tuple(models), tuple(fishers), adaptations, runs, forgetting, joint
@@ -164,18 +162,15 @@ class _Planner:
         cost = self._training_cost(settings.source_steps, settings.source_cases, settings.source_test)
         return Step(f"train-M{number}", f"{STAGES}:train_source", values, needs, cost)
 
-    def _joint(self, method: Method, cases: Mapping[str, Step]) -> Step:
+    def _joint(self, row: JointTransfer, cases: Mapping[str, Step]) -> Step:
         """Train on the cases of all source tasks, for as many steps as their networks take together."""
         settings = self.settings
         tasks = [get_task(name) for name in settings.source_tasks]
-        count, own = len(tasks), method.joint == "cases"
+        count = len(tasks)
         # Made for a single task, too: it refuses label files that do not say the regions of all tasks.
         task = joint_task(tasks)
-        task = tasks[method.models - 1] if own else task
-        seed, steps = (
-            settings.source_seed + (method.models if own else count + 1),
-            count * settings.source_steps,
-        )
+        task = task if row.number is None else tasks[row.number - 1]
+        seed, steps = settings.source_seed + (row.number or count + 1), count * settings.source_steps
         values = {
             **self.common,
             "task": task_to_dict(task),
@@ -195,7 +190,7 @@ class _Planner:
             needs[f"train-{number}"] = cases[f"source-{number}"]
             needs[f"test-{number}"] = cases[f"source-{number}-test"]
         cost = self._training_cost(steps, count * settings.source_cases, count * settings.source_test)
-        name = f"train-M{method.models}-all" if own else "train-joint"
+        name = "train-joint" if row.number is None else f"train-M{row.number}-all"
         return Step(name, f"{STAGES}:train_source", values, needs, cost)
 
     def _fisher(self, number: int, cases: Mapping[str, Step], model: Step) -> Step:
@@ -210,26 +205,26 @@ class _Planner:
         cost = settings.source_cases * self.step_cost
         return Step(f"fisher-M{number}", f"{STAGES}:source_fisher", values, needs, cost)
 
-    def _twin(self, method: Method) -> Method:
-        """Return the first method whose adaptation is the same, so that it is made once."""
-        return next(other for other in self.methods if self._adapting(other) == self._adapting(method))
+    def _twin(self, arm: Arm) -> Arm:
+        """Return the first arm whose adaptation is the same, so that it is made once."""
+        arms = (row for row in self.rows if isinstance(row, Arm) and row.adaptation is not None)
+        return next(other for other in arms if self._adapting(other) == self._adapting(arm))
 
-    def _adapting(self, method: Method) -> tuple[Method, dict[str, Any], dict[str, Any]]:
-        """Return all that an adaptation depends on, with the method stripped of the rest."""
-        bare = replace(
-            method, name="", title="", paper="", extra_steps=False, l2_transfer=0.0, drop_transfer=0.0
-        )
-        return bare, adapt_options(self.settings, method), merge_options(self.settings, method)
+    def _adapting(self, arm: Arm) -> tuple[Any, ...]:
+        """Return all that an adaptation depends on."""
+        assert arm.adaptation is not None
+        bare = replace(arm.adaptation, extra_steps=False)
+        return arm.merge, bare, adapt_options(self.settings, arm), merge_options(self.settings, arm)
 
     def _adaptation(
-        self, method: Method, seed: int, cases: Mapping[str, Step], sources: Mapping[str, Step]
+        self, arm: Arm, seed: int, cases: Mapping[str, Step], sources: Mapping[str, Step]
     ) -> Step:
         settings = self.settings
         values = {
             **self.common,
             "task": settings.target_task,
-            "method": method.name,
-            "recipe": to_json(Recipe(seed=seed, **merge_options(settings, method))),
+            "method": arm.name,
+            "recipe": to_json(Recipe(seed=seed, **merge_options(settings, arm))),
             "train": self._train(
                 "adapt_train",
                 settings.adapt_steps,
@@ -238,80 +233,75 @@ class _Planner:
                 settings.adapt_train,
                 schedule="constant",
             ),
-            **adapt_options(settings, method),
+            **adapt_options(settings, arm),
         }
         needs = {**sources, "train": cases["train"], "val": cases["val"]}
         cost = self._training_cost(settings.adapt_steps, settings.train_cases, settings.val_cases)
-        name = f"adapt-{method.name}-seed{seed}{settings.suffix}"
+        name = f"adapt-{arm.name}-seed{seed}{settings.suffix}"
         return Step(name, f"{STAGES}:adapt_start", values, needs, cost)
 
     def _run(
         self,
-        method: Method,
+        arm: Arm,
         seed: int,
         cases: Mapping[str, Step],
         sources: Mapping[str, Step],
         adaptation: Step | None,
     ) -> Step:
         settings = self.settings
-        steps = fine_tuning_steps(settings, method)
+        steps = fine_tuning_steps(settings, arm)
         values = {
             **self.common,
             "task": settings.target_task,
-            "method": method.name,
+            "method": arm.name,
             "network": self.network,
-            "recipe": to_json(Recipe(seed=seed, **merge_options(settings, method))),
+            "recipe": to_json(Recipe(seed=seed, **merge_options(settings, arm))),
             # At a constant rate the last step's Dice varies more than the methods differ.
             "train": self._train(
-                "train", steps, settings.lr, seed, self._given(method), schedule="constant", keep="best"
+                "train", steps, settings.lr, seed, self._given(arm), schedule="constant", keep="best"
             ),
-            **(adapt_options(settings, method) if method.weight_pull else {}),
+            **(adapt_options(settings, arm) if arm.tuning.weight_pull else {}),
         }
         needs = {part: cases[part] for part in ("train", "val", "test")}
         if adaptation is not None:
             needs["start"] = adaptation
-        elif method.models:
+        elif arm.merge.models:
             needs |= {
-                role: s for role, s in sources.items() if method.needs_fisher or role.startswith("model-")
+                role: s for role, s in sources.items() if arm.merge.needs_fisher or role.startswith("model-")
             }
         cost = self._training_cost(steps, settings.train_cases, settings.val_cases)
         cost += settings.test_cases / 2 * self.step_cost
-        name = f"run-{method.name}-seed{seed}{settings.suffix}"
+        name = f"run-{arm.name}-seed{seed}{settings.suffix}"
         return Step(name, f"{STAGES}:tune_and_test", values, needs, cost)
 
     def _combination(
-        self, method: Method, seed: int, cases: Mapping[str, Step], sources: Mapping[str, Step]
+        self, row: Combination, seed: int, cases: Mapping[str, Step], sources: Mapping[str, Step]
     ) -> Step:
         """Combine the runs by plain transfer, which are rows themselves if the plan names them."""
         settings = self.settings
         count = len(settings.source_tasks)
-        members = [self._run(transfer(n), seed, cases, sources, None) for n in range(1, count + 1)]
+        members = [self._run(Arm.of(transfer(n)), seed, cases, sources, None) for n in range(1, count + 1)]
         values = {
             **self.common,
             "task": settings.target_task,
-            "method": method.name,
+            "method": row.name,
             "train": members[0].settings["train"],
         }
         needs = {f"member-{number}": member for number, member in enumerate(members, 1)}
         needs |= {part: cases[part] for part in ("val", "test")}
-        passes = count if method.combine == "logits" else 1
+        passes = count if row.mean_of == "logits" else 1
         cost = _SECONDS_TO_START + passes * (settings.test_cases + settings.val_cases) / 2 * self.step_cost
-        name = f"run-{method.name}-seed{seed}{settings.suffix}"
+        name = f"run-{row.name}-seed{seed}{settings.suffix}"
         return Step(name, COMBINE, values, needs, cost)
 
-    def _given(self, method: Method) -> dict[str, Any]:
-        """Return what user and method say of fine-tuning.
+    def _given(self, arm: Arm) -> dict[str, Any]:
+        """Return what user and arm say of fine-tuning.
 
         Without a source there is nothing to tie to, and a pull to the merge takes the place of ties.
         """
-        single = (self.settings.method_train or {}).get(method.name, {})
-        given = {**self.settings.train, **ties_of(method), **single}
-        return given if method.models and not method.weight_pull else without_ties(given)
-
-    def _is_fixed(self, method: Method) -> bool:
-        """Whether a method merges the source networks without data, into what no other one starts from."""
-        own = method.joint != "none" or method.weight_pull or ties_of(method)
-        return bool(method.models) and method.adapt == method.combine == "none" and not own
+        single = (self.settings.method_train or {}).get(arm.name, {})
+        given = {**self.settings.train, **arm.tuning.ties(), **single}
+        return given if arm.merge.models and not arm.tuning.weight_pull else without_ties(given)
 
     def _forgetting(
         self,
@@ -319,16 +309,17 @@ class _Planner:
         sources: Mapping[str, Step],
         adaptations: Mapping[tuple[str, int], Step],
     ) -> tuple[Step, ...]:
-        """Score fixed and learned merges; in a study the fixed ones once for all sets of training cases.
+        """Score pure and learned merges; in a study the fixed ones once for all sets of training cases.
 
-        Methods that differ in fine-tuning alone start as another one does.
+        Arms that differ in fine-tuning alone start as another one does.
         """
+        arms = {row.name: row for row in self.rows if isinstance(row, Arm)}
         learned = {
             f"{name}-seed{seed}": (name, step)
             for (name, seed), step in adaptations.items()
-            if get_method(name).adapt == "logits" and self._twin(get_method(name)).name == name
+            if (arm := arms[name]).learns_ratios and self._twin(arm) is arm
         }
-        fixed = [m.name for m in self.methods if self._is_fixed(m)]
+        fixed = [arm.name for arm in arms.values() if arm.merge.models and arm == Arm.of(arm.merge)]
         suffix = self.settings.suffix
         shares = {suffix: ([], learned), "": (fixed, {})} if suffix else {"": (fixed, learned)}
         tests = {
@@ -351,20 +342,21 @@ class _Planner:
         return tuple(steps)
 
 
-def fine_tuning_steps(settings: PlanSettings, method: Method) -> int:
+def fine_tuning_steps(settings: PlanSettings, arm: Arm) -> int:
     """Return the steps of fine-tuning: the adaptation takes its steps out of the same number, unless extra.
 
     Raises:
         InputError: the adaptation leaves no step.
     """
-    taken = settings.adapt_steps if method.adapt != "none" and not method.extra_steps else 0
+    taken = settings.adapt_steps if arm.adaptation and not arm.adaptation.extra_steps else 0
     if taken >= settings.steps:
         raise InputError(f"plan: adapt_steps must be less than steps {settings.steps} (got {taken})")
     return settings.steps - taken
 
 
-def _method(name: str, sources: int) -> Method:
-    method = get_method(name)
-    if method.models > sources:
-        raise InputError(f"{name}: expected at least {method.models} source tasks (got {sources})")
-    return method
+def _row(name: str, sources: int) -> Row:
+    row = get_row(name)
+    least = row.merge.models if isinstance(row, Arm) else row.models
+    if least > sources:
+        raise InputError(f"{name}: expected at least {least} source tasks (got {sources})")
+    return row

@@ -20,11 +20,12 @@ from timm_ext.documents import read_json, validated
 from timm_ext.files import write_json
 from timm_ext.fisher import estimate_fisher, remove_partial
 from timm_ext.inference import labels_from_probabilities, predict_case, predict_probabilities
-from timm_ext.merging import MergedModel, Method, fit_to_target, get_method
+from timm_ext.merging import MergedModel, fit_to_target
 from timm_ext.metrics import Scores, dice_by_region, evaluate_pairs
 from timm_ext.networks.io import load_network, save_network
 from timm_ext.networks.registry import input_layers_of
 from timm_ext.parameters import named_parameters
+from timm_ext.study.arms import Combination, JointTransfer, get_row
 from timm_ext.study.outcomes import (
     CACHE,
     CASES,
@@ -43,19 +44,13 @@ from timm_ext.synthesis.tumour import TumourSettings
 from timm_ext.training.callbacks import Report
 from timm_ext.training.examples import Data
 from timm_ext.training.history import History
-from timm_ext.training.settings import AdaptSettings, TrainSettings
+from timm_ext.training.settings import TrainSettings
 from timm_ext.training.state import STATE_NAME
-from timm_ext.transfer.sources import (
-    Recipe,
-    Sources,
-    in_order,
-    load_sources,
-    network_of,
-    new_network,
-    split_by,
-    start_from,
-)
+from timm_ext.transfer.adapt import AdaptSettings
+from timm_ext.transfer.arms import Arm
+from timm_ext.transfer.sources import Sources, load_sources
 from timm_ext.transfer.stages import adapt, fine_tune, make_sets, train, tune_merged, warm_up
+from timm_ext.transfer.start import Recipe, in_order, network_of, new_network, split_by, start_from
 
 Settings = Mapping[str, Any]
 Inputs = Mapping[str, Path]
@@ -177,7 +172,7 @@ def tune_and_test(settings: Settings, inputs: Inputs, context: Context) -> dict[
     """
     task = settled_task(settings, inputs)
     network, parents = _initial_network(settings, inputs, context, task)
-    method = get_method(settings["method"])
+    arm = _arm(settings["method"])
     schedule = train_settings(settings)
     data, folder = _target_data(inputs, task, settings, schedule), context.folder / TRAINING
     watch = [Report(context.report)]
@@ -189,7 +184,7 @@ def tune_and_test(settings: Settings, inputs: Inputs, context: Context) -> dict[
         )
         history, facts = done.history, done.outcome()
     else:
-        shared = split_by(network, method, Recipe(**settings["recipe"])).shared if method.models else ()
+        shared = split_by(network, arm.merge, Recipe(**settings["recipe"])).shared if arm.merge.models else ()
         network, history = fine_tune(
             channels_last(network), data, schedule, folder, tied=shared, callbacks=watch, resume=True
         )
@@ -216,7 +211,7 @@ def forgetting(settings: Settings, inputs: Inputs, context: Context) -> dict[str
     for number, (role, method, adapted) in enumerate(wanted):
         table[role] = {
             task.name: _mean_dice(
-                _placed(_in_source(get_method(method), sources, index, recipe, adapted), settings),
+                _placed(_in_source(_arm(method), sources, index, recipe, adapted), settings),
                 prepared_cases(inputs[f"test-{index + 1}"], task, settings),
                 task,
             )
@@ -283,14 +278,21 @@ def _initial_network(
         return network, [str(checkpoint.sha256)]
     recipe = Recipe(**settings["recipe"])
     target = new_network(settings["network"]["name"], settings["network"]["options"], task, recipe.seed)
-    if not get_method(settings["method"]).models:
+    arm = _arm(settings["method"])
+    if not arm.merge.models:
         return target, []
     sources = _sources(inputs)
-    network = start_from(settings["method"], target, task, sources, recipe).model
+    network = start_from(arm, target, task, sources, recipe).model
     facts = {"method": settings["method"]}
     plain = network.fold() if isinstance(network, MergedModel) else network
     save_result(context.folder / INITIAL, plain, task, settings, sources.hashes, facts)
     return network, sources.hashes
+
+
+def _arm(name: str) -> Arm:
+    row = get_row(name)
+    assert not isinstance(row, Combination)
+    return row.arm if isinstance(row, JointTransfer) else row
 
 
 def channels_last(network: nn.Module) -> nn.Module:
@@ -335,22 +337,20 @@ def _one(scores: Scores, metric: str) -> dict[str, float | None]:
     return {region: score[metric] for region, score in scores.items()}
 
 
-def _in_source(
-    method: Method, sources: Sources, index: int, recipe: Recipe, adapted: Path | None
-) -> nn.Module:
+def _in_source(arm: Arm, sources: Sources, index: int, recipe: Recipe, adapted: Path | None) -> nn.Module:
     """Return source network `index` with its shared weights replaced by the merge.
 
     Args:
-        method: of the merge.
+        arm: of the merge.
         sources: the source networks.
         index: of the one.
         recipe: of the merge.
-        adapted: folder of the adaptation; None for methods without one.
+        adapted: folder of the adaptation; None for arms without one.
     """
-    sources = in_order(sources, method, recipe)
+    sources = in_order(sources, arm.merge, recipe)
     network, task = sources.networks[index], sources.tasks[index]
     if adapted is None:
-        return start_from(method, network, task, sources, recipe).model
+        return start_from(arm, network, task, sources, recipe).model
     merged, checkpoint = load_network(adapted / INITIAL)
     tensors, _ = fit_to_target(
         named_parameters(merged),
@@ -363,7 +363,7 @@ def _in_source(
     result = copy.deepcopy(network)
     parameters = named_parameters(result)
     with torch.no_grad():
-        for name in split_by(network, method, recipe).shared:
+        for name in split_by(network, arm.merge, recipe).shared:
             parameters[name].copy_(tensors[name])
     return result
 

@@ -8,7 +8,7 @@ from typing import Any
 from timm_ext.data.tasks import get_task
 from timm_ext.errors import InputError, listed
 from timm_ext.files import real_path
-from timm_ext.merging.methods import get_method
+from timm_ext.study.arms import get_row
 from timm_ext.study.parts import available_train_cases
 from timm_ext.study.plan import Plan, make_plan
 from timm_ext.study.records import Step, with_needs
@@ -132,8 +132,7 @@ class Study:
         ]
         together = settings.source_cases * len(settings.source_tasks)
         return sources + [
-            Source(f"Source of {get_method(name).title}", step, together)
-            for name, step in first.joint.items()
+            Source(f"Source of {get_row(name).title}", step, together) for name, step in first.joint.items()
         ]
 
     @property
@@ -191,7 +190,7 @@ def _check_lists(settings: StudySettings) -> None:
         if len(set(values)) < len(values):
             raise InputError(f"{name}: expected each once (got {_listed(values)})")
     for name in settings.methods:
-        get_method(name)
+        get_row(name)
     if strangers := [name for name in settings.references if name not in settings.methods]:
         raise InputError(f"references: expected some of {', '.join(settings.methods)} (got {strangers[0]!r})")
 

@@ -1,8 +1,8 @@
 """Settings of a training run."""
 
 import math
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from timm_ext.documents.bounds import (
     MOST_BATCH,
@@ -14,9 +14,6 @@ from timm_ext.documents.bounds import (
     check_whole,
 )
 from timm_ext.errors import InputError, listed
-
-if TYPE_CHECKING:
-    from timm_ext.merging import Method
 
 # What may change when a run is resumed: the machine, and what is only written.
 _FREE_ON_RESUME = {"accelerator", "devices", "workers", "save_every", "tensorboard"}
@@ -175,54 +172,3 @@ def check_facts(saved: dict[str, Any], now: dict[str, Any], where: object) -> No
         raise InputError(
             f"{where}: cannot be resumed with other settings: {listed(differing, separator='; ')}"
         )
-
-
-@dataclass(frozen=True)
-class AdaptSettings:
-    """How the mixing logits are learned; all else about it is in `TrainSettings`.
-
-    Attributes:
-        logit_lr: learning rate of the mixing logits.
-        specific_lr: of the task-specific layers, in a warm-up without logits, too; None is that of training.
-        logit_pull: λ, see `timm_ext.transfer.stages.adapt`; None is as the method has it, here and below.
-        warm_up: share of the largest number of steps in which, at the beginning, the logits do not move.
-        weight_pull: μ, see `timm_ext.transfer.stages.tune_merged`; for methods that learn the ratios there.
-    """
-
-    logit_lr: float = 0.1
-    specific_lr: float | None = None
-    logit_pull: float | None = None
-    warm_up: float | None = None
-    weight_pull: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("logit_lr", "specific_lr"):
-            if (value := getattr(self, name)) is not None:
-                check_number(f"adapt: {name}", value, 0, open_end=True)
-        for name in ("logit_pull", "weight_pull"):
-            if (value := getattr(self, name)) is not None:
-                check_number(f"adapt: {name}", value, 0)
-        if self.warm_up is not None and not 0 <= self.warm_up < 1:
-            raise InputError(f"adapt: warm_up must be at least 0 and less than 1 (got {self.warm_up})")
-
-    def of(self, method: "Method") -> "AdaptSettings":
-        """Return the settings with all that the method decides filled in.
-
-        Raises:
-            InputError: `weight_pull` for a method that learns no ratios during fine-tuning.
-        """
-        if self.weight_pull is not None and not method.weight_pull:
-            raise InputError(
-                f"adapt: expected weight_pull only for methods that learn the ratios in fine-tuning, such as "
-                f"t-imm-annealed (got {self.weight_pull:g} for {method.name})"
-            )
-        missing = {name: getattr(method, name) for name in _OF_METHOD if getattr(self, name) is None}
-        return replace(self, **missing)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return as JSON values the logits' rate, and of the rest what is not off."""
-        values = asdict(self)
-        return {name: value for name, value in values.items() if name == "logit_lr" or value}
-
-
-_OF_METHOD = ("logit_pull", "warm_up", "weight_pull")

@@ -1,4 +1,4 @@
-"""Source networks with their Fishers, and the target networks that start from them."""
+"""Source networks with their Fishers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,26 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from timm_ext.data.tasks import Task, task_from_dict
-from timm_ext.documents.bounds import check_number, check_seed
 from timm_ext.errors import InputError
 from timm_ext.files import stem_of
 from timm_ext.fisher import Fisher
-from timm_ext.groups import Granularity
-from timm_ext.merging import (
-    Bank,
-    Method,
-    Mixing,
-    Normalization,
-    align_to_first,
-    assemble_bank,
-    build_initialisation,
-    get_method,
-)
+from timm_ext.merging import Bank, Normalization, align_to_first, assemble_bank
 from timm_ext.networks.io import load_network
-from timm_ext.networks.registry import build_network, config_of, heads_of, input_layers_of
-from timm_ext.parameters import Split, split_parameters
-
-_MOST_ANCHOR = 100.0  # of logits: beyond it float32 leaves nothing of the other source
+from timm_ext.networks.registry import heads_of, input_layers_of
+from timm_ext.parameters import Split
 
 
 @dataclass(frozen=True)
@@ -118,51 +105,6 @@ class Sources:
         )
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How source networks become an initialisation.
-
-    Attributes:
-        granularity: of the mixing logits; None as the method has it.
-        mixing: how logits become ratios.
-        anchor: the logits start at this for the first source and at its negative for the others.
-        align: the channels of the sources are first brought into one order, whatever the method says.
-        normalize: how the Fishers are scaled before merging; None as the method has it.
-        transfer_norms: the norms are shared, too.
-        unseen: for a target modality that a source never saw, the one whose weights it starts from; without
-            a rule it starts from the target network's own.
-        seed: of the task-specific layers, and of everything for a network from scratch.
-    """
-
-    granularity: Granularity | None = None
-    mixing: Mixing = "sigmoid"
-    normalize: Normalization | None = None
-    transfer_norms: bool = False
-    unseen: Mapping[str, str] | None = None
-    seed: int = 0
-    anchor: float = 0.0
-    align: bool = False
-
-    def __post_init__(self) -> None:
-        check_seed("merge: seed", self.seed)
-        check_number("merge: anchor", self.anchor, -_MOST_ANCHOR, _MOST_ANCHOR)
-
-
-@dataclass(frozen=True)
-class Start:
-    """An initialised target network.
-
-    Attributes:
-        model: a `MergedModel` where the method learns its logits, else a plain network.
-        split: of the target network's parameters.
-        method: that made it.
-    """
-
-    model: nn.Module
-    split: Split
-    method: Method
-
-
 def load_sources(
     paths: Sequence[Path], fishers: Sequence[Path] = (), *, names: Sequence[str] | None = None
 ) -> Sources:
@@ -208,77 +150,6 @@ def _noted_preparation(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
     settings = metadata.get("settings")
     prepare = settings.get("prepare") if isinstance(settings, Mapping) else None
     return prepare if isinstance(prepare, Mapping) else {}
-
-
-def new_network(name: str, options: Mapping[str, Any], task: Task, seed: int) -> nn.Module:
-    """Build a network for a task, its weights a function of the seed."""
-    return build_network(
-        name, in_channels=len(task.modalities), out_channels=len(task.regions), seed=seed, **options
-    )
-
-
-def start_from(
-    method: Method | str,
-    target: nn.Module,
-    task: Task,
-    sources: Sources | None,
-    recipe: Recipe,
-    *,
-    initial_logits: Tensor | None = None,
-) -> Start:
-    """Initialise a target network by a method; its task-specific parameters stay as they are.
-
-    Args:
-        method: or its name.
-        target: freshly built for the task; it is not changed.
-        task: the target's.
-        sources: None for methods without any.
-        recipe: how they are merged.
-        initial_logits: where they are learned, see `MergedModel`.
-
-    Raises:
-        InputError: as for `assemble_bank` and `build_initialisation`.
-    """
-    method = get_method(method) if isinstance(method, str) else method
-    split = split_by(target, method, recipe)
-    if method.needs_fisher and sources is not None and sources.fishers is None:
-        sources.bank(target, task, split, unseen=recipe.unseen)  # networks that differ need no Fishers
-        raise InputError(
-            f"{method.name}: expected a Fisher for each source network, by --fisher FILE in their order (got "
-            "none); timm-ext fisher NETWORK CASES --out FILE estimates one"
-        )
-    bank = None
-    if sources is not None and method.models:
-        sources = in_order(sources, method, recipe)
-        normalize = recipe.normalize or method.normalize
-        bank = sources.bank(target, task, split, normalize=normalize, unseen=recipe.unseen)
-    model = build_initialisation(
-        method,
-        target,
-        bank,
-        granularity=recipe.granularity,
-        mixing=recipe.mixing,
-        anchor=recipe.anchor,
-        initial_logits=initial_logits,
-    )
-    return Start(model, split, method)
-
-
-def split_by(network: nn.Module, method: Method, recipe: Recipe) -> Split:
-    """Return which parameters of a network the method shares."""
-    transfer_norms = recipe.transfer_norms or method.transfer_norms
-    return split_parameters(network, heads=heads_of(network), transfer_norms=transfer_norms)
-
-
-def in_order(sources: Sources, method: Method, recipe: Recipe) -> Sources:
-    """Return the sources as the method merges them: aligned, or as they are."""
-    return sources.aligned() if method.aligned or recipe.align else sources
-
-
-def network_of(sources: Sources, task: Task, seed: int) -> nn.Module:
-    """Build a target network of the sources' architecture for a task."""
-    config = config_of(sources.networks[0])
-    return new_network(config["name"], config["options"], task, seed)
 
 
 def _distinct_names(paths: Sequence[Path]) -> list[str]:

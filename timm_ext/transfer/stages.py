@@ -21,15 +21,16 @@ from timm_ext.training.device import is_first_process
 from timm_ext.training.examples import Data
 from timm_ext.training.history import History
 from timm_ext.training.objective import Objective
-from timm_ext.training.settings import AdaptSettings, TrainSettings
+from timm_ext.training.settings import TrainSettings
 from timm_ext.training.trainer import Trainer
+from timm_ext.transfer.adapt import AdaptSettings
 
 RATIOS_NAME = "ratios.csv"
 _MOST_GROUPS = 100_000  # more than this are not averaged by layer: their names alone would take seconds
 
 
 @dataclass(frozen=True)
-class Adaptation:
+class Adapted:
     """What happened in an adaptation.
 
     Attributes:
@@ -114,7 +115,7 @@ def adapt(
     facts: Mapping[str, Any] | None = None,
     callbacks: Sequence[Callback] = (),
     resume: bool = False,
-) -> Adaptation:
+) -> Adapted:
     """Train the mixing logits and the task-specific parameters of a merged model in place, nothing else.
 
     It stops by the plateau of the validation loss or after a number of steps, as the settings say. The ratios
@@ -171,7 +172,7 @@ def tune_merged(
     facts: Mapping[str, Any] | None = None,
     callbacks: Sequence[Callback] = (),
     resume: bool = False,
-) -> tuple[nn.Module, Adaptation]:
+) -> tuple[nn.Module, Adapted]:
     """Fine-tune a merged model with an offset while its ratios are learned, then fold it.
 
     The shared weights are θ = θ*(α) + Δ. Logits, task-specific parameters and Δ are trained together on
@@ -298,7 +299,7 @@ def _learn(
     facts: Mapping[str, Any] | None,
     callbacks: Sequence[Callback],
     resume: bool,
-) -> Adaptation:
+) -> Adapted:
     """Train the logits, the task-specific parameters and further groups, and note the ratios."""
     total = settings.total_steps(len(data.train))
     start = round((options.warm_up or 0.0) * total)
@@ -322,7 +323,7 @@ def _learn(
         facts=all_facts,
         resume=resume,
     )
-    adaptation = Adaptation(
+    adaptation = Adapted(
         history=history,
         layers=layers,
         sources=merged.sources,
@@ -368,7 +369,7 @@ def _mean_by_layer(ratios: Tensor, layer_of_group: Tensor, layers: int) -> Tenso
     return sums / torch.bincount(layer_of_group, minlength=layers)[:, None]
 
 
-def _write_ratios(path: Path, adaptation: Adaptation) -> None:
+def _write_ratios(path: Path, adaptation: Adapted) -> None:
     rows = [
         (step, layer, *row)
         for step, ratios in zip(adaptation.steps, adaptation.ratios.tolist(), strict=True)

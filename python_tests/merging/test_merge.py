@@ -1,0 +1,201 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+from timm_ext.errors import InputError
+from timm_ext.merging.bank import Bank
+from timm_ext.merging.initialise import assemble_bank, build_initialisation
+from timm_ext.merging.merge import get_merge, merges
+from timm_ext.merging.merged_model import MergedModel
+from timm_ext.parameters import Layout, split_parameters
+
+
+class FisherStub:
+    def __init__(self, *values: list[float]):
+        self.tensors = {f"body.{n}": torch.tensor(v) for n, v in zip(("weight", "bias"), values, strict=True)}
+        self.zero, self.scaling = (), "sum"
+
+
+def weights(*values: list[float]) -> dict[str, Tensor]:
+    return {f"body.{n}": torch.tensor(v) for n, v in zip(("weight", "bias"), values, strict=True)}
+
+
+def network() -> nn.Module:
+    """One weight and one bias to share, whose values are 9, and a head."""
+    net = nn.Sequential()
+    net.add_module("body", nn.Linear(1, 1))
+    net.add_module("head", nn.Linear(1, 1))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.fill_(9)
+    return net
+
+
+def bank() -> Bank:
+    """M1 = (2, 10), M2 = (6, 30) with Fishers (3, 1) and (1, 1): computed by hand below."""
+    models = {"M1": weights([[2.0]], [10.0]), "M2": weights([[6.0]], [30.0])}
+    fishers = [FisherStub([[3.0]], [1.0]), FisherStub([[1.0]], [1.0])]
+    return Bank.build(models, fishers, Layout.from_tensors(models["M1"]))
+
+
+def values(model: nn.Module) -> list[float]:
+    return [p.item() for p in model.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("name", "shared"),
+    [
+        ("scratch", [9, 9]),
+        ("transfer-1", [2, 10]),
+        ("transfer-2", [6, 30]),
+        ("mean-imm", [(2 + 6) / 2, (10 + 30) / 2]),
+        ("mode-imm", [(3 * 2 + 1 * 6) / 4, (10 + 30) / 2]),
+    ],
+)
+def test_values_by_hand(name: str, shared: list[float]) -> None:
+    net = network()
+    made = build_initialisation(name, net, bank())
+    assert values(made) == [*shared, 9, 9]
+    assert values(net) == [9, 9, 9, 9]
+    assert all(p.requires_grad for p in made.parameters())
+
+
+def test_the_table() -> None:
+    table = merges(1, 2)
+    assert tuple(table) == (
+        "scratch",
+        "transfer-1",
+        "transfer-2",
+        "mean-imm",
+        "mode-imm",
+        "mode-imm-normalized",
+        "mean-aligned",
+        "mode-imm-aligned",
+    )
+    for name, merge in table.items():
+        assert get_merge(name) is merge
+        assert merge.name == name
+        assert merge.title
+        assert merge.paper
+        assert merge.needs_fisher == name.startswith("mode")
+        assert merge.aligned == name.endswith("-aligned")
+        assert (merge.normalize == "tensor") == name.endswith("-normalized")
+        assert merge.models == {"scratch": 0, "transfer-2": 2}.get(name, 1)
+        assert not merge.transfer_norms
+
+
+@pytest.mark.parametrize(
+    "name", ["t-imm", "transfer-0", "transfer-01", "transfer-x", "transfer-²", "transfer-11111111"]
+)
+def test_an_unknown_merge_lists_the_known_ones(name: str) -> None:
+    known = "scratch, transfer-1, transfer-2, mean-imm, mode-imm"
+    with pytest.raises(InputError, match=rf"method: expected one of {known}, .* \(got '{name}'\)"):
+        get_merge(name)
+
+
+def test_scratch_needs_no_bank() -> None:
+    assert values(build_initialisation("scratch", network(), None)) == [9, 9, 9, 9]
+
+
+def test_too_few_models_are_refused() -> None:
+    with pytest.raises(InputError, match=r"transfer-3: expected at least 3 source models \(got 2\)"):
+        build_initialisation("transfer-3", network(), bank())
+    with pytest.raises(InputError, match=r"mean-imm: expected at least 1 source models \(got 0\)"):
+        build_initialisation("mean-imm", network(), None)
+
+
+def test_missing_fishers_are_refused() -> None:
+    with pytest.raises(InputError, match=r"mode-imm: expected a bank with Fishers \(got one without\)"):
+        build_initialisation("mode-imm", network(), bank().without_fisher())
+    merge = get_merge("mode-imm")
+    assert merge.weights is not None
+    with pytest.raises(InputError, match="expected a bank with Fishers"):
+        merge.weights(bank().without_fisher())
+
+
+def test_network_that_does_not_fit_is_refused() -> None:
+    net = nn.Sequential()
+    net.add_module("body", nn.Linear(2, 1))
+    with pytest.raises(InputError, match=r"network: body.weight: expected \[1, 1\] \(got \[1, 2\]\)"):
+        build_initialisation("mean-imm", net, bank())
+
+
+class Segmenter(nn.Module):
+    def __init__(self, modalities: int, regions: int) -> None:
+        super().__init__()
+        self.enter = nn.Conv1d(modalities, 2, 1, bias=False)
+        self.norm = nn.InstanceNorm1d(2, affine=True)
+        self.head = nn.Conv1d(2, regions, 1)
+
+
+def test_transferred_norms_are_groups_of_their_own() -> None:
+    """Weight and bias of a norm share a row of logits, which is not that of the convolution before it."""
+    target = Segmenter(1, 1)
+    sources = {f"M{n}": Segmenter(1, 1).state_dict() for n in (1, 2)}
+    split = split_parameters(target, heads=["head."], transfer_norms=True)
+    made = Bank.build(sources, None, Layout.from_model(target, split.shared))
+    merged = MergedModel(target, made)
+    assert tuple(merged.group_names) == ("enter", "norm")
+    with torch.no_grad():
+        merged.logits.copy_(torch.tensor([[0.0, 0.0], [9.0, -99.0]]))
+    folded = merged.fold()
+    assert torch.equal(folded.norm.weight, sources["M1"]["norm.weight"])
+    assert not torch.equal(folded.enter.weight, sources["M1"]["enter.weight"])
+
+
+def test_bank_of_networks_with_other_tasks() -> None:
+    target = Segmenter(3, 3)
+    sources = {"M1": Segmenter(2, 5), "M2": Segmenter(2, 7)}
+    with torch.no_grad():
+        target.enter.weight[:, 1] = torch.tensor([[10.0], [20.0]])
+        sources["M1"].enter.weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]])[:, :, None])
+        sources["M2"].enter.weight.copy_(torch.tensor([[5.0, 6.0], [7.0, 8.0]])[:, :, None])
+    made = assemble_bank(
+        target,
+        {name: net.state_dict() for name, net in sources.items()},
+        None,
+        split=split_parameters(target, heads=["head."]),
+        source_modalities=[["T1", "T2"], ["T2", "T1"]],
+        target_modalities=["T1", "T1c", "T2"],
+        input_layers=["enter.weight"],
+    )
+    assert made.theta.tolist() == [[1, 10, 2, 3, 20, 4], [6, 10, 5, 8, 20, 7]]
+    assert made.fisher is None
+
+
+def test_bank_names_what_differs_beyond_the_task() -> None:
+    target, other = Segmenter(1, 1), Segmenter(1, 1)
+    other.extra = nn.Conv1d(1, 1, 1)
+    with pytest.raises(InputError, match=r"M2: extra.weight: expected none as in M1 \(got \[1, 1, 1\]\)"):
+        assemble_bank(
+            target,
+            {"M1": target.state_dict(), "M2": other.state_dict()},
+            None,
+            split=split_parameters(target, heads=["head."]),
+            source_modalities=[["T1"], ["T1"]],
+            target_modalities=["T1"],
+            input_layers=["enter.weight"],
+        )
+
+
+@pytest.mark.parametrize(
+    ("modalities", "fishers", "message"),
+    [
+        ([["T1"]], None, r"modalities: expected those of each of 2 models \(got 1 lists\)"),
+        ([["T1"], ["T1"]], [], r"bank: expected one Fisher for each of 2 models \(got 0\)"),
+    ],
+)
+def test_wrong_numbers_of_sources_are_refused(
+    modalities: list[list[str]], fishers: list | None, message: str
+) -> None:
+    target = Segmenter(1, 1)
+    with pytest.raises(InputError, match=message):
+        assemble_bank(
+            target,
+            {"M1": target.state_dict(), "M2": target.state_dict()},
+            fishers,
+            split=split_parameters(target, heads=["head."]),
+            source_modalities=modalities,
+            target_modalities=["T1"],
+            input_layers=["enter.weight"],
+        )

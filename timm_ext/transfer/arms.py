@@ -1,0 +1,211 @@
+"""Arms: the ways from source models to a fine-tuned network that are compared, each a row of one table."""
+
+from dataclasses import dataclass, field, replace
+
+from timm_ext.errors import InputError
+from timm_ext.merging.merge import (
+    AINSWORTH,
+    GEYER,
+    LEE,
+    MEAN,
+    MEAN_ALIGNED,
+    MODE,
+    MODE_ALIGNED,
+    MODE_NORMALIZED,
+    SCRATCH,
+    Merge,
+    look_up,
+    transfer,
+)
+from timm_ext.transfer.adapt import Adaptation
+from timm_ext.transfer.tune import FineTuning
+
+ALMAKKY = (
+    "Almakky et al., MedMerge: Merging Models for Effective Transfer Learning to Medical Imaging Tasks, "
+    "arXiv 2403.11646, 2024"
+)
+KUMAR = (
+    "Kumar et al., Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution, "
+    "ICLR 2022"
+)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A merge, what is trained before all of the network is, and how all of it is fine-tuned.
+
+    Attributes:
+        name: in commands and files.
+        title: in tables and figures.
+        paper: source, and the equation.
+        merge: of the source models; where ratios are learned, what they start from, equal ratios.
+        adaptation: None goes from the merge to fine-tuning.
+        tuning: of the whole network.
+    """
+
+    name: str
+    title: str
+    paper: str
+    merge: Merge
+    adaptation: Adaptation | None = None
+    tuning: FineTuning = field(default_factory=FineTuning)
+
+    @classmethod
+    def of(cls, merge: Merge) -> "Arm":
+        """Return the arm of a merge that is fine-tuned at once, under the merge's name."""
+        return cls(merge.name, merge.title, merge.paper, merge)
+
+    @property
+    def learns(self) -> bool:
+        """Whether data make the initialisation: an adaptation, or ratios that fine-tuning learns."""
+        return self.adaptation is not None or self.tuning.weight_pull > 0
+
+    @property
+    def learns_ratios(self) -> bool:
+        """Whether the merge is a function of logits that are trained, before fine-tuning or during it."""
+        return self.tuning.weight_pull > 0 or (self.adaptation is not None and self.adaptation.ratios)
+
+
+WARM_UP = Adaptation(ratios=False)
+RATIOS = Adaptation()
+RATIOS_BY_KERNEL = Adaptation(granularity="kernel")
+
+ARMS: tuple[Arm, ...] = (
+    Arm.of(MEAN),
+    Arm.of(MODE),
+    Arm.of(MODE_NORMALIZED),
+    Arm(
+        "mean-imm-probe",
+        "Mean-IMM, linear probe first",
+        f"{LEE}: θ* = Σ θ_t / T; first the task-specific layers alone are trained, as in {KUMAR}",
+        MEAN,
+        WARM_UP,
+    ),
+    Arm(
+        "imm-warmup",
+        "Mode-IMM + warm-up",
+        f"{LEE}, with the warm-up that T-IMM also has",
+        MODE,
+        WARM_UP,
+    ),
+    Arm("t-imm", "T-IMM", f"{GEYER}: θ* = Σ α_t F_t θ_t / Σ α_t F_t", MODE, RATIOS),
+    Arm(
+        "t-imm-extra",
+        "T-IMM, adaptation extra",
+        f"{GEYER}: as t-imm, with the adaptation beside the budget of fine-tuning",
+        MODE,
+        Adaptation(extra_steps=True),
+    ),
+    Arm(
+        "t-imm-norms",
+        "T-IMM, norms transferred",
+        f"{GEYER}: as t-imm, with the norms merged, too",
+        replace(MODE, transfer_norms=True),
+        RATIOS,
+    ),
+    Arm(
+        "t-imm-filter",
+        "T-IMM per filter",
+        f"{GEYER}, with ratios α_t for each output channel",
+        MODE,
+        Adaptation(granularity="filter"),
+    ),
+    Arm(
+        "t-imm-kernel",
+        "T-IMM per kernel",
+        f"{GEYER}, with ratios α_t for each convolution kernel, as in {ALMAKKY}",
+        MODE,
+        RATIOS_BY_KERNEL,
+    ),
+    Arm(
+        "t-imm-normalized",
+        "T-IMM, Fishers normalised",
+        f"{GEYER}: as t-imm, each tensor's F_t divided by its sum, as the authors' code does",
+        MODE_NORMALIZED,
+        RATIOS,
+    ),
+    Arm(
+        "t-imm-annealed",
+        "T-IMM, ratios learned in fine-tuning",
+        f"{GEYER}: θ = θ*(α) + Δ, all trained together, with μ(t) ‖Δ‖² in the loss, which falls to 0",
+        MODE,
+        tuning=FineTuning(weight_pull=1e-2),
+    ),
+    Arm(
+        "medmerge",
+        "MedMerge",
+        f"{ALMAKKY}: θ* = Σ α_t θ_t with learned α_t for each convolution kernel",
+        MEAN,
+        RATIOS_BY_KERNEL,
+    ),
+    Arm.of(MEAN_ALIGNED),
+    Arm.of(MODE_ALIGNED),
+    Arm(
+        "medmerge-aligned",
+        "MedMerge, aligned",
+        f"{ALMAKKY}: as medmerge, aligned as in {AINSWORTH}",
+        MEAN_ALIGNED,
+        RATIOS_BY_KERNEL,
+    ),
+)
+"""All arms but that from scratch and those of `transfers`."""
+
+
+def transfers(number: int) -> tuple[Arm, ...]:
+    """Return the arms that start from source model `number` alone, counted from 1."""
+    one = transfer(number)
+    return (
+        Arm.of(one),
+        Arm(
+            f"{one.name}-probe",
+            f"{one.title}, linear probe first",
+            f"{KUMAR}: one source model, of which first the task-specific layers alone are trained",
+            one,
+            WARM_UP,
+        ),
+        Arm(
+            f"{one.name}-l2",
+            f"{one.title}, L2-transfer",
+            f"{LEE}: one source model, fine-tuned with λ ‖θ − θ_start‖² in the loss",
+            one,
+            tuning=FineTuning(l2_transfer=1e-2),
+        ),
+        Arm(
+            f"{one.name}-drop",
+            f"{one.title}, drop-transfer",
+            f"{LEE}: one source model, fine-tuned with output channels put back to θ_start at random",
+            one,
+            tuning=FineTuning(drop_transfer=0.5),
+        ),
+    )
+
+
+def arms(*numbers: int) -> dict[str, Arm]:
+    """Return the arms by name, with the transfers from the source models of these numbers, by kind."""
+    kinds = zip(*map(transfers, numbers), strict=True)
+    rows = (Arm.of(SCRATCH), *(arm for kind in kinds for arm in kind), *ARMS)
+    return {arm.name: arm for arm in rows}
+
+
+def beyond(*numbers: int) -> dict[str, str]:
+    """Return what only a study makes (`timm_ext.study.arms`), by name, and what comes near it by hand."""
+    joint = "starts from a network trained on all source cases; give it to transfer-1"
+    combined = "combines fine-tuned networks; give them to merge --ratios"
+    names = {f"{transfer(number).name}-all": joint for number in numbers}
+    return {**names, "soup": combined, "ensemble": combined, "transfer-joint": joint}
+
+
+def get_arm(name: str) -> Arm:
+    """Look an arm up by name.
+
+    Raises:
+        InputError: there is no such arm, or only a study has it; the known ones are listed, or what to do.
+    """
+    row = look_up(name, _known)
+    if isinstance(row, str):
+        raise InputError(f"method: {name} {row}")
+    return row
+
+
+def _known(*numbers: int) -> dict[str, Arm | str]:
+    return {**arms(*numbers), **beyond(*numbers)}
