@@ -40,7 +40,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "region_names": ("vocabulary.regions",),
     "signals": ("system.signals",),
     "state_dicts": ("storage.state_dicts",),
-    "study.sources": ("transfer.sources",),
+    "study.sources": ("transfer.start", "transfer.sources"),
     "terminal": ("system.terminal",),
     "torch_files": ("storage.torch_files",),
     "training.losses": ("training.objective",),
