@@ -8,7 +8,7 @@ class FineTuning:
     """How the whole network is trained.
 
     Attributes:
-        l2_transfer: λ of L2-transfer, see `timm_ext.training.transfer.Tie`.
+        l2_transfer: λ of L2-transfer, see `timm_ext.training.ties.Tie`.
         drop_transfer: p of drop-transfer, see there.
         weight_pull: μ of a pull of the weights to the merge, whose ratios are then learned during
             fine-tuning, see `timm_ext.transfer.stages.tune_merged`; 0 learns them before it or not at all.
