@@ -24,8 +24,8 @@ from torch.nn import functional
 from benchmarks.conv_square import Layer, layers
 from benchmarks.machine import environment, median_ratio, milliseconds
 from timm_ext.files import write_json
-from timm_ext.fisher.convolution import Geometry, doubled_gradient, forward_way, gradient_way
-from timm_ext.ops.upsampled_conv3d import doubled_conv3d, neighbour_sums3d
+from timm_ext.fisher.convolution import Geometry, forward_way, gradient_way, upsampled_gradient
+from timm_ext.ops.upsampled_conv3d import neighbour_sums3d, upsampled_conv3d
 
 ERROR_BOUND = 1e-5  # of the largest element
 OURS = "timm_ext"
@@ -125,12 +125,12 @@ def doubled_cases(layer: Layer, batch: int) -> list[Case]:
         return halve(geometry._backward(grad, like, weight, (True, False, False))[0])
 
     there: Calls = {
-        OURS: lambda: doubled_conv3d(input, weight),
+        OURS: lambda: upsampled_conv3d(input, weight),
         "PyTorch": lambda: torch.conv3d(double(input), weight, padding=1),
         "oneDNN": lambda: geometry._onednn(double(input), weight, None),
     }
     back: Calls = {
-        OURS: lambda: doubled_gradient(neighbour_sums3d(grad), weight),
+        OURS: lambda: upsampled_gradient(neighbour_sums3d(grad), weight),
         "PyTorch": lambda: plain_back(grad, weight),
         "oneDNN": lambda: halve(geometry._onednn_transposed(grad, large, weight)),
     }

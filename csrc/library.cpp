@@ -4,8 +4,8 @@
 //
 // Common to all, unless said otherwise: the result depends on the arguments only, bit for bit, not on the number of
 // threads or the CPU's instruction set; inputs are never changed unless marked (a!); sizes and offsets are 64-bit; a
-// call with nothing to do returns at once. Autograd and fake kernels are in timm_ext/ops, definitions in
-// plain PyTorch in timm_ext/ops/reference.py.
+// call with nothing to do returns at once. Functions, fake kernels and derivatives are in timm_ext/ops,
+// a twin of each in plain PyTorch in timm_ext/ops/reference.py.
 #include <torch/csrc/stable/library.h>
 
 #include "guarded.h"
@@ -113,7 +113,7 @@ STABLE_TORCH_LIBRARY(timm_ext, m) {
   // multiply-add).
   m.def("winograd_conv3d(Tensor input, Tensor weight, Tensor? bias, int[] padding, bool mirrored) -> Tensor");
 
-  // Opens the pool from which large results on the CPU take their memory (memory/cpu/memory_pool.h), or closes it;
+  // Opens the pool from which large results on the CPU take their memory (memory/cpu/memory_pool.h), or closes it again;
   // calls are counted. Without effect where PyTorch is older than 2.11 or the system is not Linux.
   m.def("keep_memory(bool on) -> ()");
 

@@ -134,6 +134,17 @@ def test_the_layers_have_no_cycle() -> None:
         left = {unit: allowed for unit, allowed in left.items() if unit not in free}
 
 
+def test_no_operator_is_computed_by_its_twin() -> None:
+    """`ops/reference.py` is for tests and benchmarks, and takes nothing from the package."""
+    twins = Path("ops/reference")
+    assert not own_units(twins)
+    for module in set(MODULES) - {twins}:
+        code = ast.walk(ast.parse((PACKAGE / module).with_suffix(".py").read_text()))
+        taken = {alias.name for node in code if isinstance(node, ast.ImportFrom) for alias in node.names}
+        assert "reference" not in taken, module
+        assert "timm_ext.ops.reference" not in imported_names(module), module
+
+
 def test_only_the_operators_reach_the_library() -> None:
     reaching = {
         unit_of(m) for m in MODULES if "torch.ops.timm_ext" in (PACKAGE / m).with_suffix(".py").read_text()

@@ -20,7 +20,7 @@ TESTS = [
     "small_conv",
     "winograd",
     "strided",
-    "doubling",
+    "upsampled_conv3d",
     "square",
     "conv_square",
     "instance_norm",

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from timm_ext.fisher.convolution import Geometry, doubled_gradient, forward_way, gradient_way
+from timm_ext.fisher.convolution import Geometry, forward_way, gradient_way, upsampled_gradient
 from timm_ext.ops.upsampled_conv3d import neighbour_sums3d
 
 CASES = [
@@ -58,7 +58,7 @@ def test_the_way_back_through_doubling(shape):
     wide = x.double().requires_grad_()
     output = torch.conv3d(torch.nn.functional.interpolate(wide, scale_factor=2), weight.double(), padding=1)
     (expected,) = torch.autograd.grad(output, wide, grad.double())
-    result = doubled_gradient(neighbour_sums3d(grad), weight)
+    result = upsampled_gradient(neighbour_sums3d(grad), weight)
     assert result.shape == expected.shape
     assert (result - expected).abs().max() < 1e-5 * expected.abs().max()
 

@@ -13,7 +13,7 @@ from merge_samples import SAMPLES, Sample, extreme_inputs, make_inputs
 import timm_ext
 from timm_ext.ops.norm import instance_norm, instance_norm_backward
 
-DIGEST = "import sys; sys.path.insert(0, sys.argv[1]); from test_ops_bitwise import digest; print(digest())"
+DIGEST = "import sys; sys.path[:0] = sys.argv[1:]; from test_bitwise import digest; print(digest())"
 
 
 def digest(threads: int = 1) -> str:
@@ -66,7 +66,7 @@ def test_the_instruction_set_does_not_matter() -> None:
     digests = {}
     for isa in timm_ext.build_info()["isa_built"]:
         environment = {**os.environ, "TIMM_EXT_ISA": isa, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", DIGEST, str(Path(__file__).parents[1])]
+        command = [sys.executable, "-c", DIGEST, *map(str, Path(__file__).parents[:2])]
         run = subprocess.run(command, env=environment, capture_output=True, text=True)
         if "must be one of" not in run.stderr:  # else this CPU does not have it
             assert run.returncode == 0, run.stderr

@@ -5,7 +5,6 @@ import torch
 from conv_samples import case
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.library import opcheck
 
 import timm_ext
 from timm_ext.ops import reference
@@ -116,12 +115,6 @@ def test_strided_inputs_and_versions() -> None:
     timm_ext.conv_weight_grad_square_(acc, *last, **geometry)
     assert torch.equal(acc, expected)
     assert acc._version > version
-
-
-def test_opcheck() -> None:
-    acc, grad, input, geometry = case(4, 2, [5, 5], [3, 3], padding=[1, 1])
-    arguments = (acc, grad, input, *geometry.values(), 1.0)
-    opcheck(torch.ops.timm_ext.conv_weight_grad_square_.default, arguments)
 
 
 def test_compiles_to_one_graph() -> None:

@@ -9,7 +9,7 @@ import timm_ext
 from timm_ext.errors import InputError
 from timm_ext.ops import conv3d as layer_ops
 from timm_ext.ops import norm as norm_ops
-from timm_ext.ops import upsampled_conv3d as doubling_ops
+from timm_ext.ops import upsampled_conv3d as upsampled_ops
 
 Arguments = dict[str, object]
 
@@ -310,7 +310,7 @@ def test_other_operators_name_the_type_of_what_is_no_tensor() -> None:
         ("keys", lambda: timm_ext.sample_labels(volume, [1], "bernoulli")),
         ("logits", lambda: timm_ext.ratios(array)),
         ("weight", lambda: layer_ops.small_conv3d(volume, array, **geometry)),
-        ("input", lambda: doubling_ops.nearest_doubling3d(array)),
+        ("input", lambda: upsampled_ops.upsample_nearest3d(array)),
     ]
     for name, refused in calls:
         with pytest.raises(
@@ -333,8 +333,8 @@ def test_other_operators_refuse_tensors_of_two_devices() -> None:
         ("weight", lambda: layer_ops.winograd_conv3d(volume, weight, padding=[0] * 3)),
         ("weight", lambda: layer_ops.strided_conv3d_input_gradient(volume, weight, [6] * 3)),
         ("bias", lambda: norm_ops.instance_norm(volume, None, norm)),
-        ("weight", lambda: doubling_ops.doubled_conv3d(volume, weight)),
-        ("weight", lambda: doubling_ops.doubled_conv3d_input_gradient(volume, weight)),
+        ("weight", lambda: upsampled_ops.upsampled_conv3d(volume, weight)),
+        ("weight", lambda: upsampled_ops.upsampled_conv3d_input_gradient(volume, weight)),
     ]
     for name, refused in calls:
         with pytest.raises(

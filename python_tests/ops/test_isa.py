@@ -11,7 +11,7 @@ import timm_ext
 
 FILES = (
     "test_conv_square.py",
-    "test_doubling.py",
+    "test_upsampled_conv3d.py",
     "test_small_conv.py",
     "test_strided.py",
     "test_winograd.py",

@@ -12,10 +12,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import timm_ext
 from timm_ext.errors import InputError
-from timm_ext.ops import conv3d as layer_ops
-from timm_ext.ops import norm as norm_ops
 from timm_ext.ops import reference
-from timm_ext.ops import upsampled_conv3d as doubling_ops
 
 Function = Callable[..., Tensor]
 
@@ -353,62 +350,3 @@ def test_groups_are_checked_in_a_batch() -> None:
         vmap(lambda g: timm_ext.fused_merge(*values_of(inputs), inputs.offsets, groups=g))(
             torch.tensor([[0, 1, 0], [0, 2, 0]])
         )
-
-
-def volume(*sizes: int) -> Tensor:
-    return torch.ones(sizes)
-
-
-WITHOUT_DERIVATIVE: dict[str, Callable[[Tensor], object]] = {
-    "square_accumulate_": lambda x: timm_ext.square_accumulate_([torch.zeros_like(x)], [x]),
-    "conv_weight_grad_square_": lambda x: timm_ext.conv_weight_grad_square_(
-        volume(1, 2, 1, 1, 1), volume(1, 1, 2, 2, 2), x, stride=[1] * 3, padding=[0] * 3, dilation=[1] * 3
-    ),
-    "sample_labels": lambda x: timm_ext.sample_labels(x, torch.zeros(1, dtype=torch.int64), "bernoulli"),
-    "instance_norm": lambda x: norm_ops.instance_norm(x),
-    "instance_norm_backward": lambda x: norm_ops.instance_norm_backward(x, x, volume(2), volume(2)),
-    "small_conv3d": lambda x: layer_ops.small_conv3d(
-        x, volume(1, 2, 1, 1, 1), stride=[1] * 3, padding=[0] * 3, dilation=[1] * 3
-    ),
-    "strided_conv3d_input_gradient": lambda x: layer_ops.strided_conv3d_input_gradient(
-        x, volume(2, 1, 3, 3, 3), [4, 4, 4]
-    ),
-    "winograd_conv3d": lambda x: layer_ops.winograd_conv3d(x, volume(1, 2, 3, 3, 1), padding=[1, 1, 0]),
-    "nearest_doubling3d": lambda x: doubling_ops.nearest_doubling3d(x),
-    "neighbour_sums3d": lambda x: doubling_ops.neighbour_sums3d(x),
-    "doubled_conv3d": lambda x: doubling_ops.doubled_conv3d(x, volume(1, 2, 3, 3, 3)),
-    "doubled_conv3d_input_gradient": lambda x: doubling_ops.doubled_conv3d_input_gradient(
-        torch.nn.functional.pad(x, (0, 1) * 3), volume(2, 1, 3, 3, 3)
-    ),
-    "doubled_conv3d_weight_grad_square_": lambda x: doubling_ops.doubled_conv3d_weight_grad_square_(
-        volume(1, 2, 3, 3, 3), volume(1, 1, 5, 5, 5), x
-    ),
-}
-
-
-@pytest.mark.parametrize("name", WITHOUT_DERIVATIVE)
-def test_operators_without_a_derivative_refuse_a_tangent(name: str) -> None:
-    x = volume(1, 2, 2, 2, 2)
-    WITHOUT_DERIVATIVE[name](x)
-    with (
-        forward_ad.dual_level(),
-        pytest.raises(InputError, match=f"^{name}: expected tensors without a tangent"),
-    ):
-        WITHOUT_DERIVATIVE[name](forward_ad.make_dual(x, x))
-
-
-def test_every_other_operator_of_tensors_has_derivatives() -> None:
-    differentiable = {
-        "fused_merge",
-        "fused_merge_backward_log_weight",
-        "fused_merge_backward_planes",
-        "log_weights",
-        "log_weights_backward",
-        "new_tensor",
-    }
-    names = {
-        schema.split("::")[1].split("(")[0].split(".")[0]
-        for schema in map(str, torch._C._jit_get_all_schemas())
-        if schema.startswith("timm_ext::") and "Tensor" in schema
-    }
-    assert names == differentiable | set(WITHOUT_DERIVATIVE)

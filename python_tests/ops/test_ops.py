@@ -13,7 +13,6 @@ from merge_samples import (
     shares,
 )
 from torch import Tensor
-from torch.library import opcheck
 
 import timm_ext
 from timm_ext.ops import reference
@@ -244,25 +243,6 @@ def test_gradcheck(mixing: str, device: torch.device) -> None:
         )
 
     assert torch.autograd.gradcheck(merge, leaves, eps=1e-6, atol=1e-7, raise_exception=True)
-
-
-@pytest.mark.parametrize("sample", [SAMPLES[0], SAMPLES[6], SAMPLES[12]], ids=lambda sample: sample.name)
-@pytest.mark.parametrize("wants_grad", [False, True])
-def test_opcheck(sample: Sample, wants_grad: bool, device: torch.device) -> None:
-    inputs = make_inputs(sample, device)
-    rows = torch.ops.timm_ext.log_weights(inputs.logits, inputs.mixing)
-    arguments = [inputs.theta, inputs.fisher, rows, inputs.offsets]
-    if wants_grad:
-        arguments[:3] = [None if t is None else t.detach().requires_grad_() for t in arguments[:3]]
-        opcheck(torch.ops.timm_ext.log_weights, (inputs.logits.requires_grad_(), inputs.mixing))
-    opcheck(torch.ops.timm_ext.fused_merge.default, arguments)
-    plain = [None if t is None else t.detach() for t in arguments]
-    out = torch.empty(sample.elements, device=device)
-    opcheck(torch.ops.timm_ext.fused_merge.out, tuple(plain), {"out": out})
-    gradient = torch.randn(sample.elements, device=device)
-    opcheck(torch.ops.timm_ext.fused_merge_backward_log_weight, (gradient, *plain))
-    opcheck(torch.ops.timm_ext.fused_merge_backward_planes, (gradient, *plain, True, plain[1] is not None))
-    opcheck(torch.ops.timm_ext.log_weights_backward, (rows.detach(), inputs.logits.detach(), inputs.mixing))
 
 
 def test_compiles_to_one_graph(device: torch.device) -> None:

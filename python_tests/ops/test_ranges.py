@@ -1,13 +1,19 @@
-"""Integers of any size and tensors of size 0: the right result, or an error that names the argument."""
+"""Integers of any size and tensors of size 0: the right result, or an error that names the argument.
+
+On tensors without values (`meta`), which only the fake kernels see, in the same words as on the CPU.
+"""
 
 import os
+import random
 import signal
 import threading
 import time
 from collections.abc import Callable
+from math import prod
 
 import pytest
 import torch
+from fuzz.operator_calls import check_on_meta, spoilt_call
 from torch import Tensor
 
 import timm_ext
@@ -15,11 +21,12 @@ from timm_ext.errors import InputError
 from timm_ext.ops import conv3d as layer_ops
 from timm_ext.ops import fisher as ops
 from timm_ext.ops import norm as norm_ops
-from timm_ext.ops import upsampled_conv3d as doubling_ops
+from timm_ext.ops import upsampled_conv3d as upsampled_ops
 from timm_ext.ops.memory import kept_memory, new_tensor
 
 LARGE = [2**31 - 1, 2**31, 2**32 + 1, 2**40, 2**61, 2**62, 2**62 + 1, 2**63 - 1]
 ONES, NONE = (1, 1, 1), (0, 0, 0)
+on_cpu_and_meta = pytest.mark.parametrize("place", ["cpu", "meta"])
 
 
 def on_axes(value: int, axes: int, rest: int) -> list[int]:
@@ -58,25 +65,36 @@ CALLS: list[tuple[str, Callable[..., Tensor], str]] = [
 )
 @pytest.mark.parametrize("value", [-(2**63), -1, *LARGE, 2**63, 2**70])
 @pytest.mark.parametrize("axes", [1, 3])
+@on_cpu_and_meta
 def test_numbers_beyond_all_volumes(
-    op: str, call: Callable[..., Tensor], name: str, value: int, axes: int
+    op: str, call: Callable[..., Tensor], name: str, value: int, axes: int, place: str
 ) -> None:
     """A stride that is larger than what is left of the volume is one step; anything else is refused."""
-    if name == "stride" and value == 2**31 - 1 and op == "small_conv3d":
-        assert torch.equal(call(stride=on_axes(value, axes, 4)), call(stride=[4, 4, 4]))
-        return
-    with pytest.raises((RuntimeError, InputError), match=rf"^({op}: )?{name}\b|^{op}: (input|grad) "):
-        call(**{name: on_axes(value, axes, 0 if name == "padding" else 1)})
+    with torch.device(place):
+        if name == "stride" and value == 2**31 - 1 and op == "small_conv3d":
+            far, near = call(stride=on_axes(value, axes, 4)), call(stride=[4, 4, 4])
+            assert far.shape == near.shape
+            assert place == "meta" or torch.equal(far, near)
+            return
+        with pytest.raises((RuntimeError, InputError), match=rf"^({op}: )?{name}\b|^{op}: (input|grad) "):
+            call(**{name: on_axes(value, axes, 0 if name == "padding" else 1)})
+
+
+def test_spoilt_calls_on_meta_end_as_on_the_cpu() -> None:
+    for seed in range(1000):
+        check_on_meta(*spoilt_call(random.Random(seed)))
 
 
 @pytest.mark.parametrize("power", range(20, 31))
-def test_paddings_whose_product_is_beyond_all_volumes(power: int) -> None:
+@on_cpu_and_meta
+def test_paddings_whose_product_is_beyond_all_volumes(power: int, place: str) -> None:
     for op, call in (
         ("small_conv3d", small),
         ("winograd_conv3d", winograd),
         ("conv_weight_grad_square_", square),
     ):
-        with pytest.raises(RuntimeError, match=rf"^{op}: input with its padding must hold at most"):
+        refused = pytest.raises(RuntimeError, match=rf"^{op}: input with its padding must hold at most")
+        with torch.device(place), refused:
             call(padding=[2**power] * 3)
 
 
@@ -101,8 +119,12 @@ def test_a_long_axis_of_padding_is_served() -> None:
 
 
 @pytest.mark.parametrize("groups", [0, -1, 2, 2**31, 2**62, -(2**63)])
-def test_groups_that_do_not_divide(groups: int) -> None:
-    with pytest.raises(RuntimeError, match="conv_weight_grad_square_: groups must divide"):
+@on_cpu_and_meta
+def test_groups_that_do_not_divide(groups: int, place: str) -> None:
+    with (
+        torch.device(place),
+        pytest.raises(RuntimeError, match="conv_weight_grad_square_: groups must divide"),
+    ):
         square(groups=groups)
 
 
@@ -116,8 +138,10 @@ def test_groups_of_no_channels() -> None:
 
 @pytest.mark.parametrize("size", [-(2**63), -1, 0, *LARGE])
 @pytest.mark.parametrize("axes", [1, 3])
-def test_sizes_that_no_strided_convolution_has(size: int, axes: int) -> None:
-    with pytest.raises(RuntimeError, match=r"^strided_conv3d_input_gradient: (size|grad) must"):
+@on_cpu_and_meta
+def test_sizes_that_no_strided_convolution_has(size: int, axes: int, place: str) -> None:
+    refused = pytest.raises(RuntimeError, match=r"^strided_conv3d_input_gradient: (size|grad) must")
+    with torch.device(place), refused:
         layer_ops.strided_conv3d_input_gradient(
             torch.ones(1, 2, 2, 2, 2), torch.ones(2, 3, 3, 3, 3), on_axes(size, axes, 4)
         )
@@ -125,9 +149,9 @@ def test_sizes_that_no_strided_convolution_has(size: int, axes: int) -> None:
 
 HUGE = 2**62
 EMPTY_BUT_HUGE: list[Callable[[], object]] = [
-    lambda: doubling_ops.nearest_doubling3d(torch.empty(0, 1, HUGE, 1, 1)),
-    lambda: doubling_ops.neighbour_sums3d(torch.empty(0, 1, 1, 1, HUGE)),
-    lambda: doubling_ops.doubled_conv3d(torch.empty(0, 1, 1, 1, HUGE), torch.ones(1, 1, 3, 3, 3)),
+    lambda: upsampled_ops.upsample_nearest3d(torch.empty(0, 1, HUGE, 1, 1)),
+    lambda: upsampled_ops.neighbour_sums3d(torch.empty(0, 1, 1, 1, HUGE)),
+    lambda: upsampled_ops.upsampled_conv3d(torch.empty(0, 1, 1, 1, HUGE), torch.ones(1, 1, 3, 3, 3)),
     lambda: layer_ops.winograd_conv3d(torch.empty(0, 1, 1, 1, HUGE), torch.ones(1, 1, 3, 3, 3), padding=ONES),
     lambda: layer_ops.small_conv3d(
         torch.ones(1, 1, 1, 1, 1),
@@ -148,8 +172,9 @@ EMPTY_BUT_HUGE: list[Callable[[], object]] = [
 
 
 @pytest.mark.parametrize("call", EMPTY_BUT_HUGE)
-def test_empty_tensors_of_huge_sizes_are_refused(call: Callable[[], object]) -> None:
-    with pytest.raises(RuntimeError, match=r"^\w+: \w+ must have sizes < 2\^31"):
+@on_cpu_and_meta
+def test_empty_tensors_of_huge_sizes_are_refused(call: Callable[[], object], place: str) -> None:
+    with torch.device(place), pytest.raises(RuntimeError, match=r"^\w+: \w+ must have sizes < 2\^31"):
         call()
 
 
@@ -166,14 +191,14 @@ def test_convolutions_of_no_channels_give_the_bias(bias: Tensor | None, mirrored
         layer_ops.small_conv3d(
             input, weight(3, 2, 2, 2), bias, stride=ONES, padding=NONE, dilation=ONES, mirrored=mirrored
         ),
-        doubling_ops.doubled_conv3d(input, torch.empty(3, 0, 3, 3, 3), bias),
+        upsampled_ops.upsampled_conv3d(input, torch.empty(3, 0, 3, 3, 3), bias),
     ]
     for result in results:
         assert torch.equal(result, expected.view(1, 3, 1, 1, 1).expand_as(result))
     gradient = layer_ops.strided_conv3d_input_gradient(torch.empty(2, 0, 2, 2, 2), weight_of(0, 3), [4, 4, 3])
     assert gradient.shape == (2, 3, 4, 4, 3)
     assert not gradient.any()
-    sums = doubling_ops.doubled_conv3d_input_gradient(torch.empty(2, 0, 9, 9, 9), weight_of(0, 3))
+    sums = upsampled_ops.upsampled_conv3d_input_gradient(torch.empty(2, 0, 9, 9, 9), weight_of(0, 3))
     assert sums.shape == (2, 3, 4, 4, 4)
     assert not sums.any()
 
@@ -196,7 +221,7 @@ def test_other_operators_of_nothing(shape: tuple[int, ...]) -> None:
     assert for_weight.shape == for_bias.shape == shape[:2]
     assert not for_weight.any()
     assert not for_bias.any()
-    assert doubling_ops.nearest_doubling3d(x).numel() == 0
+    assert upsampled_ops.upsample_nearest3d(x).numel() == 0
     labels, scores = (
         timm_ext.sample_labels(x, torch.zeros(shape[0], dtype=torch.int64), "bernoulli")
         if shape[1]
@@ -219,13 +244,18 @@ SIZES = [[2**61 - 1], [2**62], [2**63 - 1], [2**31, 2**31], [2**40, 2**40], [-1]
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.uint8], ids=str)
 @pytest.mark.parametrize("kept", [False, True], ids=["closed", "open"])
-def test_tensors_for_which_there_is_no_memory(sizes: list[int], dtype: torch.dtype, kept: bool) -> None:
-    like = torch.zeros(1, dtype=dtype)
+@on_cpu_and_meta
+def test_tensors_for_which_there_is_no_memory(
+    sizes: list[int], dtype: torch.dtype, kept: bool, place: str
+) -> None:
+    like = torch.zeros(1, dtype=dtype, device=place)
+    if place == "meta" and min(sizes) >= 0 and prod(sizes) * dtype.itemsize < 2**63:
+        assert new_tensor(like, sizes).shape == tuple(sizes)  # which nobody need have memory for
+        return
 
     def make() -> None:
-        with pytest.raises(
-            RuntimeError, match=r"sizes must be those of a tensor for which there is memory on cpu \(got"
-        ):
+        where = rf"sizes must be those of a tensor for which there is memory on {place} \(got"
+        with pytest.raises(RuntimeError, match=where):
             new_tensor(like, sizes)
 
     if kept:

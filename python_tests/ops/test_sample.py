@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.library import opcheck
 
 import timm_ext
 from timm_ext.ops import reference
@@ -108,13 +107,6 @@ def test_strided_logits() -> None:
             strict=True,
         ):
             assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("likelihood", LIKELIHOODS)
-@pytest.mark.parametrize("labels", [True, False])
-def test_opcheck(likelihood: str, labels: bool, device: torch.device) -> None:
-    arguments = (draw_logits(4, 3, 5).to(device), KEYS.to(device), likelihood, labels)
-    opcheck(torch.ops.timm_ext.sample_labels.default, arguments)
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)

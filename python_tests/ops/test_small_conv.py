@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.library import opcheck
 from torch.nn.functional import conv3d
 
 from timm_ext.ops.conv3d import small_conv3d
@@ -98,13 +97,6 @@ def test_the_bits_do_not_depend_on_threads_or_strides() -> None:
                 assert torch.equal(small_conv3d(x, w, bias, padding=[1, 1, 1], **ONES), expected)
     finally:
         torch.set_num_threads(threads)
-
-
-@pytest.mark.parametrize("mirrored", [False, True])
-def test_opcheck(mirrored) -> None:
-    geometry = [2, 1, 1], [1, 1, 0], [1, 2, 1]
-    call = (*arguments(2, 4, 4, [4, 5, 6], [2, 3, 3]), *geometry, mirrored)
-    opcheck(torch.ops.timm_ext.small_conv3d.default, call)
 
 
 def test_an_empty_batch_has_an_empty_result() -> None:

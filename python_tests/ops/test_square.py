@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch.library import opcheck
 
 import timm_ext
 from timm_ext.ops import reference
@@ -97,11 +96,6 @@ def test_gradients_that_carry_a_graph_leave_none_behind() -> None:
     timm_ext.square_accumulate_(acc, [gradient])
     assert not acc[0].requires_grad
     assert acc[0].tolist() == [9.0, 9.0]
-
-
-def test_opcheck(device: torch.device) -> None:
-    acc, grads = lists(torch.float32, device)
-    opcheck(torch.ops.timm_ext.square_accumulate_, (acc, grads, 0.5))
 
 
 def test_compiles_to_one_graph(device: torch.device) -> None:

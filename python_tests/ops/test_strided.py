@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.library import opcheck
 from torch.nn.functional import conv3d
 
 from timm_ext.ops.conv3d import strided_conv3d_input_gradient
@@ -69,10 +68,6 @@ def test_the_bits_do_not_depend_on_threads_or_strides() -> None:
             torch.set_num_threads(threads)
         strided = (x.to(memory_format=torch.channels_last_3d) for x in (grad, weight))
         assert torch.equal(strided_conv3d_input_gradient(*strided, size), expected)
-
-
-def test_opcheck() -> None:
-    opcheck(torch.ops.timm_ext.strided_conv3d_input_gradient.default, arguments(2, 3, 4, [4, 5, 6]))
 
 
 def test_an_empty_batch_has_an_empty_result() -> None:

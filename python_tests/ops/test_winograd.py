@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.library import opcheck
 from torch.nn.functional import conv3d
 
 from timm_ext.ops.conv3d import winograd_conv3d
@@ -106,13 +105,6 @@ def test_the_bits_do_not_depend_on_threads_or_strides() -> None:
         torch.set_num_threads(threads)
     strided = (x.to(memory_format=torch.channels_last_3d) for x in (input, weight))
     assert torch.equal(winograd_conv3d(*strided, bias, padding=[1, 0, 1]), expected)
-
-
-def test_opcheck() -> None:
-    operator = torch.ops.timm_ext.winograd_conv3d.default
-    input, weight, bias = arguments(2, 3, 4, [4, 5, 6])
-    opcheck(operator, (input, weight, bias, [1, 1, 0], False))
-    opcheck(operator, (input, weight.transpose(0, 1), None, [1, 0, 2], True))
 
 
 def test_an_empty_batch_has_an_empty_result() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from timm_ext.ops.conv3d import small_conv3d, strided_conv3d_input_gradient, winograd_conv3d
 from timm_ext.ops.memory import new_tensor
-from timm_ext.ops.upsampled_conv3d import doubled_conv3d_input_gradient
+from timm_ext.ops.upsampled_conv3d import upsampled_conv3d_input_gradient
 
 Way = Literal["aten", "onednn", "small", "strided", "transposed", "winograd"]
 Sizes = tuple[int, ...]
@@ -93,8 +93,8 @@ class Geometry:
             return self._onednn_transposed(grad.contiguous(), input.shape[2:], weight)
         return self._backward(grad, input, weight, (True, False, False))[0]
 
-    def takes_doubled(self, weight: Tensor) -> bool:
-        """Tell whether the operators for what nearest-neighbour doubling has enlarged compute this."""
+    def takes_upsampled(self, weight: Tensor) -> bool:
+        """Tell whether the operators for what nearest-neighbour upsampling has made compute this."""
         around = self.stride, self.padding, self.dilation
         plain = around == ((1, 1, 1),) * 3 and self.groups == 1 and not self.transposed
         return plain and weight.shape[2:] == (3, 3, 3) and _single_on_cpu(weight, weight)
@@ -242,15 +242,15 @@ def _suits_strided(geometry: Geometry, grad: Sizes, weight: Sizes) -> bool:
     return fits and math.prod(grad[2:]) >= _POINTS_BACK
 
 
-def doubled_gradient(sums: Tensor, weight: Tensor) -> Tensor:
-    """Return the gradient of what nearest-neighbour doubling enlarged before a convolution.
+def upsampled_gradient(sums: Tensor, weight: Tensor) -> Tensor:
+    """Return the gradient of what nearest-neighbour upsampling took before a convolution.
 
     Args:
         sums: `neighbour_sums3d` of the gradient of its output, `[B, O, 2 D + 1, 2 H + 1, 2 W + 1]`.
         weight: `[O, I, 3, 3, 3]`.
     """
     if sums.shape[0] * math.prod(size // 2 for size in sums.shape[2:]) > _FEW_POINTS:
-        return doubled_conv3d_input_gradient(sums, weight)
+        return upsampled_conv3d_input_gradient(sums, weight)
     return small_conv3d(sums, weight, stride=(2, 2, 2), padding=(0, 0, 0), dilation=(1, 1, 1), mirrored=True)
 
 

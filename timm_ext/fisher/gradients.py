@@ -9,7 +9,7 @@ from torch import Tensor
 from timm_ext.fisher import fused
 from timm_ext.fisher.convolution import Geometry
 from timm_ext.ops.fisher import conv_weight_grad_square_, square_accumulate_
-from timm_ext.ops.upsampled_conv3d import doubled_conv3d_weight_grad_square_
+from timm_ext.ops.upsampled_conv3d import upsampled_conv3d_weight_grad_square_
 
 HELD_BYTES = 32 << 20  # of the gradients that wait to be squared in one launch
 _STRIDED = Geometry((2, 2, 2), (0, 0, 0), (1, 1, 1), False, (0, 0, 0), 1)
@@ -98,11 +98,11 @@ class ConvolutionWeightGradients(ExampleGradients):
         )
 
 
-class DoubledConvolutionWeightGradients(ExampleGradients):
-    """Weight gradients of a convolution right behind nearest-neighbour doubling.
+class UpsampledConvolutionWeightGradients(ExampleGradients):
+    """Weight gradients of a convolution right behind nearest-neighbour upsampling.
 
     Args:
-        input: what is doubled, `[B, I, D, H, W]`.
+        input: what is upsampled, `[B, I, D, H, W]`.
         sums: `neighbour_sums3d` of the gradient of the output, `[B, O, 2 D + 1, 2 H + 1, 2 W + 1]`.
     """
 
@@ -119,7 +119,7 @@ class DoubledConvolutionWeightGradients(ExampleGradients):
 
     def square_into(self, accumulator: Tensor, scale: float) -> None:
         """Use the fused kernel."""
-        doubled_conv3d_weight_grad_square_(accumulator, self._sums, self._input, scale)
+        upsampled_conv3d_weight_grad_square_(accumulator, self._sums, self._input, scale)
 
 
 class SquareSums:

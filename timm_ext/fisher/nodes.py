@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from timm_ext.fisher.convolution import Geometry, doubled_gradient
+from timm_ext.fisher.convolution import Geometry, upsampled_gradient
 from timm_ext.fisher.gradients import (
     ConvolutionWeightGradients,
-    DoubledConvolutionWeightGradients,
     ExampleGradients,
     LinearWeightGradients,
     SquareSums,
+    UpsampledConvolutionWeightGradients,
 )
 from timm_ext.ops.norm import instance_norm, instance_norm_backward
-from timm_ext.ops.upsampled_conv3d import doubled_conv3d, nearest_doubling3d, neighbour_sums3d
+from timm_ext.ops.upsampled_conv3d import neighbour_sums3d, upsample_nearest3d, upsampled_conv3d
 
 
 class Tape:
@@ -38,7 +38,7 @@ class Tape:
         squares: where the backward leaves its per-example gradients; set before it runs.
         refused: parameters used where the first axis is not the batch; they need the fallback.
         normalised: the norm that ran last, while no other function has been called since.
-        doubled: output and input of the nearest-neighbour doubling that ran last, likewise.
+        upsampled: output and input of the nearest-neighbour upsampling that ran last, likewise.
     """
 
     def __init__(self, batch: int, names: dict[int, str], device: torch.device, refused: set[str]):
@@ -48,11 +48,11 @@ class Tape:
         self.refused = refused
         self.squares: SquareSums | None = None
         self.normalised: Call | None = None
-        self.doubled: tuple[Tensor, Tensor] | None = None
+        self.upsampled: tuple[Tensor, Tensor] | None = None
 
     def forget(self) -> None:
         """Take notice that another function was called."""
-        self.normalised = self.doubled = None
+        self.normalised = self.upsampled = None
 
     def claim(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> "Call | None":
         """Return the call to record, or None where the function must run as it is."""
@@ -129,7 +129,7 @@ class ConvolutionNode(torch.autograd.Function):
         return below, None, None, None, None, None
 
 
-class DoubledConvolutionNode(torch.autograd.Function):
+class UpsampledConvolutionNode(torch.autograd.Function):
     """Nearest-neighbour doubling and a convolution, `[B, C, D, H, W]` to `[B, O, 2 D, 2 H, 2 W]`.
 
     Float32 volumes on the CPU, kernels of 3 x 3 x 3, one zero around.
@@ -142,7 +142,7 @@ class DoubledConvolutionNode(torch.autograd.Function):
         """Double and convolve."""
         ctx.save_for_backward(input, weight)
         ctx.call = call
-        return doubled_conv3d(input, weight, None if bias is None else bias.contiguous())
+        return upsampled_conv3d(input, weight, None if bias is None else bias.contiguous())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -151,21 +151,21 @@ class DoubledConvolutionNode(torch.autograd.Function):
         with _unseen():
             sums = neighbour_sums3d(grad)
             ctx.call.leave(
-                lambda: DoubledConvolutionWeightGradients(input, sums),
+                lambda: UpsampledConvolutionWeightGradients(input, sums),
                 lambda: grad.flatten(2).sum(2, dtype=_wide(grad)),
             )
-            below = doubled_gradient(sums, weight) if ctx.needs_input_grad[0] else None
+            below = upsampled_gradient(sums, weight) if ctx.needs_input_grad[0] else None
         return below, None, None, None, None
 
 
-class DoublingNode(torch.autograd.Function):
+class UpsampleNode(torch.autograd.Function):
     """Nearest-neighbour doubling of float32 volumes on the CPU."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor) -> Tensor:
         """Double."""
         ctx.sizes = tuple(input.shape)
-        return nearest_doubling3d(input)
+        return upsample_nearest3d(input)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -226,11 +226,11 @@ class GroupNormNode(torch.autograd.Function):
         ctx.fused = each and wide.dtype == torch.float32 and wide.device.type == "cpu"
         if ctx.fused:
             weight, bias = (p.contiguous() if p is not None else p for p in (weight, bias))
-            output, mean, deviation = instance_norm(wide, weight, bias, epsilon=eps)
+            output, mean, rstd = instance_norm(wide, weight, bias, epsilon=eps)
         else:
             weight, bias = (p.repeat(batch) if p is not None and batch > 1 else p for p in (weight, bias))
-            output, mean, deviation = torch.ops.aten.native_group_norm(wide, weight, bias, *ctx.sizes, eps)
-        ctx.save_for_backward(wide, mean, deviation, weight, bias)
+            output, mean, rstd = torch.ops.aten.native_group_norm(wide, weight, bias, *ctx.sizes, eps)
+        ctx.save_for_backward(wide, mean, rstd, weight, bias)
         return _owned(output.to(input.dtype))
 
     @staticmethod
@@ -246,17 +246,17 @@ class GroupNormNode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Leave the parameters' gradients with the call, return the input's."""
-        input, mean, deviation, weight, bias = ctx.saved_tensors
+        input, mean, rstd, weight, bias = ctx.saved_tensors
         with _unseen():
             grad = grad.to(input.dtype)
             if ctx.fused:
                 below, for_weight, for_bias = instance_norm_backward(
-                    grad, input, mean, deviation, weight, bias, slope=ctx.slope
+                    grad, input, mean, rstd, weight, bias, slope=ctx.slope
                 )
             else:
                 mask = (ctx.needs_input_grad[0], ctx.call.weight is not None, ctx.call.bias is not None)
                 below, for_weight, for_bias = torch.ops.aten.native_group_norm_backward(
-                    grad.contiguous(), input, mean, deviation, weight, *ctx.sizes, mask
+                    grad.contiguous(), input, mean, rstd, weight, *ctx.sizes, mask
                 )
             batch = input.shape[0]
             ctx.call.leave(

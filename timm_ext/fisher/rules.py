@@ -20,11 +20,11 @@ from timm_ext.fisher.nodes import (
     AffineNode,
     Call,
     ConvolutionNode,
-    DoubledConvolutionNode,
-    DoublingNode,
     GroupNormNode,
     LinearNode,
     Tape,
+    UpsampledConvolutionNode,
+    UpsampleNode,
 )
 
 
@@ -67,7 +67,7 @@ def _convolution(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor | None:
-    doubled = tape.doubled
+    upsampled = tape.upsampled
     if input.dim() != weight.dim() or (call := tape.claim(input, weight, bias)) is None:
         return None
     axes = weight.dim() - 2
@@ -79,8 +79,10 @@ def _convolution(
     call.rule, call.shifts = "convolution", True
     geometry = Geometry(steps, pads, gaps, False, (0,) * axes, groups)
     autocast = torch.is_autocast_enabled(input.device.type)
-    if doubled is not None and input is doubled[0] and geometry.takes_doubled(weight) and not autocast:
-        return _record(DoubledConvolutionNode, doubled[1], tape.anchor, _detach(weight), _detach(bias), call)
+    if upsampled is not None and input is upsampled[0] and geometry.takes_upsampled(weight) and not autocast:
+        return _record(
+            UpsampledConvolutionNode, upsampled[1], tape.anchor, _detach(weight), _detach(bias), call
+        )
     return _convolve(input, tape, weight, bias, geometry, call)
 
 
@@ -134,15 +136,15 @@ def _interpolate(
     recompute_scale_factor: bool | None = None,
     antialias: bool = False,
 ) -> Tensor | None:
-    """Let a convolution right behind nearest-neighbour doubling stand for both."""
+    """Let a convolution right behind nearest-neighbour upsampling stand for both."""
     tape.forget()
     factors = scale_factor if isinstance(scale_factor, Sequence) else (scale_factor,)
     plain = mode == "nearest" and size is None and align_corners is None and not antialias
-    doubling = plain and input.dim() == 5 and set(factors) == {2}
-    if not doubling or input.dtype != torch.float32 or input.device.type != "cpu":
+    by_two = plain and input.dim() == 5 and set(factors) == {2}
+    if not by_two or input.dtype != torch.float32 or input.device.type != "cpu":
         return None
-    output = _record(DoublingNode, input)
-    tape.doubled = output, input
+    output = _record(UpsampleNode, input)
+    tape.upsampled = output, input
     return output
 
 

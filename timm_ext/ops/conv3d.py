@@ -1,17 +1,30 @@
-"""Operators of single layers for Fishers of float32 networks on the CPU, each with its fake kernel.
+"""Convolutions of single layers in float32 on the CPU. None is differentiable.
 
-Argument errors are `RuntimeError`s that read "op: X must ... (got ...)".
+All compute in IEEE float32, with the same bits for any number of threads. Argument errors are `RuntimeError`s
+that read "op: X must ... (got ...)".
 """
 
 from collections.abc import Sequence
+from math import prod
 
-import torch
 from torch import Tensor
-from torch.library import register_fake
 
-from timm_ext.ops.operands import check_tensors, integers, no_derivative, undifferentiated
+from timm_ext.ops.operands import Operator, check_tensors, integers
+from timm_ext.ops.shapes import (
+    are_known,
+    check_bias,
+    check_numbers,
+    check_padded,
+    check_volume,
+    convolved,
+    empty,
+    require,
+    sizes_of,
+)
 
-_ops = torch.ops.timm_ext
+_small_conv3d = Operator[Tensor]("small_conv3d")
+_strided_conv3d_input_gradient = Operator[Tensor]("strided_conv3d_input_gradient")
+_winograd_conv3d = Operator[Tensor]("winograd_conv3d")
 
 
 def small_conv3d(
@@ -24,10 +37,9 @@ def small_conv3d(
     dilation: Sequence[int],
     mirrored: bool = False,
 ) -> Tensor:
-    """Convolve to few points, on the CPU: the weights are read once, as they lie.
+    """Convolve to few points: the weights are read once, as they lie.
 
-    Takes memory for I · taps · B · points numbers. IEEE float32, the same bits for any number of threads. Not
-    differentiable.
+    Takes memory for I · taps · B · points numbers.
 
     Args:
         input: `[B, I, D, H, W]` float32.
@@ -43,20 +55,12 @@ def small_conv3d(
         `[B, O, D', H', W']`.
     """
     check_tensors({"bias": bias}, input=input, weight=weight)
-    with undifferentiated():
-        output: Tensor = _ops.small_conv3d.default(
-            input,
-            weight,
-            bias,
-            integers("stride", stride),
-            integers("padding", padding),
-            integers("dilation", dilation),
-            mirrored,
-        )
-    return output
+    numbers = integers("stride", stride), integers("padding", padding), integers("dilation", dilation)
+    return _small_conv3d(input, weight, bias, *numbers, mirrored)
 
 
-def _fake_small_conv3d(
+@_small_conv3d.fake
+def _(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -65,19 +69,48 @@ def _fake_small_conv3d(
     dilation: list[int],
     mirrored: bool,
 ) -> Tensor:
-    axes = zip(input.shape[2:], padding, weight.shape[2:], dilation, stride, strict=True)
-    sizes = [(size + 2 * pad - gap * (kernel - 1) - 1) // step + 1 for size, pad, kernel, gap, step in axes]
-    return input.new_empty((input.shape[0], weight.shape[1 if mirrored else 0], *sizes))
+    op = "small_conv3d"
+    check_volume(op, "input", input)
+    check_volume(op, "weight", weight)
+    examples, channels = input.shape[:2]
+    inputs, outputs = weight.shape[:2] if mirrored else weight.shape[1::-1]
+    wanted = f"[{channels}, O, ...], mirrored," if mirrored else f"[O, {channels}, ...]"
+    taps = (size > 0 for size in weight.shape[2:])
+    _require_weight(op, wanted, input, weight, inputs == channels, *taps)
+    check_numbers(op, "stride", stride, 3, 1)
+    check_numbers(op, "padding", padding, 3, 0)
+    check_numbers(op, "dilation", dilation, 3, 1)
+    points = convolved(op, input, weight, stride, padding, dilation)
+    check_padded(op, input.shape[2:], padding, (inputs, outputs), examples)
+    check_bias(op, bias, outputs)
+    output = empty(input, (examples, outputs, *points))
+    _require_few(input, weight, output, padding, inputs)
+    return output
 
 
-register_fake("timm_ext::small_conv3d", _fake_small_conv3d)
+def _require_few(input: Tensor, weight: Tensor, output: Tensor, padding: Sequence[int], inputs: int) -> None:
+    """Refuse outputs of so many points that the columns would not fit."""
+    if not are_known(input, weight, output) or not output.numel() or not inputs:
+        return
+    width = -(-len(output) * prod(output.shape[2:]) // 16) * 16
+    column, most = prod(weight.shape[2:]) * width, 2**28
+    few = f"output must have few points: at most {most} factors in all"
+    require("small_conv3d", few, f"{inputs} channels of {column}", column <= most // inputs)
+    padded = [size + 2 * pad for size, pad in zip(input.shape[2:], padding, strict=True)]
+    require(
+        "small_conv3d",
+        "input with its padding must hold fewer than 2^31 elements for each channel of all examples",
+        f"{len(input)} examples of {list(input.shape[2:])}",
+        len(input) * prod(padded) < 2**31,
+    )
+
+
+def _require_weight(op: str, wanted: str, input: Tensor, weight: Tensor, *conditions: object) -> None:
+    require(op, f"weight must be {wanted} for input {sizes_of(input)}", sizes_of(weight), *conditions)
 
 
 def strided_conv3d_input_gradient(grad: Tensor, weight: Tensor, size: Sequence[int]) -> Tensor:
-    """Return the gradient of the input of a convolution of stride 2, on the CPU.
-
-    Kernels of 3 x 3 x 3, one zero around. IEEE float32, the same bits for any number of threads. Not
-    differentiable.
+    """Return the gradient of the input of a convolution of stride 2, kernels of 3 x 3 x 3, one zero around.
 
     Args:
         grad: of the output, `[B, O, D', H', W']` float32, of half of the input's sizes, rounded up.
@@ -88,16 +121,29 @@ def strided_conv3d_input_gradient(grad: Tensor, weight: Tensor, size: Sequence[i
         `[B, I, D, H, W]`.
     """
     check_tensors(grad=grad, weight=weight)
-    with undifferentiated():
-        output: Tensor = _ops.strided_conv3d_input_gradient.default(grad, weight, integers("size", size))
-    return output
+    return _strided_conv3d_input_gradient(grad, weight, integers("size", size))
 
 
-def _fake_strided_conv3d_input_gradient(grad: Tensor, weight: Tensor, size: list[int]) -> Tensor:
-    return grad.new_empty((grad.shape[0], weight.shape[1], *size))
+@_strided_conv3d_input_gradient.fake
+def _(grad: Tensor, weight: Tensor, size: list[int]) -> Tensor:
+    op = "strided_conv3d_input_gradient"
+    check_cubic(op, "grad", grad, weight, outputs_first=False)
+    check_numbers(op, "size", size, 3, 1)
+    half = [(whole + 1) // 2 for whole in size]
+    fits = (one == other for one, other in zip(grad.shape[2:], half, strict=True))
+    require(op, f"grad must have half of size, rounded up, {half}", sizes_of(grad), *fits)
+    return empty(grad, (grad.shape[0], weight.shape[1], *size))
 
 
-register_fake("timm_ext::strided_conv3d_input_gradient", _fake_strided_conv3d_input_gradient)
+def check_cubic(op: str, name: str, volume: Tensor, weight: Tensor, *, outputs_first: bool) -> None:
+    """Refuse a weight other than `[O, I, 3, 3, 3]` for a volume of I channels (`outputs_first`) or of O."""
+    check_volume(op, name, volume)
+    check_volume(op, "weight", weight)
+    channels = volume.shape[1]
+    wanted = f"[O, {channels}, 3, 3, 3]" if outputs_first else f"[{channels}, I, 3, 3, 3]"
+    fits = (size == 3 for size in weight.shape[2:])
+    same = weight.shape[1 if outputs_first else 0] == channels
+    require(op, f"weight must be {wanted} for {name} {sizes_of(volume)}", sizes_of(weight), same, *fits)
 
 
 def winograd_conv3d(
@@ -108,10 +154,10 @@ def winograd_conv3d(
     padding: Sequence[int],
     mirrored: bool = False,
 ) -> Tensor:
-    """Convolve with stride 1 by Winograd's F(2 x 2, 3 x 3) over planes and rows, on the CPU.
+    """Convolve with stride 1 by Winograd's F(2 x 2, 3 x 3) over planes and rows.
 
-    Four multiplications in place of nine for each column of the kernel (Lavin and Gray, CVPR 2016), in IEEE
-    float32; errors are those of the direct sum. The same bits for any number of threads. Not differentiable.
+    Four multiplications in place of nine for each column of the kernel (Lavin and Gray, CVPR 2016); errors
+    are those of the direct sum.
 
     Args:
         input: `[B, I, D, H, W]` float32.
@@ -125,27 +171,21 @@ def winograd_conv3d(
         `[B, O, D', H', W']`.
     """
     check_tensors({"bias": bias}, input=input, weight=weight)
-    with undifferentiated():
-        output: Tensor = _ops.winograd_conv3d.default(
-            input, weight, bias, integers("padding", padding), mirrored
-        )
-    return output
+    return _winograd_conv3d(input, weight, bias, integers("padding", padding), mirrored)
 
 
-def _fake_winograd_conv3d(
-    input: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int], mirrored: bool
-) -> Tensor:
-    reach = zip(input.shape[2:], padding, weight.shape[2:], strict=True)
-    sizes = [size + 2 * pad - kernel + 1 for size, pad, kernel in reach]
-    return input.new_empty((input.shape[0], weight.shape[1 if mirrored else 0], *sizes))
-
-
-register_fake("timm_ext::winograd_conv3d", _fake_winograd_conv3d)
-
-
-for _name in (
-    "small_conv3d",
-    "strided_conv3d_input_gradient",
-    "winograd_conv3d",
-):
-    no_derivative(_name)
+@_winograd_conv3d.fake
+def _(input: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int], mirrored: bool) -> Tensor:
+    op = "winograd_conv3d"
+    check_volume(op, "input", input)
+    check_volume(op, "weight", weight)
+    examples, channels = input.shape[:2]
+    inputs, outputs = weight.shape[:2] if mirrored else weight.shape[1::-1]
+    wanted = f"[{channels}, O, 3, 3, K], mirrored," if mirrored else f"[O, {channels}, 3, 3, K]"
+    planes, rows, columns = weight.shape[2:]
+    _require_weight(op, wanted, input, weight, inputs == channels, planes == 3, rows == 3, columns >= 1)
+    check_numbers(op, "padding", padding, 3, 0)
+    points = convolved(op, input, weight, (1, 1, 1), padding, (1, 1, 1))
+    check_padded(op, input.shape[2:], padding, (inputs, outputs), examples)
+    check_bias(op, bias, outputs)
+    return empty(input, (examples, outputs, *points))

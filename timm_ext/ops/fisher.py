@@ -1,17 +1,31 @@
-"""The operators of the Fisher information: squared gradients and sampled labels."""
+"""The operators of the Fisher information: squared gradients and sampled labels. None is differentiable."""
 
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.library import register_fake
 
-from timm_ext.ops.operands import check_tensors, integers, mark_changed, no_derivative, undifferentiated
+from timm_ext.ops.operands import Operator, check_tensors, integers, mark_changed
+from timm_ext.ops.shapes import (
+    check_dtype,
+    check_numbers,
+    check_padded,
+    check_sizes,
+    empty,
+    is_contiguous,
+    name_of,
+    require,
+    sizes_of,
+)
 
 Sampled = Literal["bernoulli", "categorical"]
 
-_ops = torch.ops.timm_ext
+_FLOATING = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+_square_accumulate = Operator[None]("square_accumulate_")
+_conv_weight_grad_square = Operator[None]("conv_weight_grad_square_")
+_sample_labels = Operator[tuple[Tensor, Tensor]]("sample_labels")
 
 
 def square_accumulate_(acc: Sequence[Tensor], grads: Sequence[Tensor], scale: float = 1.0) -> None:
@@ -29,24 +43,40 @@ def square_accumulate_(acc: Sequence[Tensor], grads: Sequence[Tensor], scale: fl
     if not acc and not grads:
         return  # the dispatcher finds no device in empty lists
     try:
-        with undifferentiated():
-            _ops.square_accumulate_.default(list(acc), list(grads), float(scale))
-    except (RuntimeError, TypeError):
-        _check_lists(acc, grads)  # only now: looking at every tensor takes as long as adding small ones
+        _square_accumulate(list(acc), list(grads), float(scale))
+    except (RuntimeError, TypeError):  # nothing is looked at that the operator looks at itself
+        named = {f"acc[{i}]": tensor for i, tensor in enumerate(acc)}
+        check_tensors(**named, **{f"grads[{i}]": tensor for i, tensor in enumerate(grads)})
         raise
     mark_changed(acc)
 
 
-def _check_lists(acc: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    named = {f"acc[{i}]": tensor for i, tensor in enumerate(acc)}
-    check_tensors(**named, **{f"grads[{i}]": tensor for i, tensor in enumerate(grads)})
+@_square_accumulate.fake
+def _(acc: list[Tensor], grads: list[Tensor], scale: float) -> None:
+    op, count = "square_accumulate_", len(acc)
+    each = len(grads) // count if count else 0
+    whole = each * count == len(grads) and (each > 0 or not count)
+    expected = "grads must be as long a list as acc, or several times as long"
+    require(op, expected, f"{len(grads)} for {count}", whole)
+    for k, grad in enumerate(grads):
+        _check_item(op, k, grad, grads[0], k % count, acc[k % count])
 
 
-def _fake_square_accumulate(acc: list[Tensor], grads: list[Tensor], scale: float) -> None:
-    _check_lists(acc, grads)  # one on `meta` brings all of them here
-
-
-register_fake("timm_ext::square_accumulate_", _fake_square_accumulate)
+def _check_item(op: str, k: int, grad: Tensor, first: Tensor, i: int, acc: Tensor) -> None:
+    dtype, got = grad.dtype, name_of(grad.dtype)
+    require(op, f"grads[{k}] must be float32, bfloat16, float16 or float64", got, dtype in _FLOATING)
+    alike = f"{got} vs {name_of(first.dtype)}"
+    require(op, f"grads[{k}] must have the dtype of grads[0]", alike, dtype == first.dtype)
+    for name, tensor in ((f"grads[{k}]", grad), (f"acc[{i}]", acc)):
+        places = f"{tensor.device} vs {first.device}"
+        require(op, f"{name} must be on the device of grads[0]", places, tensor.device == first.device)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    check_dtype(op, f"acc[{i}]", acc, wide, f" for gradients of {got}")
+    same = acc.ndim == grad.ndim, *(a == b for a, b in zip(acc.shape, grad.shape, strict=False))
+    shapes = f"{sizes_of(acc)} vs {sizes_of(grad)}"
+    require(op, f"acc[{i}] must have the shape of grads[{k}]", shapes, *same)
+    strides = f"strides {list(acc.stride())}"
+    require(op, f"acc[{i}] must be contiguous", strides, is_contiguous(acc))
 
 
 def conv_weight_grad_square_(
@@ -81,21 +111,14 @@ def conv_weight_grad_square_(
         scale: factor of the squares.
     """
     check_tensors(acc=acc, grad=grad, input=input)
-    with undifferentiated():
-        _ops.conv_weight_grad_square_.default(
-            acc,
-            grad,
-            input,
-            integers("stride", stride),
-            integers("padding", padding),
-            integers("dilation", dilation),
-            integers("groups", [groups])[0],
-            float(scale),
-        )
+    numbers = integers("stride", stride), integers("padding", padding), integers("dilation", dilation)
+    whole = integers("groups", [groups])[0]
+    _conv_weight_grad_square(acc, grad, input, *numbers, whole, float(scale))
     mark_changed([acc])
 
 
-def _fake_conv_weight_grad_square(
+@_conv_weight_grad_square.fake
+def _(
     acc: Tensor,
     grad: Tensor,
     input: Tensor,
@@ -105,10 +128,62 @@ def _fake_conv_weight_grad_square(
     groups: int,
     scale: float,
 ) -> None:
-    return None
+    op = "conv_weight_grad_square_"
+    check_dtype(op, "acc", acc, torch.float32)
+    if acc.device.type == "meta":  # as on the CPU
+        check_dtype(op, "grad", grad, torch.float32, " on the CPU")
+    expected = "grad must be float32, bfloat16 or float16"
+    require(op, expected, name_of(grad.dtype), grad.dtype in _FLOATING[:3])
+    check_dtype(op, "input", input, grad.dtype, " like grad")
+    expected = "acc must be [O, I / groups, ...] with one to three axes, contiguous"
+    require(op, expected, sizes_of(acc), 3 <= acc.ndim <= 5, is_contiguous(acc))
+    check_sizes(op, "acc", acc)
+    for name, tensor in (("grad", grad), ("input", input)):
+        as_many = f"{name} must have as many axes as acc, {acc.ndim}"
+        require(op, as_many, sizes_of(tensor), tensor.ndim == acc.ndim)
+        check_sizes(op, name, tensor)
+    axes = acc.ndim - 2
+    check_numbers(op, "stride", stride, axes, 1)
+    check_numbers(op, "padding", padding, axes, 0)
+    check_numbers(op, "dilation", dilation, axes, 1)
+    _check_channels(op, acc, grad, input, groups)
+    _check_reach(op, acc, grad, input, stride, padding, dilation)
+    missing = 3 - axes
+    channels = acc.shape[1], acc.shape[0] // groups
+    check_padded(op, [1] * missing + sizes_of(input)[2:], [0] * missing + padding, channels, grad.shape[0])
 
 
-register_fake("timm_ext::conv_weight_grad_square_", _fake_conv_weight_grad_square)
+def _check_channels(op: str, acc: Tensor, grad: Tensor, input: Tensor, groups: int) -> None:
+    outputs = acc.shape[0]
+    known = isinstance(groups, int)
+    divide = not known or (1 <= groups < 2**31 and outputs % groups == 0)
+    require(op, f"groups must divide the channels of grad, {outputs}", groups, divide)
+    require(
+        op,
+        "acc, grad and input must be [O, I / groups, ...], [B, O, ...] and [B, I, ...]",
+        f"{sizes_of(acc)}, {sizes_of(grad)} and {sizes_of(input)} in {groups} groups",
+        grad.shape[0] == input.shape[0],
+        grad.shape[1] == outputs,
+        input.shape[1] == acc.shape[1] * groups,
+    )
+
+
+def _check_reach(
+    op: str,
+    acc: Tensor,
+    grad: Tensor,
+    input: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> None:
+    axes = zip(grad.shape[2:], stride, acc.shape[2:], dilation, input.shape[2:], padding, strict=True)
+    fits = [
+        (points - 1) * step + (taps - 1) * gap + 1 <= size + 2 * pad
+        for points, step, taps, gap, size, pad in axes
+    ]
+    got = f"{sizes_of(grad)} for input {sizes_of(input)}"
+    require(op, "grad must have no larger sizes than the output", got, *fits)
 
 
 def sample_labels(
@@ -121,7 +196,7 @@ def sample_labels(
 
     The random number of a variable comes from its example's key and its own place alone (Philox 4x32-10 by
     counter; Salmon et al., SC 2011), whatever the batch, the number of threads, the instruction set or the
-    device. Not differentiable.
+    device.
 
     Args:
         logits: z `[B, K, ...]`, float32 or float64.
@@ -134,22 +209,22 @@ def sample_labels(
         logits' shape and dtype.
     """
     check_tensors(logits=logits, keys=keys)
-    with undifferentiated():
-        drawn, score = _ops.sample_labels.default(logits, keys, likelihood, labels)
-    return drawn, score
+    return _sample_labels(logits, keys, likelihood, labels)
 
 
-def _fake_sample_labels(
-    logits: Tensor, keys: Tensor, likelihood: str, labels_wanted: bool
-) -> tuple[Tensor, Tensor]:
-    shape = list(logits.shape)
+@_sample_labels.fake
+def _(logits: Tensor, keys: Tensor, likelihood: str, labels_wanted: bool) -> tuple[Tensor, Tensor]:
+    op, known = "sample_labels", ("bernoulli", "categorical")
+    require(op, "likelihood must be 'bernoulli' or 'categorical'", f"'{likelihood}'", likelihood in known)
+    fits = logits.ndim >= 2 and logits.shape[1] >= 1
+    require(op, "logits must be [B, K, ...] with K >= 1", sizes_of(logits), fits)
+    floating = logits.dtype in (torch.float32, torch.float64)
+    require(op, "logits must be float32 or float64", name_of(logits.dtype), floating)
+    check_dtype(op, "keys", keys, torch.int64)
+    examples = logits.shape[0]
+    one_each = keys.ndim == 1 and keys.shape[0] == examples
+    require(op, f"keys must be [B] = [{examples}]", sizes_of(keys), one_each)
+    shape = sizes_of(logits)
     if likelihood == "categorical":
         del shape[1]
-    return keys.new_empty(shape if labels_wanted else (0,)), logits.new_empty(logits.shape)
-
-
-register_fake("timm_ext::sample_labels", _fake_sample_labels)
-
-
-for _name in ("conv_weight_grad_square_", "sample_labels", "square_accumulate_"):
-    no_derivative(_name)
+    return empty(keys, shape if labels_wanted else (0,)), empty(logits, logits.shape)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.library import register_fake
 
 from timm_ext.ops.operands import check_tensors, integers
+from timm_ext.ops.shapes import empty
 
 _ops = torch.ops.timm_ext
 
@@ -46,8 +47,4 @@ def new_tensor(like: Tensor, sizes: Sequence[int]) -> Tensor:
     return tensor
 
 
-def _fake_new_tensor(like: Tensor, sizes: list[int]) -> Tensor:
-    return like.new_empty(sizes)
-
-
-register_fake("timm_ext::new_tensor", _fake_new_tensor)
+register_fake("timm_ext::new_tensor", empty)

@@ -1,4 +1,4 @@
-"""The merge: its documented function and the ratios; derivatives are in `merge_autograd`.
+"""The merge: its documented function, the operators behind it, and their derivatives.
 
 Argument errors found by the compiled operators are `RuntimeError`s that read "op: X must ... (got ...)".
 """
@@ -10,20 +10,25 @@ from torch import Tensor
 from torch.autograd import Function
 
 from timm_ext.errors import InputError
-from timm_ext.ops.merge_autograd import log_weights, merge
+from timm_ext.ops import merge_formulas as formulas
+from timm_ext.ops.autograd import below_autograd, call, defined_by, nested, one_by_one, primals, register
+from timm_ext.ops.log_weights import log_weights
 from timm_ext.ops.operands import (
+    Operator,
     check_tensors,
+    fake_kernel,
     mark_changed,
-    no_derivative,
     refuse_tangents,
     traced,
     transformed,
 )
+from timm_ext.ops.shapes import are_known, check_dtype, empty, is_contiguous, name_of, require, sizes_of
 
 Mixing = Literal["sigmoid", "softmax", "ratios"]
 MIXINGS: tuple[Mixing, ...] = ("sigmoid", "softmax", "ratios")
 
 _ops = torch.ops.timm_ext
+_merge_out = Operator[None]("fused_merge.out")
 
 
 def fused_merge(
@@ -77,8 +82,8 @@ def fused_merge(
     if groups is not None:
         rows = torch.nn.functional.embedding(groups, rows)
     if out is None:
-        return merge(theta, fisher, rows, offsets)
-    _ops.fused_merge.out(theta, fisher, rows, offsets, out=out)
+        return _merge(theta, fisher, rows, offsets)
+    _merge_out(theta, fisher, rows, offsets, out=out)
     mark_changed([out])
     return out
 
@@ -186,4 +191,158 @@ def ratios(logits: Tensor, mixing: Mixing = "sigmoid") -> Tensor:
     return torch.softmax(log_weights(logits.double(), mixing), dim=1).to(logits.dtype)
 
 
-no_derivative("fused_merge.out")
+def _merge(theta: Tensor, fisher: Tensor | None, log_weight: Tensor, offsets: Tensor) -> Tensor:
+    """Return the merge `[P]` of theta and fisher `[T, P]` by log-weights `[S, T]` of segments `[S + 1]`."""
+    if torch.compiler.is_compiling():
+        compiled: Tensor = _ops.fused_merge.default(theta, fisher, log_weight, offsets)
+        return compiled
+    merged: Tensor = call(_Merge, theta, fisher, log_weight, offsets)
+    return merged
+
+
+class _Merge(Function):
+    """θ* = Σ w θ / Σ w, with w = exp(log_weight) F."""
+
+    @staticmethod
+    def forward(theta: Tensor, fisher: Tensor | None, log_weight: Tensor, offsets: Tensor) -> Tensor:
+        merged: Tensor = below_autograd(_ops.fused_merge.default, theta, fisher, log_weight, offsets)
+        return merged
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None
+        theta_wanted, fisher_wanted, rows_wanted, _ = ctx.needs_input_grad
+        inputs = ctx.saved_tensors
+        rows = call(_GradientOfRows, grad, *inputs) if rows_wanted else None
+        if not (theta_wanted or fisher_wanted):
+            return None, None, rows, None
+        planes = call(_GradientOfPlanes, grad, *inputs, theta_wanted, fisher_wanted)
+        return planes[0] if theta_wanted else None, planes[1] if fisher_wanted else None, rows, None
+
+    @staticmethod
+    @nested
+    def jvp(
+        ctx: Any, d_theta: Tensor | None, d_fisher: Tensor | None, d_rows: Tensor | None, _: None
+    ) -> Tensor:
+        """Return Σ_t s_t dθ_t + (∂θ*/∂F_t) dF_t + s_t (θ_t − θ*) d log_weight_t, with s_t = w_t / Σ w."""
+        theta, fisher, log_weight, offsets = primals(ctx)
+        elements, wide = theta.shape[1], log_weight.dtype
+        inputs = theta.to(wide), None if fisher is None else fisher.to(wide), log_weight, offsets
+        ones = inputs[0].new_ones(()).expand(elements)
+        share, slope = call(_GradientOfPlanes, ones, *inputs, True, d_fisher is not None)
+        tangent = torch.zeros_like(ones)
+        if d_theta is not None:
+            tangent = tangent + (share * d_theta).sum(0)
+        if d_fisher is not None:
+            tangent = tangent + (slope * d_fisher).sum(0)
+        if d_rows is not None:
+            along = d_rows.index_select(0, formulas.segment_of_elements(offsets, elements)).T
+            tangent = tangent + (share * (inputs[0] - call(_Merge, *inputs)) * along).sum(0)
+        return tangent.to(theta.dtype)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
+        return one_by_one(_Merge, info.batch_size, in_dims, inputs), 0
+
+
+_GradientOfRows = defined_by(_ops.fused_merge_backward_log_weight.default, formulas.gradient_of_rows)
+_GradientOfPlanes = defined_by(_ops.fused_merge_backward_planes.default, formulas.gradient_of_planes)
+
+register("fused_merge", _Merge)
+register("fused_merge_backward_log_weight", _GradientOfRows)
+register("fused_merge_backward_planes", _GradientOfPlanes)
+
+
+@fake_kernel("fused_merge")
+def _(theta: Tensor, fisher: Tensor | None, log_weight: Tensor, offsets: Tensor) -> Tensor:
+    _check_operands(theta, fisher, log_weight, offsets)
+    return empty(theta, theta.shape[1:])
+
+
+@_merge_out.fake
+def _(theta: Tensor, fisher: Tensor | None, log_weight: Tensor, offsets: Tensor, *, out: Tensor) -> None:
+    _check_operands(theta, fisher, log_weight, offsets)
+    got = f"{sizes_of(out)} with strides {list(out.stride())}"
+    fits = out.ndim == 1 and out.shape[0] == theta.shape[1]
+    require(_OP, f"out must be [P] = [{theta.shape[1]}], contiguous", got, fits, is_contiguous(out))
+    check_dtype(_OP, "out", out, theta.dtype, " like theta")
+
+
+@fake_kernel("fused_merge_backward_log_weight")
+def _(grad: Tensor, theta: Tensor, fisher: Tensor | None, log_weight: Tensor, offsets: Tensor) -> Tensor:
+    _check_operands(theta, fisher, log_weight, offsets)
+    _check_gradient(grad, theta)
+    return empty(log_weight, log_weight.shape)
+
+
+@fake_kernel("fused_merge_backward_planes")
+def _(
+    grad: Tensor,
+    theta: Tensor,
+    fisher: Tensor | None,
+    log_weight: Tensor,
+    offsets: Tensor,
+    theta_wanted: bool,
+    fisher_wanted: bool,
+) -> tuple[Tensor, Tensor]:
+    _check_operands(theta, fisher, log_weight, offsets)
+    given = fisher is not None or not fisher_wanted
+    require(_OP, "fisher must be given where its gradient is wanted", None, given)
+    _check_gradient(grad, theta)
+    shapes = (theta.shape if wanted else (0,) for wanted in (theta_wanted, fisher_wanted))
+    grad_theta, grad_fisher = (empty(theta, shape) for shape in shapes)
+    return grad_theta, grad_fisher
+
+
+_OP = "fused_merge"
+
+
+def _check_operands(theta: Tensor, fisher: Tensor | None, log_weight: Tensor, offsets: Tensor) -> None:
+    fits = theta.ndim == 2 and theta.shape[0] >= 1
+    require(_OP, "theta must be [T, P] with T >= 1", sizes_of(theta), fits)
+    floating = theta.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    require(_OP, "theta must be float32, bfloat16, float16 or float64", name_of(theta.dtype), floating)
+    _check_rows_apart("theta", theta)
+    models, elements = theta.shape
+    if fisher is not None:
+        shapes = f"{sizes_of(fisher)} vs {sizes_of(theta)}"
+        same = fisher.ndim == 2, *(a == b for a, b in zip(fisher.shape, theta.shape, strict=False))
+        require(_OP, "fisher must have the shape of theta", shapes, *same)
+        check_dtype(_OP, "fisher", fisher, theta.dtype, " like theta")
+        _check_rows_apart("fisher", fisher)
+    fits = offsets.ndim == 1 and offsets.shape[0] >= 1
+    require(_OP, "offsets must be [S + 1], contiguous", sizes_of(offsets), fits, is_contiguous(offsets))
+    check_dtype(_OP, "offsets", offsets, torch.int64)
+    segments = offsets.shape[0] - 1
+    some = not are_known(segments, elements) or (segments == 0) == (elements == 0)
+    expected = "offsets must hold one segment or more just when P > 0"
+    require(_OP, expected, f"{segments} segments for P = {elements}", some)
+    rows = log_weight.shape
+    fitting = len(rows) == 2, *(a == b for a, b in zip(rows, (segments, models), strict=False))
+    require(_OP, f"log_weight must be [S, T] = [{segments}, {models}]", sizes_of(log_weight), *fitting)
+    wide = torch.float64 if theta.dtype == torch.float64 else torch.float32
+    check_dtype(_OP, "log_weight", log_weight, wide, " for planes of this dtype")
+    strides = f"strides {list(log_weight.stride())}"
+    require(_OP, "log_weight must be contiguous", strides, is_contiguous(log_weight))
+
+
+def _check_rows_apart(name: str, plane: Tensor) -> None:
+    models, elements = plane.shape
+    unit = not are_known(plane) or elements <= 1 or plane.stride(1) == 1
+    apart = not are_known(plane) or models <= 1 or plane.stride(0) >= elements
+    got = f"strides {list(plane.stride())} for {sizes_of(plane)}"
+    require(_OP, f"{name} must have stride 1 along P and rows at least P apart", got, unit, apart)
+
+
+def _check_gradient(grad: Tensor, theta: Tensor) -> None:
+    elements = theta.shape[1]
+    fits = grad.ndim == 1 and grad.shape[0] == elements
+    require(_OP, f"grad must be [P] = [{elements}]", sizes_of(grad), fits)
+    check_dtype(_OP, "grad", grad, theta.dtype, " like theta")

@@ -1,12 +1,12 @@
-"""The gradients of the merge and of its log-weights in plain PyTorch, float64 inside.
+"""The gradients of the merge (float64 inside) and of its log-weights as formulas in plain PyTorch.
 
-The operators compute them; their own derivatives are taken of these.
+Operators compute them; derivatives of those operators are taken of these.
 """
 
 import torch
 from torch import Tensor
 
-from timm_ext.ops.reference import SMALLEST_WEIGHT
+SMALLEST_WEIGHT = 2.0**-100  # relative to the largest of a row; what is below counts as 0
 
 
 def segment_of_elements(offsets: Tensor, elements: int) -> Tensor:

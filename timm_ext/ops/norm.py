@@ -1,22 +1,26 @@
-"""Instance norm and its gradients on the CPU, for the Fisher's pass."""
+"""Instance norm and its gradients in float32 on the CPU, for the Fisher's pass. None is differentiable.
+
+The same bits for any number of threads and any instruction set.
+"""
 
 import torch
 from torch import Tensor
-from torch.library import register_fake
 
-from timm_ext.ops.operands import check_tensors, no_derivative, undifferentiated
+from timm_ext.ops.operands import Operator, check_tensors
+from timm_ext.ops.shapes import check_dtype, empty, is_contiguous, require, sizes_of
 
-_ops = torch.ops.timm_ext
+_Three = tuple[Tensor, Tensor, Tensor]
+
+_instance_norm = Operator[_Three]("instance_norm")
+_instance_norm_backward = Operator[_Three]("instance_norm_backward")
 
 
 def instance_norm(
     input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, epsilon: float = 1e-5
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise every channel of every example, on the CPU.
+    """Normalise every channel of every example.
 
         y = γ (x − μ) ρ + β,   ρ = 1 / sqrt(variance + ε)
-
-    The same bits for any number of threads and any instruction set. Not differentiable.
 
     Args:
         input: x `[B, C, ...]` float32.
@@ -28,43 +32,40 @@ def instance_norm(
         y `[B, C, ...]`; μ and ρ, `[B · C]` each, as `instance_norm_backward` takes them.
     """
     check_tensors({"weight": weight, "bias": bias}, input=input)
-    with undifferentiated():
-        results: tuple[Tensor, Tensor, Tensor] = _ops.instance_norm.default(input, weight, bias, epsilon)
-    return results
+    return _instance_norm(input, weight, bias, epsilon)
 
 
-def _fake_instance_norm(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float
-) -> tuple[Tensor, Tensor, Tensor]:
+@_instance_norm.fake
+def _(input: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> _Three:
+    op = "instance_norm"
+    _check_input(op, input)
     planes = input.shape[0] * input.shape[1]
-    return input.new_empty(input.shape), input.new_empty(planes), input.new_empty(planes)
-
-
-register_fake("timm_ext::instance_norm", _fake_instance_norm)
+    _check_vector(op, "weight", weight, input.shape[1], input)
+    _check_vector(op, "bias", bias, input.shape[1], input)
+    return empty(input, input.shape), input.new_empty(planes), input.new_empty(planes)
 
 
 def instance_norm_backward(
     grad: Tensor,
     input: Tensor,
     mean: Tensor,
-    deviation: Tensor,
+    rstd: Tensor,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     *,
     slope: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of an instance norm and the LeakyReLU behind it, example by example, on the CPU.
+    """Return the gradients of an instance norm and the LeakyReLU behind it, example by example.
 
         y = leaky(γ x̂ + β),   x̂ = (x − μ) ρ,   leaky(a) = a for a > 0, else slope · a
 
-    in two passes over the input, for which the activation's own output is not needed. The same bits for any
-    number of threads and any instruction set. Not differentiable.
+    in two passes over the input, for which the activation's own output is not needed.
 
     Args:
         grad: of y, `[B, C, ...]` float32.
         input: x `[B, C, ...]` float32.
         mean: μ of each channel of each example, B·C elements.
-        deviation: ρ = 1 / sqrt(variance + ε), B·C elements.
+        rstd: ρ = 1 / sqrt(variance + ε), B·C elements.
         weight: γ `[C]`; None stands for 1.
         bias: β `[C]`; None stands for 0.
         slope: of LeakyReLU below zero; 0 for ReLU, 1 for none.
@@ -72,29 +73,40 @@ def instance_norm_backward(
     Returns:
         The gradients of x `[B, C, ...]`, of γ and of β, `[B, C]` each.
     """
-    check_tensors({"weight": weight, "bias": bias}, grad=grad, input=input, mean=mean, deviation=deviation)
-    with undifferentiated():
-        gradients: tuple[Tensor, Tensor, Tensor] = _ops.instance_norm_backward.default(
-            grad, input, mean, deviation, weight, bias, slope
-        )
-    return gradients
+    check_tensors({"weight": weight, "bias": bias}, grad=grad, input=input, mean=mean, rstd=rstd)
+    return _instance_norm_backward(grad, input, mean, rstd, weight, bias, slope)
 
 
-def _fake_instance_norm_backward(
+@_instance_norm_backward.fake
+def _(
     grad: Tensor,
     input: Tensor,
     mean: Tensor,
-    deviation: Tensor,
+    rstd: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     slope: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> _Three:
+    op = "instance_norm_backward"
+    _check_input(op, input)
+    check_dtype(op, "grad", grad, torch.float32)
+    same = grad.ndim == input.ndim, *(a == b for a, b in zip(grad.shape, input.shape, strict=False))
+    require(op, f"grad must have the shape of input, {sizes_of(input)}", sizes_of(grad), *same)
     rows = input.shape[:2]
-    return input.new_empty(input.shape), input.new_empty(rows), input.new_empty(rows)
+    _check_vector(op, "mean", mean, rows[0] * rows[1], input)
+    _check_vector(op, "deviation", rstd, rows[0] * rows[1], input)
+    _check_vector(op, "weight", weight, rows[1], input)
+    _check_vector(op, "bias", bias, rows[1], input)
+    return empty(input, input.shape), input.new_empty(rows), input.new_empty(rows)
 
 
-register_fake("timm_ext::instance_norm_backward", _fake_instance_norm_backward)
+def _check_input(op: str, input: Tensor) -> None:
+    check_dtype(op, "input", input, torch.float32)
+    require(op, "input must be [B, C, ...]", sizes_of(input), input.ndim >= 3)
 
 
-for _name in ("instance_norm", "instance_norm_backward"):
-    no_derivative(_name)
+def _check_vector(op: str, name: str, vector: Tensor | None, size: int, input: Tensor) -> None:
+    if vector is not None:
+        check_dtype(op, name, vector, torch.float32)
+        expected = f"{name} must hold {size} elements, contiguous, for input {sizes_of(input)}"
+        require(op, expected, sizes_of(vector), vector.numel() == size, is_contiguous(vector))

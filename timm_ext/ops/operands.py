@@ -1,18 +1,20 @@
-"""What all operators ask of the tensors they are given, before the compiled library sees them."""
+"""What all operators ask of the tensors they are given, and how those without a derivative are called."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import index
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.library import Library
+from torch.library import Library, register_fake
 
 from timm_ext.errors import InputError
 
-_kernels = Library("timm_ext", "FRAGMENT")
+Kernel = TypeVar("Kernel", bound=Callable[..., Any])
+Result = TypeVar("Result")
+
+KERNELS = Library("timm_ext", "FRAGMENT")  # keeps what Python registers for as long as the process lives
 
 
 def check_tensors(optional: Mapping[str, object] | None = None, /, **required: object) -> None:
@@ -82,39 +84,51 @@ def refuse_tangents(op: str, values: Any) -> None:
             )
 
 
-def undifferentiated() -> AbstractContextManager[Any]:
-    """Call operators without a derivative in this context: no gradient follows them, tangents are refused.
+def fake_kernel(name: str) -> Callable[[Kernel], Kernel]:
+    """Make a function the fake kernel of an operator: the checks of the compiled one, and its shapes."""
 
-    Where no forward-mode differentiation is about, nothing has to look for tangents.
+    def registered(kernel: Kernel) -> Kernel:
+        register_fake(f"timm_ext::{name}", kernel)
+        return kernel
+
+    return registered
+
+
+class Operator(Generic[Result]):
+    """A compiled operator without a derivative: no gradient follows its call, and tangents are refused.
+
+    Args:
+        name: of its schema, `name` or `name.overload`.
     """
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
-        return torch.no_grad()
-    below: AbstractContextManager[Any] = torch._C._AutoDispatchBelowAutograd()
-    return below
 
+    def __init__(self, name: str):
+        self._name = name
+        op, _, overload = name.partition(".")
+        self._overload: Callable[..., Result] = getattr(
+            getattr(torch.ops.timm_ext, op), overload or "default"
+        )
+        KERNELS.impl(name, self._without_tangents, "Autograd")
 
-def no_derivative(op: str) -> None:
-    """Make an operator refuse tangents, which PyTorch would drop without a word."""
-    overload = _overload(op)
-
-    def kernel(*inputs: Any, **options: Any) -> Any:
-        refuse_tangents(op, (inputs, options))
+    def __call__(self, *inputs: Any, **options: Any) -> Result:
+        """Compute; where no forward-mode differentiation is about, nothing has to look for tangents."""
+        if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+            with torch.no_grad():
+                return self._overload(*inputs, **options)
         with torch._C._AutoDispatchBelowAutograd():
-            return overload(*inputs, **options)
+            return self._overload(*inputs, **options)
 
-    _kernels.impl(op, kernel, "Autograd")
+    def fake(self, kernel: Callable[..., Result]) -> Callable[..., Result]:
+        """Make a function the operator's fake kernel."""
+        return fake_kernel(self._name)(kernel)
 
-
-def _overload(op: str) -> Any:
-    name, _, overload = op.partition(".")
-    return getattr(getattr(torch.ops.timm_ext, name), overload or "default")
+    def _without_tangents(self, *inputs: Any, **options: Any) -> Result:
+        """Refuse tangents, which PyTorch would drop without a word, where the operator is called by name."""
+        refuse_tangents(self._name, (inputs, options))
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._overload(*inputs, **options)
 
 
 def mark_changed(tensors: Sequence[Tensor]) -> None:
     """Let autograd notice when a tensor that it saved was overwritten."""
-    if torch.compiler.is_compiling():
-        return
-    try:
+    if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(tensors)
-    except RuntimeError:  # those of inference mode have no version
-        torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])

@@ -1,13 +1,15 @@
-"""Every operator in plain PyTorch: definition, oracle of the tests and baseline of the benchmarks.
+"""A twin of every operator in plain PyTorch: definition, oracle of the tests and baseline of the benchmarks.
 
-The signatures are those of `timm_ext`. Run in float64 these functions are the truth; in float32 they
-overflow, underflow and cancel where the operators do not.
+The signatures are those of the functions in `timm_ext.ops`, whose docstrings hold for both. Run in float64
+these functions are the truth; in float32 they overflow, underflow and cancel where the operators do not. No
+operator is computed by them.
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 SMALLEST_WEIGHT = 2.0**-100  # relative to the largest of a row; what is below counts as 0
 
@@ -15,11 +17,11 @@ SMALLEST_WEIGHT = 2.0**-100  # relative to the largest of a row; what is below c
 def log_weights(logits: Tensor, mixing: str) -> Tensor:
     """Return log-weights `[G, T]` of mixing logits `[G, T]`, less the largest of each row."""
     if mixing == "sigmoid":
-        values = torch.nn.functional.logsigmoid(logits)
+        values = functional.logsigmoid(logits)
     elif mixing == "softmax":
         values = logits
     elif mixing == "ratios":
-        left_out = torch.where(logits < 0, torch.nan, -torch.inf).to(logits.dtype)
+        left_out = torch.where(logits == 0, -torch.inf, torch.nan).to(logits.dtype)
         values = torch.where(logits > 0, torch.where(logits > 0, logits, 1).log(), left_out)
     else:
         raise ValueError(f"mixing: expected 'sigmoid', 'softmax' or 'ratios' (got {mixing!r})")
@@ -47,6 +49,46 @@ def fused_merge(
     weight = torch.where(weight.sum(0) > 0, weight, alpha)
     merged = (weight * theta).sum(0) / weight.sum(0)
     return merged if out is None else out.copy_(merged)
+
+
+def log_weights_backward(grad: Tensor, logits: Tensor, mixing: str) -> Tensor:
+    """Return the gradient of the logits `[G, T]` for that of their log-weights `[G, T]`."""
+    leaf = logits.detach().requires_grad_()
+    with torch.enable_grad():
+        return torch.autograd.grad(log_weights(leaf, mixing), leaf, grad)[0]
+
+
+def fused_merge_backward_log_weight(
+    grad: Tensor, theta: Tensor, fisher: Tensor | None, log_weight: Tensor, offsets: Tensor
+) -> Tensor:
+    """Return the gradient of the log-weights `[S, T]` for that of the merge `[P]`."""
+    leaf = log_weight.detach().requires_grad_()
+    with torch.enable_grad():
+        merged = fused_merge(theta, fisher, leaf, offsets, mixing="softmax")
+    return torch.autograd.grad(merged, leaf, grad)[0]
+
+
+def fused_merge_backward_planes(
+    grad: Tensor,
+    theta: Tensor,
+    fisher: Tensor | None,
+    log_weight: Tensor,
+    offsets: Tensor,
+    theta_wanted: bool,
+    fisher_wanted: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of theta and fisher, `[T, P]` each, or `[0]` where one is not wanted."""
+    theta = theta.detach().requires_grad_()
+    fisher = None if fisher is None else fisher.detach().requires_grad_()
+    with torch.enable_grad():
+        merged = fused_merge(theta, fisher, log_weight, offsets, mixing="softmax")
+
+    def gradient(of: Tensor | None, wanted: bool) -> Tensor:
+        if of is None or not wanted:
+            return merged.new_empty(0)
+        return torch.autograd.grad(merged, of, grad, retain_graph=True)[0]
+
+    return gradient(theta, theta_wanted), gradient(fisher, fisher_wanted)
 
 
 def square_accumulate_(acc: Sequence[Tensor], grads: Sequence[Tensor], scale: float = 1.0) -> None:
@@ -87,6 +129,106 @@ def conv_weight_grad_square_(
         acc += scale * weight_grad.square()
 
 
+def small_conv3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    mirrored: bool = False,
+) -> Tensor:
+    """Convolve `[B, I, D, H, W]`; a mirrored weight is `[I, O, ...]`, its taps taken backwards."""
+    weight = weight.transpose(0, 1).flip(2, 3, 4) if mirrored else weight
+    return functional.conv3d(input, weight, bias, tuple(stride), tuple(padding), tuple(dilation))
+
+
+def winograd_conv3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    padding: Sequence[int],
+    mirrored: bool = False,
+) -> Tensor:
+    """Convolve `[B, I, D, H, W]` with stride 1."""
+    once = (1, 1, 1)
+    return small_conv3d(input, weight, bias, stride=once, padding=padding, dilation=once, mirrored=mirrored)
+
+
+def strided_conv3d_input_gradient(grad: Tensor, weight: Tensor, size: Sequence[int]) -> Tensor:
+    """Return the gradient of the input, of that size, of a convolution of stride 2, one zero around."""
+    more = tuple(1 - whole % 2 for whole in size)
+    return functional.conv_transpose3d(grad, weight, stride=2, padding=1, output_padding=more)
+
+
+def upsample_nearest3d(input: Tensor) -> Tensor:
+    """Enlarge every voxel of `[B, C, D, H, W]` to 2 x 2 x 2."""
+    return input.repeat_interleave(2, 2).repeat_interleave(2, 3).repeat_interleave(2, 4)
+
+
+def neighbour_sums3d(input: Tensor) -> Tensor:
+    """Return the sums of 2 x 2 x 2 neighbours with zeros around, one more on each axis."""
+    padded = functional.pad(input, (1,) * 6)
+    return padded.unfold(2, 2, 1).unfold(3, 2, 1).unfold(4, 2, 1).sum((5, 6, 7))
+
+
+def upsampled_conv3d(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Convolve what `upsample_nearest3d` makes of the input, one zero around."""
+    return functional.conv3d(upsample_nearest3d(input), weight, bias, padding=1)
+
+
+def upsampled_conv3d_input_gradient(sums: Tensor, weight: Tensor) -> Tensor:
+    """Return the gradient of the input: Σ_k w[k] h[2 j + 2 − k] on every axis."""
+    return functional.conv3d(sums, weight.transpose(0, 1).flip(2, 3, 4), stride=2)
+
+
+def upsampled_conv3d_weight_grad_square_(
+    acc: Tensor, sums: Tensor, input: Tensor, scale: float = 1.0
+) -> Tensor:
+    """Add scale Σ_b G_b², where G_b[k] = Σ_j x[j] h[2 j + 2 − k] on every axis."""
+    for h, x in zip(sums, input, strict=True):
+        mirrored = functional.conv3d(h.unsqueeze(1), x.unsqueeze(1), dilation=2)
+        acc += scale * mirrored.flip(2, 3, 4).square()
+    return acc
+
+
+def instance_norm(
+    input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, epsilon: float = 1e-5
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return γ (x − μ) ρ + β `[B, C, ...]`, and μ and ρ = 1 / sqrt(variance + ε), `[B · C]` each."""
+    points = input.flatten(2)
+    mean, rstd = points.mean(2), (points.var(2, unbiased=False) + epsilon).rsqrt()
+    normal = (points - mean.unsqueeze(2)) * rstd.unsqueeze(2)
+    return _affine(normal, weight, bias).view_as(input), mean.flatten(), rstd.flatten()
+
+
+def _affine(normal: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Scale and shift the channels of `[B, C, N]`."""
+    scaled = normal if weight is None else normal * weight.view(-1, 1)
+    return scaled if bias is None else scaled + bias.view(-1, 1)
+
+
+def instance_norm_backward(
+    grad: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    slope: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x, γ and β, of an instance norm with its LeakyReLU, example by example."""
+    rows = (*input.shape[:2], 1)
+    normal = (input.flatten(2) - mean.view(rows)) * rstd.view(rows)
+    above = torch.where(_affine(normal, weight, bias) > 0, 1, slope) * grad.flatten(2)
+    for_weight, for_bias, points = (above * normal).sum(2), above.sum(2), normal.shape[2]
+    down = above - (for_bias.unsqueeze(2) + normal * for_weight.unsqueeze(2)) / points
+    return (_affine(down, weight, None) * rstd.view(rows)).view_as(input), for_weight, for_bias
+
+
 def uniform(keys: Tensor, count: int) -> Tensor:
     """Return the random numbers of `timm_ext.sample_labels` for keys `[B]`, float32 `[B, count]` in [0, 1).
 
@@ -107,14 +249,23 @@ def uniform(keys: Tensor, count: int) -> Tensor:
     return (numbers.reshape(len(keys), -1)[:, :count] >> 8).float() * 2.0**-24
 
 
-def sample_labels(logits: Tensor, keys: Tensor, likelihood: str) -> tuple[Tensor, Tensor]:
-    """Return labels and the gradient of their log-likelihood; see `timm_ext.sample_labels`."""
+def sample_labels(
+    logits: Tensor, keys: Tensor, likelihood: str, *, labels: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Return labels, `[0]` where they are not wanted, and the gradient of their log-likelihood."""
     draws = logits[:, 0] if likelihood == "categorical" else logits
     numbers = uniform(keys, draws[0].numel()).view(draws.shape)
     if likelihood == "bernoulli":
         share = logits.sigmoid()
-        labels = (numbers < share).long()
-        return labels, labels - share
-    share = logits.softmax(1)
-    labels = (share.cumsum(1)[:, :-1] <= numbers.unsqueeze(1)).sum(1)
-    return labels, (-share).scatter_add(1, labels.unsqueeze(1), torch.ones_like(share[:, :1]))
+        drawn = (numbers < share).long()
+        score = drawn - share
+    else:
+        share = logits.softmax(1)
+        drawn = (share.cumsum(1)[:, :-1] <= numbers.unsqueeze(1)).sum(1)
+        score = (-share).scatter_add(1, drawn.unsqueeze(1), torch.ones_like(share[:, :1]))
+    return drawn if labels else drawn.new_empty(0), score
+
+
+def new_tensor(like: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return an uninitialised tensor of another's type and device."""
+    return like.new_empty(tuple(sizes))

@@ -16,7 +16,7 @@ from timm_ext.ops import conv3d as layer_ops
 from timm_ext.ops import merge as ops
 from timm_ext.ops import norm as norm_ops
 from timm_ext.ops import reference
-from timm_ext.ops import upsampled_conv3d as doubling_ops
+from timm_ext.ops import upsampled_conv3d as upsampled_ops
 from timm_ext.ops.memory import kept_memory
 
 # --- the merge ------------------------------------------------------------------------------------------
@@ -185,15 +185,15 @@ def _back_through_a_stride(rng: random.Random) -> None:
 
 def _doubled(rng: random.Random) -> None:
     input, weight, bias = _operands(rng, [3, 3, 3], 9)
-    large = doubling_ops.nearest_doubling3d(view(rng, input))
+    large = upsampled_ops.upsample_nearest3d(view(rng, input))
     assert torch.equal(large, functional.interpolate(input, scale_factor=2) if input.numel() else large)
-    got = clear(lambda: doubling_ops.doubled_conv3d(view(rng, input), view(rng, weight), bias))
+    got = clear(lambda: upsampled_ops.upsampled_conv3d(view(rng, input), view(rng, weight), bias))
     _check_convolution(got, large, weight, bias, padding=[1, 1, 1])
     if not input.numel():
         return
     grad = drawn(rng, *got.shape)
-    sums = clear(lambda: doubling_ops.neighbour_sums3d(view(rng, grad)))
-    below = clear(lambda: doubling_ops.doubled_conv3d_input_gradient(view(rng, sums), view(rng, weight)))
+    sums = clear(lambda: upsampled_ops.neighbour_sums3d(view(rng, grad)))
+    below = clear(lambda: upsampled_ops.upsampled_conv3d_input_gradient(view(rng, sums), view(rng, weight)))
 
     def back(g: Tensor, w: Tensor) -> Tensor:
         spread = functional.conv_transpose3d(g.double(), w.double(), padding=1)
@@ -201,7 +201,7 @@ def _doubled(rng: random.Random) -> None:
 
     assert_near(below, back(grad, weight), back(grad.abs(), weight.abs()).amax())
     acc = torch.zeros_like(weight)
-    clear(lambda: doubling_ops.doubled_conv3d_weight_grad_square_(acc, view(rng, sums), view(rng, input)))
+    clear(lambda: upsampled_ops.upsampled_conv3d_weight_grad_square_(acc, view(rng, sums), view(rng, input)))
     wide = torch.zeros_like(weight, dtype=torch.float64)
     geometry = {"stride": [1] * 3, "padding": [1] * 3, "dilation": [1] * 3}
     reference.conv_weight_grad_square_(wide, grad.double(), large.double(), **geometry)
@@ -241,13 +241,13 @@ def _norm(rng: random.Random) -> None:
     input = drawn(rng, batch, channels, *sizes_of(rng, rng.randint(1, 3), 13)) * 3 + rng.choice([0, 5])
     weight, bias = (drawn(rng, channels) if rng.random() < 0.7 else None for _ in range(2))
     slope, epsilon = rng.choice([1.0, 0.0, 0.01]), rng.choice([1e-5, 1e-2])
-    output, mean, deviation = clear(
+    output, mean, rstd = clear(
         lambda: norm_ops.instance_norm(view(rng, input), weight, bias, epsilon=epsilon)
     )
     grad = drawn(rng, *input.shape)
     got = clear(
         lambda: norm_ops.instance_norm_backward(
-            view(rng, grad), view(rng, input), mean, deviation, weight, bias, slope=slope
+            view(rng, grad), view(rng, input), mean, rstd, weight, bias, slope=slope
         )
     )
     if not input.numel():

@@ -1,4 +1,4 @@
-"""Convolutions behind nearest-neighbour doubling, which stand for both if nothing is called between."""
+"""Convolutions behind nearest-neighbour upsampling, which stand for both if nothing is called between."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from timm_ext.fisher import FisherAccumulator
-from timm_ext.fisher.nodes import DoublingNode, Tape
+from timm_ext.fisher.nodes import Tape, UpsampleNode
 from timm_ext.fisher.rules import Rules
 
 
@@ -27,12 +27,12 @@ class Layers(nn.Module):
         return self.head(functional.leaky_relu(self.join(self.second, self.first(x).sin()), 0.2))
 
 
-def double(x: Tensor) -> Tensor:
+def upsample(x: Tensor) -> Tensor:
     return functional.interpolate(x, scale_factor=2)
 
 
 def plain(layer: nn.Module, x: Tensor) -> Tensor:
-    return layer(double(x))
+    return layer(upsample(x))
 
 
 def module(layer: nn.Module, x: Tensor) -> Tensor:
@@ -40,32 +40,32 @@ def module(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def read_after(layer: nn.Module, x: Tensor) -> Tensor:
-    large = double(x)
+    large = upsample(x)
     return layer(large) * large.sum(1, keepdim=True)
 
 
 def twice(layer: nn.Module, x: Tensor) -> Tensor:
-    large = double(x)
+    large = upsample(x)
     return layer(large) + layer(large)
 
 
 def changed(layer: nn.Module, x: Tensor) -> Tensor:
-    large = double(x)
+    large = upsample(x)
     large.mul_(1 + x[:, :1, :1, :1, :1])
     return layer(large)
 
 
 def of_another(layer: nn.Module, x: Tensor) -> Tensor:
-    large, other = double(x), double(x.cos())
+    large, other = upsample(x), upsample(x.cos())
     return layer(large) + other[:, :1]
 
 
 def both(layer: nn.Module, x: Tensor) -> Tensor:
-    return layer(double(x)) * layer(double(x.cos()))
+    return layer(upsample(x)) * layer(upsample(x.cos()))
 
 
 def checkpointed(layer: nn.Module, x: Tensor) -> Tensor:
-    return checkpoint(lambda z: layer(double(z)), x, use_reentrant=False)
+    return checkpoint(lambda z: layer(upsample(z)), x, use_reentrant=False)
 
 
 def by_size(layer: nn.Module, x: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(functional.interpolate(x, scale_factor=2, mode="trilinear"))
 
 
-# How many doublings are left in the graph.
+# How many upsamplings are left in the graph.
 CASES = {
     "plain": (plain, {}, 0),
     "module": (module, {}, 0),
@@ -117,14 +117,14 @@ def make(name: str) -> Layers:
     return model
 
 
-def doublings(tensor: Tensor) -> int:
+def upsamplings(tensor: Tensor) -> int:
     waiting, seen = [tensor.grad_fn], set()
     while waiting:
         node = waiting.pop()
         if node is not None and node not in seen:
             seen.add(node)
             waiting.extend(below for below, _ in node.next_functions)
-    return sum(node.name() == f"{DoublingNode.__name__}Backward" for node in seen)
+    return sum(node.name() == f"{UpsampleNode.__name__}Backward" for node in seen)
 
 
 def run(model: nn.Module, x: Tensor) -> Tensor:
@@ -168,13 +168,13 @@ def test_the_forward_is_the_models_own(name) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_which_doublings_stay_in_the_graph(name) -> None:
+def test_which_upsamplings_stay_in_the_graph(name) -> None:
     model = make(name)
-    assert doublings(run(model, batch(model)[0])) == CASES[name][2]
+    assert upsamplings(run(model, batch(model)[0])) == CASES[name][2]
 
 
 def test_in_float64_nothing_is_taken_in() -> None:
     model = make("plain").double()
     output = run(model, batch(make("plain"))[0].double())
-    assert doublings(output) == 0
+    assert upsamplings(output) == 0
     assert output.dtype == torch.float64
