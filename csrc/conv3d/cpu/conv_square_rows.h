@@ -4,12 +4,9 @@
 #pragma once
 
 #include "conv3d/cpu/conv_square.h"
-#include "math/simd.h"
+#include "conv3d/cpu/tile.h"
 
 namespace timm_ext::cpu::TIMM_EXT_ISA {
-
-using V = math::FloatV;
-constexpr int64_t kLanes = sizeof(V) / sizeof(float);
 
 /// What is summed at a time: `Vectors` vectors of values of grad × `Inputs` inputs at `Taps` taps, 1 or 3.
 template <int Taps, int Vectors, int Inputs, bool Halves>
@@ -41,14 +38,9 @@ template <class B>
 TIMM_EXT_FN void add_row_of_one(const float* g, const float* x, const RowPoints& row, typename B::Sums& sums) {
   g += row.first * row.grad_step;
   x += row.first * row.input_step;
-  for (int64_t w = row.first; w < row.last; ++w, g += row.grad_step, x += row.input_step) {
-    V factors[B::kVectors];
-    for (int v = 0; v < B::kVectors; ++v) factors[v] = math::load<V>(g + v * kLanes);
-    for (int i = 0; i < B::kInputs; ++i) {
-      const V value = B::input(x, i);
-      for (int v = 0; v < B::kVectors; ++v) sums[0][i][v] += factors[v] * value;
-    }
-  }
+  add_products(
+      row.last - row.first, [&](int64_t w, int i) { return B::input(x + w * row.input_step, i); },
+      [&](int64_t w, int v) { return math::load<V>(g + w * row.grad_step + v * kLanes); }, sums[0]);
 }
 
 /// With stride and dilation 1: a point of the input meets three points of grad, of which two are still in registers.

@@ -8,18 +8,16 @@
 #include <cstring>
 
 #include "conv3d/cpu/kernels.h"
+#include "conv3d/cpu/tile.h"
 #include "cpu/buffer.h"
-#include "math/simd.h"
 
 namespace timm_ext::cpu::TIMM_EXT_ISA {
 namespace {
 
-using V = math::FloatV;
-constexpr int kLanes = sizeof(V) / sizeof(float);
 constexpr int64_t kChain = 16;  // channels of the input that are summed by themselves: long chains round more
 constexpr int64_t kFewInputs = 4;
-constexpr int64_t kCachedColumns = 1 << 18;                 // elements that stay in the second-level cache
-constexpr int kOutputs = math::kVectorBytes == 64 ? 8 : 4;  // for which, times two vectors, there are registers
+constexpr int64_t kCachedColumns = 1 << 18;  // elements that stay in the second-level cache
+constexpr int kOutputs = kTileOutputs;
 
 /// Some outputs at all points of all examples.
 class Block {
@@ -55,14 +53,9 @@ class Block {
       const float* weights[kOutputs];
       for (int o = 0; o < kOutputs; ++o) weights[o] = weights_[o] + i * p_.input_step;
       if (vector == 0) fetch_next(i);
-      for (int64_t tap = 0; tap < p_.taps; ++tap) {
-        V factors[Vectors];
-        for (int v = 0; v < Vectors; ++v) factors[v] = math::load<V>(x + tap * p_.width + v * kLanes);
-        for (int o = 0; o < kOutputs; ++o) {
-          const V weight = math::broadcast(weights[o] + tap);
-          for (int v = 0; v < Vectors; ++v) chain[o][v] += weight * factors[v];
-        }
-      }
+      add_products(
+          p_.taps, [&](int64_t tap, int o) { return math::broadcast(weights[o] + tap); },
+          [&](int64_t tap, int v) { return math::load<V>(x + tap * p_.width + v * kLanes); }, chain);
     }
     for (int o = 0; o < kOutputs; ++o) {
       for (int v = 0; v < Vectors; ++v) {

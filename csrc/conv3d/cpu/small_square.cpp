@@ -7,13 +7,13 @@
 #include <cstring>
 
 #include "conv3d/cpu/kernels.h"
+#include "conv3d/cpu/tile.h"
 #include "cpu/buffer.h"
-#include "cpu/lanes.h"
 
 namespace timm_ext::cpu::TIMM_EXT_ISA {
 namespace {
 
-constexpr int kOutputs = math::kVectorBytes == 64 ? 8 : 4;  // for which, times two vectors, there are registers
+constexpr int kOutputs = kTileOutputs;
 constexpr int64_t kAhead = 256;  // elements at which the accumulator is fetched: the processor follows few rows
 
 /// A channel with zeros around, and the neighbourhoods in it.
@@ -92,14 +92,9 @@ class Block {
   void add_example(const float* grad, const float* rows, int64_t place, int64_t weights) const {
     const int64_t points = p_.points(), width = p_.width(), outputs = p_.padded_outputs();
     V sums[kOutputs][2] = {};
-    for (int64_t point = 0; point < points; ++point, grad += outputs, rows += width) {
-      const V left = math::load<V>(rows), right = math::load<V>(rows + kLanes);
-      for (int o = 0; o < kOutputs; ++o) {
-        const V factor = math::broadcast(grad + o);
-        sums[o][0] += factor * left;
-        sums[o][1] += factor * right;
-      }
-    }
+    add_products(
+        points, [&](int64_t point, int o) { return math::broadcast(grad + point * outputs + o); },
+        [&](int64_t point, int v) { return math::load<V>(rows + point * width + v * kLanes); }, sums);
     for (int o = 0; o < kOutputs; ++o) {
       if (o == outputs_) return;
       float* const to = accumulator_ + o * step_ + place;

@@ -6,15 +6,15 @@
 #include <cstring>
 
 #include "conv3d/cpu/kernels.h"
+#include "conv3d/cpu/tile.h"
 #include "cpu/buffer.h"
-#include "cpu/lanes.h"
 
 namespace timm_ext::cpu::TIMM_EXT_ISA {
 namespace {
 
 constexpr int64_t kChain = 16;  // channels of the input that are summed by themselves: long chains round more
-constexpr int kOutputs = math::kVectorBytes == 64 ? 8 : 4;  // for which, times two vectors, there are registers
-constexpr int64_t kSlots = 3;                               // planes of the input that one of the output meets
+constexpr int kOutputs = kTileOutputs;
+constexpr int64_t kSlots = 3;  // planes of the input that one of the output meets
 
 /// The planes that a plane of the output meets, of all channels: [inputs, slots, columns of the kernel, parity of the
 /// row, rows, columns]. Rows are written in whole vectors, whose last elements the next row covers.
@@ -121,9 +121,7 @@ class Block {
     for (int64_t i = 0; i < p_.inputs; i += kChain) {
       V chain[kOutputs][Vectors] = {};
       for (int64_t input = i; input < smaller_of(i + kChain, p_.inputs); ++input) add_input(input, place, chain);
-      for (int o = 0; o < kOutputs; ++o) {
-        for (int v = 0; v < Vectors; ++v) sums[o][v] += chain[o][v];
-      }
+      add_sums(chain, sums);
     }
     const int64_t outputs = smaller_of(kOutputs, p_.outputs - first_);
     for (int64_t o = 0; o < outputs; ++o) {
@@ -141,17 +139,11 @@ class Block {
 
   template <int Vectors>
   void add_input(int64_t input, int64_t place, V (&chain)[kOutputs][Vectors]) const {
-    const float* weights = weights_ + input * kStridedTaps * kStridedOutputs;
+    const float* const weights = weights_ + input * kStridedTaps * kStridedOutputs;
     const float* const channel = planes_.channel(input) + place;
-    for (int64_t tap = 0; tap < kStridedTaps; ++tap, weights += kStridedOutputs) {
-      const float* const x = channel + planes_.offset(tap);
-      V factors[Vectors];
-      for (int v = 0; v < Vectors; ++v) factors[v] = math::load<V>(x + v * kLanes);
-      for (int o = 0; o < kOutputs; ++o) {
-        const V weight = math::broadcast(weights + o);
-        for (int v = 0; v < Vectors; ++v) chain[o][v] += weight * factors[v];
-      }
-    }
+    add_products(
+        kStridedTaps, [&](int64_t tap, int o) { return math::broadcast(weights + tap * kStridedOutputs + o); },
+        [&](int64_t tap, int v) { return math::load<V>(channel + planes_.offset(tap) + v * kLanes); }, chain);
   }
 
   const StridedConvProblem& p_;

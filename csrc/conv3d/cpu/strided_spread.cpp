@@ -6,14 +6,14 @@
 #include <cstring>
 
 #include "conv3d/cpu/kernels.h"
+#include "conv3d/cpu/tile.h"
 #include "cpu/buffer.h"
-#include "cpu/lanes.h"
 
 namespace timm_ext::cpu::TIMM_EXT_ISA {
 namespace {
 
 constexpr int64_t kChain = 256;  // channels of the input that are summed by themselves: long chains round more
-constexpr int kOutputs = math::kVectorBytes == 64 ? 8 : 4;  // for which, times two vectors, there are registers
+constexpr int kOutputs = kTileOutputs;
 constexpr int64_t kPlaneTaps = 9;
 constexpr int64_t kPoints = 64;  // of which as many planes are taken together as have them
 
@@ -101,25 +101,22 @@ class Spread {
     }
   }
 
+  /// Chains are added up where they are written: for two tiles there are not everywhere registers.
   template <int Vectors>
   void write_vectors(int64_t place, const float* weights, float* to) const {
-    V sums[kOutputs][Vectors] = {};
-    for (int64_t i = 0; i < p_.inputs; i += kChain) {
+    for (int64_t i = 0; i < p_.inputs; i += kChain, weights += kChain * kStridedOutputs) {
       V chain[kOutputs][Vectors] = {};
-      for (int64_t input = i; input < smaller_of(i + kChain, p_.inputs); ++input, weights += kStridedOutputs) {
-        V factors[Vectors];
-        for (int v = 0; v < Vectors; ++v) factors[v] = math::load<V>(points_ + input * width_ + place + v * kLanes);
-        for (int o = 0; o < kOutputs; ++o) {
-          const V weight = math::broadcast(weights + o);
-          for (int v = 0; v < Vectors; ++v) chain[o][v] += weight * factors[v];
+      const float* const points = points_ + i * width_ + place;
+      add_products(
+          smaller_of(kChain, p_.inputs - i),
+          [&](int64_t k, int o) { return math::broadcast(weights + k * kStridedOutputs + o); },
+          [&](int64_t k, int v) { return math::load<V>(points + k * width_ + v * kLanes); }, chain);
+      for (int o = 0; o < kOutputs; ++o) {
+        for (int v = 0; v < Vectors; ++v) {
+          float* const at = to + o * width_ + v * kLanes;
+          math::store(at, (i == 0 ? V{} : math::load<V>(at)) + chain[o][v]);
         }
       }
-      for (int o = 0; o < kOutputs; ++o) {
-        for (int v = 0; v < Vectors; ++v) sums[o][v] += chain[o][v];
-      }
-    }
-    for (int o = 0; o < kOutputs; ++o) {
-      for (int v = 0; v < Vectors; ++v) math::store(to + o * width_ + v * kLanes, sums[o][v]);
     }
   }
 

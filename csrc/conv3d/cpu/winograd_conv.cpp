@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "conv3d/cpu/kernels.h"
+#include "conv3d/cpu/tile.h"
 #include "conv3d/cpu/winograd_forms.h"
 #include "cpu/buffer.h"
 
@@ -13,7 +14,7 @@ namespace timm_ext::cpu::TIMM_EXT_ISA {
 namespace {
 
 constexpr int64_t kChain = 16;  // channels of the input that are summed by themselves: long chains round more
-constexpr int kOutputs = math::kVectorBytes == 64 ? 8 : 4;  // for which, times two vectors, there are registers
+constexpr int kOutputs = kTileOutputs;
 
 /// Where a vector of the output lies.
 struct Place {
@@ -74,8 +75,8 @@ class Planes {
       for (int64_t i = 0; i < s_.inputs; i += kChain) {
         V sums[kOutputs][Vectors] = {};
         const int64_t inputs = smaller_of(kChain, s_.inputs - i);
-        weights = s_.kernel[2] == 3 ? add_products<Halves, 3>(weights, inputs, x, sums)
-                                    : add_products<Halves, 0>(weights, inputs, x, sums);
+        weights = s_.kernel[2] == 3 ? add_channels<Halves, 3>(weights, inputs, x, sums)
+                                    : add_channels<Halves, 0>(weights, inputs, x, sums);
         for (int o = 0; o < kOutputs; ++o) {
           for (int v = 0; v < Vectors; ++v) {
             products[form][o][v] = i == 0 ? sums[o][v] : products[form][o][v] + sums[o][v];
@@ -99,19 +100,16 @@ class Planes {
 
   /// sums += weights · inputs of some channels; returns where the next ones' weights are.
   template <bool Halves, int Columns, int Vectors>
-  const float* add_products(const float* weights, int64_t inputs, const float* (&x)[Vectors],
+  const float* add_channels(const float* weights, int64_t inputs, const float* (&x)[Vectors],
                             V (&sums)[kOutputs][Vectors]) const {
-    for (int64_t i = 0; i < inputs; ++i) {
-      for (int64_t w = 0; w < (Columns > 0 ? Columns : s_.kernel[2]); ++w, weights += kWinogradOutputs) {
-        V factors[Vectors];
-        for (int v = 0; v < Vectors; ++v) {
-          factors[v] = Halves ? math::load_halves(x[v] + w, x[v] + tile_.pitch + w) : math::load<V>(x[v] + w);
-        }
-        for (int o = 0; o < kOutputs; ++o) {
-          const V weight = math::broadcast(weights + o);
-          for (int v = 0; v < Vectors; ++v) sums[o][v] += weight * factors[v];
-        }
-      }
+    const int64_t columns = Columns > 0 ? Columns : s_.kernel[2];
+    for (int64_t i = 0; i < inputs; ++i, weights += columns * kWinogradOutputs) {
+      add_products(
+          columns, [&](int64_t w, int o) { return math::broadcast(weights + w * kWinogradOutputs + o); },
+          [&](int64_t w, int v) {
+            return Halves ? math::load_halves(x[v] + w, x[v] + tile_.pitch + w) : math::load<V>(x[v] + w);
+          },
+          sums);
       for (int v = 0; v < Vectors; ++v) x[v] += tile_.pairs * tile_.pitch;
     }
     return weights;
