@@ -11,17 +11,10 @@ _LONGEST = 64
 
 
 def correct_bias(volume: Volume, where: object) -> Volume:
-    """Divide an image by its bias field.
+    """Divide an image `[D, H, W]` by its bias field; zeros stay zeros.
 
     The field is estimated by SimpleITK's N4 over the positive voxels of a shrunken copy, on one thread so
     that the result does not depend on their number, and evaluated on the full grid.
-
-    Args:
-        volume: `[D, H, W]`.
-        where: the file, for the message.
-
-    Returns:
-        `[D, H, W]` float32; zeros stay zeros.
 
     Raises:
         InputError: too few positive voxels, or too few along an axis, to estimate a field.

@@ -77,17 +77,6 @@ class CaseDataset(Dataset[Sample]):
         self.foreground = foreground
         self.augment = augment
         self.seed = seed
-        # Shared memory, since workers that outlive an epoch must see the next one's number.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    @property
-    def epoch(self) -> int:
-        """The epoch whose samples `[index]` gives."""
-        return int(self._epoch)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, before the data loader's iterator is made; workers see it too."""
-        self._epoch.fill_(epoch)
 
     @property
     def image_shapes(self) -> list[tuple[int, ...]]:
@@ -100,10 +89,10 @@ class CaseDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        return self.sample(index, self.epoch)
+        return self.sample(index, 0)
 
     def sample(self, index: int, epoch: int) -> Sample:
-        """Make sample `index` of an epoch, whatever epoch is set."""
+        """Make a sample of an epoch; `[index]` gives those of the first."""
         place, number = divmod(index, self.samples_per_case)
         case = self.cases[place]
         name = case.id if self.samples_per_case == 1 else f"{case.id}#{number + 1}"
@@ -113,13 +102,12 @@ class CaseDataset(Dataset[Sample]):
         if self.patch is not None:
             start = self._start(label, self.patch, generator)
             image, label = crop_or_pad(image, start, self.patch), crop_or_pad(label, start, self.patch)
-        if self.augment is None:
-            return Sample(id=name, image=torch.from_numpy(image.copy()), target=self._target(label))
-        change = draw(self.augment, len(image), generator)
-        changed, moved = apply(
-            change, torch.from_numpy(image.copy()), torch.from_numpy(label.copy()), spacing_of(case.affine)
-        )
-        return Sample(id=name, image=changed.contiguous(), target=self._target(moved.numpy()))
+        pixels, labels = torch.from_numpy(image.copy()), torch.from_numpy(label.copy())
+        if self.augment is not None:
+            change = draw(self.augment, len(pixels), generator)
+            pixels, labels = apply(change, pixels, labels, spacing_of(case.affine))
+        target = torch.from_numpy(self.task.targets(labels.numpy())).float()
+        return Sample(id=name, image=pixels.contiguous(), target=target)
 
     def identity(self) -> dict[str, Any]:
         """Return, as JSON values, all that decides the samples; where the files lie does not matter.
@@ -135,9 +123,6 @@ class CaseDataset(Dataset[Sample]):
             "augment": None if self.augment is None else repr(self.augment),
             "seed": self.seed,
         }
-
-    def _target(self, label: Array) -> Tensor:
-        return torch.from_numpy(self.task.targets(label)).float()
 
     def _start(self, label: Labels, patch: Triple, generator: np.random.Generator) -> Triple:
         """Draw the first voxel of a patch: within the volume, or centring a volume smaller than the patch."""

@@ -1,11 +1,14 @@
 """The way from a scan's own grid to the prepared one and back."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import prod
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import GetCoreSchemaHandler, GetPydanticSchema
+from pydantic_core import CoreSchema
+from pydantic_core.core_schema import no_info_after_validator_function
 
 from timm_ext.data.volume import Affine, Array, Interpolation, Volume, from_canonical, resample_to
 from timm_ext.documents import validated
@@ -17,17 +20,11 @@ Triple = tuple[int, int, int]
 _Row = tuple[float, float, float, float]
 
 
-@dataclass(frozen=True)
-class _Noted:
-    """A grid in JSON values."""
+def _schema_of_rows(_: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    return no_info_after_validator_function(np.array, handler(tuple[_Row, _Row, _Row, _Row]))
 
-    input_shape: Triple
-    input_affine: tuple[_Row, _Row, _Row, _Row]
-    working_shape: Triple
-    working_affine: tuple[_Row, _Row, _Row, _Row]
-    resampled: bool
-    start: Triple
-    size: Triple
+
+_Matrix = Annotated[Affine, GetPydanticSchema(_schema_of_rows)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +45,9 @@ class Grid:
     """
 
     input_shape: Triple
-    input_affine: Affine
+    input_affine: _Matrix
     working_shape: Triple
-    working_affine: Affine
+    working_affine: _Matrix
     resampled: bool
     start: Triple
     size: Triple
@@ -67,15 +64,13 @@ class Grid:
         return crop_or_pad(data, self.start, self.size)
 
     def restore(self, data: Array) -> Array:
-        """Bring prepared voxels back to the input's grid.
+        """Bring prepared voxels back to the input's grid; 0 outside the box.
+
+        Without resampling the voxels inside the box come back exactly.
 
         Args:
             data: `[D, H, W]` or `[R, D, H, W]` on the prepared grid; whole numbers are labels (nearest
                 neighbour), floating-point numbers are probabilities (linear).
-
-        Returns:
-            `[D', H', W']` or `[R, D', H', W']` on the input's grid, 0 outside the box. Without resampling the
-            voxels inside the box come back exactly.
 
         Raises:
             InputError: the result does not fit in memory.
@@ -88,57 +83,29 @@ class Grid:
             return from_canonical(Volume(working, self.working_affine), self.input_affine).data
         interpolation: Interpolation = "linear" if working.dtype.kind == "f" else "nearest"
         channels = working.reshape(-1, *self.working_shape)
+        volumes = [Volume(one, self.working_affine) for one in channels]
         restored = [
-            resample_to(
-                Volume(one, self.working_affine), self.input_shape, self.input_affine, interpolation
-            ).data
-            for one in channels
+            resample_to(one, self.input_shape, self.input_affine, interpolation).data for one in volumes
         ]
         return np.stack(restored).astype(data.dtype).reshape(*data.shape[:-3], *self.input_shape)
 
     def to_dict(self) -> dict[str, Any]:
         """Describe the grid in JSON values."""
-        return {
-            "input_shape": list(self.input_shape),
-            "input_affine": self.input_affine.tolist(),
-            "working_shape": list(self.working_shape),
-            "working_affine": self.working_affine.tolist(),
-            "resampled": self.resampled,
-            "start": list(self.start),
-            "size": list(self.size),
-        }
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {n: v.tolist() if isinstance(v, np.ndarray) else v for n, v in values.items()}
 
     @classmethod
     def from_dict(cls, value: Any, where: object) -> "Grid":
-        """Read back what `to_dict` wrote.
-
-        Args:
-            value: JSON values.
-            where: their file, for the message.
+        """Read back what `to_dict` wrote into the file `where`.
 
         Raises:
             InputError: the values are not those of a grid.
         """
-        noted = validated(_Noted, value, where, strict=True)
-        return cls(
-            input_shape=noted.input_shape,
-            input_affine=np.array(noted.input_affine, dtype=np.float64),
-            working_shape=noted.working_shape,
-            working_affine=np.array(noted.working_affine, dtype=np.float64),
-            resampled=noted.resampled,
-            start=noted.start,
-            size=noted.size,
-        )
+        return validated(cls, value, where, strict=True)
 
 
 def crop_or_pad(data: Array, start: Triple, size: Triple) -> Array:
-    """Copy a box out of `[..., D, H, W]`; voxels of the box that lie outside are 0.
-
-    Args:
-        data: the array.
-        start: first voxel of the box, may be negative.
-        size: voxels of the box.
-    """
+    """Copy a box out of `[..., D, H, W]`; `start` may be negative, and what lies outside is 0."""
     result = np.zeros((*data.shape[:-3], *size), dtype=data.dtype)
     inner: list[slice] = []
     outer: list[slice] = []
@@ -153,14 +120,9 @@ def crop_or_pad(data: Array, start: Triple, size: Triple) -> Array:
 
 
 def foreground_box(mask: Array, margin: int | Triple) -> tuple[Triple, Triple]:
-    """Find the smallest box around the true voxels, widened by a margin within the volume.
+    """Return first voxel and size of the smallest box around the true voxels of `[D, H, W]`.
 
-    Args:
-        mask: `[D, H, W]` with at least one true voxel.
-        margin: voxels added on every side, one number or one per axis.
-
-    Returns:
-        First voxel and size of the box.
+    It is widened by a margin, one number of voxels or one per axis, within the volume.
     """
     found = [np.flatnonzero(mask.any(axis=others)) for others in ((1, 2), (0, 2), (0, 1))]
     low = np.maximum([places[0] for places in found] - np.array(margin), 0)
@@ -169,16 +131,9 @@ def foreground_box(mask: Array, margin: int | Triple) -> tuple[Triple, Triple]:
 
 
 def fit_box(start: Triple, size: Triple, wanted: Triple | None, multiple: int) -> tuple[Triple, Triple]:
-    """Grow or cut a box about its centre to a wanted size, or grow it to the next multiple.
+    """Grow or cut a box about its centre to a wanted size, if there is one; its first voxel may get negative.
 
-    Args:
-        start: first voxel of the box.
-        size: its voxels.
-        wanted: the size to reach; None keeps the box's own.
-        multiple: each length, wanted ones too, is rounded up to a multiple of this.
-
-    Returns:
-        First voxel (may be negative) and size of the new box.
+    Each length, wanted ones too, is rounded up to a multiple.
     """
     lengths = [-(-length // multiple) * multiple for length in (wanted or size)]
     first = [low + (old - new) // 2 for low, old, new in zip(start, size, lengths, strict=True)]

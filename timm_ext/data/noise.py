@@ -12,11 +12,7 @@ _BSPLINE_VARIANCE = (151.0 / 315.0) ** 3
 
 
 def keyed_generator(*keys: int | str) -> np.random.Generator:
-    """Return a generator that depends on the keys alone, so that no draw shifts another.
-
-    Args:
-        keys: for example the seed, the subject and the purpose of the draw.
-    """
+    """Return a generator that depends on the keys alone, such as seed, subject and purpose of the draw."""
     text = "\x1f".join(f"{type(key).__name__}:{key}" for key in keys)
     return np.random.default_rng(int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little"))
 
@@ -30,13 +26,10 @@ def smooth_noise(
     so the field is bitwise the same on any number of threads.
 
     Args:
-        shape: `(D, H, W)` of the field.
+        shape: `(D, H, W)` of the field, float32.
         spacing_mm: distance of its voxels in mm.
         grain_mm: distance of the knots in mm, about the size of a bump.
         generator: where the knots' values come from; the same knots for any spacing over one field of view.
-
-    Returns:
-        `[D, H, W]` float32.
     """
     extents = [length * spacing_mm for length in shape]
     knots = [int(np.ceil(extent / grain_mm - 1e-6)) + 4 for extent in extents]

@@ -28,12 +28,9 @@ def normalise(image: npt.NDArray[np.floating], mask: Mask, method: Normalisation
 
     Args:
         image: `[D, H, W]` intensities.
-        mask: `[D, H, W]`, true in the foreground.
+        mask: `[D, H, W]`, true in the foreground; the result is 0 elsewhere.
         method: `zscore`, `histogram` or `none`.
         where: the file, for messages.
-
-    Returns:
-        `[D, H, W]` float32, 0 outside the mask.
 
     Raises:
         InputError: the foreground is empty, or constant where `zscore` needs a spread, or the result is
@@ -58,12 +55,9 @@ def normalise(image: npt.NDArray[np.floating], mask: Mask, method: Normalisation
 
 
 def empirical_cdf(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Replace each value by the share of values that are not larger: cdf(v) = #{u ≤ v} / N, in (0, 1].
+    """Replace each of N values by the share that are not larger: cdf(v) = #{u ≤ v} / N, in (0, 1].
 
     The histogram normalisation of Geyer et al. 2019; equal values stay equal.
-
-    Args:
-        values: `[N]`.
     """
     ordered = np.sort(values)
     return np.searchsorted(ordered, values, side="right") / values.size
@@ -81,10 +75,6 @@ def clip_to_window(image: npt.NDArray[np.number], window: tuple[float, float]) -
     """Turn Hounsfield units into 0 … 1: (min(max(v, low), high) − low) / (high − low).
 
     What is put around an image, 0, is air then, or whatever lies below the window.
-
-    Args:
-        image: `[D, H, W]` in HU.
-        window: low and high in HU.
     """
     low, high = window
     clipped = np.clip(image.astype(np.float64), low, high)

@@ -19,9 +19,7 @@ from timm_ext.data.grid import Grid, Triple
 from timm_ext.data.normalise import HOUNSFIELD_WINDOW, Normalisation
 from timm_ext.data.store import Arrays, read_array, read_entry, write_entry
 from timm_ext.data.tasks import Labels, Task, task_to_dict
-from timm_ext.data.volume import (
-    Affine,
-)
+from timm_ext.data.volume import Affine
 from timm_ext.documents import validated
 from timm_ext.documents.bounds import LEAST_MM, MOST_EDGE, MOST_MM, check_edges, check_number, check_whole
 from timm_ext.errors import InputError, lines_of
@@ -218,7 +216,7 @@ def prepare_cases(
     workers: int = 0,
     progress: bool = True,
 ) -> list[Prepared]:
-    """Prepare a data set, with a progress bar.
+    """Prepare the cases of a data set as `prepare_case` does, in the order given.
 
     Args:
         cases: the cases.
@@ -226,10 +224,7 @@ def prepare_cases(
         settings: the steps.
         cache: folder of the cache; None keeps all arrays in memory.
         workers: processes to share the work; 0 does it in this one.
-        progress: whether to show the bar.
-
-    Returns:
-        The prepared cases, in the order given.
+        progress: whether to show a bar.
 
     Raises:
         InputError: some cases cannot be prepared: in one listing, after the others are cached; or the data
@@ -269,16 +264,7 @@ def label_numbers(cases: Sequence[Prepared]) -> list[int]:
 
 
 def restore(data: npt.NDArray[Any], prepared: Prepared) -> npt.NDArray[Any]:
-    """Bring a prediction back to the grid of the case's own files.
-
-    Args:
-        data: `[D, H, W]` or `[R, D, H, W]` on the prepared grid; whole numbers are labels (nearest
-            neighbour), floating-point numbers are probabilities (linear).
-        prepared: the case.
-
-    Returns:
-        `[D', H', W']` or `[R, D', H', W']` on the input's grid, whose affine is `prepared.grid.input_affine`;
-        0 where the prepared box does not reach.
+    """Bring a prediction `[D, H, W]` or `[R, D, H, W]` back to the case's own files, as `Grid.restore` does.
 
     Raises:
         InputError: the array is not on the prepared grid.

@@ -31,13 +31,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Entry:
-    """What an entry says of itself.
-
-    Attributes:
-        notes: JSON values.
-        arrays: its arrays by name.
-        digest: SHA-256 over both.
-    """
+    """What an entry says of itself: JSON notes, its arrays by name, and a SHA-256 over both."""
 
     notes: dict[str, Any]
     arrays: dict[str, Stored]
@@ -62,7 +56,8 @@ def read_entry(path: Path) -> Entry | None:
     try:
         with safe_open(path, "numpy") as file:
             entry = _entry(file, path)
-            return entry if all(_is_whole(file, name, entry) for name in entry.arrays) else None
+            whole = all(stored == _stored(file.get_tensor(name)) for name, stored in entry.arrays.items())
+            return entry if whole else None
     except (OSError, SafetensorError, InputError):
         return None
 
@@ -85,20 +80,12 @@ def read_array(path: Path, name: str) -> npt.NDArray[Any]:
 
 
 def _entry(file: Any, path: Path) -> Entry:
-    """Return the entry of an open file.
-
-    Raises:
-        InputError: it says nothing of itself, something of another form, or not what its digest was made of.
-    """
+    """Return the entry of an open file; an `InputError` where it is not what its digest was made of."""
     text = (file.metadata() or {}).get(_KEY, "{}")
     entry = validated(Entry, parse_json(text, path), path, strict=True)
     if entry.digest != _digest(entry.notes, entry.arrays) or set(entry.arrays) != set(file.keys()):
         raise InputError(f"{path}: expected the notes and arrays of the digest (got others)")
     return entry
-
-
-def _is_whole(file: Any, name: str, entry: Entry) -> bool:
-    return entry.arrays[name] == _stored(file.get_tensor(name))
 
 
 def _stored(array: npt.NDArray[Any]) -> Stored:

@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import AfterValidator, Field
 
 from timm_ext.data.formats.dataset_json import Header, is_header, parse_header, task_of
 from timm_ext.documents import read_json, read_yaml, validated
@@ -65,10 +66,7 @@ class Task:
         """Turn labels into one binary channel per region.
 
         Args:
-            label: `[D, H, W]` (any shape), numbers out of `labels`.
-
-        Returns:
-            `[R, D, H, W]` uint8, 1 where the voxel's label belongs to the region.
+            label: `[D, H, W]` (any shape), numbers out of `labels`; it becomes `[R, D, H, W]` uint8.
         """
         table = np.zeros((len(self.regions), _LARGEST_LABEL + 1), dtype=np.uint8)
         for row, region in zip(table, self.regions, strict=True):
@@ -79,11 +77,11 @@ class Task:
         """Say how overlapping regions become one label map: paint them in this order, later over earlier.
 
         A region is painted with its first label that no strictly smaller region inside it holds, larger
-        regions first: for BraTS whole tumour → 2, tumour core → 1, enhancing tumour → 4.
+        regions first: for BraTS whole tumour → 2, tumour core → 1, enhancing tumour → 4. A region that is no
+        more than the union of regions inside it has no label of its own and is left out.
 
         Returns:
-            Pairs of region index and label; a region that is no more than the union of regions inside it
-            has no label of its own and is left out.
+            Pairs of region index and label.
         """
         sets = [set(region.labels) for region in self.regions]
         order = sorted(range(len(sets)), key=lambda index: -len(sets[index]))
@@ -100,15 +98,12 @@ class Task:
         return self.freesurfer and bool(seen & _FREESURFER_RIGHT_CEREBRUM) and not seen <= self.labels
 
     def read_labels(self, values: npt.NDArray[Any], where: object, declared: Iterable[int] = ()) -> Labels:
-        """Check a label volume against the task and turn it into uint8.
+        """Check a label volume `[D, H, W]` against the task and turn it into uint8 numbers out of `labels`.
 
         Args:
-            values: `[D, H, W]` whole numbers as stored in the file.
+            values: whole numbers as stored in the file.
             where: the file, for the message.
             declared: numbers that its data set says it uses; all its files are in one numbering.
-
-        Returns:
-            `[D, H, W]` uint8 with numbers out of `labels`.
 
         Raises:
             InputError: a label outside the task's set, two numbers of an exclusive group, or a file that does
@@ -142,11 +137,7 @@ class Task:
         return f"; this task was settled on another data set's numbers, --task {self.name} takes either"
 
     def check_exclusive(self, present: Iterable[int], where: object) -> None:
-        """Refuse labels that mix two numberings of one region.
-
-        Args:
-            present: the labels of a file or of a whole data set.
-            where: the file or data set, for the message.
+        """Refuse labels, of a file or of a whole data set, that mix two numberings of one region.
 
         Raises:
             InputError: two numbers of an exclusive group are present.
@@ -160,25 +151,21 @@ class Task:
                 )
 
     def resolve(self, present: Iterable[int], where: object = "the data set") -> "Task":
-        """Fix the numbering to the one that a data set uses.
+        """Fix the numbering to the one that a data set uses: of every exclusive group the number that occurs.
+
+        A group none of whose numbers occurs stays as it is: its first number is written, and either is read.
 
         Args:
             present: all labels that occur in the data set, or that it says it uses.
             where: the data set, for the message.
-
-        Returns:
-            The task with every exclusive group reduced to the number that occurs. A group none of whose
-            numbers occurs stays as it is: its first number is written, and either is read.
 
         Raises:
             InputError: two numbers of an exclusive group are present.
         """
         seen = set(present)
         self.check_exclusive(seen, where)
-        unused: set[int] = set()
         settled = [group for group in self.exclusive if seen.intersection(group)]
-        for group in settled:
-            unused |= set(group) - seen
+        unused = {number for group in settled for number in group} - seen
         regions = tuple(
             Region(region.name, tuple(label for label in region.labels if label not in unused))
             for region in self.regions
@@ -188,14 +175,7 @@ class Task:
 
 
 def freesurfer_classes(values: npt.NDArray[Any]) -> Labels:
-    """Turn FreeSurfer labels (aseg, aparc+aseg, SynthSeg) into the fourteen classes.
-
-    Args:
-        values: non-negative FreeSurfer labels, any shape.
-
-    Returns:
-        Class numbers 0–14, same shape; labels that belong to no class become 0.
-    """
+    """Turn non-negative FreeSurfer labels (aseg, aparc+aseg, SynthSeg) into classes 1–14, or 0 for none."""
     size = max(FREESURFER_TO_CLASS) + 2
     table = np.zeros(size, dtype=np.uint8)
     table[list(FREESURFER_TO_CLASS)] = list(FREESURFER_TO_CLASS.values())
@@ -210,11 +190,7 @@ def brats_task(enhancing: int | None = None) -> Task:
             either, but not both in one data set. The necrotic core is 1 and the oedema 2 in all of them.
     """
     numbers = (4, 3) if enhancing is None else (enhancing,)
-    regions = (
-        Region("WT", (2, 1, *numbers)),
-        Region("TC", (1, *numbers)),
-        Region("ET", numbers),
-    )
+    regions = (Region("WT", (2, 1, *numbers)), Region("TC", (1, *numbers)), Region("ET", numbers))
     name = "brats" if enhancing is None else {4: "brats-2021", 3: "brats-2023"}[enhancing]
     exclusive = (numbers,) if enhancing is None else ()
     return Task(name, BRATS_MODALITIES, regions, frozenset((0, 1, 2, *numbers)), exclusive)
@@ -311,62 +287,49 @@ def task_to_dict(task: Task) -> dict[str, Any]:
 def task_from_dict(value: Any, *, where: object = "task") -> Task:
     """Build a task from `name`, `modalities`, `regions` (name → labels) and, optionally, `labels`.
 
-    Args:
-        value: the mapping; `labels` defaults to 0 and the labels of the regions, `exclusive` and
-            `freesurfer` are as in `Task`.
-        where: the file, for the messages.
+    `labels` defaults to 0 and the labels of the regions; `exclusive` and `freesurfer` are as in `Task`.
 
     Raises:
         InputError: a key is missing, unknown or of the wrong kind.
     """
     file = validated(_TaskFile, value, where, strict=True)
-    if not file.name:
-        raise InputError(f"{where}: name must not be empty")
-    for names, what in ((file.modalities, "modalities"), (file.regions, "regions")):
-        if not names or "" in names:
-            raise InputError(
-                f"{where}: {what} must have at least one name, and none empty (got {shown(names)})"
-            )
     distinct_keys(file.modalities, f"{where}: modalities")
-    regions = tuple(
-        Region(key, _labels(labels, f"{where}: region {key}")) for key, labels in file.regions.items()
-    )
+    regions = tuple(Region(name, labels) for name, labels in file.regions.items())
     used = {label for region in regions for label in region.labels}
-    labels = used | {0} if file.labels is None else {*_labels(file.labels, f"{where}: labels")}
+    labels = frozenset(used | {0} if file.labels is None else file.labels)
     if missing := sorted((used | {0}) - labels):
         raise InputError(
             f"{where}: labels must hold 0 and the labels of every region (got none of {listed(missing)})"
         )
-    if any(0 in region.labels for region in regions):
+    if 0 in used:
         raise InputError(f"{where}: a region must not hold label 0, the background")
-    exclusive = tuple(_labels(group, f"{where}: exclusive") for group in file.exclusive)
-    return Task(file.name, file.modalities, regions, frozenset(labels), exclusive, file.freesurfer)
+    return Task(file.name, file.modalities, regions, labels, file.exclusive, file.freesurfer)
+
+
+def _distinct_labels(labels: tuple[int, ...]) -> tuple[int, ...]:
+    if not labels or any(label < 0 or label > _LARGEST_LABEL for label in labels):
+        raise ValueError(f"expected numbers in 0..{_LARGEST_LABEL}")
+    if len(set(labels)) != len(labels):
+        raise ValueError("expected different numbers")
+    return labels
+
+
+_Name = Annotated[str, Field(min_length=1)]
+_Numbers = Annotated[tuple[int, ...], AfterValidator(_distinct_labels)]
 
 
 @dataclass(frozen=True)
 class _TaskFile:
     """What a task's file or a checkpoint's note of a task holds."""
 
-    name: str
-    modalities: tuple[str, ...]
-    regions: dict[str, tuple[int, ...]]
-    labels: tuple[int, ...] | None = None
-    exclusive: tuple[tuple[int, ...], ...] = ()
+    name: _Name
+    modalities: Annotated[tuple[_Name, ...], Field(min_length=1)]
+    regions: Annotated[dict[_Name, _Numbers], Field(min_length=1)]
+    labels: _Numbers | None = None
+    exclusive: tuple[_Numbers, ...] = ()
     freesurfer: bool = False
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
-
-
-def _distinct(values: tuple[int, ...], where: str) -> tuple[int, ...]:
-    if len(set(values)) != len(values):
-        raise InputError(f"{where} must be distinct (got {shown(list(values))})")
-    return values
-
-
-def _labels(labels: tuple[int, ...], where: str) -> tuple[int, ...]:
-    if not labels or any(label < 0 or label > _LARGEST_LABEL for label in labels):
-        raise InputError(f"{where} must lie in 0..{_LARGEST_LABEL} (got {shown(list(labels))})")
-    return _distinct(labels, where)
 
 
 def _short(values: list[int], most: int = 12) -> str:

@@ -6,6 +6,7 @@ The only place where axes are turned or signs change between the RAS of NIfTI an
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,19 +86,7 @@ def read_volume(
 def read_channels(
     path: Path | str, channels: Sequence[int | None], *, nonfinite: Literal["error", "zero"] = "error"
 ) -> list[Volume]:
-    """Read several volumes of one file, which is read once.
-
-    Args:
-        path: see `read_volume`.
-        channels: see `channel` of `read_volume`.
-        nonfinite: see `read_volume`.
-
-    Returns:
-        One volume for each channel.
-
-    Raises:
-        InputError: as `read_volume`.
-    """
+    """Read several volumes of one file, which is read once; otherwise as `read_volume`."""
     return _read(path, channels, nonfinite)[0]
 
 
@@ -139,13 +128,10 @@ def _plain(data: Array, path: Path | str) -> Array:
 
 def _no_label(path: Path | str, data: Array, fractional: Array, header: Header) -> InputError:
     place = tuple(int(index) for index in np.argwhere(fractional)[0])
-    scaling = (
-        f", stored with scl_slope {header.slope:.9g} and scl_inter {header.intercept:.9g}"
-        if header.scaled
-        else ""
-    )
+    scaling = f", stored with scl_slope {header.slope:.9g} and scl_inter {header.intercept:.9g}"
     return InputError(
-        f"{path}: expected whole numbers as labels (got {data[place]:.12g} at voxel {place}{scaling})"
+        f"{path}: expected whole numbers as labels "
+        f"(got {data[place]:.12g} at voxel {place}{scaling if header.scaled else ''})"
     )
 
 
@@ -156,11 +142,9 @@ def read_geometry(path: Path | str) -> tuple[tuple[float, float, float], tuple[i
         InputError: the file is missing or of another kind, or its header makes no sense.
     """
     header = read_header(path)
-    axes = io_orientation(header.affine)[:, 0].astype(int)
-    spacing, shape = np.empty(3), np.empty(3, dtype=int)
-    spacing[axes], shape[axes] = spacing_of(header.affine), header.shape[:3]
-    right, front, up = spacing.tolist()
-    depth, height, width = shape.tolist()
+    places = np.argsort(io_orientation(header.affine)[:, 0])
+    right, front, up = np.array(spacing_of(header.affine))[places].tolist()
+    depth, height, width = np.array(header.shape[:3])[places].tolist()
     return (right, front, up), (depth, height, width)
 
 
@@ -203,13 +187,7 @@ def same_grid(first: Volume, second: Volume) -> bool:
 
 
 def check_grid(path: Path | str, volume: Volume, like: Path | str, reference: Volume) -> None:
-    """Refuse a volume that does not lie on another one's grid.
-
-    Args:
-        path: of the volume, for the message.
-        volume: as read from there.
-        like: file of the other one.
-        reference: as read from there.
+    """Refuse a volume, read from `path`, that does not lie on the grid of another, read from `like`.
 
     Raises:
         InputError: shape or affine differ; the message tells where an sform or qform that does not count
@@ -232,17 +210,8 @@ def to_canonical(volume: Volume) -> Volume:
 
 
 def from_canonical(volume: Volume, affine: Affine) -> Volume:
-    """Undo `to_canonical`.
-
-    Args:
-        volume: on the canonical grid of a scan, `[D, H, W]` or `[C, D, H, W]`.
-        affine: `[4, 4]` of the scan as it is stored.
-
-    Returns:
-        The same voxels in the scan's own axis order.
-    """
-    back = ornt_transform(io_orientation(volume.affine), io_orientation(affine))
-    return _reorient(volume, back)
+    """Undo `to_canonical` of a scan whose affine, as it is stored, is given."""
+    return _reorient(volume, ornt_transform(io_orientation(volume.affine), io_orientation(affine)))
 
 
 def resample(volume: Volume, spacing: tuple[float, float, float], interpolation: Interpolation) -> Volume:
@@ -252,12 +221,9 @@ def resample(volume: Volume, spacing: tuple[float, float, float], interpolation:
     rather than aliased: with a Gaussian that widens a voxel's FWHM from the old spacing to the new one.
 
     Args:
-        volume: `[D, H, W]`.
+        volume: `[D, H, W]`, which becomes `[D', H', W']` (`resampled_shape`).
         spacing: new voxel size in mm along D, H, W; the axis directions stay.
         interpolation: `linear` for images and probabilities, `nearest` for labels.
-
-    Returns:
-        `[D', H', W']`, see `resampled_shape`.
 
     Raises:
         InputError: the result does not fit in memory.
@@ -290,10 +256,7 @@ def resample_to(
         volume: `[D, H, W]`.
         shape: D', H', W' of the new grid.
         affine: `[4, 4]` of the new grid, RAS mm.
-        interpolation: `linear` or `nearest`.
-
-    Returns:
-        `[D', H', W']` in float32 for `linear` (float64 stays), in the volume's own type for `nearest`.
+        interpolation: `linear` gives float32 (float64 stays), `nearest` the volume's own type.
 
     Raises:
         InputError: the result does not fit in memory.
@@ -310,17 +273,13 @@ def resample_to(
 
 
 def to_itk(volume: Volume, *, linear: bool = True) -> Any:
-    """Turn a `[D, H, W]` volume into a SimpleITK image in LPS; D becomes ITK's first axis.
+    """Turn a `[D, H, W]` volume into a SimpleITK image in LPS, whose first axis is D.
 
-    Args:
-        volume: the volume.
-        linear: as floating point; else in its own type, for labels.
+    With `linear` it is in floating point, else in its own type, as labels are.
     """
-    data = volume.data
+    data = volume.data.astype(np.uint8) if volume.data.dtype == np.bool_ else volume.data
     if linear and data.dtype not in (np.float32, np.float64):
         data = data.astype(np.float32)
-    elif data.dtype == np.bool_:
-        data = data.astype(np.uint8)
     image = sitk.GetImageFromArray(np.ascontiguousarray(data.transpose(2, 1, 0)))
     spacing, direction, origin = _itk_geometry(volume.affine)
     image.SetSpacing(spacing)
@@ -341,14 +300,13 @@ def _rounded(affine: Affine) -> list[list[float]]:
 def _agreeing_forms(path: Path | str, like: Path | str, shape: tuple[int, int, int]) -> str:
     """Tell which of two NIfTI files' affines agree where those that count, sform before qform, do not."""
     empty = np.empty((0, *shape), dtype=np.uint8)
-    own, other = read_header(path).forms, read_header(like).forms
-    for name, affine in own.items():
-        for reference, its in other.items():
-            if same_grid(Volume(empty, affine), Volume(empty, its)):
-                return (
-                    f"; its {name} agrees with the {reference} of {like}, but an sform that has a code goes "
-                    "before the qform; if the voxels belong together, give both files one sform and qform"
-                )
+    forms = product(read_header(path).forms.items(), read_header(like).forms.items())
+    for (name, affine), (other, its) in forms:
+        if same_grid(Volume(empty, affine), Volume(empty, its)):
+            return (
+                f"; its {name} agrees with the {other} of {like}, but an sform that has a code goes "
+                "before the qform; if the voxels belong together, give both files one sform and qform"
+            )
     return ""
 
 
@@ -367,11 +325,10 @@ def _smoothed(volume: Volume, sigma: npt.NDArray[np.float64]) -> Volume:
 
 
 def _reorient(volume: Volume, orientation: Array) -> Volume:
-    channels = volume.data.shape[:-3]
-    data = volume.data.reshape(-1, *volume.shape)
-    turned = np.stack([apply_orientation(channel, orientation) for channel in data])
+    first, last = (0, 1, 2), (-3, -2, -1)
+    turned = apply_orientation(np.moveaxis(volume.data, last, first), orientation)
     affine = volume.affine @ inv_ornt_aff(orientation, volume.shape)
-    return Volume(np.ascontiguousarray(turned.reshape(*channels, *turned.shape[1:])), affine)
+    return Volume(np.ascontiguousarray(np.moveaxis(turned, first, last)), affine)
 
 
 def _finite(data: Array, path: Path | str, nonfinite: str) -> Array:

@@ -7,9 +7,12 @@ the stream, and a file holds just the voxels that its header counts.
 import gzip
 import logging
 import struct
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +26,7 @@ from nibabel.nifti2 import Nifti2Header
 from timm_ext.errors import InputError
 from timm_ext.files import ending_of, stem_of, visible
 from timm_ext.system.machine import check_memory
+from timm_ext.system.terminal import say
 
 Array = npt.NDArray[Any]
 Affine = npt.NDArray[np.float64]
@@ -41,7 +45,10 @@ _CHUNK = 1 << 20
 _BLOCK = 512  # files may be filled up with zeros to whole blocks
 _MOST_FOOTER = 64 << 20  # bytes of tags behind the voxels of an MGH file
 _LAST_TAG = 1000  # far beyond those in use
+_MILLIMETRES = {1: 1e3, 3: 1e-3}  # of NIfTI's codes for metre and micrometre
 _SMALLEST_VOXEL_MM, _LARGEST_FIELD_MM, _FARTHEST_MM = 1e-6, 1e5, 1e7
+
+_TOLD = threading.Event()
 
 # Its checks would tell on standard error what our one line tells.
 _SILENT = logging.getLogger(f"{__name__}.nibabel")
@@ -78,16 +85,6 @@ class Header:
     def scaled(self) -> bool:
         """Whether values differ from the stored numbers."""
         return (self.slope, self.intercept) != (1.0, 0.0)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the stored voxels."""
-        return self.voxels * self.dtype.itemsize
-
-    @property
-    def voxels(self) -> int:
-        """Number of voxels."""
-        return int(np.prod([int(length) for length in self.shape], dtype=object))
 
 
 def volume_files(folder: Path | str) -> dict[str, Path]:
@@ -127,11 +124,8 @@ def read_stored(path: Path | str, channels: Sequence[int | None] = (None,)) -> t
 
     Args:
         path: the file.
-        channels: which volumes to take of a file with four axes, from 0; None for a file with three.
-
-    Returns:
-        For each channel its values `[D, H, W]` (scaled ones in float32 or float64, others in the file's own
-        type and byte order), and the header.
+        channels: which volumes to take of a file with four axes, from 0; None for a file with three. Of each
+            come its values `[D, H, W]`, scaled ones in float32 or float64, others as they are stored.
 
     Raises:
         InputError: as `read_header`; the file is cut, altered, longer than its header says, or does not fit
@@ -144,9 +138,7 @@ def read_stored(path: Path | str, channels: Sequence[int | None] = (None,)) -> t
             _check_axes(header.shape, channel, path)
         _check_size(header, path)
         spec = (header.shape, header.dtype, header.offset, header.slope, header.intercept)
-        with np.errstate(
-            all="ignore"
-        ):  # values beyond the type's range become infinite, and are refused later
+        with np.errstate(all="ignore"):  # what is beyond the type's range becomes infinite, refused later
             values: Array = np.asanyarray(ArrayProxy(stream, spec, mmap=False))
         _check_end(stream, isinstance(header.header, MGHHeader))
     if len(values.shape) == 3:
@@ -154,8 +146,7 @@ def read_stored(path: Path | str, channels: Sequence[int | None] = (None,)) -> t
     return [values[..., channel].copy(order="K") for channel in channels], header
 
 
-def unreadable(path: Path | str, reason: object) -> InputError:
-    """Return the error of a damaged file."""
+def _unreadable(path: Path, reason: object) -> InputError:
     told = " ".join(str(reason).split()) or type(reason).__name__
     told = f"unknown code {told}" if isinstance(reason, KeyError) else told
     return InputError(f"{path}: cannot be read, the file is truncated or corrupt ({told})")
@@ -199,15 +190,15 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         raise InputError(f"{path}: expected to fit in memory (got no memory for it)") from error
     except gzip.BadGzipFile as error:
         behind = "Not a gzipped file" in str(error)  # the first member was found
-        raise unreadable(path, "something else follows the gzip stream" if behind else error) from error
+        raise _unreadable(path, "something else follows the gzip stream" if behind else error) from error
     except Exception as error:  # on damaged bytes nibabel, numpy and zlib raise whatever they trip over
-        raise unreadable(path, error) from error
+        raise _unreadable(path, error) from error
 
 
 def _check_compression(start: bytes, path: Path) -> None:
     compressed, ending = start == _GZIP_MAGIC, ending_of(path)
     if not start:
-        raise unreadable(path, "it is empty")
+        raise _unreadable(path, "it is empty")
     if compressed != (ending in _COMPRESSED):
         expected, got = ("a", "another content") if not compressed else ("no", "one")
         raise InputError(
@@ -222,6 +213,10 @@ def _parsed(stream: BinaryIO, path: Path) -> Header:
         block += stream.read(_NIFTI2_BYTES - _NIFTI_BYTES)
     header = kind(block[: kind.template_dtype.itemsize], check=False)
     header.check_fix(logger=_SILENT, error_level=40)
+    if kind is not MGHHeader:
+        _to_millimetres(header)
+        if not (header["sform_code"] or header["qform_code"]):
+            _tell_of_no_form(path)
     shape = tuple(int(length) for length in header.get_data_shape())
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
@@ -244,6 +239,25 @@ def _parsed(stream: BinaryIO, path: Path) -> Header:
     )
 
 
+def _to_millimetres(header: Any) -> None:
+    """Turn a NIfTI header whose lengths are in metres or micrometres into one in millimetres."""
+    if factor := _MILLIMETRES.get(int(header["xyzt_units"]) & 7):
+        header["pixdim"][1:4] *= factor
+        for name in ("srow_x", "srow_y", "srow_z", "qoffset_x", "qoffset_y", "qoffset_z"):
+            header[name] *= factor
+        header["xyzt_units"] = int(header["xyzt_units"]) & ~7 | 2
+
+
+def _tell_of_no_form(path: Path) -> None:
+    """Say, once in this process, that a file does not tell how its axes lie."""
+    if not _TOLD.is_set():
+        _TOLD.set()
+        say(
+            f"warning: {path}: no sform and no qform; its axes are taken for right, front and up",
+            file=sys.stderr,
+        )
+
+
 def _kind_of(block: bytes, path: Path) -> Any:
     """Choose nibabel's class for a header by the format's own signature."""
     nifti = ending_of(path) in _NIFTI
@@ -252,10 +266,10 @@ def _kind_of(block: bytes, path: Path) -> Any:
     if nifti and block[4:7] == b"n+2":
         return Nifti2Header
     if nifti and (block[344:347] == b"ni1" or block[4:7] == b"ni2"):
-        raise unreadable(path, "it is the header of a pair of files; convert the pair to .nii")
+        raise _unreadable(path, "it is the header of a pair of files; convert the pair to .nii")
     if not nifti and block[:4] == struct.pack(">i", 1) and len(block) == _MGH_BYTES:
         return MGHHeader
-    raise unreadable(path, f"it has no header of {'NIfTI' if nifti else 'FreeSurfer (MGH)'}")
+    raise _unreadable(path, f"it has no header of {'NIfTI' if nifti else 'FreeSurfer (MGH)'}")
 
 
 def _forms(header: Any) -> dict[str, Affine]:
@@ -300,18 +314,19 @@ def _check_axes(shape: tuple[int, ...], channel: int | None, path: Path) -> None
 
 def _check_size(header: Header, path: Path) -> None:
     """Compare what a header promises with the file and the memory there is, before any of it is taken."""
-    size, promised = path.stat().st_size, header.offset + header.nbytes
+    voxels = prod(header.shape)
+    stored = voxels * header.dtype.itemsize
+    size, promised = path.stat().st_size, header.offset + stored
     most = size * _GZIP_RATIO if ending_of(path) in _COMPRESSED else size
     if promised > most:
-        raise unreadable(
+        raise _unreadable(
             path,
             f"expected {promised} bytes for voxels {header.shape} of {header.dtype}; "
             f"a file of {size} bytes holds at most {most}",
         )
     value = 8 if header.scaled else header.dtype.itemsize
     # The stored bytes, their values, and a copy of these for what follows.
-    needed = header.nbytes + 2 * header.voxels * value
-    check_memory(needed, f"{path}: a volume of {header.shape} voxels of {header.dtype}")
+    check_memory(stored + 2 * voxels * value, f"{path}: a volume of {header.shape} voxels of {header.dtype}")
 
 
 def _check_end(stream: BinaryIO, footer: bool) -> None:

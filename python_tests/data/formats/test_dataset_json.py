@@ -159,7 +159,7 @@ def test_a_task_with_regions_writes_the_numbers_that_are_stated(tmp_path):
     [
         ({"background": 0}, r"expected a label besides the background \(got none\)"),
         ({"background": 0, "x": 1, "ignore": 2}, "cannot leave out voxels.*'ignore'"),
-        ({"background": 0, "x": 300}, "region x must lie in 0..255"),
+        ({"background": 0, "x": 300}, "regions\\.x: expected numbers in 0..255"),
         ({"background": 0, "x": [0, 1]}, "must not hold label 0"),
         (["background"], "labels: expected numbers by name"),
         ({"background": 0, "x": "1"}, "labels: expected numbers by name"),

@@ -52,7 +52,7 @@ class Case:
 def read_cases(
     path: Path | str, task: Task, *, require_labels: bool = False, use_labels: bool = True
 ) -> list[Case]:
-    """Read the cases of a data set, whatever its format.
+    """Read the cases of a data set, whatever its format, sorted by id.
 
     - a `.csv` file: columns `id`, one per modality, and optionally `label`; an empty cell is a missing file
     - a `.json` file: a list of objects with the same keys
@@ -74,9 +74,6 @@ def read_cases(
         require_labels: whether a case without a label file is an error.
         use_labels: whether label files matter; where they do not, nothing is asked of them.
 
-    Returns:
-        The cases, sorted by id.
-
     Raises:
         InputError: unknown format, no cases; names of labels that contradict the task; or, in one listing,
             missing modalities and files, two files of one modality, unusable or duplicate ids.
@@ -97,10 +94,10 @@ def read_cases(
 
 
 def check_names_beside(labels: Path, task: Task) -> tuple[int, ...]:
-    """Check the names of labels for a folder of label maps, or one of them, that lies in a data set.
+    """Check the names of labels where label maps lie in a folder `labels*` beside a `dataset.json`.
 
     Args:
-        labels: a folder `labels*` beside a `dataset.json`, or a file in one; others pass.
+        labels: a folder of label maps, or one of them; others pass.
         task: what the numbers should mean.
 
     Returns:
@@ -119,14 +116,10 @@ def check_names_beside(labels: Path, task: Task) -> tuple[int, ...]:
 
 
 def write_list(path: Path | str, cases: Sequence[Case]) -> None:
-    """Write cases as a list that `read_cases` reads, atomically; files below its folder by relative name.
-
-    Args:
-        path: the list, `.json` or `.csv`.
-        cases: cases of one task.
+    """Write cases of one task as a list that `read_cases` reads, atomically, with names relative to it.
 
     Raises:
-        InputError: another ending, or the file cannot be written.
+        InputError: the name ends in neither `.json` nor `.csv`, or the file cannot be written.
     """
     path = Path(path)
     rows = [_row(case, path.parent) for case in cases]
@@ -152,7 +145,7 @@ def split_cases(
     by name, shuffled by the seed and cut where the running sum of fractions, rounded, falls.
 
     Args:
-        cases: cases in any order; the order does not matter.
+        cases: in any order.
         fractions: share of each part; they sum to at most 1, the rest is left out.
         seed: of the shuffle.
         group: cases of equal group go to one part.
