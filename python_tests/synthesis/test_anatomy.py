@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from timm_ext.data.noise import keyed_generator
-from timm_ext.synthesis.anatomy import BOX_MM, BOX_SD_MM, STRUCTURES, individual
+from timm_ext.synthesis.anatomy import BOX_MM, BOX_SD_MM, MEASURED, individual
 
 FACTS = Path(__file__).parents[3] / "shared" / "data" / "anatomy_facts.json"
 
@@ -15,8 +15,8 @@ def test_the_numbers_are_those_that_were_measured():
     facts = json.loads(FACTS.read_text())
     np.testing.assert_allclose(BOX_MM, facts["brain_box_mm_RAS"]["mean"])
     np.testing.assert_allclose(BOX_SD_MM, facts["brain_box_mm_RAS"]["sd"])
-    assert len(STRUCTURES) == len(facts["structures"])
-    for structure, fact in zip(STRUCTURES.values(), facts["structures"].values(), strict=True):
+    assert len(MEASURED) == len(facts["structures"])
+    for structure, fact in zip(MEASURED.values(), facts["structures"].values(), strict=True):
         assert (len(structure.codes) == 2) == (fact["side"] == "left")
         volume = (structure.volume_ml, structure.volume_sd_ml)
         np.testing.assert_allclose(volume, fact["volume_ml"], rtol=0.02)
@@ -26,7 +26,7 @@ def test_the_numbers_are_those_that_were_measured():
 
 def test_people_differ_around_the_measured_means():
     people = [individual(keyed_generator(seed)) for seed in range(200)]
-    for name, structure in STRUCTURES.items():
+    for name, structure in MEASURED.items():
         volumes = np.array([person.volume_ml[name][0] for person in people])
         assert abs(volumes.mean() - structure.volume_ml) < 0.3 * structure.volume_sd_ml
         assert 0.6 < volumes.std() / structure.volume_sd_ml < 1.2

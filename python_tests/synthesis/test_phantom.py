@@ -3,7 +3,7 @@ import pytest
 from scipy import ndimage
 
 from timm_ext.errors import InputError
-from timm_ext.synthesis.anatomy import BOX_MM, BOX_SD_MM, STRUCTURES
+from timm_ext.synthesis.anatomy import BOX_MM, BOX_SD_MM, MEASURED
 from timm_ext.synthesis.label_maps import classes_of, tissues_from_codes
 from timm_ext.synthesis.phantom import CSF, brain_labels
 from timm_ext.synthesis.render import pool_labels
@@ -23,10 +23,10 @@ def measure(brain, code):
     return len(voxels) * SPACING**3 / 1000, brain.affine[:3, 3] + voxels.mean(axis=0) * SPACING
 
 
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("name", MEASURED)
 def test_volumes_agree_with_the_facts(brains, name):
     """Each person within 3 sd; the mean over people within 35 % or, for the ventricles, one sd."""
-    structure = STRUCTURES[name]
+    structure = MEASURED[name]
     for code in structure.codes:
         volumes = np.array([measure(brain, code)[0] for brain in brains])
         deviations = (volumes - structure.volume_ml) / structure.volume_sd_ml
@@ -35,10 +35,10 @@ def test_volumes_agree_with_the_facts(brains, name):
         assert off < max(0.35 * structure.volume_ml, structure.volume_sd_ml), volumes
 
 
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("name", MEASURED)
 def test_centroids_agree_with_the_facts(brains, name):
     """Each person within 3 sd or, where people differ by less than 3 mm, within 9 mm."""
-    structure = STRUCTURES[name]
+    structure = MEASURED[name]
     tolerance = np.maximum(3 * np.array(structure.centroid_sd_mm), 9.0)
     for side, code in enumerate(structure.codes):
         for brain in brains:
@@ -70,8 +70,8 @@ def test_every_class_is_present_at_four_millimetres(brains):
 def test_the_cortex_is_folded(brains):
     """The surface between white and grey matter is at least twice that of a ball of the same volume."""
     for brain in brains[:2]:
-        white = np.isin(brain.data, STRUCTURES["cerebral white matter"].codes)
-        grey = np.isin(brain.data, STRUCTURES["cerebral cortex"].codes)
+        white = np.isin(brain.data, MEASURED["cerebral white matter"].codes)
+        grey = np.isin(brain.data, MEASURED["cerebral cortex"].codes)
         area = sum(
             np.count_nonzero(np.roll(white, shift, axis) & grey) for axis in range(3) for shift in (1, -1)
         )
@@ -81,7 +81,7 @@ def test_the_cortex_is_folded(brains):
 
 def test_grey_matter_lies_around_white_matter_and_csf_around_both(brains):
     brain = brains[0].data
-    white = np.isin(brain, STRUCTURES["cerebral white matter"].codes)
+    white = np.isin(brain, MEASURED["cerebral white matter"].codes)
     border = ndimage.binary_dilation(brain == 0) & (brain > 0)
     assert np.mean(brain[border] == CSF) > 0.95
     assert not np.any(white & border)
@@ -98,7 +98,7 @@ def test_equal_seeds_give_equal_brains_and_others_do_not(brains):
 def test_spacing_changes_the_grid_and_not_the_person(brains):
     coarse = brain_labels(0, 4.0)
     for name in ("cerebral cortex", "thalamus", "brainstem"):
-        code = STRUCTURES[name].codes[0]
+        code = MEASURED[name].codes[0]
         fine_ml, fine_place = measure(brains[0], code)
         voxels = np.argwhere(coarse.data == code)
         assert len(voxels) * 0.064 == pytest.approx(fine_ml, rel=0.05)

@@ -6,7 +6,7 @@ the right side is its mirror image.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,18 +25,16 @@ _VENTRICLES = frozenset(
 _LARGEST_DEVIATION = 2.0
 
 
-@dataclass(frozen=True)
-class Structure:
-    """One structure, of one side when it is paired.
+class Measured(NamedTuple):
+    """One structure, of one side when it is paired, and how it varies between people (standard deviation).
 
     Attributes:
         name: the structure.
         codes: FreeSurfer label of the left and the right side, or of the one structure on the midline.
         volume_ml: volume of one side.
-        volume_sd_ml: its standard deviation between people.
+        volume_sd_ml: its standard deviation.
         centroid_mm: centroid of the left side, RAS mm from the centre of the brain's box.
-        centroid_sd_mm: its standard deviation between people.
-        principal_sd_mm: standard deviation of the voxels' positions along the three principal axes.
+        centroid_sd_mm: its standard deviation.
     """
 
     name: str
@@ -45,46 +43,28 @@ class Structure:
     volume_sd_ml: float
     centroid_mm: tuple[float, float, float]
     centroid_sd_mm: tuple[float, float, float]
-    principal_sd_mm: tuple[float, float, float]
 
 
-_TABLE: tuple[tuple[Any, ...], ...] = (
-    (
-        "cerebellum grey matter",
-        (8, 47),
-        54.0,
-        7.0,
-        (-24.3, -33.7, -40.3),
-        (1.1, 9.5, 5.4),
-        (13.9, 12.7, 10.8),
-    ),
-    ("cerebral cortex", (3, 42), 228.6, 37.9, (-30.8, -3.8, 12.7), (1.4, 2.3, 1.7), (41.5, 25.7, 16.7)),
-    ("accumbens", (26, 58), 0.51, 0.10, (-9.7, 27.7, -1.0), (1.8, 2.8, 6.5), (4.0, 2.7, 1.3)),
-    ("thalamus", (10, 49), 7.34, 1.39, (-13.0, -1.4, 4.4), (1.6, 2.4, 1.9), (8.4, 5.0, 4.1)),
-    ("amygdala", (18, 54), 1.44, 0.39, (-23.9, 16.4, -14.1), (1.8, 4.7, 4.6), (4.8, 3.8, 1.9)),
-    ("caudate", (11, 50), 3.70, 0.55, (-15.1, 22.3, 13.0), (2.5, 2.3, 5.3), (12.1, 4.8, 2.5)),
-    ("pallidum", (13, 52), 1.40, 0.28, (-20.9, 13.6, 0.7), (1.8, 2.9, 4.3), (6.1, 2.9, 2.0)),
-    ("cerebellum white matter", (7, 46), 14.6, 1.4, (-18.1, -26.3, -35.2), (1.3, 8.4, 3.1), (11.2, 9.5, 5.0)),
-    ("cerebral white matter", (2, 41), 214.8, 29.2, (-27.1, -4.7, 14.7), (1.4, 2.5, 1.4), (37.1, 20.6, 13.0)),
-    ("hippocampus", (17, 53), 3.50, 1.02, (-25.1, -1.8, -12.7), (1.7, 7.3, 3.4), (11.4, 5.1, 2.2)),
-    ("lateral ventricle", (4, 43), 16.5, 10.7, (-14.0, 1.1, 13.0), (1.5, 4.4, 2.5), (24.7, 7.7, 4.8)),
-    (
-        "inferior lateral ventricle",
-        (5, 44),
-        0.99,
-        0.91,
-        (-31.8, 1.9, -13.4),
-        (2.5, 8.9, 3.9),
-        (9.5, 3.7, 1.6),
-    ),
-    ("putamen", (12, 51), 5.23, 0.81, (-26.1, 16.2, 3.1), (2.0, 2.2, 4.8), (9.9, 5.3, 3.2)),
-    ("ventral DC", (28, 60), 3.96, 0.62, (-11.4, 3.7, -8.1), (1.4, 3.0, 2.9), (8.0, 5.3, 3.3)),
-    ("third ventricle", (14,), 1.59, 0.89, (-0.5, 8.0, -1.8), (0.9, 2.6, 4.1), (8.3, 3.3, 1.7)),
-    ("fourth ventricle", (15,), 1.78, 0.57, (-1.3, -18.9, -33.3), (1.1, 7.2, 3.3), (7.8, 4.0, 2.9)),
-    ("brainstem", (16,), 21.8, 2.4, (-0.9, -6.3, -29.5), (1.0, 6.6, 1.9), (14.3, 6.7, 6.5)),
+_TABLE = (
+    Measured("cerebellum grey matter", (8, 47), 54.0, 7.0, (-24.3, -33.7, -40.3), (1.1, 9.5, 5.4)),
+    Measured("cerebral cortex", (3, 42), 228.6, 37.9, (-30.8, -3.8, 12.7), (1.4, 2.3, 1.7)),
+    Measured("accumbens", (26, 58), 0.51, 0.1, (-9.7, 27.7, -1.0), (1.8, 2.8, 6.5)),
+    Measured("thalamus", (10, 49), 7.34, 1.39, (-13.0, -1.4, 4.4), (1.6, 2.4, 1.9)),
+    Measured("amygdala", (18, 54), 1.44, 0.39, (-23.9, 16.4, -14.1), (1.8, 4.7, 4.6)),
+    Measured("caudate", (11, 50), 3.7, 0.55, (-15.1, 22.3, 13.0), (2.5, 2.3, 5.3)),
+    Measured("pallidum", (13, 52), 1.4, 0.28, (-20.9, 13.6, 0.7), (1.8, 2.9, 4.3)),
+    Measured("cerebellum white matter", (7, 46), 14.6, 1.4, (-18.1, -26.3, -35.2), (1.3, 8.4, 3.1)),
+    Measured("cerebral white matter", (2, 41), 214.8, 29.2, (-27.1, -4.7, 14.7), (1.4, 2.5, 1.4)),
+    Measured("hippocampus", (17, 53), 3.5, 1.02, (-25.1, -1.8, -12.7), (1.7, 7.3, 3.4)),
+    Measured("lateral ventricle", (4, 43), 16.5, 10.7, (-14.0, 1.1, 13.0), (1.5, 4.4, 2.5)),
+    Measured("inferior lateral ventricle", (5, 44), 0.99, 0.91, (-31.8, 1.9, -13.4), (2.5, 8.9, 3.9)),
+    Measured("putamen", (12, 51), 5.23, 0.81, (-26.1, 16.2, 3.1), (2.0, 2.2, 4.8)),
+    Measured("ventral DC", (28, 60), 3.96, 0.62, (-11.4, 3.7, -8.1), (1.4, 3.0, 2.9)),
+    Measured("third ventricle", (14,), 1.59, 0.89, (-0.5, 8.0, -1.8), (0.9, 2.6, 4.1)),
+    Measured("fourth ventricle", (15,), 1.78, 0.57, (-1.3, -18.9, -33.3), (1.1, 7.2, 3.3)),
+    Measured("brainstem", (16,), 21.8, 2.4, (-0.9, -6.3, -29.5), (1.0, 6.6, 1.9)),
 )
-
-STRUCTURES: dict[str, Structure] = {row[0]: Structure(*row) for row in _TABLE}
+MEASURED: dict[str, Measured] = {row.name: row for row in _TABLE}
 """The measured structures by name."""
 
 
@@ -94,7 +74,7 @@ class Individual:
 
     Attributes:
         box_mm: extent of the brain along R, A and S.
-        volume_ml: volume by structure and by side; equal keys as `STRUCTURES`, values (left, right) or one.
+        volume_ml: volume by structure and by side; equal keys as `MEASURED`, values (left, right) or one.
     """
 
     box_mm: Vector
@@ -107,18 +87,12 @@ def individual(generator: np.random.Generator) -> Individual:
     Volumes are log-normal with the measured mean and spread; a part of each deviation is common to all
     structures (the size of the brain), the ventricles have a common part of their own, and the two sides of a
     structure differ by about 3 %. Deviations are cut at two standard deviations.
-
-    Args:
-        generator: the person's own generator.
-
-    Returns:
-        The person's box and volumes.
     """
     size, widening = _deviation(generator), _deviation(generator)
     own = np.array([_deviation(generator) for _ in range(3)])
     box = np.array(BOX_MM) + np.array(BOX_SD_MM) * np.clip(0.85 * size + 0.5 * own, -2.0, 2.0)
     volumes = {}
-    for structure in STRUCTURES.values():
+    for structure in MEASURED.values():
         ventricle = structure.name in _VENTRICLES
         common, share = (widening, _SHARED_VENTRICLES) if ventricle else (size, _SHARED_VOLUME)
         deviation = share * common + np.sqrt(1 - share**2) * _deviation(generator)

@@ -1,5 +1,6 @@
 """Generated data sets: cases of a task on phantoms or on label maps, in memory or as files."""
 
+import json
 import math
 import os
 from collections.abc import Callable, Generator, Sequence
@@ -15,7 +16,7 @@ from timm_ext.data.formats.cases import LIST_NAME, Case, write_list
 from timm_ext.data.label_names import check_label_names
 from timm_ext.data.noise import keyed_generator
 from timm_ext.data.tasks import Task, get_task, task_to_dict
-from timm_ext.data.volume import Array, Volume, write_nifti
+from timm_ext.data.volume import Volume, write_nifti
 from timm_ext.documents import read_json
 from timm_ext.documents.bounds import (
     MOST_CASES,
@@ -77,14 +78,7 @@ class GenerateSettings:
 
 @dataclass(frozen=True, eq=False)
 class DrawnCase:
-    """One generated case in memory.
-
-    Attributes:
-        id: prefix and number.
-        subject: whose anatomy it is.
-        images: `[D, H, W]` float32 by modality.
-        label: `[D, H, W]` uint8 in the numbers of the task.
-    """
+    """A generated case: whose anatomy it is, float32 images by modality, uint8 labels in the task's numbers."""
 
     id: str
     subject: str | int
@@ -93,13 +87,9 @@ class DrawnCase:
 
 
 def draw_case(settings: GenerateSettings, index: int) -> DrawnCase:
-    """Draw one case of a data set; it depends on the settings and its number only.
+    """Draw one case of a data set; it depends on the settings and its number, from 0, only.
 
     At a spacing of 4 mm and more, anatomy and images are drawn at half the spacing and averaged.
-
-    Args:
-        settings: of the data set.
-        index: number of the case, from 0.
 
     Raises:
         InputError: settings that do not fit together, or a label map that cannot be read.
@@ -123,7 +113,10 @@ def draw_case(settings: GenerateSettings, index: int) -> DrawnCase:
         tissue = push_aside(tissue, tumour, shift)
     names = settings.modalities or task.modalities
     images = render(tissue, names, key, tumour=tumour, pool=pool, settings=settings.synthesis)
-    fine = classes_of(tissue.data) if tumour is None else _renumbered(tumour, task)
+    if tumour is None:
+        fine = classes_of(tissue.data)
+    else:
+        fine = np.where(tumour == ENHANCING, _enhancing(task), tumour).astype(np.uint8)
     label = Volume(pool_labels(fine, pool), pooled_affine(tissue.affine, pool))
     return DrawnCase(_case_id(settings, index), subject, images, label)
 
@@ -158,49 +151,37 @@ def generate_cases(
     out_dir = Path(out_dir)
     check_whole("count", count, 1, MOST_CASES)
     check_whole("workers", workers, 0, MOST_WORKERS)
-    task = _checked(settings)
-    subjects = _subjects(settings)
+    task, subjects = _checked(settings), _subjects(settings)
     with folder_lock(out_dir):
-        return _generate(out_dir, settings, task, subjects, count, workers, progress)
-
-
-def _generate(
-    out_dir: Path,
-    settings: GenerateSettings,
-    task: Task,
-    subjects: Sequence[str | int],
-    count: int,
-    workers: int,
-    progress: Callable[[int, int], None] | None,
-) -> list[Case]:
-    _record(out_dir, settings, subjects, count)
-    cases = [_paths(out_dir, settings, task, index) for index in range(count)]
-    missing = [index for index, case in enumerate(cases) if not _complete(case)]
-    done = count - len(missing)
-    with closing(_written(out_dir, settings, missing, workers)) as written:
-        for _ in written:
-            done += 1
-            if progress:
-                progress(done, count)
-    write_list(out_dir / LIST_NAME, cases)
+        _record(out_dir, settings, subjects, count)
+        cases = [_paths(out_dir, settings, task, index) for index in range(count)]
+        missing = [index for index, case in enumerate(cases) if not _complete(case)]
+        with closing(_written(out_dir, settings, missing, workers)) as written:
+            for done, _ in enumerate(written, count - len(missing) + 1):
+                if progress:
+                    progress(done, count)
+        write_list(out_dir / LIST_NAME, cases)
     return sorted(cases, key=lambda case: case.id)
 
 
-def _written(out_dir: Path, settings: GenerateSettings, indices: list[int], workers: int) -> Generator[int]:
+def _written(
+    out_dir: Path, settings: GenerateSettings, indices: list[int], workers: int
+) -> Generator[None, None, None]:
     if workers <= 1 or len(indices) < 2:
         for index in indices:
-            yield _write_case(out_dir, settings, index)
+            _write_case(out_dir, settings, index)
+            yield
         return
     workers = min(workers, len(indices))
     check_workers(workers)
     folders = [out_dir / _case_id(settings, index) for index in indices]
     with worker_pool(workers, "draws cases", folders) as pool:
-        jobs: list[Future[int]] = [pool.submit(_write_case, out_dir, settings, index) for index in indices]
+        jobs: list[Future[None]] = [pool.submit(_write_case, out_dir, settings, index) for index in indices]
         for job in as_completed(jobs):
             yield job.result()
 
 
-def _write_case(out_dir: Path, settings: GenerateSettings, index: int) -> int:
+def _write_case(out_dir: Path, settings: GenerateSettings, index: int) -> None:
     drawn = draw_case(settings, index)
     paths = _paths(out_dir, settings, get_task(settings.task), index)
     for name, volume in drawn.images.items():
@@ -208,34 +189,33 @@ def _write_case(out_dir: Path, settings: GenerateSettings, index: int) -> int:
         write_nifti(paths.images[name], Volume(data, volume.affine))
     assert paths.label is not None
     write_nifti(paths.label, drawn.label)
-    return index
 
 
 def _checked(settings: GenerateSettings) -> Task:
     """Return the task after checking that the settings fit together."""
     task = get_task(settings.task)
-    if not task.freesurfer and not ({0, 1, 2} <= task.labels and task.labels & {3, ENHANCING}):
-        raise InputError(
-            f"task {task.name}: expected a parcellation or the tumour labels 1, 2 and 4 or 3 to generate "
-            f"(got the labels {sorted(task.labels)})"
-        )
     if not task.freesurfer:
-        enhancing = ENHANCING if ENHANCING in task.labels else 3
-        drawn = {"necrotic core": (1,), "oedema": (2,), "enhancing tumour": (enhancing,)}
+        if not ({0, 1, 2} <= task.labels and task.labels & {3, ENHANCING}):
+            raise InputError(
+                f"task {task.name}: expected a parcellation or the tumour labels 1, 2 and 4 or 3 to generate "
+                f"(got the labels {sorted(task.labels)})"
+            )
+        drawn = {"necrotic core": (1,), "oedema": (2,), "enhancing tumour": (_enhancing(task),)}
         check_label_names(drawn, task, "generated cases")
     check_modalities(settings.modalities or task.modalities)
     check_seed("seed", settings.seed)
     check_number("spacing", settings.spacing, 0.5, 8)
     check_edges("size", settings.size, least=8)
-    check_memory(_bytes_to_draw(settings), f"size: drawing {' × '.join(map(str, settings.size))} voxels")
+    # float64 and float32 fields of the grid that is drawn
+    needed = _BYTES_PER_VOXEL * math.prod(length * _pool(settings) for length in settings.size)
+    check_memory(needed, f"size: drawing {' × '.join(map(str, settings.size))} voxels")
     if os.sep in settings.prefix or not settings.prefix:
         raise InputError(f"prefix: expected the beginning of a file name (got {settings.prefix!r})")
     return task
 
 
-def _bytes_to_draw(settings: GenerateSettings) -> int:
-    """Return the memory that drawing one case takes: float64 and float32 fields of the drawn grid."""
-    return math.prod(length * _pool(settings) for length in settings.size) * _BYTES_PER_VOXEL
+def _enhancing(task: Task) -> int:
+    return ENHANCING if ENHANCING in task.labels else 3
 
 
 def _pool(settings: GenerateSettings) -> int:
@@ -269,7 +249,7 @@ def _record(out_dir: Path, settings: GenerateSettings, subjects: Sequence[str | 
     if settings.source != PHANTOM:
         files = label_map_files(settings.source)
         maps = {str(name): sha256(files[str(name)]) for name in dict.fromkeys(subjects)}
-    plain = _plain(asdict(settings))
+    plain = json.loads(json.dumps(asdict(settings)))
     plain["source"] = PHANTOM if settings.source == PHANTOM else "label maps"
     plain["task"] = task_to_dict(get_task(settings.task))
     made: dict[str, Any] = {"recipe": _RECIPE, "settings": plain, "label_maps": maps}
@@ -306,15 +286,3 @@ def _complete(case: Case) -> bool:
 
 def _case_id(settings: GenerateSettings, index: int) -> str:
     return f"{settings.prefix}-{index:03d}"
-
-
-def _renumbered(tumour: Array, task: Task) -> Array:
-    if ENHANCING in task.labels:
-        return tumour
-    return np.where(tumour == ENHANCING, 3, tumour).astype(np.uint8)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value

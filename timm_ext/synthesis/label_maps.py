@@ -33,14 +33,10 @@ _ROTATION_DEG, _SCALING, _WARP_MM, _WARP_GRAIN_MM = 5.0, 0.04, 1.5, 40.0
 
 
 def tissues_from_codes(codes: npt.NDArray[np.integer]) -> Tissue:
-    """Turn FreeSurfer codes into tissues.
+    """Turn non-negative FreeSurfer codes into tissues.
 
-    Args:
-        codes: non-negative FreeSurfer labels, any shape.
-
-    Returns:
-        Same shape: 1–14 the classes (`timm_ext.vocabulary.structures`) but for the choroid plexus, which is
-        15; 16 vessels; 17 any other tissue inside the skull; 64 + n outside it, FreeSurfer's 500 + n.
+    1–14 are the classes (`timm_ext.vocabulary.structures`) but for the choroid plexus, which is 15; 16 are
+    vessels, 17 any other tissue inside the skull, 64 + n FreeSurfer's 500 + n outside it.
     """
     highest = max(*FREESURFER_TO_CLASS, *_OUTSIDE_CODES) + 2
     table = freesurfer_classes(np.arange(highest))
@@ -72,14 +68,10 @@ def label_map_files(folder: Path | str) -> dict[str, Path]:
 
 
 def read_label_map(path: Path | str) -> Volume:
-    """Read a FreeSurfer-style label map as tissues.
+    """Read a FreeSurfer-style label map in any orientation as uint8 tissues `[D, H, W]`, RAS.
 
-    Args:
-        path: NIfTI or `.mgz`, any orientation, whole numbers in any type.
-
-    Returns:
-        `[D, H, W]` uint8 tissues, D to the right, H to the front, W upward, cropped to the brain and 12 mm
-        around it; the affine is diagonal with its origin at the centre of the brain's box.
+    It is cropped to the brain and 12 mm around it; the origin of its affine, which is diagonal, is the centre
+    of the brain's box.
 
     Raises:
         InputError: not a readable three-dimensional label volume, or none of its labels is a known structure.
@@ -114,7 +106,7 @@ def draw_tissue(
     *,
     skull_stripped: bool = True,
 ) -> Volume:
-    """Draw a slightly different anatomy from a label map: turned, scaled and warped, on a new grid.
+    """Draw a slightly different anatomy from a label map: turned, scaled and warped, on a new grid (RAS).
 
     Rotations up to 5° about each axis, scales up to 4 % along each, and a smooth displacement of about
     1.5 mm; nearest neighbour.
@@ -125,38 +117,30 @@ def draw_tissue(
         spacing_mm: its voxel size.
         generator: of this draw.
         skull_stripped: drop the tissues outside the skull, and CSF further than 4 mm from the brain.
-
-    Returns:
-        `[D, H, W]` uint8 tissues, RAS.
     """
     grid = tuple(int(length) for length in shape)
     affine = centred_affine(grid, spacing_mm)
     turn = rotated(np.eye(3), np.deg2rad(generator.uniform(-_ROTATION_DEG, _ROTATION_DEG, 3)))
     matrix = turn * generator.uniform(1 - _SCALING, 1 + _SCALING, 3)
-    axes = [(np.arange(length) * spacing_mm + affine[axis, 3]) for axis, length in enumerate(grid)]
-    flat, inside = np.zeros(grid, dtype=np.int64), np.ones(grid, dtype=bool)
+    lines = [np.arange(n) * spacing_mm + first for n, first in zip(grid, affine[:3, 3], strict=True)]
+    axes = np.meshgrid(*lines, indexing="ij", sparse=True)
+    index, inside = [], np.ones(grid, dtype=bool)
     for axis, length in enumerate(label_map.shape):
         place = _WARP_MM * smooth_noise(grid, spacing_mm, _WARP_GRAIN_MM, generator)
         for other, values in enumerate(axes):
-            row = (matrix[axis, other] * values).astype(np.float32)
-            place += row.reshape([-1 if dim == other else 1 for dim in range(3)])
-        index = np.rint((place - label_map.affine[axis, 3]) / label_map.spacing[axis]).astype(np.int64)
-        inside &= (index >= 0) & (index < length)
-        flat = flat * length + np.clip(index, 0, length - 1)
-    tissue = np.where(inside, np.take(label_map.data.ravel(), flat), 0).astype(np.uint8)
+            place += (matrix[axis, other] * values).astype(np.float32)
+        place = (place - label_map.affine[axis, 3]) / label_map.spacing[axis]
+        index.append(np.rint(place).astype(np.int64))
+        inside &= (index[-1] >= 0) & (index[-1] < length)
+    flat = np.ravel_multi_index(index, label_map.shape, mode="clip")
+    tissue = np.where(inside, np.take(label_map.data, flat), 0).astype(np.uint8)
     return Volume(_strip(tissue, spacing_mm) if skull_stripped else tissue, affine)
 
 
 def phantom_tissue(person: int, shape: Sequence[int], spacing_mm: float) -> Volume:
-    """Return the tissues of a procedural brain on a grid around its centre.
+    """Return the uint8 tissues of a procedural brain, cropped or padded to a grid around its centre, RAS.
 
-    Args:
-        person: the seed of `timm_ext.synthesis.phantom.brain_labels`.
-        shape: D, H, W of the grid; the brain is cropped or padded with background.
-        spacing_mm: its voxel size.
-
-    Returns:
-        `[D, H, W]` uint8 tissues, RAS.
+    `person` is the seed of `timm_ext.synthesis.phantom.brain_labels`.
     """
     brain = brain_labels(person, spacing_mm)
     start, size = fit_box((0, 0, 0), brain.shape, (shape[0], shape[1], shape[2]), 1)

@@ -9,7 +9,7 @@ from scipy import ndimage
 from timm_ext.data.noise import Field, keyed_generator, smooth_noise
 from timm_ext.data.volume import Affine, Volume
 from timm_ext.errors import InputError
-from timm_ext.synthesis.anatomy import BOX_MM, STRUCTURES, Individual, individual
+from timm_ext.synthesis.anatomy import BOX_MM, MEASURED, Individual, Vector, individual
 from timm_ext.synthesis.shapes import Coordinates, Ellipsoid, Point, Shape, Tube
 
 Codes = npt.NDArray[np.int16]
@@ -23,40 +23,28 @@ _CLIP = 30.0
 _HULL_SHIFT_MM, _SULCAL_CSF = 5.0, (0.12, 0.26)
 
 _DEEP: dict[str, Shape] = {
-    "lateral ventricle": Tube(
-        (
-            (-9, 35, 3, 5.0),
-            (-10, 28, 12, 7.5),
-            (-10, 10, 20, 6.0),
-            (-13, -12, 20, 6.0),
-            (-22, -26, 11, 8.5),
-            (-27, -41, 5, 3.5),
-        ),
-    ),
-    "inferior lateral ventricle": Tube(
-        ((-31, -14, -6, 2.2), (-34, -5, -12, 2.6), (-33, 8, -15, 3.0), (-29, 15, -16, 2.4)),
-    ),
+    "lateral ventricle": Tube((
+        (-9, 35, 3, 5.0), (-10, 28, 12, 7.5), (-10, 10, 20, 6.0), (-13, -12, 20, 6.0), (-22, -26, 11, 8.5),
+        (-27, -41, 5, 3.5),
+    )),
+    "inferior lateral ventricle": Tube((
+        (-31, -14, -6, 2.2), (-34, -5, -12, 2.6), (-33, 8, -15, 3.0), (-29, 15, -16, 2.4),
+    )),
     "third ventricle": Ellipsoid((0, 8, -1), (2.4, 14, 9), pitch=12),
     "fourth ventricle": Tube(((0, -12, -14, 2.0), (0, -18, -33, 5.5), (0, -24, -46, 4.0))),
-    "caudate": Tube(
-        ((-11, 34, 1, 5.5), (-13, 31, 9, 5.5), (-16, 18, 19, 4.0), (-20, 5, 23, 2.4), (-22, -3, 23, 1.8)),
-    ),
+    "caudate": Tube((
+        (-11, 34, 1, 5.5), (-13, 31, 9, 5.5), (-16, 18, 19, 4.0), (-20, 5, 23, 2.4), (-22, -3, 23, 1.8),
+    )),
     "accumbens": Ellipsoid((-9.7, 27.7, -3.0), (3.5, 7.0, 4.0), pitch=-10),
     "putamen": Ellipsoid((-26.5, 16.0, 3.0), (6.5, 21.0, 12.0), yaw=-14),
     "pallidum": Ellipsoid((-21.5, 13.0, 0.5), (4.3, 12.0, 6.5), yaw=-26),
     "thalamus": Ellipsoid((-12.5, -2.0, 5.0), (8.5, 17.5, 10.5), yaw=20),
     "ventral DC": Ellipsoid((-11.0, 4.0, -8.0), (10.5, 12.5, 6.5), yaw=25),
-    "hippocampus": Tube(
-        (
-            (-23, 10, -17, 5.0),
-            (-27, 4, -17, 4.8),
-            (-28, -8, -14, 4.2),
-            (-25, -17, -7, 3.6),
-            (-19, -22, 0, 2.6),
-        ),
-    ),
+    "hippocampus": Tube((
+        (-23, 10, -17, 5.0), (-27, 4, -17, 4.8), (-28, -8, -14, 4.2), (-25, -17, -7, 3.6), (-19, -22, 0, 2.6),
+    )),
     "amygdala": Ellipsoid((-24.0, 15.5, -14.0), (7.0, 8.0, 6.5)),
-}
+}  # fmt: skip
 """Deep structures of the left side, first come first served where they meet."""
 
 _BRAINSTEM = Tube(
@@ -90,7 +78,7 @@ def brain_labels(seed: int, spacing_mm: float = 2.0) -> Volume:
 
     Returns:
         `[D, H, W]` int16 codes on a RAS grid whose origin (0, 0, 0) mm is the centre of the brain's box, with
-        at least 8 mm around the box. Codes: those of `anatomy.STRUCTURES`, 24 (CSF), 31 and 63 (choroid
+        at least 8 mm around the box. Codes: those of `anatomy.MEASURED`, 24 (CSF), 31 and 63 (choroid
         plexus), 85 (optic chiasm), 62 (vessel).
 
     Raises:
@@ -126,10 +114,8 @@ def _canvas(person: Individual, spacing: float, generator: np.random.Generator) 
     pitch, shift = np.deg2rad(np.clip(generator.normal(0, 3.0), -6, 6)), generator.normal(0, 0.5, 3)
     cos, sin = np.float32(np.cos(pitch)), np.float32(np.sin(pitch))
     x, y, z = axes[0][:, None, None], axes[1][:, None], axes[2]
-    moved = [
-        np.float32(offset) + _WARP_MM * smooth_noise(shape, spacing, _WARP_GRAIN_MM, generator)
-        for offset in shift
-    ]
+    warps = [_WARP_MM * smooth_noise(shape, spacing, _WARP_GRAIN_MM, generator) for _ in range(3)]
+    moved = [np.float32(offset) + warp for offset, warp in zip(shift, warps, strict=True)]
     place = (moved[0] + x, moved[1] + (y * cos - z * sin), moved[2] + (z * cos + y * sin))
     return _Canvas(np.zeros(shape, np.int16), place, spacing), affine
 
@@ -163,27 +149,20 @@ def _claim(
 
 def _place_deep(canvas: _Canvas, person: Individual, generator: np.random.Generator) -> None:
     for name, shape in _DEEP.items():
-        structure = STRUCTURES[name]
+        structure = MEASURED[name]
         jitter = 0.25 * np.array(structure.centroid_sd_mm) * generator.uniform(-1.7, 1.7, 3)
         for side, (code, volume) in enumerate(zip(structure.codes, person.volume_ml[name], strict=True)):
-            _place_shape(
-                canvas, shape, code, volume, side, jitter if len(structure.codes) == 2 else 0 * jitter
-            )
+            moved = jitter if len(structure.codes) == 2 else 0 * jitter
+            _place_shape(canvas, shape, code, volume, side, moved)
     for side, code in enumerate(_CHOROID_PLEXUS):
-        owner = STRUCTURES["lateral ventricle"].codes[side]
+        owner = MEASURED["lateral ventricle"].codes[side]
         share = 0.3 * person.volume_ml["lateral ventricle"][side]
         _place_shape(canvas, _PLEXUS, code, min(_PLEXUS_ML, share), side, np.zeros(3), owner)
     _place_shape(canvas, Ellipsoid((0, 17, -15), (7, 3, 2)), _CHIASM, 0.25, 0, np.zeros(3))
 
 
 def _place_shape(
-    canvas: _Canvas,
-    shape: Shape,
-    code: int,
-    volume_ml: float,
-    side: int,
-    offset: npt.NDArray[np.float64],
-    owner: int = 0,
+    canvas: _Canvas, shape: Shape, code: int, volume_ml: float, side: int, offset: Vector, owner: int = 0
 ) -> None:
     """Place a shape of the left side (`side` 0) or its mirror image (1), moved by `offset` mm."""
     sign = np.float32(1 - 2 * side)
@@ -200,7 +179,7 @@ def _place_brainstem(canvas: _Canvas, person: Individual) -> Field:
     rank = _BRAINSTEM.rank(canvas.place)
     volume = person.volume_ml["brainstem"][0]
     whole = (slice(None), slice(None), slice(None))
-    _claim(canvas, whole, rank, STRUCTURES["brainstem"].codes[0], volume, 0)
+    _claim(canvas, whole, rank, MEASURED["brainstem"].codes[0], volume, 0)
     return np.asarray((1 - rank) * np.float32(12.0), dtype=np.float32)
 
 
@@ -259,10 +238,10 @@ def _ribbon(
     free = np.flatnonzero(region.ravel() & (canvas.codes.ravel() == 0))
     flat = canvas.codes.reshape(-1)
     inner = _deepest(core.ravel()[free], canvas.voxels(person.volume_ml[white][side]))
-    flat[free[inner]] = STRUCTURES[white].codes[side]
+    flat[free[inner]] = MEASURED[white].codes[side]
     rest = free[~inner]
     ribbon = _deepest(pial.ravel()[rest], canvas.voxels(person.volume_ml[grey][side]))
-    flat[rest[ribbon]] = STRUCTURES[grey].codes[side]
+    flat[rest[ribbon]] = MEASURED[grey].codes[side]
 
 
 def _deepest(values: Field, count: int) -> npt.NDArray[np.bool_]:
@@ -310,10 +289,8 @@ def _sulci(canvas: _Canvas, rho: Field, generator: np.random.Generator) -> Field
     distance = np.clip(np.abs(field) / np.maximum(slope, 1e-3), 0, _CLIP).astype(np.float32)
     inward = np.clip(rho, 0.3, 1.2) ** np.float32(0.8)
     x, y, z = canvas.place
-    at = [
-        (value / inward + np.float32(reach)) / np.float32(spacing) - np.float32(0.5)
-        for value in (x, y, z - 10)
-    ]
+    axes = (x, y, z - 10)
+    at = [(axis / inward + np.float32(reach)) / np.float32(spacing) - np.float32(0.5) for axis in axes]
     sampled = ndimage.map_coordinates(distance, at, order=1, mode="nearest", output=np.float32)
     return np.asarray(sampled * inward, dtype=np.float32)
 

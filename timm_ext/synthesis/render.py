@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 
 import numpy as np
 import numpy.typing as npt
@@ -153,10 +154,8 @@ def pool_mean(values: Field, pool: int) -> Field:
     depth, height, width = (length // pool for length in values.shape)
     blocks = values.reshape(depth, pool, height, pool, width, pool)
     total: Field = np.zeros((depth, height, width), dtype=np.float32)
-    for i in range(pool):
-        for j in range(pool):
-            for k in range(pool):
-                total += blocks[:, i, :, j, :, k]
+    for i, j, k in product(range(pool), repeat=3):
+        total += blocks[:, i, :, j, :, k]
     return total / np.float32(pool**3)
 
 
@@ -251,11 +250,9 @@ def _lesions(tissue: Volume, generator: np.random.Generator, most: int) -> Field
         radius = generator.uniform(2.0, 6.0, 3) / spacing
         low = np.maximum(np.floor(centre - 2 * radius).astype(int), 0)
         high = np.minimum(np.ceil(centre + 2 * radius).astype(int) + 1, spots.shape)
-        axes = [np.arange(a, b) - c for a, b, c in zip(low, high, centre, strict=True)]
-        squared = sum(
-            np.square(axis / r).reshape([-1 if dim == at else 1 for dim in range(3)])
-            for at, (axis, r) in enumerate(zip(axes, radius, strict=True))
-        )
+        sides = zip(low, high, centre, radius, strict=True)
+        axes = np.meshgrid(*[(np.arange(a, b) - c) / r for a, b, c, r in sides], indexing="ij", sparse=True)
+        squared = sum(np.square(axis) for axis in axes)
         window = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
         spots[window] = np.maximum(spots[window], np.exp(-np.square(squared)).astype(np.float32))
     return np.where(tissue.data == _WHITE, spots, np.float32(0.0))

@@ -57,7 +57,7 @@ def grow(tissue: Volume, seed: int | str, settings: TumourSettings | None = None
         settings: sizes and kinds.
 
     Returns:
-        `[D, H, W]` uint8: 0, 1 necrotic or non-enhancing core, 2 oedema, 4 enhancing tumour.
+        `[D, H, W]` uint8: 1 necrotic or non-enhancing core, 2 oedema, 4 enhancing tumour, else 0.
 
     Raises:
         InputError: the tissues hold no white matter of the cerebrum to start from.
@@ -65,10 +65,9 @@ def grow(tissue: Volume, seed: int | str, settings: TumourSettings | None = None
     settings = settings or TumourSettings()
     generator = keyed_generator(seed, "tumour")
     labels = np.zeros(tissue.shape, dtype=np.uint8)
-    largest = generator.uniform(*settings.radius_mm)
-    radii = [largest] + (
-        [largest * generator.uniform(0.4, 0.7)] if generator.random() < settings.second else []
-    )
+    radii = [generator.uniform(*settings.radius_mm)]
+    if generator.random() < settings.second:
+        radii.append(radii[0] * generator.uniform(0.4, 0.7))
     enhancing = bool(generator.random() < settings.enhancing)
     for radius in radii:
         centre = _start(tissue, generator)
@@ -83,13 +82,7 @@ def grow(tissue: Volume, seed: int | str, settings: TumourSettings | None = None
 def push_aside(tissue: Volume, labels: Tissue, shift_mm: float) -> Volume:
     """Shift the tissue around a tumour away from its centre (mass effect); the tumour itself stays.
 
-    Args:
-        tissue: `[D, H, W]` tissues.
-        labels: `[D, H, W]` tumour labels on the same grid; without a tumour the tissues are returned.
-        shift_mm: shift at the rim of the tumour; it fades over the tumour's own radius.
-
-    Returns:
-        The shifted tissues on the same grid.
+    The shift is `shift_mm` at the rim of the tumour and fades over the tumour's own radius.
     """
     inside = labels > 0
     if shift_mm <= 0 or not inside.any():
@@ -97,20 +90,15 @@ def push_aside(tissue: Volume, labels: Tissue, shift_mm: float) -> Volume:
     spacing = tissue.spacing[0]
     radius = (0.75 / np.pi * inside.sum()) ** (1 / 3) * spacing
     centre = np.argwhere(inside).mean(axis=0)
-    offsets = [
-        ((np.arange(length) - middle) * spacing)
-        .astype(np.float32)
-        .reshape([-1 if dim == axis else 1 for dim in range(3)])
-        for axis, (length, middle) in enumerate(zip(tissue.shape, centre, strict=True))
-    ]
+    lines = [(np.arange(n) - middle) * spacing for n, middle in zip(tissue.shape, centre, strict=True)]
+    offsets = np.meshgrid(*[line.astype(np.float32) for line in lines], indexing="ij", sparse=True)
     distance = np.sqrt(sum(np.square(offset) for offset in offsets))
     beyond = np.maximum(distance - radius, 0) / radius
     pull = shift_mm * np.exp(-np.square(beyond)) / np.maximum(distance, spacing) / spacing
-    index = np.zeros(tissue.shape, dtype=np.int64)
-    for offset, length in zip(offsets, tissue.shape, strict=True):
-        place = np.arange(length).reshape(offset.shape) - pull * offset
-        index = index * length + np.clip(np.rint(place), 0, length - 1).astype(np.int64)
-    moved = np.take(tissue.data.ravel(), index)
+    voxels = np.meshgrid(*map(np.arange, tissue.shape), indexing="ij", sparse=True)
+    places = [n - pull * offset for n, offset in zip(voxels, offsets, strict=True)]
+    index = [np.rint(place).astype(np.int64) for place in places]
+    moved = np.take(tissue.data, np.ravel_multi_index(index, tissue.shape, mode="clip"))
     outside = (tissue.data == 0) | inside
     return Volume(np.where(outside, tissue.data, moved).astype(np.uint8), tissue.affine)
 
@@ -187,11 +175,10 @@ def _advance(density: Field, faces: list[Field], can_grow: Mask) -> None:
     """Take one explicit step of the growth equation, in place."""
     change = np.float32(_PROLIFERATION) * density * (1 - density) * can_grow
     for axis, face in enumerate(faces):
-        left = tuple(slice(None, -1) if dim == axis else slice(None) for dim in range(3))
-        right = tuple(slice(1, None) if dim == axis else slice(None) for dim in range(3))
-        flow = face * (density[right] - density[left])
-        change[left] += flow
-        change[right] -= flow
+        flow = face * np.diff(density, axis=axis)
+        gains = np.moveaxis(change, axis, 0)
+        gains[:-1] += np.moveaxis(flow, axis, 0)
+        gains[1:] -= np.moveaxis(flow, axis, 0)
     density += change
 
 
@@ -205,8 +192,8 @@ def _speed(tissue: Tissue) -> Field:
 
 
 def _smaller_neighbour(values: Field, axis: int) -> Field:
-    left = np.take(values, np.arange(values.shape[axis] - 1), axis)
-    return np.minimum(left, np.take(values, np.arange(1, values.shape[axis]), axis))
+    along = np.moveaxis(values, axis, 0)
+    return np.moveaxis(np.minimum(along[:-1], along[1:]), 0, axis)
 
 
 def _lowest(values: Field, region: Mask, count: int) -> Mask:
