@@ -78,7 +78,7 @@ class GenerateSettings:
 
 @dataclass(frozen=True, eq=False)
 class DrawnCase:
-    """A generated case: whose anatomy it is, float32 images by modality, uint8 labels in the task's numbers."""
+    """A generated case: its subject, float32 images by modality, uint8 labels in the task's numbers."""
 
     id: str
     subject: str | int
