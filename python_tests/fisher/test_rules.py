@@ -127,6 +127,9 @@ def others():
         ),
     )
     yield "lstm", 2, Called(lambda m, x: m.r(x.flatten(2))[0], r=nn.LSTM(49, 3, batch_first=True))
+
+
+def free_parameters():
     yield (
         "raw parameter",
         3,
@@ -194,7 +197,11 @@ def others():
                             n=nn.InstanceNorm3d(4), h=conv(3, 4, 1, 1))  # fmt: skip
 
 
-CASES = {name: (axes, model) for kind in (convolutions, norms, others) for name, axes, model in kind()}
+CASES = {
+    name: (axes, model)
+    for kind in (convolutions, norms, others, free_parameters)
+    for name, axes, model in kind()
+}
 
 
 def prepared(name):

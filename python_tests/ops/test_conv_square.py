@@ -117,20 +117,6 @@ def test_strided_inputs_and_versions() -> None:
     assert acc._version > version
 
 
-def test_compiles_to_one_graph() -> None:
-    acc, grad, input, geometry = case(4, 2, [5, 5], [3, 3])
-
-    def step(acc: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        timm_ext.conv_weight_grad_square_(acc, grad * 2, input, **geometry)
-        return acc + 1
-
-    expected = acc.clone()
-    step(expected, grad)
-    result = torch.compile(step, fullgraph=True, backend="aot_eager")(acc, grad)
-    assert torch.equal(acc, expected)
-    assert torch.equal(result, acc + 1)
-
-
 def test_an_empty_batch_adds_nothing() -> None:
     acc, grad, input, geometry = case(4, 2, [5, 5], [3, 3], batch=0)
     before = acc.clone()

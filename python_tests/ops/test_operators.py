@@ -117,6 +117,22 @@ def test_its_function_gives_the_same_bits(name: str, number: int) -> None:
     assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
 
 
+@pytest.mark.parametrize("name", [name for name, sample in SAMPLES.items() if sample.function])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_its_function_compiles_to_one_graph(name: str, dynamic: bool, device: torch.device) -> None:
+    sample = SAMPLES[name]
+    arguments = sample.named(arguments_on(device, name, 0))
+    others = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, arguments)
+
+    def step(given: dict[str, Any]) -> Any:
+        returned = sample.function(**given)
+        return [value * 2 for value in results(sample, returned, tuple(given.values()))]
+
+    torch.compiler.reset()  # graphs of one function are counted
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    assert all(torch.equal(a, b) for a, b in zip(compiled(arguments), step(others), strict=True))
+
+
 @every_call
 def test_opcheck(name: str, number: int, device: torch.device) -> None:
     arguments = arguments_on(device, name, number)

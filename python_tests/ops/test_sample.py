@@ -109,17 +109,6 @@ def test_strided_logits() -> None:
             assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("likelihood", LIKELIHOODS)
-def test_compiles_to_one_graph(likelihood: str, device: torch.device) -> None:
-    logits, keys = draw_logits(4, 3, 50).to(device), KEYS.to(device)
-
-    def squares(logits: torch.Tensor) -> torch.Tensor:
-        return timm_ext.sample_labels(logits * 2, keys, likelihood, labels=False)[1].square()
-
-    compiled = torch.compile(squares, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(logits), squares(logits))
-
-
 def test_a_graph_ends_here() -> None:
     _, score = timm_ext.sample_labels(draw_logits(4, 3, 5).requires_grad_(), KEYS, "bernoulli")
     assert not score.requires_grad

@@ -98,20 +98,6 @@ def test_gradients_that_carry_a_graph_leave_none_behind() -> None:
     assert acc[0].tolist() == [9.0, 9.0]
 
 
-def test_compiles_to_one_graph(device: torch.device) -> None:
-    def step(acc: list[torch.Tensor], grads: list[torch.Tensor]) -> torch.Tensor:
-        timm_ext.square_accumulate_(acc, [g * 2 for g in grads])
-        return acc[0] + 1
-
-    acc, grads = lists(torch.float32, device)
-    expected = [a.clone() for a in acc]
-    step(expected, grads)
-    result = torch.compile(step, fullgraph=True, backend="aot_eager")(acc, grads)
-    for a, b in zip(acc, expected, strict=True):
-        assert torch.equal(a, b)
-    assert torch.equal(result, acc[0] + 1)
-
-
 Lists = tuple[list[torch.Tensor], list[torch.Tensor]]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from timm_ext.errors import InputError, listed
-from timm_ext.fisher.batch import applied, check_labels, check_surroundings, checked_batch, plain
+from timm_ext.fisher.batch import applied, check_labels, check_surroundings, checked_batch
 from timm_ext.fisher.fallback import square_examples_one_by_one
 from timm_ext.fisher.gradients import SquareSums
 from timm_ext.fisher.graph import Graph, hides_layers, read_graph
@@ -31,7 +31,7 @@ from timm_ext.fisher.reduction import Share, add_over_ranks, gather
 from timm_ext.fisher.result import Fisher, FisherKind, unused_note
 from timm_ext.fisher.rules import Rules, close_modes, open_modes, run_backward
 from timm_ext.fisher.unused import cut_off
-from timm_ext.fisher.unwrap import bare_network, uncompiled
+from timm_ext.fisher.unwrap import bare_network, plain, uncompiled
 from timm_ext.modes import evaluating
 from timm_ext.ops.memory import kept_memory, release_memory
 
@@ -105,7 +105,6 @@ class FisherAccumulator:
             for name, p in self._tracked.parameters.items()
         }
         self._ids: dict[str, None] = {}
-        self._count = 0
         self._coverage: dict[str, frozenset[str]] = {}
         self._zero: frozenset[str] | None = None
         self._refused: set[str] = set()
@@ -146,7 +145,7 @@ class FisherAccumulator:
         self._check_usable()
         x, names = checked_batch(x, ids, self._ids)
         require_finite(x, names, "x")
-        labels = y if self._labels == "true" else None
+        labels = y if self.needs_target else None
         parameters = sum(total.numel() for total in self._sums.values())
         modes = open_modes()
         try:
@@ -168,8 +167,12 @@ class FisherAccumulator:
             self._accumulate(x, y, names, logits, graph, tape)
         self._note_graph(graph)
         self._ids.update(dict.fromkeys(names))
-        self._count += len(names)
         self._broken = False  # last: sums and examples agree again, whatever came in between
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether updates read true labels."""
+        return self._labels == "true"
 
     @property
     def broken(self) -> bool:
@@ -191,12 +194,12 @@ class FisherAccumulator:
         Raises:
             InputError: this one has seen examples.
         """
-        if self._count:
-            raise InputError(f"restore: expected an accumulator without examples (got {self._count})")
+        if self._ids:
+            raise InputError(f"restore: expected an accumulator without examples (got {len(self._ids)})")
         self._broken = True
         for name, total in self._sums.items():
             total.copy_(partial.sums[name])
-        self._ids, self._count = dict.fromkeys(partial.ids), len(partial.ids)
+        self._ids = dict.fromkeys(partial.ids)
         self._note(partial.coverage, partial.zero)
         self._broken = False
 
@@ -230,7 +233,6 @@ class FisherAccumulator:
         add_over_ranks(self._sums)
         self._reduced = True
         self._ids = {id: None for share in shares for id in share.ids}
-        self._count = len(self._ids)
         for share in shares:
             self._note(share.coverage, share.zero)
         self._broken = False
@@ -242,10 +244,10 @@ class FisherAccumulator:
             InputError: there was no example, an update failed half-way, or a sum is not finite.
         """
         self._check_whole("Fisher")
-        if not self._count:
+        if not self._ids:
             raise InputError("Fisher: expected at least one example (got none)")
         release_memory()
-        tensors = {name: total / self._count for name, total in self._sums.items()}
+        tensors = {name: total / len(self._ids) for name, total in self._sums.items()}
         if bad := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
             raise InputError(
                 f"Fisher: expected finite values (got overflow in {listed(bad)}; use precision='ieee')"
@@ -255,7 +257,7 @@ class FisherAccumulator:
             warnings.warn(unused_note(unused), stacklevel=2)
         return Fisher(
             tensors=tensors,
-            count=self._count,
+            count=len(self._ids),
             kind=FisherKind.of(self._likelihood.name, self._labels),
             scaling=self._likelihood.scaling,
             zero=tuple(name for name in tensors if name in (self._zero or ())),

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from timm_ext.errors import InputError, listed, shown
 from timm_ext.fisher.likelihoods import Likelihood, can_sample
+from timm_ext.fisher.unwrap import plain
 
 
 def check_labels(likelihood: Likelihood, labels: str, samples: int, seed: int) -> None:
@@ -95,8 +96,3 @@ def check_surroundings() -> None:
     """
     if torch.is_inference_mode_enabled():
         raise InputError("update: expected a call outside torch.inference_mode (got one inside)")
-
-
-def plain(tensor: Tensor) -> Tensor:
-    """Drop a subclass, such as MONAI's `MetaTensor`, whose own functions would hide calls from the rules."""
-    return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)

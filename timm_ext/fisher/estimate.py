@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from timm_ext.errors import InputError, listed
 from timm_ext.fisher.accumulator import FisherAccumulator
 from timm_ext.fisher.batch import checked_batch
-from timm_ext.fisher.likelihoods import Likelihood, LogLikelihood
 from timm_ext.fisher.partial import PartialFile
 from timm_ext.fisher.result import Fisher
 from timm_ext.system.signals import ending, uninterrupted
@@ -23,16 +22,11 @@ def estimate_fisher(
     model: nn.Module,
     data: Dataset[Any] | Iterable[Any],
     *,
-    likelihood: str | Likelihood | LogLikelihood = "bernoulli",
-    labels: str = "sampled",
-    samples: int = 1,
-    seed: int = 0,
-    strict: bool = True,
-    precision: str = "ieee",
     batch_size: int = 1,
     progress: bool = False,
     partial: Path | str | None = None,
     save_every: float = 60.0,
+    **options: Any,
 ) -> Fisher:
     """Return the diagonal Fisher of a model over all examples of a data set or loader.
 
@@ -44,12 +38,6 @@ def estimate_fisher(
         data: a data set with a length, a list of examples, or an iterable of batches. An example or batch is
             a mapping with `id`, `image` and, for true labels, `target`, or a tuple (image, target, id); the
             id of an example is a text, that of a batch a list of them.
-        likelihood: as in `FisherAccumulator`, like the following.
-        labels: `sampled` or `true`.
-        samples: labels drawn for each example.
-        seed: of the sampled labels.
-        strict: refuse frozen and tied parameters.
-        precision: `ieee`, `tf32`, `bf16-mixed` or `16-mixed`.
         batch_size: examples at a time, for a data set; it changes speed and memory, not the result.
             On the CPU larger ones pay for small volumes alone (`examples_at_a_time`).
         progress: show a bar on the terminal.
@@ -57,42 +45,39 @@ def estimate_fisher(
             and settings left it, the estimate goes on, with the same batches and threads to the same bits. It
             stays: see `remove_partial`.
         save_every: seconds between two writes of it.
+        options: those of `FisherAccumulator`: `likelihood`, `labels`, `samples`, `seed`, `strict`, …
 
     Raises:
         InputError: as `FisherAccumulator`, or the data do not have the form above, or `partial` is of another
             model, other settings or other data.
     """
-    accumulator = FisherAccumulator(
-        model,
-        likelihood=likelihood,
-        labels=labels,
-        samples=samples,
-        seed=seed,
-        strict=strict,
-        precision=precision,
-    )
+    accumulator = FisherAccumulator(model, **options)
     device = next(model.parameters()).device
-    needs_target = labels == "true"
-    batches = _batches(data, batch_size, needs_target)
+    batches = _batches(data, batch_size, accumulator.needs_target)
     total = len(batches) if isinstance(batches, Sized) else None
     file = None if partial is None else PartialFile(partial, model, save_every)
     if file is not None:
         file.restore(accumulator)
     with accumulator, _bar(total, show=progress) as advance, _saved_when_interrupted(accumulator, file):
         for batch in batches:
-            image, target, ids = _unpack(batch, needs_target)
-            x, names = checked_batch(image, ids)
-            left = (x, target, names) if file is None else file.left_of(x, target, names)
-            if left is not None:
-                with uninterrupted():  # or an update is cut in half, and nothing can be saved
-                    accumulator.update(left[0].to(device), left[1], left[2])
-                if file is not None and file.due():
-                    file.write(accumulator.partial())
+            _add(accumulator, file, batch, device)
             advance()
     if file is not None:
         file.require_all_met()
     accumulator.all_reduce()
     return accumulator.result()
+
+
+def _add(accumulator: FisherAccumulator, file: PartialFile | None, batch: Any, device: torch.device) -> None:
+    """Add a batch, as far as the interrupted run has not seen it."""
+    image, target, ids = _unpack(batch, accumulator.needs_target)
+    x, names = checked_batch(image, ids)
+    left = (x, target, names) if file is None else file.left_of(x, target, names)
+    if left is not None:
+        with uninterrupted():  # or an update is cut in half, and nothing can be saved
+            accumulator.update(left[0].to(device), left[1], left[2])
+        if file is not None and file.due():
+            file.write(accumulator.partial())
 
 
 @contextmanager

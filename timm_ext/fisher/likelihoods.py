@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from timm_ext.errors import InputError, listed
-from timm_ext.ops.fisher import sample_labels
+from timm_ext.fisher.unwrap import plain
+from timm_ext.ops.fisher import Sampled, sample_labels
 
 LogLikelihood = Callable[[Tensor, Any], Tensor]
 
@@ -84,28 +85,35 @@ class Likelihood(ABC):
         return score
 
 
-class Bernoulli(Likelihood):
+class _Drawn(Likelihood):
+    """A likelihood whose labels one operator draws, together with their score."""
+
+    draws: Sampled
+
+    def sample(self, logits: Tensor, keys: Tensor) -> Tensor:
+        """Draw a label of each voxel with its predicted probability."""
+        return sample_labels(logits, keys, self.draws)[0]
+
+    def sampled_score(self, logits: Tensor, keys: Tensor, ids: Sequence[str]) -> Tensor:
+        """Return the score at drawn labels, which nobody needs to see."""
+        del ids
+        return sample_labels(logits, keys, self.draws, labels=False)[1]
+
+
+class Bernoulli(_Drawn):
     """Independent binary regions: Σ over regions and voxels of y·log σ(z) + (1−y)·log(1−σ(z)).
 
     Logits and targets are `[B, R, D, H, W]`, targets 0 or 1.
     """
 
     name = "bernoulli"
+    draws = "bernoulli"
     scaling = "sum over voxels and regions"
 
     def log_likelihood(self, logits: Tensor, target: Any) -> Tensor:
         """Return the sum over regions and voxels, `[B]`."""
         loss = functional.binary_cross_entropy_with_logits(logits, target.to(logits), reduction="none")
         return -loss.flatten(1).sum(1)
-
-    def sample(self, logits: Tensor, keys: Tensor) -> Tensor:
-        """Set each voxel of each region with its predicted probability."""
-        return sample_labels(logits, keys, "bernoulli")[0]
-
-    def sampled_score(self, logits: Tensor, keys: Tensor, ids: Sequence[str]) -> Tensor:
-        """Return y − σ(z) for a drawn y."""
-        del ids
-        return sample_labels(logits, keys, "bernoulli", labels=False)[1]
 
     def check(self, logits: Tensor, target: Any, ids: Sequence[str]) -> None:
         """Refuse targets of another shape or with values other than 0 and 1."""
@@ -119,27 +127,19 @@ class Bernoulli(Likelihood):
         return score
 
 
-class Categorical(Likelihood):
+class Categorical(_Drawn):
     """One class for each voxel: Σ over voxels of log softmax(z)[y].
 
     Logits are `[B, K, ...]`, targets `[B, ...]` int64 with classes 0 … K−1.
     """
 
     name = "categorical"
+    draws = "categorical"
     scaling = "sum over voxels"
 
     def log_likelihood(self, logits: Tensor, target: Any) -> Tensor:
         """Return the sum over voxels, `[B]`."""
         return -functional.cross_entropy(logits, target, reduction="none").reshape(len(logits), -1).sum(1)
-
-    def sample(self, logits: Tensor, keys: Tensor) -> Tensor:
-        """Draw the class of each voxel."""
-        return sample_labels(logits, keys, "categorical")[0]
-
-    def sampled_score(self, logits: Tensor, keys: Tensor, ids: Sequence[str]) -> Tensor:
-        """Return onehot(y) − softmax(z) for a drawn y."""
-        del ids
-        return sample_labels(logits, keys, "categorical", labels=False)[1]
 
     def check(self, logits: Tensor, target: Any, ids: Sequence[str]) -> None:
         """Refuse targets of another shape or type, and classes outside 0 … K−1."""
@@ -169,6 +169,9 @@ class Dice(Bernoulli):
     scaling = "log of the mean soft Dice over regions"
     smooth = 1e-5
 
+    score = Likelihood.score  # by automatic differentiation
+    sampled_score = Likelihood.sampled_score
+
     def log_likelihood(self, logits: Tensor, target: Any) -> Tensor:
         """Return the log of the mean Dice over regions, `[B]`.
 
@@ -180,14 +183,6 @@ class Dice(Bernoulli):
         p, y = logits.sigmoid().flatten(2), target.to(logits).flatten(2)
         dice: Tensor = (2 * (p * y).sum(2) + self.smooth) / (p.sum(2) + y.sum(2) + self.smooth)
         return dice.mean(1).log()
-
-    def score(self, logits: Tensor, target: Any, ids: Sequence[str]) -> Tensor:
-        """Return the gradient by automatic differentiation."""
-        return Likelihood.score(self, logits, target, ids)
-
-    def sampled_score(self, logits: Tensor, keys: Tensor, ids: Sequence[str]) -> Tensor:
-        """Return `score` at a drawn target."""
-        return Likelihood.sampled_score(self, logits, keys, ids)
 
 
 class Custom(Likelihood):
@@ -246,9 +241,9 @@ def summed_logits(output: Any) -> Tensor:
     if not isinstance(maps, (list, tuple)) or not maps or not all(_is_map(m) for m in maps):
         raise InputError(f"network output: expected logits or a list of them (got {_describe(output)})")
     if len(maps) == 1:
-        return _plain(maps[0])
+        return plain(maps[0])
     largest = max(maps, key=lambda m: m[0].numel())
-    return torch.stack([_onto(_plain(m), largest.shape) for m in maps]).sum(0)
+    return torch.stack([_onto(plain(m), largest.shape) for m in maps]).sum(0)
 
 
 def _onto(logits: Tensor, shape: Sequence[int]) -> Tensor:
@@ -267,10 +262,6 @@ def _onto(logits: Tensor, shape: Sequence[int]) -> Tensor:
 
 def _is_map(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 1
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
 
 
 def _describe(value: Any) -> str:

@@ -130,7 +130,7 @@ class ConvolutionNode(torch.autograd.Function):
 
 
 class UpsampledConvolutionNode(torch.autograd.Function):
-    """Nearest-neighbour doubling and a convolution, `[B, C, D, H, W]` to `[B, O, 2 D, 2 H, 2 W]`.
+    """Nearest-neighbour upsampling and a convolution, `[B, C, D, H, W]` to `[B, O, 2 D, 2 H, 2 W]`.
 
     Float32 volumes on the CPU, kernels of 3 x 3 x 3, one zero around.
     """
@@ -139,7 +139,7 @@ class UpsampledConvolutionNode(torch.autograd.Function):
     def forward(
         ctx: Any, input: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, call: Call
     ) -> Tensor:
-        """Double and convolve."""
+        """Upsample and convolve."""
         ctx.save_for_backward(input, weight)
         ctx.call = call
         return upsampled_conv3d(input, weight, None if bias is None else bias.contiguous())
@@ -159,11 +159,11 @@ class UpsampledConvolutionNode(torch.autograd.Function):
 
 
 class UpsampleNode(torch.autograd.Function):
-    """Nearest-neighbour doubling of float32 volumes on the CPU."""
+    """Nearest-neighbour upsampling of float32 volumes on the CPU."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor) -> Tensor:
-        """Double."""
+        """Upsample."""
         ctx.sizes = tuple(input.shape)
         return upsample_nearest3d(input)
 

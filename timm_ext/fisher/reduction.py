@@ -35,8 +35,7 @@ def gather(share: Share) -> list[Share]:
 
     Raises:
         InputError: on every rank alike: an update failed, models or settings differ, or an example was
-        counted
-            twice.
+            counted twice.
     """
     shares: list[Share] = [share] * distributed.get_world_size()
     distributed.all_gather_object(shares, share)

@@ -15,7 +15,7 @@ from timm_ext.errors import InputError, lines_of, listed, shown
 
 
 class FisherKind(str, Enum):
-    """Likelihood and labels of a Fisher; with true labels it is the empirical Fisher."""
+    """Likelihood and labels of a Fisher; with labels that are `true` it is the empirical Fisher."""
 
     BERNOULLI_SAMPLED = "bernoulli-sampled"
     BERNOULLI_TRUE = "bernoulli-true"

@@ -1,4 +1,4 @@
-"""The network within what tools put around it, run as plain Python."""
+"""The network and the tensor within what tools put around them, run as plain Python."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from timm_ext.errors import InputError
 
@@ -76,6 +76,11 @@ def _holders(module: Any) -> tuple[str, ...]:
 
 def _is_a(module: Any, name: str) -> bool:
     return any(kind.__name__ == name for kind in type(module).__mro__)
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """Drop a subclass, such as MONAI's `MetaTensor`, whose own functions would hide calls from the rules."""
+    return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
 
 
 @contextmanager
