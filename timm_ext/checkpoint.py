@@ -15,7 +15,7 @@ from torch import Tensor
 
 from timm_ext.documents import parse_json
 from timm_ext.errors import InputError, lines_of, shown
-from timm_ext.files import atomic_write, check_file, sha256
+from timm_ext.files import atomic_write, check_file, reading, sha256
 from timm_ext.storage.integrity import BLANK, check_seal, seal
 from timm_ext.storage.metadata import read_metadata, write_metadata
 from timm_ext.storage.state_dicts import StateDict, find_state_dict, without_wrappers
@@ -205,11 +205,8 @@ def versions() -> dict[str, str]:
 
 
 def _is_torch_file(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            start = file.read(9)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    with reading(path), path.open("rb") as file:
+        start = file.read(9)
     if start[8:] == b"{":  # safetensors: eight bytes of length, which may look like a pickle, then JSON
         return False
     return path.suffix in _TORCH_SUFFIXES or start.startswith(_TORCH_MAGIC)

@@ -23,7 +23,7 @@ from timm_ext.errors import InputError, shown
 _PARTIAL = re.compile(r"\.partial-(?:([0-9a-f]{8})-(\d+)-(\d+)-)?[0-9a-f]{32}(?:\..*)?", re.DOTALL)
 _ABANDONED = 24 * 3600.0  # seconds without a change, of a writer that cannot be seen from here
 _LONGEST_ENDING = 16
-_LONGEST_NAME = 255  # bytes, on Linux
+LONGEST_NAME = 255  # bytes, on Linux
 _DOUBLE_ENDINGS = (".nii.gz",)
 
 
@@ -58,8 +58,8 @@ def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path] = ()) -> None:
     originals = {_folded(path): path for path in inputs}
     taken: dict[str, Path] = {}
     for path in outputs:
-        if (length := len(os.fsencode(path.name))) > _LONGEST_NAME:
-            raise InputError(f"{path}: expected a name of at most {_LONGEST_NAME} bytes (got {length})")
+        if (length := len(os.fsencode(path.name))) > LONGEST_NAME:
+            raise InputError(f"{path}: expected a name of at most {LONGEST_NAME} bytes (got {length})")
         place = _folded(path)
         if place in originals:
             raise InputError(
@@ -85,9 +85,7 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
         InputError: the folder cannot be written or the disk is full; nothing is left behind.
     """
     path = Path(path)
-    temporary: Path | None = None
-    try:
-        temporary = _partial_beside(path)
+    with _temporary_beside(path) as temporary:
         temporary.touch(exist_ok=False)
         mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
@@ -95,15 +93,7 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
             temporary.chmod(mode)
         sync(temporary)
         os.replace(temporary, path)
-        temporary = None
         sync(path.parent)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(f"{path}: cannot be written ({reason})") from error
-    finally:
-        if temporary is not None:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -118,9 +108,7 @@ def atomic_folder(path: Path | str, *, over: bool = False) -> Iterator[Path]:
         InputError: the folder cannot be written or the disk is full; nothing is left behind.
     """
     path = Path(path)
-    temporary: Path | None = None
-    try:
-        temporary = _partial_beside(path)
+    with _temporary_beside(path) as temporary:
         temporary.mkdir()
         yield temporary
         sync(temporary)
@@ -130,11 +118,6 @@ def atomic_folder(path: Path | str, *, over: bool = False) -> Iterator[Path]:
         temporary.replace(path)
         _remove(aside)
         sync(path.parent)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_stale_partials(folder: Path | str) -> list[Path]:
@@ -157,6 +140,35 @@ def remove_stale_partials(folder: Path | str) -> list[Path]:
                 _remove(path)
                 removed.append(path)
     return removed
+
+
+@contextmanager
+def reading(path: Path | str) -> Iterator[None]:
+    """Turn an `OSError` of the block into the `InputError` that `path` cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+@contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Turn an `OSError` of the block into the `InputError` that `path` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+@contextmanager
+def _temporary_beside(path: Path) -> Iterator[Path]:
+    """Yield a name beside `path`, and remove what has it in the end."""
+    with writing(path):
+        temporary = _partial_beside(path)
+        try:
+            yield temporary
+        finally:
+            _remove(temporary)
 
 
 def _folded(path: Path) -> str:
@@ -274,12 +286,9 @@ def sha256(path: Path | str) -> str:
     """
     check_file(path)
     digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    with reading(path), open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 

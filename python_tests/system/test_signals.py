@@ -197,6 +197,7 @@ def test_who_asks_three_times_is_heard_at_once():
     assert process.stdout.readline() == "busy\n"
     for _ in range(2):
         process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
         time.sleep(1.2)
         assert process.poll() is None
@@ -344,7 +345,7 @@ def test_a_command_that_has_ended_leaves_with_its_status(tmp_path):
     assert [place for place, *rest in found if rest != [0, "done\n", ""]] == []
 
 
-@pytest.mark.parametrize(("number", "every"), [(signal.SIGTERM, 1), (signal.SIGINT, 7), (signal.SIGHUP, 7)])
+@pytest.mark.parametrize(("number", "every"), [(signal.SIGTERM, 2), (signal.SIGINT, 9), (signal.SIGHUP, 9)])
 def test_a_signal_at_any_moment_of_a_command_is_told_or_too_late(tmp_path, number, every):
     early = [128 + number, "", "error: interrupted\n"]
     how = "" if number == signal.SIGINT else f" by {number.name}"

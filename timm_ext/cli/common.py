@@ -11,7 +11,7 @@ import typer
 
 from timm_ext.cli.app import hold
 from timm_ext.documents.bounds import MOST_WORKERS
-from timm_ext.files import check_outputs, stem_of
+from timm_ext.files import check_outputs, stem_of, writing
 from timm_ext.system.locks import folder_lock, is_first_of_launched, output_lock
 from timm_ext.system.terminal import say
 
@@ -155,14 +155,10 @@ def check_output(path: Path) -> None:
     Raises:
         InputError: the folder of `path` cannot be made or written to.
     """
-    from timm_ext.errors import InputError
-
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def check_folder(path: Path, option: str = "--out") -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast, get_args, get_type_hints
 
 from timm_ext.errors import InputError, listed, shown
-from timm_ext.files import check_file
+from timm_ext.files import check_file, reading
 
 MOST_BYTES = 32 << 20
 MOST_YAML_BYTES = 1 << 20
@@ -201,11 +201,8 @@ def _adapter(kind: Hashable) -> Any:
 
 def _read_bytes(path: Path | str, most: int) -> bytes:
     check_file(path)
-    try:
-        with open(path, "rb") as file:
-            data = file.read(most + 1)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    with reading(path), open(path, "rb") as file:
+        data = file.read(most + 1)
     if len(data) > most:
         raise InputError(f"{path}: expected at most {most >> 20} MiB of text (got more)")
     return data

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from timm_ext.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from timm_ext.errors import InputError, shown
+from timm_ext.files import reading
 from timm_ext.networks.fit import check_tensors
 from timm_ext.networks.outline import TooLargeError, outline_network
 from timm_ext.networks.registry import build_network, config_of
@@ -141,10 +142,8 @@ def _outline(config: NetworkConfig, path: Path, nbytes: int) -> nn.Module:
 
 
 def _size_of(path: Path) -> int:
-    try:
+    with reading(path):
         return path.stat().st_size
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -3,8 +3,10 @@
 import hashlib
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 from timm_ext.errors import InputError
+from timm_ext.files import reading, sha256
 
 BLANK = f"sha256:{'0' * 64}"  # stands in the header while the digest is reckoned
 _BLOCK = 1 << 20
@@ -18,11 +20,11 @@ def seal(path: Path) -> str:
     Returns:
         SHA-256 of the sealed file.
     """
-    digest, _ = _hashes(path, None)
+    digest = sha256(path)
     with path.open("r+b") as file:
-        place = _header(path).index(BLANK.encode())
+        place = _header(file).index(BLANK.encode())
         os.pwrite(file.fileno(), f"sha256:{digest}".encode(), place)
-    return _hashes(path, None)[0]
+    return sha256(path)
 
 
 def check_seal(path: Path, digest: str | None) -> str:
@@ -38,33 +40,26 @@ def check_seal(path: Path, digest: str | None) -> str:
     Raises:
         InputError: the digest is another, so that something in the file was changed.
     """
-    whole, blanked = _hashes(path, digest)
-    if digest is not None and digest != f"sha256:{blanked}":
+    if digest is None:
+        return sha256(path)
+    with reading(path), path.open("rb") as file:
+        header = _header(file)
+        whole, blanked = (
+            hashlib.sha256(header),
+            hashlib.sha256(header.replace(digest.encode(), BLANK.encode(), 1)),
+        )
+        while block := file.read(_BLOCK):
+            whole.update(block)
+            blanked.update(block)
+    if digest != f"sha256:{blanked.hexdigest()}":
         raise InputError(
             f"{path}: expected the bytes that were written (got others: a damaged file, whose digest differs)"
         )
-    return whole
+    return whole.hexdigest()
 
 
-def _header(path: Path) -> bytes:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        file.seek(0)
-        return file.read(8 + min(length, path.stat().st_size))
-
-
-def _hashes(path: Path, digest: str | None) -> tuple[str, str]:
-    """Return the SHA-256 of a file, and that of it with `BLANK` in place of a digest."""
-    try:
-        header = _header(path)
-        whole = hashlib.sha256(header)
-        blanked = hashlib.sha256(header.replace(digest.encode(), BLANK.encode(), 1)) if digest else None
-        with path.open("rb") as file:
-            file.seek(len(header))
-            while block := file.read(_BLOCK):
-                whole.update(block)
-                if blanked is not None:
-                    blanked.update(block)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    return whole.hexdigest(), (blanked or whole).hexdigest()
+def _header(file: BinaryIO) -> bytes:
+    """Read the length of the header and the header."""
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    return start + file.read(min(length, os.fstat(file.fileno()).st_size))

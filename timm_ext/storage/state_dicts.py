@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ _MOST_LEVELS = 6
 # Parts that wrappers put into names, at any place: torch.compile, FSDP, activation checkpoints, DeepSpeed.
 _PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 _AMBIGUOUS_PART = "module"  # of DataParallel around a part: networks have parts called so, too
-_FRONTS = ("module.", "ema_model.", "averaged_model.")  # what no network calls all of itself
+_FRONTS = re.compile(r"(?:(?:module|ema_model|averaged_model)\.)*")  # what no network calls all of itself
 _NO_WEIGHTS = ("optim", "lr_sched", "sched", "callback", "loops", "hyper", "metric", "logg", "scaler", "amp")
 # Names of averaged weights, and of the network beside them that goes on changing.
 _AVERAGED = re.compile(r"(?<![a-z])(ema|swa|averag(?:e|ed|es|ing)|teacher)(?![a-z])", re.IGNORECASE)
@@ -74,9 +75,7 @@ def find_state_dict(content: Any, path: Path, names: Collection[str] | None = No
     where = (f"taken from {'.'.join(place)!r}",) if place else ()
     others = [".".join(other) for other, _ in found if other[: len(place)] != place]
     left = (f"left alone: {listed(others)}",) if others else ()
-    only = {
-        key: value for key, value in tensors.items() if isinstance(key, str) and isinstance(value, Tensor)
-    }
+    only = _tensors_of(tensors)
     if names is None and len(only) < len(tensors):
         other = listed(key for key in tensors if key not in only)
         raise InputError(f"{path}: expected tensors by name (got something else under {other})")
@@ -151,15 +150,15 @@ def _candidates(content: Any, place: Place = ()) -> Iterator[tuple[Place, Values
     """Yield mappings that hold tensors by name, each with the keys that lead to it, outer ones first."""
     if not isinstance(content, Mapping) or len(place) > _MOST_LEVELS:
         return
-    if any(_is_weight(key, value) for key, value in content.items()):
+    if any(tensor.ndim > 0 for tensor in _tensors_of(content).values()):
         yield place, content
     for key, value in content.items():
         if isinstance(key, str) and not key.startswith(_NO_WEIGHTS):
             yield from _candidates(value, (*place, key))
 
 
-def _is_weight(key: Any, value: Any) -> bool:
-    return isinstance(key, str) and isinstance(value, Tensor) and value.ndim > 0
+def _tensors_of(values: Values) -> dict[str, Tensor]:
+    return {key: value for key, value in values.items() if isinstance(key, str) and isinstance(value, Tensor)}
 
 
 def _choose(
@@ -186,10 +185,7 @@ def _choose(
 
 def _named(values: Values, names: Collection[str] | None) -> dict[str, Tensor]:
     """Return tensors of a record by names without wrappers, of known names only these."""
-    tensors = {
-        key: value for key, value in values.items() if isinstance(key, str) and isinstance(value, Tensor)
-    }
-    plain, _ = _unwrapped(tensors, names)
+    plain, _ = _unwrapped(_tensors_of(values), names)
     return {name: tensor for name, tensor in plain.tensors.items() if names is None or name in names}
 
 
@@ -249,16 +245,9 @@ def _check_dense(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 def _front_of(tensors: Mapping[str, Tensor]) -> str:
     """Return the names of wrappers in front of all tensors but counters and the network beside averages."""
-    own = [
-        name for name, tensor in tensors.items() if tensor.ndim > 0 and not name.startswith("online_model.")
-    ]
-    prefix = ""
-    while own:
-        fronts = [front for front in _FRONTS if all(name.startswith(prefix + front) for name in own)]
-        if not fronts:
-            break
-        prefix += fronts[0]
-    return prefix
+    own = [name for name, tensor in tensors.items() if tensor.ndim and not name.startswith("online_model.")]
+    fronts = [found[0] for name in own if (found := _FRONTS.match(name))]
+    return commonprefix(fronts)  # noqa: RUF071 - of words that all begin differently
 
 
 def _prefixes_of(tensors: Mapping[str, Tensor], names: Collection[str]) -> list[str]:

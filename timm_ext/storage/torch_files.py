@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from timm_ext.errors import InputError, shown
+from timm_ext.files import reading
 from timm_ext.system.machine import check_memory
 
 _BLOCK = 1 << 20
@@ -56,18 +57,15 @@ def read_torch_file(path: Path) -> Any:
             program (TorchScript, an exported one) or a pickled module, or needs more memory than there is.
     """
     try:
-        with path.open("rb") as file:
-            archive = file.read(4) == b"PK\x03\x04"
-        if archive:
-            _check_archive(path)
-        with path.open("rb") as file, _known_values():  # by the path, PyTorch would go by the suffix
-            return torch.load(file, map_location="cpu", weights_only=True)
+        with reading(path), path.open("rb") as file, _known_values():
+            if file.read(4) == b"PK\x03\x04":
+                _check_archive(path)
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)  # by path, the suffix would count
     except InputError:
         raise
     except pickle.UnpicklingError as error:
         raise InputError(f"{path}: expected plain tensors (got {_refused(error)}") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # a damaged file may raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{path}: expected a whole PyTorch file (got: {shown(reason)})") from error

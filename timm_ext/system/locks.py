@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TextIO
 
 from timm_ext.errors import InputError
+from timm_ext.files import LONGEST_NAME, writing
 
 LOCK_NAME = ".lock"
-_LONGEST_NAME = 255
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK")  # of torchrun and Lightning Fabric
 _held: dict[TextIO, Path] = {}
 
@@ -43,7 +43,7 @@ def output_lock(path: Path | str) -> Iterator[None]:
     """
     path = Path(path)
     name = f".{path.name}{LOCK_NAME}"
-    if len(os.fsencode(name)) > _LONGEST_NAME:
+    if len(os.fsencode(name)) > LONGEST_NAME:
         name = f".{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()}{LOCK_NAME}"
     with _lock(path.parent / name, path):
         yield
@@ -72,15 +72,16 @@ def _lock(place: Path, what: Path) -> Iterator[None]:
 
 def _acquire(place: Path, what: Path) -> TextIO:
     while True:
-        try:
+        with writing(what):
             place.parent.mkdir(parents=True, exist_ok=True)
             file = open(place, "a+", encoding="utf-8")  # noqa: SIM115 - open for as long as it is locked
-        except OSError as error:
-            raise InputError(f"{what}: cannot be written ({error.strerror})") from error
         try:
             _lock_or_refuse(file, what)
             if _has_its_name(file, place):
-                _note_holder(file, what)
+                with writing(what):
+                    file.truncate(0)
+                    file.write(f"{os.getpid()} {socket.gethostname()}\n")
+                    file.flush()
                 return file
         except BaseException:
             file.close()
@@ -105,15 +106,6 @@ def _has_its_name(file: TextIO, place: Path) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), place.stat())
     except FileNotFoundError:
         return False
-
-
-def _note_holder(file: TextIO, what: Path) -> None:
-    try:
-        file.truncate(0)
-        file.write(f"{os.getpid()} {socket.gethostname()}\n")
-        file.flush()
-    except OSError as error:
-        raise InputError(f"{what}: cannot be written ({error.strerror})") from error
 
 
 def _holder(file: TextIO) -> tuple[str, str]:

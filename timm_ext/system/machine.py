@@ -70,11 +70,9 @@ def _of_group() -> float:
     """Return what the control group (version 2 or 1) leaves; cached files do not count, they can go."""
     for most, used, cache in _GROUP_FILES:
         with contextlib.suppress(OSError, ValueError):
-            limit = int((_CGROUP / most).read_text())
-            taken = int((_CGROUP / used).read_text())
-            stats = (_CGROUP / most).parent / "memory.stat"
-            cached = dict(line.split() for line in stats.read_text().splitlines()).get(cache, 0)
-            return limit - taken + int(cached)
+            limit, taken = (int((_CGROUP / name).read_text()) for name in (most, used))
+            stats = (_CGROUP / most).with_name("memory.stat").read_text()
+            return limit - taken + int(dict(map(str.split, stats.splitlines())).get(cache, 0))
     return math.inf
 
 

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from types import FrameType, TracebackType
+from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -77,13 +77,14 @@ class _Watch:
             self._leave_terminals()
         now = time.monotonic()
         if self.first is None:
-            self.first, self.noted = number, now
+            self.first = number
         elif now - self.noted <= _SAME:
             return
         elif self.ending or self.depth:
             self.repeats += 1
             if self.repeats >= _MOST_REPEATS:
                 os._exit(128 + self.first)
+        self.noted = now
         if not self.ending and not self.depth:
             self.raise_it()
 
@@ -156,52 +157,56 @@ def watch_command() -> None:
         atexit.register(_watch.ignore)  # behind it the interpreter is still busy, and has no handlers
 
 
-class heard:  # noqa: N801 - reads as a statement
+@contextmanager
+def heard() -> Iterator[None]:
     """Raise the signals that a watch holds, for the length of the block, and one that came before it."""
-
-    def __enter__(self) -> None:
-        self._watch = _watch
-        if self._watch is not None:
-            self._depth, self._watch.depth = self._watch.depth, 0
-            if self._watch.is_due():
-                self._watch.raise_it()
-
-    def __exit__(self, *_: object) -> None:
-        if self._watch is not None:
-            self._watch.depth = self._depth
-
-
-class uninterrupted:  # noqa: N801 - reads as a statement
-    """Hold signals back while a block leaves things half-done; they are raised behind it."""
-
-    def __enter__(self) -> None:
-        self._watch = _watch if threading.current_thread() is threading.main_thread() else None
-        if self._watch is not None:
-            self._begin(self._watch)
-            self._watch.depth += 1
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._watch is not None:
-            self._watch.depth -= 1
-            if kind is None and self._watch.is_due():
-                self._watch.raise_it()
-
-    def _begin(self, watch: _Watch) -> None:
+    watch = _watch
+    if watch is None:
+        yield
+        return
+    held, watch.depth = watch.depth, 0
+    try:
         if watch.is_due():
             watch.raise_it()
+        yield
+    finally:
+        watch.depth = held
 
 
-class ending(uninterrupted):  # noqa: N801
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold signals back while a block leaves things half-done; they are raised behind it."""
+    watch = _watch_of_thread()
+    if watch is None:
+        yield
+        return
+    if watch.is_due():
+        watch.raise_it()
+    watch.depth += 1
+    try:
+        yield
+    finally:
+        watch.depth -= 1
+    if watch.is_due():
+        watch.raise_it()
+
+
+@contextmanager
+def ending() -> Iterator[None]:
     """Clean up or save before the end.
 
     Where a signal asked for the end, further ones are ignored from here on; who asks twice more, a second
     later, ends the process at once.
     """
-
-    def _begin(self, watch: _Watch) -> None:
+    watch = _watch_of_thread()
+    if watch is not None:
         watch.ending = watch.first is not None
+    with uninterrupted():
+        yield
+
+
+def _watch_of_thread() -> _Watch | None:
+    return _watch if threading.current_thread() is threading.main_thread() else None
 
 
 def received() -> int | None:

@@ -5,12 +5,12 @@ import errno
 import hashlib
 import io
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from timm_ext.errors import InputError, listed, shown
+from timm_ext.files import reading, writing
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import writer
@@ -66,7 +66,7 @@ class RunLog:
             if tensorboard:
                 from torch.utils.tensorboard.writer import SummaryWriter
 
-                with _writing(self._events_dir):
+                with writing(self._events_dir):
                     self._events = SummaryWriter(self._events_dir, purge_step=len(self.rows) + 1)
 
     def append(self, row: Row) -> None:
@@ -79,7 +79,7 @@ class RunLog:
         self.rows.append(row)
         self._write(_line(["" if value is None else repr(value) for value in row.values()]))
         if self._events is not None:
-            with _writing(self._events_dir):
+            with writing(self._events_dir):
                 for name, value in row.items():
                     if value is not None and name not in _WHOLE:
                         self._events.add_scalar(name, value, len(self.rows))
@@ -88,7 +88,7 @@ class RunLog:
         """Bring the log to the disk; return its bytes and their SHA-256, nothing useful without a file."""
         if self._file is None:
             return 0, ""
-        with _writing(self.path):
+        with writing(self.path):
             os.fsync(self._file.fileno())
         return self._file.tell(), self._digest.hexdigest()
 
@@ -101,11 +101,11 @@ class RunLog:
         if self._file is not None:
             self._file.close()
         if self._events is not None:
-            with _writing(self._events_dir):
+            with writing(self._events_dir):
                 self._events.close()
 
     def _open(self, length: int) -> None:
-        with _writing(self.path):
+        with writing(self.path):
             self._file = open(self.path, "r+b" if length else "wb", buffering=0)  # noqa: SIM115
             self._file.truncate(length)
             self._file.seek(length)
@@ -116,18 +116,10 @@ class RunLog:
         if self._file is None:
             return
         data = text.encode()
-        with _writing(self.path):
+        with writing(self.path):
             if self._file.write(data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._digest.update(data)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def _line(values: Sequence[str]) -> str:
@@ -137,11 +129,8 @@ def _line(values: Sequence[str]) -> str:
 
 
 def _read_whole(path: Path, length: int, sha256: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            data = file.read(length)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    with reading(path), open(path, "rb") as file:
+        data = file.read(length)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise InputError(
             f"{path}: expected the log of the run that is resumed (got another, or rows are lost or changed)"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_ext.errors import InputError, lines_of, listed
-from timm_ext.files import atomic_write
+from timm_ext.files import atomic_write, reading
 
 STATE_NAME = "state.pt"
 FORMAT = 2
@@ -58,10 +58,8 @@ def load_state(path: Path) -> dict[str, Any]:
         InputError: the file cannot be read, was changed since it was written, or is not a training state of
             this version.
     """
-    try:
+    with reading(path):
         data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     whole = _is_whole(data)
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from timm_ext.errors import InputError
-from timm_ext.files import sync
+from timm_ext.files import reading, sync
 from timm_ext.merging.buffers import is_counter
 from timm_ext.merging.streaming.shards import Place
 from timm_ext.ops.merge import fused_merge
@@ -344,11 +344,9 @@ class Files:
         Raises:
             InputError: the file cannot be read.
         """
-        try:
+        with reading(place.file):
             descriptor = self._descriptor(place.file, os.O_RDONLY)
             os.posix_fadvise(descriptor, place.begin + begin, end - begin, os.POSIX_FADV_WILLNEED)
-        except OSError as error:
-            raise InputError(f"{place.file}: cannot be read ({error.strerror})") from error
 
     def read(self, place: Place, offset: int, target: memoryview) -> None:
         """Fill `target` with the bytes of a tensor from `offset` on.
@@ -357,15 +355,13 @@ class Files:
             InputError: the file cannot be read, or has become shorter.
         """
         position = place.begin + offset
-        try:
+        with reading(place.file):
             descriptor = self._descriptor(place.file, os.O_RDONLY)
             while target:
                 count = os.preadv(descriptor, [target], position)
                 if count == 0:
                     raise InputError(f"{place.file}: expected {place.end} bytes or more (got {position})")
                 target, position = target[count:], position + count
-        except OSError as error:
-            raise InputError(f"{place.file}: cannot be read ({error.strerror})") from error
 
     def write(self, path: Path, source: memoryview, position: int) -> None:
         """Write whole sectors at a place of a file.

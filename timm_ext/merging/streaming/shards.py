@@ -11,7 +11,7 @@ from typing import Any
 
 from timm_ext.documents import parse_json, read_json
 from timm_ext.errors import InputError, lines_of, shown
-from timm_ext.files import check_file, visible
+from timm_ext.files import check_file, reading, visible
 from timm_ext.storage.metadata import read_metadata
 
 INDEX = "model.safetensors.index.json"
@@ -156,17 +156,16 @@ def _shard_files(folder: Path, wanted: Mapping[str, str] | None) -> list[Path]:
 def _read_header(path: Path) -> tuple[dict[str, str], dict[str, Place]]:
     """Return the metadata of a file, and its tensors in the order of their bytes."""
     check_file(path)
-    try:
+    with reading(path), path.open("rb") as file:
         size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            if not 2 <= length <= min(size - 8, _LARGEST_HEADER):
-                got = _TORCH_FILE if start.startswith(_TORCH_MAGIC) else "no header"
-                raise _damaged(path, got)
-            text = file.read(length).decode("utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if not 2 <= length <= min(size - 8, _LARGEST_HEADER):
+            got = _TORCH_FILE if start.startswith(_TORCH_MAGIC) else "no header"
+            raise _damaged(path, got)
+        data = file.read(length)
+    try:
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise _damaged(path, "a header that is no text") from error
     header = parse_json(text, f"{path}: expected a whole safetensors file")
