@@ -31,6 +31,8 @@ REQUIREMENTS = [
     "matplotlib>=3.8",
     "tensorboard>=2.16",
     "scipy>=1.12",
+    "pandas>=2.2",
+    "jinja2>=3.1",
 ]
 
 
@@ -73,7 +75,7 @@ class CMakeBuild(build_ext):
 setup(
     install_requires=REQUIREMENTS,
     packages=find_packages(include=["timm_ext", "timm_ext.*"]),
-    package_data={"": ["py.typed", "*.json", "*.yaml", "*.html", "*.css"]},
+    package_data={"": ["py.typed", "*.json", "*.yaml", "*.j2"]},
     ext_modules=[Extension("timm_ext._host", sources=[]), Extension(OPERATORS, sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -25,12 +25,12 @@ from rich.console import Console
 from timm_ext.config import load_settings
 from timm_ext.errors import InputError
 from timm_ext.files import atomic_write
-from timm_ext.study.collect import environment
 from timm_ext.study.outcomes import Training
 from timm_ext.study.records import Folder, Step
 from timm_ext.study.run import finish_steps
 from timm_ext.study.settings import StudySettings
 from timm_ext.study.study import make_study
+from timm_ext.system.environment import environment
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from timm_ext.networks import build_network
 from timm_ext.networks.registry import heads_of
 from timm_ext.ops import reference
 from timm_ext.parameters import Layout, named_parameters, split_parameters
-from timm_ext.study.collect import environment
+from timm_ext.system.environment import environment
 from timm_ext.training.device import keep_freed_memory, reproducible
 from timm_ext.training.objective import soft_dice_loss
 

@@ -28,8 +28,8 @@ from timm_ext.files import write_json
 from timm_ext.merging import MergedModel, align, assemble_bank, loss_along_merge
 from timm_ext.networks import build_network
 from timm_ext.parameters import split_parameters
-from timm_ext.study.collect import environment
 from timm_ext.synthesis.generate import GenerateSettings, generate_cases
+from timm_ext.system.environment import environment
 from timm_ext.training.examples import Data, Examples
 from timm_ext.training.objective import soft_dice_loss
 from timm_ext.training.settings import TrainSettings

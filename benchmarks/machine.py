@@ -13,7 +13,7 @@ import torch
 
 import timm_ext
 from timm_ext.ops.memory import release_memory
-from timm_ext.study.collect import environment as base_environment
+from timm_ext.system.environment import environment as base_environment
 
 CALLS_ON_GPU = 5  # timed together
 

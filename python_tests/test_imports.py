@@ -53,6 +53,8 @@ HEAVY = {
     "SimpleITK",
     "scipy",
     "matplotlib",
+    "pandas",
+    "jinja2",
     "pydantic",
     "lightning_fabric",
     "typer",
@@ -150,3 +152,10 @@ def test_only_the_operators_reach_the_library() -> None:
         unit_of(m) for m in MODULES if "torch.ops.timm_ext" in (PACKAGE / m).with_suffix(".py").read_text()
     }
     assert reaching == {"ops"}
+
+
+def test_only_the_report_loads_pandas_and_jinja2() -> None:
+    loading = {
+        m.parts[:2] for m in MODULES if {n.split(".")[0] for n in imported_names(m)} & {"pandas", "jinja2"}
+    }
+    assert loading == {("study", "report")}

@@ -79,7 +79,7 @@ def test_smoke_plan_end_to_end(undisturbed):
     out, text = undisturbed
     assert "Cost of the study" in text
     assert "Report:" in text
-    assert len(rows(out, "cases")) == 2 * 2 * 3  # methods, draws, test cases
+    assert len(rows(out, "cases")) == 2 * 2 * 3 * 3  # methods, draws, test cases, regions
     assert {row["draw"] for row in rows(out, "cases")} == {"0", "1"}
     stages = [row["stage"] for row in rows(out, "stages")]
     assert stages == [
@@ -89,7 +89,7 @@ def test_smoke_plan_end_to_end(undisturbed):
         "Fine-tuning, From scratch",
         "Fine-tuning, T-IMM",
     ]
-    assert {row["title"] for row in rows(out, "forgetting")} == {"T-IMM, N = 1"}
+    assert {(row["title"], row["train_cases"]) for row in rows(out, "forgetting")} == {("T-IMM", "1")}
     assert len(list((out / "figures").glob("*.png"))) == 5
     assert len((out / "report.html").read_bytes()) > 100_000
 

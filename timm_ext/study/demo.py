@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,18 @@ from rich.console import Console
 from timm_ext.documents import read_yaml, validated
 from timm_ext.errors import InputError
 from timm_ext.files import atomic_write, real_path
-from timm_ext.study.collect import environment, summarise
 from timm_ext.study.outcomes import FISHER, INITIAL, NETWORK
 from timm_ext.study.plan import Plan
 from timm_ext.study.records import Folder
-from timm_ext.study.report import write_report
+from timm_ext.study.report.page import write_report
+from timm_ext.study.report.reading import read_results
+from timm_ext.study.report.results import Results
+from timm_ext.study.report.tables import dice_table
 from timm_ext.study.run import bundled_plans, finish_steps
 from timm_ext.study.runner import available_cores
 from timm_ext.study.settings import EXTENDABLE, StudySettings, settings_to_dict
 from timm_ext.study.study import make_study
-from timm_ext.study.summary import Summary
-from timm_ext.synthesis.generate import PHANTOM
+from timm_ext.system.environment import environment
 from timm_ext.system.terminal import make_console, show_table, tell
 
 CHECKPOINTS = "checkpoints"
@@ -89,20 +89,11 @@ def run_demo(
         folder.claim(settings_to_dict(study.settings), extendable=EXTENDABLE)
         finish_steps(study.steps, folder, workers=count, console=console, facts=facts)
         (plan,) = study.plans.values()
-        summary = summarise(plan, folder, settings.title, _facts(settings, facts))
-        page = write_report(summary, out)
+        results = read_results(study, folder, facts)
+        page = write_report(results, out)
         saved = publish_checkpoints(plan, folder)
-    _print_end(console, summary, page, saved)
+    _print_end(console, results, page, saved)
     return page
-
-
-def _facts(settings: StudySettings, facts: Mapping[str, str]) -> dict[str, str]:
-    phantom = settings.source == PHANTOM
-    return {
-        "Made by": f"timm_ext {facts['timm_ext']}, torch {facts['torch']}, Python {facts['python']}",
-        "Machine": f"{facts['machine']}, {facts['instruction_set']} kernels, one thread per worker",
-        "Anatomy": "procedural phantoms" if phantom else f"label maps of {settings.source}",
-    }
 
 
 def publish_checkpoints(plan: Plan, folder: Folder) -> Path:
@@ -140,13 +131,12 @@ def _link(source: Path, target: Path) -> None:
             shutil.copyfile(source, temporary)
 
 
-def _print_end(console: Console, summary: Summary, page: Path, saved: Path) -> None:
+def _print_end(console: Console, results: Results, page: Path, saved: Path) -> None:
     rows = []
-    for method in summary.methods:
-        mean, deviation = method.spread()
-        regions = (f"{method.spread(region)[0]:.3f}" for region in range(len(summary.regions)))
-        rows.append((method.title, method.steps, f"{mean:.3f} ± {deviation:.3f}", *regions))
-    heads = ("Initialisation", "Steps", "Mean ± SD", *summary.regions)
+    for title, dice in dice_table(results).groupby("title", sort=False):
+        mean, *regions = (f"{value:.3f}" for value in dice["mean"])
+        rows.append((title, dice["steps"].iloc[0], f"{mean} ± {dice['sd'].iloc[0]:.3f}", *regions))
+    heads = ("Initialisation", "Steps", "Mean ± SD", *results.regions)
     show_table(console, heads, rows, title="Test Dice over cases and seeds")
     tell(console, f"Report: {page}")
     tell(console, f"Checkpoints for timm-ext predict: {saved}")

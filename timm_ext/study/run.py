@@ -9,16 +9,15 @@ from rich.console import Console
 
 from timm_ext.errors import InputError, lines_of
 from timm_ext.files import visible
-from timm_ext.study.collect import environment
 from timm_ext.study.cost import Cost, costs_of, measure_step, told
-from timm_ext.study.gather import gather
 from timm_ext.study.progress import plan_progress
 from timm_ext.study.records import Folder, Step
+from timm_ext.study.report.page import write_report
+from timm_ext.study.report.reading import read_results
 from timm_ext.study.runner import Outcome, available_cores, run_steps, visible_gpus
 from timm_ext.study.settings import EXTENDABLE, StudySettings, settings_to_dict
-from timm_ext.study.study import Study, make_study
-from timm_ext.study.study_report import write_study_report
-from timm_ext.synthesis.generate import PHANTOM
+from timm_ext.study.study import make_study
+from timm_ext.system.environment import environment
 from timm_ext.system.terminal import make_console, show_table, tell
 
 PLANS = Path(__file__).with_name("plans")
@@ -83,7 +82,7 @@ def run_study(
         _print_costs(costs_of(study.steps, folder), count, console)
         facts = environment()
         finish_steps(study.steps, folder, workers=count, retry=retry, console=console, facts=facts)
-        page = write_study_report(gather(study, folder, _facts(study, facts)), out)
+        page = write_report(read_results(study, folder, facts), out)
     tell(console, f"Report: {page}")
     return page
 
@@ -133,12 +132,3 @@ def _print_costs(costs: Sequence[Cost], workers: int, console: Console) -> None:
         f"About {told(total / workers)} with {workers} worker{'s' * (workers != 1)}, from one training step "
         "timed here; trainings that stop early take less.",
     )
-
-
-def _facts(study: Study, facts: Mapping[str, str]) -> dict[str, str]:
-    phantom = study.settings.source == PHANTOM
-    return {
-        "Made by": f"timm_ext {facts['timm_ext']}, torch {facts['torch']}, Python {facts['python']}",
-        "Machine": f"{facts['machine']}, {facts['instruction_set']} kernels",
-        "Generated anatomy": "procedural phantoms" if phantom else f"label maps of {study.settings.source}",
-    }

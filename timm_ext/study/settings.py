@@ -178,7 +178,7 @@ class StudySettings(CommonSettings):
         pool: how many training cases of the target task there are, where they are generated; of those on disk
             all count that are neither for test nor for validation.
         draws: each draws other training and validation cases.
-        references: the methods that each method is compared with.
+        references: the methods that each method is compared with; none compares every pair.
         source_epochs: epochs of a source network at most, instead of `source_steps`.
         epochs: epochs of every run at most, adaptation included, instead of `steps`.
         adapt_epochs: epochs of an adaptation at most, instead of `adapt_steps`.

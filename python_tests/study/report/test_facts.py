@@ -1,0 +1,36 @@
+from timm_ext.study.report.facts import study_facts
+from timm_ext.study.settings import StudySettings
+from timm_ext.study.study import make_study
+
+MACHINE = dict.fromkeys(("timm_ext", "torch", "python", "machine", "instruction_set"), "x")
+
+
+def facts(**values):
+    return dict(study_facts(make_study(StudySettings(train_cases=(4,), **values)), MACHINE, 12.3))
+
+
+def test_facts_name_what_single_methods_do_otherwise():
+    found = facts(
+        adapt={"warm_up": 0.5},
+        method_train={"scratch": {"augment": True}},
+        method_adapt={"t-imm": {"logit_pull": 0.1, "logit_lr": 0.2}},
+        method_merge={"t-imm-extra": {"mixing": "softmax"}},
+    )
+    assert found["Options"] == (
+        "warm_up 0.5; scratch: augment True; t-imm: logit_pull 0.1; t-imm: logit_lr 0.2; "
+        "t-imm-extra: mixing softmax"
+    )
+    assert "Options" not in facts()
+
+
+def test_facts_tell_the_steps_that_epochs_become():
+    assert "100 steps in all" in facts()["Training"]
+    assert "20 steps in all; adaptation takes 20 of them" not in facts()["Training"]
+    told = facts(epochs=30, adapt_epochs=2)["Training"]
+    assert "60 steps in all; adaptation takes 4 of them" in told
+    assert told.endswith("here for the smallest number of cases, of 30 epochs")
+
+
+def test_facts_name_draws_only_where_there_are_several():
+    assert "Draws of the data" not in facts()
+    assert facts(draws=(0, 3))["Draws of the data"] == "0, 3"

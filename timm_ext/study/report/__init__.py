@@ -1,0 +1,1 @@
+"""The report of a study: its results as tidy frames, statistics, tables, figures and one page."""

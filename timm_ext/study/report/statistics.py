@@ -1,0 +1,175 @@
+"""Statistics of paired comparisons over cases and seeds.
+
+Scores of one method are an array `[seeds, cases]`, or `[draws, seeds, cases]` where training data were drawn
+several times; the same cases, in the same order, are scored for every method. Cases are the units of the
+test (each case's score is its mean over all runs); the bootstrap resamples cases, draws and seeds of a draw.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from timm_ext.errors import InputError
+
+Scores = NDArray[np.float64]
+
+
+def mean_spread(values: ArrayLike) -> tuple[float, float]:
+    """Return the mean and the sample standard deviation (n − 1; 0 for a single value)."""
+    array = np.asarray(values, dtype=np.float64)
+    if array.size == 0:
+        raise InputError("statistics: expected at least one value (got none)")
+    return float(array.mean()), float(array.std(ddof=1)) if array.size > 1 else 0.0
+
+
+def wilcoxon(differences: ArrayLike) -> float:
+    """Two-sided Wilcoxon signed-rank test (Wilcoxon 1945) of paired differences `[cases]`.
+
+    Returns:
+        The p-value, exact for few cases without ties; 1 where no pair differs.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    return float(stats.wilcoxon(values).pvalue) if values.any() else 1.0
+
+
+def runs_test(differences: ArrayLike) -> float | None:
+    """Two-sided t-test of the mean difference of runs, `[runs]`, against 0 (Student 1908).
+
+    Returns:
+        The p-value; None for one run. Where all agree it is 0, or 1 without a difference.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    if values.size < 2:
+        return None
+    if not np.ptp(values):
+        return float(not values.any())
+    return float(stats.ttest_1samp(values, 0.0).pvalue)
+
+
+def rank_biserial(differences: ArrayLike) -> float:
+    """Matched-pairs rank-biserial correlation r = (W₊ − W₋) / (W₊ + W₋) (Kerby 2014); 0 if no pair differs.
+
+    W₊ and W₋ are the sums of the ranks of |d| over the pairs with d > 0 and d < 0, equal pairs left out.
+
+    Args:
+        differences: d = a − b of paired scores, `[cases]`.
+
+    Returns:
+        From −1 (a is lower in every pair) to 1 (a is higher in every pair).
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    values = values[values != 0]
+    if not values.size:
+        return 0.0
+    ranks = stats.rankdata(np.abs(values))
+    return float((ranks * np.sign(values)).sum() / ranks.sum())
+
+
+def holm(p_values: ArrayLike) -> Scores:
+    """Holm's step-down correction (Holm 1979): p₍ᵢ₎ → max over j ≤ i of min(1, (m − j + 1)·p₍ⱼ₎).
+
+    Args:
+        p_values: one per comparison, `[m]`, any order.
+
+    Returns:
+        The corrected p-values in the same order.
+    """
+    values = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(values, kind="stable")
+    corrected = np.empty_like(values)
+    left = np.arange(values.size, 0, -1)
+    corrected[order] = np.maximum.accumulate(np.minimum(1.0, left * values[order]))
+    return corrected
+
+
+def bootstrap_interval(
+    scores: ArrayLike, *, confidence: float = 0.95, resamples: int = 4000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean (Efron 1979) over cases and, nested, draws and their seeds.
+
+    Each resample takes cases, draws of the training data, and seeds within these draws, with replacement.
+
+    Args:
+        scores: `[seeds, cases]` or `[draws, seeds, cases]`.
+        confidence: coverage of the interval.
+        resamples: number of draws.
+        seed: of the draws.
+
+    Returns:
+        Lower and upper end.
+
+    Raises:
+        InputError: scores of another shape, or that are not finite.
+    """
+    values = _checked(scores)
+    if values.ndim == 2:
+        values = values[None]
+    draws, seeds, cases = values.shape
+    generator = np.random.default_rng(seed)
+    which_draw = (
+        generator.integers(draws, size=(resamples, draws)) if draws > 1 else np.zeros((resamples, 1), int)
+    )
+    which_seed = generator.integers(seeds, size=(resamples, draws, seeds))
+    which_case = generator.integers(cases, size=(resamples, cases))
+    # One draw and seed after the other: the whole array of resamples could be many gigabytes.
+    per_case = np.zeros((resamples, cases))
+    for draw in range(draws):
+        for number in range(seeds):
+            per_case += values[which_draw[:, draw], which_seed[:, draw, number]]
+    means = np.take_along_axis(per_case, which_case, axis=1).mean(axis=1) / (draws * seeds)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def compare(differences: Sequence[ArrayLike]) -> pd.DataFrame:
+    """Test differences of paired scores against 0, with Holm's correction over all of them.
+
+    Args:
+        differences: of two methods each, `[seeds, cases]` or `[draws, seeds, cases]`.
+
+    Returns:
+        A row for each: `mean`; `low` and `high`, its bootstrap 95 % interval; `sd`, the standard deviation
+        over runs of their means; `effect`, see `rank_biserial`; the p-values `p` over cases, `p_holm` after
+        the correction and `p_runs` over runs (NaN for one run); and `beyond_chance`: `p_holm` and `p_runs`
+        are below 0.05 and the interval excludes 0.
+
+    Raises:
+        InputError: see `bootstrap_interval`.
+    """
+    rows = []
+    for values in map(_checked, differences):
+        cases = values.reshape(-1, values.shape[-1]).mean(axis=0)
+        runs = values.mean(axis=-1).ravel()
+        low, high = bootstrap_interval(values)
+        rows.append(
+            {
+                "mean": float(values.mean()),
+                "low": low,
+                "high": high,
+                "sd": mean_spread(runs)[1],
+                "effect": rank_biserial(cases),
+                "p": wilcoxon(cases),
+                "p_runs": runs_test(runs),
+            }
+        )
+    columns = ["mean", "low", "high", "sd", "effect", "p", "p_runs"]
+    frame = pd.DataFrame(rows, columns=columns).astype(float)
+    frame.insert(columns.index("p_runs"), "p_holm", holm(frame["p"]))
+    apart = (frame["low"] > 0) | (frame["high"] < 0)
+    runs_agree = frame["p_runs"].isna() | (frame["p_runs"] < 0.05)
+    frame["beyond_chance"] = (frame["p_holm"] < 0.05) & apart & runs_agree
+    return frame
+
+
+def _checked(scores: ArrayLike) -> Scores:
+    values = np.asarray(scores, dtype=np.float64)
+    if values.ndim not in (2, 3) or values.size == 0:
+        raise InputError(
+            f"statistics: expected scores [seeds, cases] or [draws, seeds, cases] (got shape {values.shape})"
+        )
+    if not np.isfinite(values).all():
+        raise InputError("statistics: expected finite scores (got NaN or infinity)")
+    return values

@@ -1,0 +1,84 @@
+"""What the numbers of a study show, and what they cannot, in sentences."""
+
+import pandas as pd
+
+from timm_ext.study.report.results import Results
+
+
+def runs_told(results: Results) -> str:
+    """Say which runs a number is a mean over: `5 seeds × 2 draws of the training cases`."""
+    seeds, draws = len(results.seeds), len(results.draws)
+    return numbered(seeds, "seed") + (f" × {draws} draws of the training cases" if draws > 1 else "")
+
+
+def resampled(results: Results) -> str:
+    """Say what the bootstrap resamples: `cases, draws and seeds`, as far as there are several."""
+    several = {"draws": len(results.draws), "seeds": len(results.seeds)}
+    *first, last = ["cases", *(name for name, count in several.items() if count > 1)]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def numbered(count: int, thing: str) -> str:
+    """Return `1 case`, `2 cases`."""
+    return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
+def conclusions(results: Results, comparisons: pd.DataFrame) -> list[str]:
+    """Say which differences the numbers carry, and how many they do not.
+
+    Args:
+        results: of the study.
+        comparisons: of the mean over regions.
+    """
+    title = results.methods
+    sentences = []
+    for row in comparisons[comparisons["beyond_chance"]].itertuples():
+        verb = "gains" if row.mean > 0 else "loses"
+        sentences.append(
+            f"{_where(results, row.train_cases)}“{title[row.a]}” {verb} {abs(row.mean):.3f} mean Dice "
+            f"against “{title[row.b]}” (95 % interval {row.low:+.3f} to {row.high:+.3f}, Holm-corrected p = "
+            f"{row.p_holm:.3g}, rank-biserial correlation {row.effect:+.2f})."
+        )
+    unclear = comparisons[~comparisons["beyond_chance"]]
+    baseline = results.baselines[0]
+    for count, rows in unclear[unclear["b"] == baseline].groupby("train_cases"):
+        names = ", ".join(f"“{title[name]}”" for name in rows["a"])
+        sentences.append(f"{_where(results, count)}Not told apart from “{title[baseline]}” here: {names}.")
+    if len(comparisons):
+        sentences.append(
+            f"{len(unclear)} of the {len(comparisons)} comparisons are not told apart from chance; the order "
+            "of such rows in the tables is no ranking."
+        )
+    return sentences
+
+
+def limits(results: Results, comparisons: int) -> list[str]:
+    """Say what the study cannot show."""
+    cases, runs = len(results.test_cases), len(results.seeds) * len(results.draws)
+    smallest = 2 / 2**cases
+    over_runs = f", and a t-test over the {runs} runs is below 0.05" if runs > 1 else ""
+    compared = numbered(comparisons, "comparison")
+    sentences = [
+        "A difference counts as beyond chance only if Wilcoxon's signed-rank test over cases is below 0.05 "
+        f"after Holm's correction over all {compared}, the bootstrap interval over "
+        f"{resampled(results)} excludes zero{over_runs}.",
+        "All runs share their source networks: how much other source networks would change is not shown.",
+    ]
+    if runs == 1:
+        sentences.append("There is one run of each method: what another seed would change is not shown.")
+    if smallest * comparisons >= 0.05:
+        sentences.append(
+            f"With {numbered(cases, 'test case')} no p-value is smaller than {smallest:.3g}, which the "
+            f"correction over {compared} lifts above 0.05: no difference can be "
+            "shown, however large."
+        )
+    if results.longer:
+        names = ", ".join(f"“{results.methods[name]}”" for name in results.longer)
+        sentences.append(
+            f"{names} had more optimiser steps than the others; a lead may be nothing but longer training."
+        )
+    return [*sentences, *results.notes]
+
+
+def _where(results: Results, count: int) -> str:
+    return f"With {numbered(count, 'training case')}: " if len(results.counts) > 1 else ""
