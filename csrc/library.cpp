@@ -113,8 +113,8 @@ STABLE_TORCH_LIBRARY(timm_ext, m) {
   // multiply-add).
   m.def("winograd_conv3d(Tensor input, Tensor weight, Tensor? bias, int[] padding, bool mirrored) -> Tensor");
 
-  // Opens the pool from which large results on the CPU take their memory (memory/cpu/memory_pool.h), or closes it again;
-  // calls are counted. Without effect where PyTorch is older than 2.11 or the system is not Linux.
+  // Opens the pool from which large results on the CPU take their memory (memory/cpu/memory_pool.h), or closes it
+  // again; calls are counted. Without effect where PyTorch is older than 2.11 or the system is not Linux.
   m.def("keep_memory(bool on) -> ()");
 
   // Gives what is free in the pool back to the system, which may take it on its own where the pool is closed.

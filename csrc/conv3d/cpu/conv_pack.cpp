@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "conv3d/cpu/conv_square.h"
+#include "math/shuffle.h"
 #include "math/simd.h"
 
 namespace timm_ext::cpu {

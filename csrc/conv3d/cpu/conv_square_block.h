@@ -4,6 +4,7 @@
 #pragma once
 
 #include "conv3d/cpu/conv_square_rows.h"
+#include "math/shuffle.h"
 
 namespace timm_ext::cpu::TIMM_EXT_ISA {
 

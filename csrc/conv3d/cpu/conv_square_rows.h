@@ -5,6 +5,7 @@
 
 #include "conv3d/cpu/conv_square.h"
 #include "conv3d/cpu/tile.h"
+#include "math/shuffle.h"
 
 namespace timm_ext::cpu::TIMM_EXT_ISA {
 

@@ -4,6 +4,7 @@
 #include "conv3d/cpu/kernels.h"
 #include "cpu/buffer.h"
 #include "cpu/lanes.h"
+#include "math/shuffle.h"
 
 namespace timm_ext::cpu::TIMM_EXT_ISA {
 namespace {

@@ -8,6 +8,7 @@
 #include "conv3d/cpu/kernels.h"
 #include "conv3d/cpu/tile.h"
 #include "cpu/buffer.h"
+#include "math/shuffle.h"
 
 namespace timm_ext::cpu::TIMM_EXT_ISA {
 namespace {
@@ -78,10 +79,10 @@ class Planes {
   void take_row_apart(const float* from, float* to) const {
     for (int64_t w = 0; w < p_.small[2]; w += kLanes, from += 2 * kLanes) {
       V even, odd, next;
-      take_apart(math::load<V>(from), math::load<V>(from + kLanes), even, odd);
+      math::take_apart(math::load<V>(from), math::load<V>(from + kLanes), even, odd);
       math::store(to + w, even);
       math::store(to + 2 * array_ + w, odd);
-      take_apart(math::load<V>(from + 2), math::load<V>(from + 2 + kLanes), next, odd);
+      math::take_apart(math::load<V>(from + 2), math::load<V>(from + 2 + kLanes), next, odd);
       math::store(to + 4 * array_ + w, next);
     }
   }

@@ -8,6 +8,7 @@
 #include "conv3d/cpu/kernels.h"
 #include "conv3d/cpu/tile.h"
 #include "cpu/buffer.h"
+#include "math/shuffle.h"
 
 namespace timm_ext::cpu::TIMM_EXT_ISA {
 namespace {
@@ -193,7 +194,7 @@ class Spread {
       odd += even;
       even += sum<Doubled>(first, column) + (column > 0 ? last_before : math::join_lanes(V{}, last_before, 1));
     }
-    put_together(even, odd, to[0], to[1]);
+    math::put_together(even, odd, to[0], to[1]);
   }
 
   /// To a row of the output, from a column on.

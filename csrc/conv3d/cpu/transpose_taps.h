@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "math/simd.h"
+#include "math/shuffle.h"
 
 namespace timm_ext::cpu::TIMM_EXT_ISA {
 

@@ -9,6 +9,7 @@
 #include "conv3d/cpu/tile.h"
 #include "conv3d/cpu/winograd_forms.h"
 #include "cpu/buffer.h"
+#include "math/shuffle.h"
 
 namespace timm_ext::cpu::TIMM_EXT_ISA {
 namespace {

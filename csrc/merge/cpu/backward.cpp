@@ -4,6 +4,7 @@
 // (element i of a view goes to lane i % kUnit), float64 beyond.
 #include "cpu/dispatch.h"
 #include "math/row_sums.h"
+#include "math/shuffle.h"
 #include "merge/cpu/units.h"
 #include "merge/cpu/walk.h"
 

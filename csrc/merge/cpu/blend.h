@@ -3,6 +3,7 @@
 // Values of the elements of a unit for every model, and the weights of a unit with pieces of several segments.
 #pragma once
 
+#include "math/shuffle.h"
 #include "math/simd.h"
 #include "merge/cpu/view.h"
 

@@ -4,6 +4,7 @@
 #include "cpu/buffer.h"
 #include "cpu/dispatch.h"
 #include "math/exp.h"
+#include "math/shuffle.h"
 #include "merge/cpu/kernels.h"
 
 namespace timm_ext::cpu::TIMM_EXT_ISA {
