@@ -59,7 +59,7 @@ def test_written_settings_are_read_back(tmp_path):
         ),
         ("merge:\n  ratio: 1\n", r"line 2: unknown field merge\.ratio \(expected one of granularity"),
         ("train:\n  steps: many\n", r"line 2: train\.steps: .*integer.*\(got 'many'\)"),
-        ("train:\n\n  lr: -1\n", r"line 1: train: training: lr: expected a finite number greater than 0"),
+        ("train:\n\n  lr: -1\n", r"line 3: train\.lr: expected a finite number greater than 0 \(got -1\)"),
         ("fisher:\n  labels: guessed\n", r"line 2: fisher\.labels: .*'sampled' or 'true'.*\(got 'guessed'\)"),
         ("predict:\n  overlap: 1.5\n", r"line 2: predict\.overlap: .*less than 1 \(got 1\.5\)"),
         ("- a\n", r"expected sections with fields \(got list\)"),

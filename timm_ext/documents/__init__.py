@@ -13,6 +13,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, is_dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar, cast, get_args, get_type_hints
 
 from timm_ext.errors import InputError, listed, shown
@@ -188,7 +189,7 @@ def validated(
         else:
             fitting = _adapter(cast(Hashable, kind)).validate_python(value)
     except ValidationError as error:
-        raise InputError(_describe(error, kind, lines or {}, str(where), forms or {})) from error
+        raise refusal(error, kind, where, lines=lines or {}, forms=forms or {}) from error
     return fitting
 
 
@@ -262,11 +263,19 @@ def _row(cells: list[str], columns: list[str], line: int, path: Path | str) -> R
     return Row(line, filled)
 
 
-def _describe(
-    error: Any, kind: Any, lines: Mapping[Location, str], default: str, forms: Mapping[Location, str]
-) -> str:
+def refusal(
+    error: Any,
+    kind: Any,
+    where: object,
+    *,
+    lines: Mapping[Location, str] = MappingProxyType({}),
+    forms: Mapping[Location, str] = MappingProxyType({}),
+) -> InputError:
+    """Put pydantic's error about a model into the one message of `validated`; arguments are those of it."""
     from pydantic import BaseModel
+    from pydantic_core import ArgsKwargs
 
+    default = str(where)
     problems = error.errors(include_url=False)
     problem = problems[0]
     location: Location = problem["loc"]
@@ -277,12 +286,14 @@ def _describe(
     more = f" (and {left} more)" if left else ""
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         expected = listed(_field_names(kind, location[:-1]), most=100)
-        return f"{lines.get(known, default)}: unknown field {name} (expected one of {expected}){more}"
-    whole = isinstance(problem["input"], (dict, BaseModel))
+        return InputError(
+            f"{lines.get(known, default)}: unknown field {name} (expected one of {expected}){more}"
+        )
+    whole = isinstance(problem["input"], (dict, BaseModel, ArgsKwargs))
     got = "" if whole else f" (got {shown(repr(problem['input']))})"
     form = forms.get(location[:2]) if problem["type"] in _OTHER_FORMS else None
     told = _in_our_words(problem) if form is None else f"expected {form}"
-    return f"{place}: {told}{got}{more}"
+    return InputError(f"{place}: {told}{got}{more}")
 
 
 def _in_our_words(problem: Mapping[str, Any]) -> str:

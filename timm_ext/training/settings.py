@@ -1,35 +1,37 @@
 """Settings of a training run."""
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
 
-from timm_ext.documents.bounds import (
-    MOST_BATCH,
-    MOST_STEPS,
-    MOST_WORKERS,
-    check_edges,
-    check_number,
-    check_seed,
-    check_whole,
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from timm_ext.documents.bounds import MOST_WORKERS
+from timm_ext.documents.fields import (
+    Batch,
+    Edges,
+    Rate,
+    Seed,
+    Share,
+    Steps,
+    Weight,
+    Workers,
+    refused_as,
+    whole,
 )
 from timm_ext.errors import InputError, listed
 
 # What may change when a run is resumed: the machine, and what is only written.
 _FREE_ON_RESUME = {"accelerator", "devices", "workers", "save_every", "tensorboard"}
-_MOST = {
-    **dict.fromkeys(("steps", "epochs", "lr_patience", "stop_patience"), MOST_STEPS),
-    **dict.fromkeys(("validate_every", "save_every"), MOST_STEPS),
-    "batch_size": MOST_BATCH,
-    "devices": MOST_WORKERS,
-}
 _DEFAULT_EPOCHS = 500
 
 TIES = ("l2_transfer", "drop_transfer")
 """Settings that tie weights to those at the start; see `timm_ext.training.ties.Tie`."""
 
 
-@dataclass(frozen=True)
+@refused_as("training")
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class TrainSettings:
     """How a network is trained; the defaults are those of Isensee et al. 2017.
 
@@ -62,54 +64,30 @@ class TrainSettings:
             starting weights; 0 is without.
     """
 
-    steps: int | None = None
-    epochs: int | None = None
-    batch_size: int = 2
-    lr: float = 5e-4
+    steps: Steps | None = None
+    epochs: Steps | None = None
+    batch_size: Batch = 2
+    lr: Rate = 5e-4
     schedule: Literal["plateau", "cosine", "constant"] = "plateau"
-    lr_patience: int = 10
-    stop_patience: int | None = 50
-    validate_every: int | None = None
+    lr_patience: Steps = 10
+    stop_patience: Steps | None = 50
+    validate_every: Steps | None = None
     keep: Literal["best", "last"] = "best"
-    patch: tuple[int, int, int] | None = None
+    patch: Edges | None = None
     augment: bool = True
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    seed: int = 0
+    seed: Seed = 0
     accelerator: str = "auto"
-    devices: int = 1
-    workers: int = 0
-    save_every: int | None = None
+    devices: Annotated[int, whole(1, MOST_WORKERS)] = 1
+    workers: Workers = 0
+    save_every: Steps | None = None
     tensorboard: bool = True
-    l2_transfer: float = 0.0
-    drop_transfer: float = 0.0
+    l2_transfer: Weight = 0.0
+    drop_transfer: Share = 0.0
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
-            raise InputError(
-                f"training: expected steps or epochs, not both (got {self.steps} and {self.epochs})"
-            )
-        for name, most in _MOST.items():
-            if (value := getattr(self, name)) is not None:
-                check_whole(f"training: {name}", value, 1, most)
-        check_number("training: lr", self.lr, 0, open_end=True)
-        check_whole("training: workers", self.workers, 0, MOST_WORKERS)
-        check_seed("training: seed", self.seed)
-        for name, known in (
-            ("schedule", ("plateau", "cosine", "constant")),
-            ("keep", ("best", "last")),
-            ("precision", ("32-true", "bf16-mixed", "16-mixed")),
-        ):
-            if getattr(self, name) not in known:
-                raise InputError(
-                    f"training: {name} must be one of {', '.join(known)} (got {getattr(self, name)!r})"
-                )
-        check_number("training: l2_transfer", self.l2_transfer, 0)
-        if not 0 <= self.drop_transfer < 1:
-            raise InputError(
-                f"training: drop_transfer must be at least 0 and less than 1 (got {self.drop_transfer})"
-            )
-        if self.patch is not None:
-            check_edges("training: patch", self.patch)
+            raise ValueError(f"expected steps or epochs, not both (got {self.steps} and {self.epochs})")
 
     def epoch_steps(self, cases: int) -> int:
         """Return the number of steps in an epoch over so many cases."""
@@ -127,9 +105,7 @@ class TrainSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values."""
-        values = asdict(self)
-        values["patch"] = None if self.patch is None else list(self.patch)
-        return values
+        return {**asdict(self), "patch": None if self.patch is None else list(self.patch)}
 
     def refuse_ties(self, what: str) -> None:
         """Refuse settings that tie weights to those at the start, where there are none to tie.

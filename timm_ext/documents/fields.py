@@ -1,0 +1,71 @@
+"""Fields of settings: types that pydantic checks, and classes whose refusal is one clear error."""
+
+import math
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, ValidationError
+
+from timm_ext.documents import refusal
+from timm_ext.documents.bounds import MOST_BATCH, MOST_EDGE, MOST_SEED, MOST_STEPS, MOST_WORKERS
+
+Kind = TypeVar("Kind")
+
+
+def whole(least: int, most: int) -> AfterValidator:
+    """Take whole numbers from `least` to `most`."""
+
+    def check(value: int) -> int:
+        if not least <= value <= most:
+            raise ValueError(f"expected a whole number from {least} to {most}")
+        return value
+
+    return AfterValidator(check)
+
+
+def number(least: float, *, above: bool = False, below: float = math.inf) -> AfterValidator:
+    """Take finite numbers from `least`, or only `above` it, to what is `below` a number."""
+
+    def check(value: float) -> float:
+        if not least <= value < below or (above and value == least):
+            beyond = f"greater than {least:g}" if above else f"at least {least:g}"
+            upper = "" if math.isinf(below) else f" and less than {below:g}"
+            raise ValueError(f"expected a finite number {beyond}{upper}")
+        return value
+
+    return AfterValidator(check)
+
+
+Steps = Annotated[int, whole(1, MOST_STEPS)]
+Batch = Annotated[int, whole(1, MOST_BATCH)]
+Workers = Annotated[int, whole(0, MOST_WORKERS)]
+Seed = Annotated[int, whole(0, MOST_SEED)]
+Edge = Annotated[int, whole(1, MOST_EDGE)]
+Edges = tuple[Edge, Edge, Edge]
+Rate = Annotated[float, number(0, above=True)]
+Weight = Annotated[float, number(0)]
+Share = Annotated[float, number(0, below=1)]
+
+
+def refused_as(name: str) -> Callable[[type[Kind]], type[Kind]]:
+    """Let a pydantic dataclass raise `InputError` where it is called with what does not fit.
+
+    Args:
+        name: begins the message.
+    """
+
+    def decorate(kind: type[Kind]) -> type[Kind]:
+        make: Any = kind.__init__
+
+        @wraps(make)
+        def checked(self: Kind, *values: Any, **fields: Any) -> None:
+            try:
+                make(self, *values, **fields)
+            except ValidationError as error:
+                raise refusal(error, kind, name) from error
+
+        kind.__init__ = checked  # type: ignore[method-assign,assignment]
+        return kind
+
+    return decorate
