@@ -197,18 +197,7 @@ def examine(examples: Examples, what: str) -> tuple[int, list[tuple[int, ...]]]:
     The shapes are all those of a data set that says them (`image_shapes`), else that of the first image.
 
     Raises:
-        InputError: as `first_sample`.
-    """
-    first = first_sample(examples, what)
-    said: Sequence[tuple[int, ...]] | None = getattr(examples, "image_shapes", None)
-    return len(first["target"]), sorted(set(said)) if said else [tuple(first["image"].shape)]
-
-
-def first_sample(examples: Examples, what: str) -> dict[str, Any]:
-    """Return the first sample.
-
-    Raises:
-        InputError: there is none, or its target is not on the grid of its image.
+        InputError: there is no image, or the first target is not on the grid of its image.
     """
     if len(examples) == 0:
         raise InputError(f"{what}: expected at least one case (got none)")
@@ -219,4 +208,5 @@ def first_sample(examples: Examples, what: str) -> dict[str, Any]:
             f"{what}: expected image [C, D, H, W] and target [R, D, H, W] on one grid "
             f"(got {list(image.shape)} and {list(target.shape)} for case {sample['id']})"
         )
-    return dict(sample)
+    said: Sequence[tuple[int, ...]] | None = getattr(examples, "image_shapes", None)
+    return len(target), sorted(set(said)) if said else [tuple(image.shape)]

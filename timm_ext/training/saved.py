@@ -1,7 +1,7 @@
 """The content of a run's state: its fields, and how they are checked before any of them is used."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import torch
@@ -198,15 +198,19 @@ def check_scaler(saved: dict[str, int | float], own: dict[str, Any], where: obje
         raise InputError(f"{where}: expected the loss scaling {listed(own) or 'none'} (got {listed(saved)})")
 
 
-def check_data(saved: SavedData, training: Facts, validation: Facts | None, where: object) -> None:
+def check_data(saved: SavedData, own: Mapping[str, Facts | None], where: object) -> None:
     """Refuse to go on with other cases than a run began with.
+
+    Args:
+        saved: what they were.
+        own: what they are, the `training` and the `validation` set.
+        where: the file, for the message.
 
     Raises:
         InputError: what differs is named: cases, their order, their content, or how they become samples.
     """
-    counts = [_count(saved.training), _count(saved.validation)]
-    now = [_count(training), _count(validation)]
-    both = [("training", saved.training, training), ("validation", saved.validation or {}, validation or {})]
+    both = [(name, then or {}, own[name] or {}) for name, then in saved]
+    counts, now = [then.get("count", 0) for _, then, _ in both], [here.get("count", 0) for *_, here in both]
     changes = [f"{name} set: {change}" for name, then, here in both for change in _changes(then, here)]
     if counts != now:
         detail = f": {'; '.join(changes)}" if changes else ""
@@ -216,10 +220,6 @@ def check_data(saved: SavedData, training: Facts, validation: Facts | None, wher
         )
     if changes:
         raise InputError(f"{where}: expected the data of before the interruption (got {'; '.join(changes)})")
-
-
-def _count(identity: Facts | None) -> Any:
-    return 0 if identity is None else identity.get("count")
 
 
 def _changes(then: Facts, now: Facts) -> Iterator[str]:

@@ -10,11 +10,12 @@ from torch import nn
 
 from timm_ext.errors import InputError
 from timm_ext.system.locks import folder_lock
-from timm_ext.system.signals import ending, watched
+from timm_ext.system.signals import watched
 from timm_ext.training.callbacks import Callback
 from timm_ext.training.device import launch, only_trained, reproducible
-from timm_ext.training.examples import Data, LoaderDiedError, examine
+from timm_ext.training.examples import Data, examine, region_names
 from timm_ext.training.history import History
+from timm_ext.training.learner import Learner
 from timm_ext.training.norms import check_norms
 from timm_ext.training.objective import Objective
 from timm_ext.training.parameter_groups import named_groups
@@ -73,37 +74,20 @@ class Trainer:
                 step and the cases; a folder that holds another run, is in use or cannot be written; settings
                 that differ from those of the run that is resumed.
         """
-        groups = named_groups(model, parameter_groups, self.settings.lr)
+        settings = self.settings
+        groups = named_groups(model, parameter_groups, settings.lr)
         regions, shapes = examine(data.train, "training set")
         found, val_shapes = (regions, []) if data.val is None else examine(data.val, "validation set")
         if found != regions:
             raise InputError(
                 f"validation set: expected the {regions} regions of the training set (got {found})"
             )
-        fabric = launch(self.settings)
+        fabric = launch(settings)
         trained = [parameter for group in groups for parameter in group["params"]]
         alone = folder_lock(self.run_dir) if fabric.is_global_zero else nullcontext()
         with watched((signal.SIGINT,)), alone, only_trained(model, trained), reproducible(fabric.device):
-            check_norms(model, shapes, val_shapes, self.settings, fabric.world_size)
-            run = Run(
-                self.settings,
-                self.run_dir,
-                fabric,
-                model,
-                data,
-                regions,
-                objective or Objective(),
-                callbacks,
-                groups,
-                facts,
-            )
-            try:
-                run.start(resume)
-                run.train()
-                return run.finish()
-            except (KeyboardInterrupt, LoaderDiedError):
-                with ending():
-                    run.save_begun()
-                raise
-            finally:
-                run.close()
+            check_norms(model, shapes, val_shapes, settings, fabric.world_size)
+            total = settings.total_steps(len(data.train))
+            learner = Learner(fabric, model, groups, objective or Objective(), settings, total)
+            names = region_names(data.train, regions)
+            return Run(self.run_dir, learner, data, names, callbacks, facts or {}).carry_out(resume)
