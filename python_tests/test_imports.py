@@ -42,7 +42,7 @@ ALLOWED = {
     "transfer": BASE | MODEL | MERGE | WORK,
     "planning": BASE | {"data", "inference", "networks"},
     "study": BASE | MODEL | MERGE | WORK | {"synthesis", "transfer"},
-    "config": BASE | {"data", "training", "transfer"},
+    "config": BASE | {"data", "inference", "training", "transfer"},
     "cli": BASE | MODEL | MERGE | WORK | {"synthesis", "transfer", "config", "planning", "study"},
 }
 

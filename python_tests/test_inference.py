@@ -9,9 +9,16 @@ from timm_ext.data.prepare import PrepareSettings
 from timm_ext.data.tasks import TASKS, Region, Task
 from timm_ext.data.volume import Volume, write_nifti
 from timm_ext.errors import InputError
-from timm_ext.inference import labels_from_probabilities, predict_case, predict_logits, predict_probabilities
+from timm_ext.inference import (
+    PredictSettings,
+    labels_from_probabilities,
+    predict_case,
+    predict_logits,
+    predict_probabilities,
+)
 from timm_ext.networks.registry import build_network
 
+EVERY_FLIP = PredictSettings(flips=(0, 1, 2))
 ONE = Task("one", ("T1",), (Region("bright", (1,)),), frozenset((0, 1)))
 
 
@@ -60,13 +67,17 @@ def test_windows_reproduce_a_voxelwise_network(window):
     images = torch.rand(1, 1, 11, 16, 9)
     model = _Voxelwise()
     with torch.no_grad():
-        assert torch.allclose(predict_logits(model, images, window=window), model(images), atol=1e-5)
+        assert torch.allclose(
+            predict_logits(model, images, PredictSettings(window=window)), model(images), atol=1e-5
+        )
 
 
 def test_window_is_rounded_up_to_the_network():
     with torch.no_grad():
         assert (
-            predict_logits(_network().eval(), torch.rand(1, 1, 12, 12, 12), window=(7, 6, 5)).shape[2:]
+            predict_logits(
+                _network().eval(), torch.rand(1, 1, 12, 12, 12), PredictSettings(window=(7, 6, 5))
+            ).shape[2:]
             == (12,) * 3
         )
 
@@ -94,14 +105,12 @@ def test_flips_average_all_eight_mirror_images():
                     ]
                     one = model(image.flip(axes)[None])[0].sigmoid()
                     expected += one.flip(axes) / 8
-    assert torch.allclose(
-        predict_probabilities(model, image, flips=(0, 1, 2), batch_size=3), expected, atol=1e-6
-    )
+    assert torch.allclose(predict_probabilities(model, image, EVERY_FLIP, batch_size=3), expected, atol=1e-6)
     assert not torch.allclose(predict_probabilities(model, image), expected, atol=1e-3)
 
 
 def test_flips_symmetrise():
-    probabilities = predict_probabilities(_Ramp(), torch.zeros(1, 4, 4, 6), flips=(0, 1, 2))
+    probabilities = predict_probabilities(_Ramp(), torch.zeros(1, 4, 4, 6), EVERY_FLIP)
     assert torch.allclose(probabilities, torch.full((1, 4, 4, 6), 0.5), atol=1e-6)
 
 
@@ -110,25 +119,24 @@ def test_only_the_wanted_axes_are_mirrored():
     image = torch.randn(1, 8, 8, 12)
     with torch.no_grad():
         expected = (model(image[None])[0].sigmoid() + model(image.flip(1)[None])[0].sigmoid().flip(1)) / 2
-    assert torch.allclose(predict_probabilities(model, image, flips=(0,)), expected, atol=1e-6)
-    with pytest.raises(InputError, match=r"flips: expected spatial axes out of 0, 1, 2 \(got \[3\]\)"):
-        predict_probabilities(model, image, flips=(3,))
+    assert torch.allclose(
+        predict_probabilities(model, image, PredictSettings(flips=(0,))), expected, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(("batch_size", "batches"), [(8, [8]), (3, [3, 3, 2])])
 def test_mirror_images_are_batched(batch_size, batches):
     model = _Voxelwise()
-    predict_probabilities(model, torch.rand(1, 4, 4, 4), flips=(0, 1, 2), batch_size=batch_size)
+    predict_probabilities(model, torch.rand(1, 4, 4, 4), EVERY_FLIP, batch_size=batch_size)
     assert model.batches == batches
 
 
 def test_mixed_precision_is_close():
     model = _network().eval()
     image = torch.randn(1, 8, 8, 12)
-    exact, mixed = (
-        predict_probabilities(model, image),
-        predict_probabilities(model, image, precision="bfloat16"),
-    )
+    exact = predict_probabilities(model, image)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = predict_probabilities(model, image)
     assert mixed.dtype == torch.float32
     assert 0 < (exact - mixed).abs().max() < 0.05
 
@@ -165,10 +173,14 @@ def test_disjoint_regions_take_the_likeliest_above_the_threshold():
 
 def test_wrong_arguments_are_refused():
     model, image = _Voxelwise(), torch.zeros(1, 1, 4, 4, 4)
-    with pytest.raises(InputError, match=r"window: expected three positive edges \(got \[0, 4, 4\]\)"):
-        predict_logits(model, image, window=(0, 4, 4))
-    with pytest.raises(InputError, match=r"overlap: must lie in \[0, 1\) \(got 1\.0\)"):
-        predict_logits(model, image, window=(4, 4, 4), overlap=1.0)
+    for changes, message in (
+        ({"window": (0, 4, 4)}, r"window\.0: expected a whole number from 1 to 4096 \(got 0\)"),
+        ({"overlap": 1.0}, r"overlap: expected a finite number at least 0 and less than 1 \(got 1\.0\)"),
+        ({"flips": (3,)}, r"flips\.0: expected a whole number from 0 to 2 \(got 3\)"),
+        ({"threshold": 0}, r"threshold: expected a finite number greater than 0 and less than 1 \(got 0\)"),
+    ):
+        with pytest.raises(InputError, match=f"prediction: {message}"):
+            PredictSettings(**changes)
     with pytest.raises(InputError, match=r"expected an image \[C, D, H, W\] \(got shape \[1, 1, 4, 4, 4\]\)"):
         predict_probabilities(model, image)
     with pytest.raises(InputError, match=r"expected probabilities \[3, D, H, W\] for task brats"):
@@ -208,9 +220,8 @@ def test_case_is_written_on_the_grid_of_its_input(tmp_path, window):
         ONE,
         PrepareSettings(normalise="none", margin=1),
         tmp_path / "out/labels.nii.gz",
+        PredictSettings(window=window, flips=(0, 1, 2)),
         probabilities_path=tmp_path / "out/probabilities.nii.gz",
-        window=window,
-        flips=(0, 1, 2),
     )
     written, source = nib.load(tmp_path / "out/labels.nii.gz"), nib.load(tmp_path / "scan.nii.gz")
     assert written.shape == source.shape

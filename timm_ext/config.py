@@ -4,7 +4,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -19,15 +19,13 @@ from pydantic import (
 
 from timm_ext.data.prepare import PrepareSettings
 from timm_ext.documents import Location, parse_yaml, read_yaml, validated
-from timm_ext.documents.bounds import MOST_BATCH, MOST_CASES, MOST_EDGE, MOST_SEED
+from timm_ext.documents.fields import Batch, Cases, Edges, Seed
 from timm_ext.errors import InputError, printable, shown
 from timm_ext.files import atomic_write
+from timm_ext.inference import PredictSettings
 from timm_ext.training.settings import TrainSettings
 from timm_ext.transfer.adapt import AdaptSettings
 from timm_ext.transfer.start import Recipe
-
-Edge = Annotated[int, Field(ge=1, le=MOST_EDGE)]
-Axis = Annotated[int, Field(ge=0, le=2)]
 
 _MOST_PARTS = 8  # of the name of a setting
 
@@ -88,29 +86,12 @@ class FisherSettings(Section):
 
     likelihood: Literal["bernoulli", "categorical", "dice"] = "bernoulli"
     labels: Literal["sampled", "true"] = "sampled"
-    samples: int = Field(default=1, ge=1, le=MOST_CASES)
-    seed: int = Field(default=0, ge=0, le=MOST_SEED)
-    batch_size: int = Field(default=1, ge=1, le=MOST_BATCH)
-    patch: tuple[Edge, Edge, Edge] | None = None
-    patches: int = Field(default=4, ge=1, le=MOST_CASES)
+    samples: Cases = 1
+    seed: Seed = 0
+    batch_size: Batch = 1
+    patch: Edges | None = None
+    patches: Cases = 4
     strict: bool = True
-
-
-class PredictSettings(Section):
-    """How a network is applied to a whole scan.
-
-    Attributes:
-        window: edges of the sliding window in voxels; None takes the whole prepared volume at once.
-        overlap: share of a window that its neighbour covers.
-        flips: axes along which mirror images are averaged: 0 left–right, 1 front–back, 2 up–down; only those
-            that training mirrored.
-        threshold: probability from which a voxel belongs to a region.
-    """
-
-    window: tuple[Edge, Edge, Edge] | None = None
-    overlap: float = Field(default=0.5, ge=0, lt=1)
-    flips: tuple[Axis, ...] = Field(default=(), max_length=3)
-    threshold: float = Field(default=0.5, gt=0, lt=1)
 
 
 class RunSettings(Section):

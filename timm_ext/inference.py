@@ -5,32 +5,50 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain, combinations
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from monai.inferers.utils import sliding_window_inference
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from timm_ext.data.formats.cases import Case
 from timm_ext.data.prepare import Prepared, PrepareSettings, prepare_case, restore
 from timm_ext.data.tasks import Labels, Task
 from timm_ext.data.volume import Volume, write_nifti
+from timm_ext.documents.fields import Edges, Share, number, refused_as, whole
 from timm_ext.errors import InputError
 from timm_ext.modes import evaluating
 from timm_ext.networks.registry import size_divisor_of
 
-Precision = Literal["float32", "bfloat16", "float16"]
+Axis = Annotated[int, whole(0, 2)]
+
+
+@refused_as("prediction")
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class PredictSettings:
+    """How a network is applied to a whole scan.
+
+    Attributes:
+        window: edges D, H, W of the sliding window in voxels, rounded up to what the network takes; None
+            takes the whole volume at once.
+        overlap: share of a window that its neighbour covers.
+        flips: axes (0 left–right, 1 front–back, 2 up–down in RAS) along which mirror images are averaged, in
+            all combinations. Only those that training mirrored: a network that has learned where a structure
+            lies loses it otherwise.
+        threshold: probability above which a voxel belongs to a region.
+    """
+
+    window: Edges | None = None
+    overlap: Share = 0.5
+    flips: Annotated[tuple[Axis, ...], Field(max_length=3)] = ()
+    threshold: Annotated[float, number(0, above=True, below=1)] = 0.5
 
 
 def predict_logits(
-    model: nn.Module,
-    images: Tensor,
-    *,
-    window: Sequence[int] | None = None,
-    overlap: float = 0.5,
-    batch_size: int = 4,
+    model: nn.Module, images: Tensor, settings: PredictSettings | None = None, *, batch_size: int = 4
 ) -> Tensor:
     """Apply a network to whole volumes of any size; gradients and modes are left to the caller.
 
@@ -41,39 +59,31 @@ def predict_logits(
     Args:
         model: from `[B, C, D, H, W]` to logits `[B, R, D, H, W]`.
         images: `[B, C, D, H, W]`.
-        window: edges D, H, W of the sliding window, rounded up to what the network takes; None for whole
-            volumes.
-        overlap: share of a window that its neighbour covers.
+        settings: window and overlap.
         batch_size: windows per pass.
 
     Returns:
         Logits `[B, R, D, H, W]`.
 
     Raises:
-        InputError: the window or the overlap makes no sense, or the network returns something else than one
-            map.
+        InputError: the network returns something else than one map.
     """
-    divisor = size_divisor_of(model)
-    if window is None:
-        size = fitting_size(images.shape[2:], divisor)
-        padding = [
-            length
-            for edge, full in zip(images.shape[:1:-1], size[::-1], strict=True)
-            for length in (0, full - edge)
-        ]
+    settings, divisor = settings or PredictSettings(), size_divisor_of(model)
+    if settings.window is None:
+        edges = images.shape[2:]
+        ends = zip(edges[::-1], fitting_size(edges, divisor)[::-1], strict=True)
+        padding = [length for edge, full in ends for length in (0, full - edge)]
+        depth, height, width = edges
         logits = _checked(model(nn.functional.pad(images, padding)))
-        depth, height, width = images.shape[2:]
         return logits[:, :, :depth, :height, :width]
-    if len(window) != 3 or min(window) < 1:
-        raise InputError(f"window: expected three positive edges (got {list(window)})")
-    if not 0 <= overlap < 1:
-        raise InputError(f"overlap: must lie in [0, 1) (got {overlap})")
+    from monai.inferers.utils import sliding_window_inference  # slow to load
+
     result = sliding_window_inference(
         images,
-        roi_size=fitting_size(window, divisor),
+        roi_size=fitting_size(settings.window, divisor),
         sw_batch_size=batch_size,
         predictor=lambda part: _checked(model(part)),
-        overlap=overlap,
+        overlap=settings.overlap,
         mode="gaussian",
     )
     assert isinstance(result, Tensor)
@@ -81,54 +91,38 @@ def predict_logits(
 
 
 def predict_probabilities(
-    model: nn.Module,
-    image: Tensor,
-    *,
-    window: Sequence[int] | None = None,
-    overlap: float = 0.5,
-    flips: Sequence[int] = (),
-    batch_size: int = 4,
-    precision: Precision = "float32",
-    device: torch.device | str | None = None,
+    model: nn.Module, image: Tensor, settings: PredictSettings | None = None, *, batch_size: int = 4
 ) -> Tensor:
     """Predict the probability of every region in every voxel: σ(logits), or its mean over mirror images.
 
     Args:
-        model: from `[B, C, D, H, W]` to logits `[B, R, D, H, W]`; evaluated without dropout, each
-            module's own mode is restored.
+        model: from `[B, C, D, H, W]` to logits `[B, R, D, H, W]`; evaluated without dropout where it is,
+            each module's own mode is restored.
         image: `[C, D, H, W]`.
-        window: see `predict_logits`.
-        overlap: see `predict_logits`.
-        flips: spatial axes (0 left–right, 1 front–back, 2 up–down in RAS) along which mirror images are
-            averaged, in all combinations. Only for axes that the network saw mirrored in training: one that
-            has learned where a structure lies loses it otherwise.
+        settings: window, overlap and flips.
         batch_size: volumes or windows per pass. PyTorch's CPU convolutions are slow for a batch of one
             small volume, so that mirror images and windows cost less together.
-        precision: of the network's arithmetic (automatic mixed precision); the average is float32.
-        device: where to compute, the model is moved there; None is where the model is.
 
     Returns:
         `[R, D, H, W]` float32 on the CPU.
 
     Raises:
-        InputError: the image is not `[C, D, H, W]`, an axis is not spatial, or as for `predict_logits`.
+        InputError: the image is not `[C, D, H, W]`, or as for `predict_logits`.
     """
     if image.ndim != 4:
         raise InputError(f"prediction: expected an image [C, D, H, W] (got shape {list(image.shape)})")
-    place = torch.device(device) if device is not None else _device_of(model)
-    model.to(place)
-    if not set(flips) <= {0, 1, 2}:
-        raise InputError(f"flips: expected spatial axes out of 0, 1, 2 (got {list(flips)})")
-    spatial = sorted({axis + 2 for axis in flips})
+    settings = settings or PredictSettings()
+    spatial = sorted({axis + 2 for axis in settings.flips})
     axes = list(chain.from_iterable(combinations(spatial, n) for n in range(len(spatial) + 1)))
-    per_pass = batch_size if window is None else 1
+    per_pass = batch_size if settings.window is None else 1
+    parameter = next(model.parameters(), image)
     total: Tensor | float = 0.0
-    with torch.inference_mode(), evaluating(model), _autocast(place, precision):
-        batch = image.to(place)[None]
+    with torch.inference_mode(), evaluating(model):
+        batch = image.to(parameter.device)[None]
         for start in range(0, len(axes), per_pass):
             chosen = axes[start : start + per_pass]
             mirrored = torch.cat([batch.flip(each) for each in chosen])
-            logits = predict_logits(model, mirrored, window=window, overlap=overlap, batch_size=batch_size)
+            logits = predict_logits(model, mirrored, settings, batch_size=batch_size)
             for each, one in zip(chosen, logits.float().sigmoid().split(1), strict=True):
                 total = total + one.flip(each)
     assert isinstance(total, Tensor)
@@ -178,18 +172,11 @@ def predict_case(
     model: nn.Module,
     case: Case,
     task: Task,
-    settings: PrepareSettings,
+    prepare: PrepareSettings,
     out_path: Path | str,
+    settings: PredictSettings | None = None,
     *,
-    cache: Path | str | None = None,
     probabilities_path: Path | str | None = None,
-    threshold: float = 0.5,
-    window: Sequence[int] | None = None,
-    overlap: float = 0.5,
-    flips: Sequence[int] = (),
-    batch_size: int = 4,
-    precision: Precision = "float32",
-    device: torch.device | str | None = None,
     check: Callable[[Prepared], None] | None = None,
 ) -> Labels:
     """Segment a case and write the label map on the grid of its own files: same shape, same affine.
@@ -201,17 +188,10 @@ def predict_case(
         model: the network of the task.
         case: the input files; a label file is not needed and not read.
         task: names the modalities and the regions.
-        settings: the preparation that the network was trained with.
+        prepare: the preparation that the network was trained with.
         out_path: the label map, `.nii` or `.nii.gz`.
-        cache: folder of prepared cases; None prepares anew.
+        settings: of the prediction.
         probabilities_path: also write `[R, D, H, W]` float32 here, regions as NIfTI's fourth axis.
-        threshold: see `labels_from_probabilities`.
-        window: see `predict_logits`.
-        overlap: see `predict_logits`.
-        flips: see `predict_probabilities`.
-        batch_size: see `predict_probabilities`.
-        precision: see `predict_probabilities`.
-        device: see `predict_probabilities`.
         check: called with the prepared case before the network sees it, to refuse what memory does not hold.
 
     Returns:
@@ -220,21 +200,13 @@ def predict_case(
     Raises:
         InputError: the case cannot be prepared, does not fit the network, or the result cannot be written.
     """
-    prepared = prepare_case(replace(case, label=None), task, settings, cache)
+    settings = settings or PredictSettings()
+    prepared = prepare_case(replace(case, label=None), task, prepare, None)
     if check is not None:
         check(prepared)
-    probabilities = predict_probabilities(
-        model,
-        torch.from_numpy(np.array(prepared.image)),
-        window=window,
-        overlap=overlap,
-        flips=flips,
-        batch_size=batch_size,
-        precision=precision,
-        device=device,
-    )
+    probabilities = predict_probabilities(model, torch.from_numpy(np.array(prepared.image)), settings)
     restored = restore(probabilities.numpy(), prepared)
-    labels = labels_from_probabilities(restored, task, threshold)
+    labels = labels_from_probabilities(restored, task, settings.threshold)
     source = case.images[task.modalities[0]]
     affine = prepared.grid.input_affine
     if probabilities_path is not None:
@@ -256,13 +228,3 @@ def _checked(logits: object) -> Tensor:
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise InputError(f"network: expected one map of logits [B, R, D, H, W] (got {got})")
     return logits
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    parameter = next(model.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
-
-
-def _autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

@@ -1,6 +1,7 @@
 """Commands that use a trained network: predict and evaluate."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -92,6 +93,9 @@ def predict(
     labels = [scan.label for scan in scans if scan.label is not None]
     check_outputs([file for files in outputs for file in files], [*inputs, *labels])
     tell_far_scans(settings, scans)
+    wanted = settings.predict
+    if flips and not wanted.flips:
+        wanted = replace(wanted, flips=(0,))
     for scan, (label_map, *more) in track(zip(scans, outputs, strict=True), "Segmenting", total=len(scans)):
         predict_case(
             model,
@@ -99,11 +103,8 @@ def predict(
             chosen,
             settings.prepare,
             label_map,
+            wanted,
             probabilities_path=more[0] if more else None,
-            threshold=settings.predict.threshold,
-            window=settings.predict.window,
-            overlap=settings.predict.overlap,
-            flips=settings.predict.flips or ((0,) if flips else ()),
             check=within_memory(settings, config_of(model)),
         )
     note_settings(out, settings, folder=True)
@@ -185,7 +186,6 @@ def _refuse_run(out: Path) -> None:
 
 
 def _evaluate(predictions: Path, truth: Path, task: "Task") -> "Evaluation":
-    from dataclasses import replace
 
     from timm_ext.data.formats.cases import check_names_beside
     from timm_ext.data.volume_file import volume_files

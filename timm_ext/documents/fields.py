@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, ValidationError
 
 from timm_ext.documents import refusal
-from timm_ext.documents.bounds import MOST_BATCH, MOST_EDGE, MOST_SEED, MOST_STEPS, MOST_WORKERS
+from timm_ext.documents.bounds import MOST_BATCH, MOST_CASES, MOST_EDGE, MOST_SEED, MOST_STEPS, MOST_WORKERS
 
 Kind = TypeVar("Kind")
 
@@ -41,6 +41,7 @@ Steps = Annotated[int, whole(1, MOST_STEPS)]
 Batch = Annotated[int, whole(1, MOST_BATCH)]
 Workers = Annotated[int, whole(0, MOST_WORKERS)]
 Seed = Annotated[int, whole(0, MOST_SEED)]
+Cases = Annotated[int, whole(1, MOST_CASES)]
 Edge = Annotated[int, whole(1, MOST_EDGE)]
 Edges = tuple[Edge, Edge, Edge]
 Rate = Annotated[float, number(0, above=True)]

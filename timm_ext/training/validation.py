@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from timm_ext.data.dataset import Sample, collate
 from timm_ext.errors import InputError
-from timm_ext.inference import predict_logits
+from timm_ext.inference import PredictSettings, predict_logits
 from timm_ext.modes import evaluating
 from timm_ext.training.examples import Examples
 from timm_ext.training.objective import Loss
@@ -47,6 +47,7 @@ def validate(
     Raises:
         InputError: the loss of a case is not finite.
     """
+    window = PredictSettings(window=settings.patch)
     losses: list[float] = []
     dices: list[list[float]] = []
     # The bare model, since processes may have different numbers of batches and must not wait for each other.
@@ -54,7 +55,7 @@ def validate(
         for batch in _batches(cases, fabric.global_rank, fabric.world_size, settings.batch_size):
             images, targets = fabric.to_device((batch["image"], batch["target"]))
             with fabric.autocast():
-                logits = predict_logits(model, images, window=settings.patch).float()
+                logits = predict_logits(model, images, window).float()
             for name, one, target in zip(batch["id"], logits.split(1), targets.split(1), strict=True):
                 value = loss(one, target).item()
                 if not math.isfinite(value):
