@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from timm_ext.data.formats.cases import Case
+from timm_ext.data.grid import Triple
 from timm_ext.data.prepare import Prepared, PrepareSettings, prepare_case, restore
 from timm_ext.data.tasks import Labels, Task
 from timm_ext.data.volume import Volume, write_nifti
@@ -215,12 +216,12 @@ def predict_case(
     return labels
 
 
-def fitting_size(size: Sequence[int], divisor: int) -> tuple[int, ...]:
+def fitting_size(size: Sequence[int], divisor: int) -> Triple:
     """Round edges up to a network's divisor, one edge further where the coarsest grid would be one voxel."""
-    edges = [math.ceil(edge / divisor) * divisor for edge in size]
-    if divisor > 1 and all(edge == divisor for edge in edges):
-        edges[-1] *= 2
-    return tuple(edges)
+    depth, height, width = (math.ceil(edge / divisor) * divisor for edge in size)
+    if divisor > 1 and depth == height == width == divisor:
+        width *= 2
+    return depth, height, width
 
 
 def _checked(logits: object) -> Tensor:

@@ -186,7 +186,6 @@ def _refuse_run(out: Path) -> None:
 
 
 def _evaluate(predictions: Path, truth: Path, task: "Task") -> "Evaluation":
-
     from timm_ext.data.formats.cases import check_names_beside
     from timm_ext.data.volume_file import volume_files
     from timm_ext.metrics import evaluate_folder, evaluate_pairs

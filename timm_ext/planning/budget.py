@@ -1,17 +1,21 @@
-"""The machine that a plan is made for: its kind and its memory."""
+"""The machine that a plan is made for: its kind, its memory, and what of it prepared cases take."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf, prod
 from typing import Literal
 
 import torch
 
+from timm_ext.data.prepare import Prepared
 from timm_ext.system.machine import available_memory, total_memory
 
 GIB = 1024**3
 _SHARE = {"cpu": 0.25, "gpu": 0.8}
 _MOST = {"cpu": 2 * GIB, "gpu": 16 * GIB}
 _CPU_FLOPS = 350e9
+_HELD = 0.25  # of the memory, by prepared cases
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Machine:
     @property
     def step_flops(self) -> float:
         """Most floating-point operations of a step: some seconds on a CPU, what memory allows on a GPU."""
-        return _CPU_FLOPS if self.kind == "cpu" else float("inf")
+        return _CPU_FLOPS if self.kind == "cpu" else inf
 
 
 def this_machine(accelerator: str = "auto", devices: int = 1) -> Machine:
@@ -65,3 +69,24 @@ def free_memory(machine: Machine) -> int:
         return available_memory()
     free: int = torch.cuda.mem_get_info(0)[0]
     return free
+
+
+def keep_in_memory(cases: Sequence[Prepared], channels: int, processes: int = 1) -> bool:
+    """Tell whether prepared cases are held in memory, or read for each sample.
+
+    Args:
+        cases: prepared cases.
+        channels: of their images.
+        processes: that each hold them, in up to a quarter of the memory together.
+    """
+    return processes * _bytes(cases, channels) <= _HELD * total_memory()
+
+
+def held_bytes(cases: Sequence[Prepared], channels: int, processes: int = 1) -> int:
+    """Return the bytes of prepared cases that a process holds; arguments as for `keep_in_memory`."""
+    return _bytes(cases, channels) if keep_in_memory(cases, channels, processes) else 0
+
+
+def _bytes(cases: Sequence[Prepared], channels: int) -> int:
+    """Return the bytes of the images (float32) and labels (uint8)."""
+    return sum(prod(case.shape) * (4 * channels + case.has_label) for case in cases)

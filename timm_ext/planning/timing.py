@@ -25,7 +25,7 @@ def step_seconds(model: nn.Module, plan: TrainingPlan, machine: Machine) -> floa
     device = torch.device("cuda" if machine.kind == "gpu" else "cpu")
     share = max(plan.batch_size // machine.devices, 1)
     voxels = plan.voxels // plan.batch_size
-    size: tuple[int, ...] = plan.size
+    size = plan.size
     if device.type == "cpu":
         size = fitting_size([min(edge, _EDGE) for edge in size], plan.footprint.divisor)
     copied = copy.deepcopy(model).to(device).train()

@@ -136,7 +136,7 @@ def plan_training(
     plan = TrainingPlan(
         network=network,
         patch=patch,
-        size=_triple(size),
+        size=size,
         batch_size=batch,
         steps=choice.steps or ceil(choice.share * steps),
         validate_every=epoch,
@@ -180,7 +180,7 @@ def _shrunk(patch: Triple, median: Any, batch: int, machine: Machine, choice: Ch
     while True:
         footprint = footprint_of(_of_depth(choice, patch))
         divisor = footprint.divisor
-        patch = _triple(fitting_size(patch, divisor))
+        patch = fitting_size(patch, divisor)
         voxels = batch * prod(patch)
         fits = footprint.step_bytes(ceil(voxels / machine.devices)) <= machine.step_bytes
         smaller = [axis for axis in range(3) if patch[axis] - divisor >= max(_SMALLEST_EDGE, divisor)]
@@ -188,7 +188,8 @@ def _shrunk(patch: Triple, median: Any, batch: int, machine: Machine, choice: Ch
             return patch
         # Of axes that cover alike shares of the median shape the longest.
         axis = max(smaller, key=lambda axis: (round(patch[axis] / median[axis], 2), patch[axis]))
-        patch = _triple([edge - divisor * (place == axis) for place, edge in enumerate(patch)])
+        depth, height, width = (edge - divisor * (place == axis) for place, edge in enumerate(patch))
+        patch = depth, height, width
 
 
 def _of_depth(choice: Choice, patch: Triple | None, *, exact: bool = False) -> dict[str, Any]:
@@ -217,8 +218,3 @@ def _larger(batch: int, voxels: int, all_voxels: float, footprint: Footprint, ma
     room = int((machine.step_bytes - footprint.step_bytes(0)) // one) * machine.devices
     wanted = min(room, round(_MOST_OF_DATA * all_voxels / voxels))
     return max(batch, wanted // machine.devices * machine.devices)
-
-
-def _triple(values: Sequence[int]) -> Triple:
-    first, second, third = values
-    return first, second, third
