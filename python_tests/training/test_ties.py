@@ -211,7 +211,7 @@ PROGRAM = """
 import os, signal, sys
 sys.path.insert(0, {here!r})
 from examples_for_tests import Blobs, Kill
-from test_transfer import tied_run
+from test_ties import tied_run
 
 kill, cases = Kill("sample", 17), Blobs(5)
 original = cases.sample
