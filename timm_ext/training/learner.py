@@ -7,13 +7,13 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from timm_ext.errors import InputError
+from timm_ext.errors import InputError, listed
 from timm_ext.system.signals import received
 from timm_ext.training.examples import dropout_seed
 from timm_ext.training.log import Row
 from timm_ext.training.objective import Objective
 from timm_ext.training.parameter_groups import hold_back, rate_columns
-from timm_ext.training.saved import SavedRun, check_adam, check_scaler
+from timm_ext.training.saved import SavedRun, check_adam
 from timm_ext.training.schedule import Schedule
 from timm_ext.training.settings import TrainSettings
 from timm_ext.training.ties import make_tie
@@ -124,7 +124,11 @@ class Learner:
                 "training leaves as they are, such as source networks, Fishers or frozen layers)"
             )
         check_adam(saved.optimizer, self._adam, saved.step, where)
-        check_scaler(saved.scaler, self.fabric.strategy.precision.state_dict(), where)
+        scaler = self.fabric.strategy.precision.state_dict()
+        if saved.scaler.keys() != scaler.keys():
+            raise InputError(
+                f"{where}: expected the loss scaling {listed(scaler) or 'none'} (got {listed(saved.scaler)})"
+            )
 
     def restore(self, saved: SavedRun, where: object) -> None:
         """Take over a state that fits."""

@@ -7,6 +7,7 @@ from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
+from timm_ext.documents import validated
 from timm_ext.files import remove_stale_partials, write_json
 from timm_ext.system.signals import Interrupted, ending, received, uninterrupted
 from timm_ext.training.callbacks import Callback, check_observations, observer_of
@@ -14,7 +15,7 @@ from timm_ext.training.examples import BatchOrder, Data, LoaderDiedError, identi
 from timm_ext.training.history import History
 from timm_ext.training.learner import Learner
 from timm_ext.training.log import Row, RunLog
-from timm_ext.training.saved import SavedRun, check_data, check_rows, saved_run
+from timm_ext.training.saved import SavedRun, check_data, check_rows
 from timm_ext.training.settings import check_facts
 from timm_ext.training.state import STATE_NAME, load_state, refuse_begun, save_state
 from timm_ext.training.validation import Validation, validate
@@ -257,7 +258,7 @@ class Run:
     def _load(self) -> SavedRun:
         """Read the state in the folder, and refuse that of another run before anything of it is used."""
         where = self.state_path
-        saved = saved_run(load_state(where), where)
+        saved = validated(SavedRun, load_state(where), f"{where}: expected the state of a training run")
         self.settings.check_resume(saved.settings, where)
         check_facts(saved.facts, self.facts, where)
         check_data(saved.data, self.identities, where)

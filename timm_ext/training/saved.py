@@ -5,11 +5,10 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 from torch import Tensor
 from torch.optim import Optimizer
 
-from timm_ext.documents import validated
 from timm_ext.errors import InputError, listed, shown
 from timm_ext.training.log import Row
 
@@ -72,26 +71,17 @@ class SavedData(_Part):
 
 
 class SavedRun(_Part):
-    """All that the next step of a run depends on.
+    """All that the next step of a run depends on; see `History` for what is observed and timed.
 
     Attributes:
-        settings: of the run, as JSON values.
-        facts: other values that it depends on, by name.
-        data: what it is trained on.
+        facts: other values than settings that it depends on.
         frozen: `frozen_digest` of the model.
         step: steps taken.
         row: of the step whose validation and log are still to be done, if there is one.
-        log: the rows so far.
-        weights: that change in training, by name.
-        optimizer: its state.
+        weights: that change in training.
         scaler: of the precision.
-        schedule: its state.
-        best: of the lowest validation loss.
-        round_losses: losses of the steps since the last validation.
-        observations: see `History`.
-        seconds: see `History`.
-        times: see `History`.
-        start: of the weights that are tied, by name.
+        round_losses: of the steps since the last validation.
+        start: of the weights that are tied.
     """
 
     settings: Facts
@@ -112,35 +102,20 @@ class SavedRun(_Part):
     times: list[tuple[Count, Annotated[float, Field(ge=0)]]]
     start: Tensors
 
-
-def saved_run(tree: Any, where: object) -> SavedRun:
-    """Turn what a state's file holds into a state whose own parts agree with one another.
-
-    Raises:
-        InputError: a field is missing, of another type or out of its range; it is named.
-    """
-    saved = validated(SavedRun, tree, f"{where}: expected the state of a training run")
-    for problem in _contradictions(saved):
-        raise InputError(f"{where}: expected the state of a training run ({problem})")
-    return saved
-
-
-def _contradictions(saved: SavedRun) -> Iterator[str]:
-    step = saved.step
-    if saved.best is not None and not 0 < saved.best.step <= step:
-        yield f"the best weights are of step {saved.best.step} of {step}"
-    if (
-        len(saved.round_losses) > step
-        or saved.schedule.since_best > step
-        or saved.schedule.since_halved > step
-    ):
-        yield f"more losses and validations than the {step} steps"
-    for name, steps in (("observations", saved.observations), ("times", saved.times)):
-        found = [point for point, _ in steps]
-        if found != sorted(found) or any(point > step for point in found):
-            yield f"{name} at other steps than 0 to {step}"
-    if saved.row is not None and saved.row.get("loss") is None:
-        yield "the last step has no loss"
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> "SavedRun":
+        step = self.step
+        if self.best is not None and not 0 < self.best.step <= step:
+            raise ValueError(f"the best weights are of step {self.best.step} of {step}")
+        if max(len(self.round_losses), self.schedule.since_best, self.schedule.since_halved) > step:
+            raise ValueError(f"more losses and validations than the {step} steps")
+        for name, steps in (("observations", self.observations), ("times", self.times)):
+            found = [point for point, _ in steps]
+            if found != sorted(found) or any(point > step for point in found):
+                raise ValueError(f"{name} at other steps than 0 to {step}")
+        if self.row is not None and self.row.get("loss") is None:
+            raise ValueError("the last step has no loss")
+        return self
 
 
 def check_adam(saved: SavedAdam, optimizer: Optimizer, step: int, where: object) -> None:
@@ -186,16 +161,6 @@ def _wrong_moments(saved: SavedAdam, optimizer: Optimizer, step: int) -> Iterato
                 yield f"{name} of parameter {index} is not {list(like.shape)} of finite numbers"
             elif name == "exp_avg_sq" and bool((moment < 0).any()):
                 yield f"{name} of parameter {index} is negative"
-
-
-def check_scaler(saved: dict[str, int | float], own: dict[str, Any], where: object) -> None:
-    """Compare the saved state of a precision with that of the same precision.
-
-    Raises:
-        InputError: it has other fields.
-    """
-    if saved.keys() != own.keys():
-        raise InputError(f"{where}: expected the loss scaling {listed(own) or 'none'} (got {listed(saved)})")
 
 
 def check_data(saved: SavedData, own: Mapping[str, Facts | None], where: object) -> None:
