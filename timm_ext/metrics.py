@@ -85,16 +85,7 @@ def evaluate_case(
 
 
 def dice_by_region(prediction: npt.ArrayLike, truth: npt.ArrayLike, task: Task) -> dict[str, float]:
-    """Return the Dice of `evaluate_case` alone; distances between surfaces take most of its time.
-
-    Args:
-        prediction: see `evaluate_case`.
-        truth: see `evaluate_case`.
-        task: see `evaluate_case`.
-
-    Raises:
-        InputError: as for `evaluate_case`.
-    """
+    """Return the Dice of `evaluate_case` alone, whose time the distances between surfaces take."""
     return {region: _dice(one, other) for region, (one, other) in _pairs(prediction, truth, task).items()}
 
 
@@ -120,12 +111,8 @@ def evaluate_pairs(
     Args:
         pairs: prediction and truth by case.
         task: names the regions.
-        out_dir: receives `metrics.json` (cases and summary) and `metrics.csv` (a row per case and region);
-            None writes nothing.
+        out_dir: for `write_evaluation`; None writes nothing.
         declared: label numbers that the data set of the truths says it uses, as for `Task.read_labels`.
-
-    Returns:
-        The scores of all cases and their summary.
 
     Raises:
         InputError: no case, a case that cannot be scored, predictions or truths that number a region in two
@@ -156,15 +143,8 @@ def evaluate_folder(
 ) -> Evaluation:
     """Score every label file of a folder against the file of the same name (whatever its suffix) in another.
 
-    Args:
-        predictions: folder of predicted label maps; see `no_label_maps` for what is left out.
-        truths: folder of true label maps; further ones there are told as `unpredicted`.
-        task: names the regions.
-        out_dir: see `evaluate_pairs`.
-        declared: see `evaluate_pairs`.
-
-    Returns:
-        The scores of all cases and their summary.
+    Predictions that are no label maps (`no_label_maps`) are left out; other arguments are those of
+    `evaluate_pairs`.
 
     Raises:
         InputError: no prediction, one without a truth (all of them are named), or as for `evaluate_pairs`.
