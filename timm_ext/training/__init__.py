@@ -1,1 +1,1 @@
-"""Training: one trainer, and the stages of the method on top of it."""
+"""Training: one trainer, what it makes small, and what watches it."""
