@@ -31,12 +31,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     )
 
 
-def csv_table(rows: Sequence[dict[str, str]], columns: Sequence[str] | None = None) -> str:
-    """Return the rows of a CSV as a Markdown table."""
-    header = columns or list(rows[0])
-    return table(header, [[row[column] for column in header] for row in rows])
-
-
 def span(values: Iterable[float], form: str = ".1f") -> str:
     """Return the smallest and the largest value, or the one that both are as printed."""
     numbers = list(values)

@@ -2,34 +2,26 @@
 
 import math
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.pages.tables import Facts, csv_table, read_csv, read_json, signed, table
-
-
-def differences(folder: str) -> dict[str, float]:
-    """Return each initialisation's lead over one from scratch."""
-    ending = " − From scratch"
-    return {
-        row["Difference"].removesuffix(ending): float(row["Mean"])
-        for row in read_csv(f"{folder}/comparisons.csv")
-        if row["Difference"].endswith(ending)
-    }
+from benchmarks.pages.tables import Facts, read_csv, read_json, signed, table
 
 
 def demo() -> Facts:
     """Facts of the demo on phantoms, on another CPU, and on label maps."""
     runs = {}
     for name, folder in {"phantoms": "demo", "other": "demo/other-cpu", "maps": "demo-label-maps"}.items():
-        compared = read_csv(f"{folder}/comparisons.csv")
-        over = differences(folder)
+        dice = read_csv(f"{folder}/dice.csv")
+        compared = _compared(folder, dice)
+        over = {row["first"]: float(row["mean"]) for row in compared if row["b"] == "scratch"}
         runs[name] = {
-            "dice": csv_table(read_csv(f"{folder}/dice.csv")),
-            "compared": csv_table([row for row in compared if row["Difference"].endswith(" − From scratch")]),
-            "beyond": [row["Difference"] for row in compared if row["Beyond chance"] == "yes"],
+            "dice": _dice_table(dice),
+            "compared": _comparison_table([row for row in compared if row["b"] == "scratch"]),
+            "beyond": [row["pair"] for row in compared if row["beyond_chance"] == "true"],
             "over": over,
             "fixed": [lead for title, lead in over.items() if not title.startswith("T-IMM")],
-            "mean": {row["Difference"]: float(row["Mean"]) for row in compared},
+            "mean": {row["pair"]: float(row["mean"]) for row in compared},
         }
     facts = {name: read_json(f"demo/{name}environment.json") for name in ("", "other-cpu/")}
     return {"runs": runs, "environment": facts[""], "other_environment": facts["other-cpu/"]}
@@ -37,24 +29,32 @@ def demo() -> Facts:
 
 def study() -> Facts:
     """Facts of the plan `small`."""
-    comparisons = {
-        (row["Difference"], row["Training cases"]): row for row in read_csv("study/small/comparisons.csv")
-    }
-    mean = {row["Initialisation"]: row for row in read_csv("study/small/dice.csv")}
-    forgotten = {row.pop("Initialisation"): row for row in read_csv("study/small/forgetting.csv")}
+    dice = [row for row in read_csv("study/small/dice.csv") if row["region"] == "mean"]
+    compared = {(row["pair"], row["train_cases"]): row for row in _compared("study/small", dice)}
+    mean = {(row["title"], row["train_cases"]): row for row in dice}
+    counts = list(dict.fromkeys(row["train_cases"] for row in dice))
+    titles = list(dict.fromkeys(title for title, _ in mean))
+    forgotten = read_csv("study/small/forgetting.csv")
+
+    def interval(row: dict[str, str]) -> str:
+        return "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**_numbers(row, "mean", "low", "high"))
+
     return {
-        "dice": csv_table(list(mean.values())),
-        "apart": lambda one, other, cases: signed(
-            float(mean[one][f"N = {cases}"].split()[0]) - float(mean[other][f"N = {cases}"].split()[0])
+        "dice": table(
+            ["Initialisation", *(f"N = {count}" for count in counts)],
+            [[title, *(interval(mean[title, count]) for count in counts)] for title in titles],
         ),
-        "p_of_runs": lambda one: comparisons[f"{one} − From scratch", "8"]["p (runs)"],
+        "apart": lambda one, other, cases: signed(
+            float(mean[one, str(cases)]["mean"]) - float(mean[other, str(cases)]["mean"])
+        ),
+        "p_of_runs": lambda one: f"{float(compared[f'{one} − From scratch', '8']['p_runs']):.3g}",
         "lead": lambda one, other="From scratch", cases=8: signed(
-            float(comparisons[f"{one} − {other}", str(cases)]["Mean"])
+            float(compared[f"{one} − {other}", str(cases)]["mean"])
         ),
         "forgetting": lambda title: " and ".join(
-            value.partition(" ")[0] for value in forgotten[title].values()
+            f"{float(row['mean']):.3f}" for row in forgotten if row["title"] == title
         ),
-        "compared": len(comparisons),
+        "compared": len(compared),
     }
 
 
@@ -110,3 +110,38 @@ def barrier() -> Facts:
     }
     ends = [row["plain"]["losses"][end] for row in result["rows"] for end in (0, -1)]
     return {"result": result, "table": table(header, rows), "losses": losses, "ends": ends}
+
+
+def _compared(folder: str, dice: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Return the comparisons of a folder with the titles of a, `first`, and of a − b, `pair`."""
+    titles = {row["method"]: row["title"] for row in dice}
+    rows = read_csv(f"{folder}/comparisons.csv")
+    return [
+        {**row, "first": titles[row["a"]], "pair": f"{titles[row['a']]} − {titles[row['b']]}"} for row in rows
+    ]
+
+
+def _dice_table(rows: Sequence[dict[str, str]]) -> str:
+    """Return mean ± SD of each initialisation in each region, with steps and seconds."""
+    regions = list(dict.fromkeys(row["region"] for row in rows))
+    lines = []
+    for title in dict.fromkeys(row["title"] for row in rows):
+        mine = {row["region"]: row for row in rows if row["title"] == title}
+        spreads = ["{mean:.3f} ± {sd:.3f}".format(**_numbers(mine[name], "mean", "sd")) for name in regions]
+        lines.append([title, mine["mean"]["steps"], *spreads, f"{float(mine['mean']['seconds']):.0f}"])
+    names = [name.capitalize() if name == "mean" else name for name in regions]
+    return table(["Initialisation", "Steps", *names, "Seconds"], lines)
+
+
+def _comparison_table(rows: Sequence[dict[str, str]]) -> str:
+    head = ["Difference", "Mean", "95 % interval", "SD over seeds", "p", "p (Holm)", "p (seeds)"]
+    lines = []
+    for row in rows:
+        mean, low, high, sd, *p = _numbers(row, "mean", "low", "high", "sd", "p", "p_holm", "p_runs").values()
+        told = [f"{mean:+.3f}", f"{low:+.3f} to {high:+.3f}", f"{sd:.3f}", *(f"{value:.3g}" for value in p)]
+        lines.append([row["pair"], *told, "yes" if row["beyond_chance"] == "true" else "no"])
+    return table([*head, "Beyond chance"], lines)
+
+
+def _numbers(row: dict[str, str], *names: str) -> dict[str, float]:
+    return {name: float(row[name]) for name in names}

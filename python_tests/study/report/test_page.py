@@ -91,7 +91,7 @@ def test_several_numbers_of_cases_stand_side_by_side(tmp_path):
     text = Page(write_report(study_results(), tmp_path)).text
     assert "N = 4" in text
     assert "N = 8" in text
-    assert "With 4 training cases: “T-IMM” gains" in text
+    assert "against “SCRATCH” with 4 training cases (95 % interval" in text
 
 
 def test_names_are_taken_as_they_are(tmp_path):

@@ -104,8 +104,10 @@ def differences_figure(results: Results) -> "Figure":
         axis.set_xlabel("test cases, sorted")
         axis.set_ylabel(f"Dice − {results.methods[reference]}")
         axis.locator_params(axis="x", integer=True)
-    if len(results.methods) > 1:
-        axes[len(references) - 1].legend(**_SIDE_LEGEND)
+    lines = {line.get_label(): line for axis in axes[: len(references)] for line in axis.lines}
+    shown = [title for title in results.methods.values() if title in lines]
+    if shown:
+        axes[len(references) - 1].legend([lines[title] for title in shown], shown, **_SIDE_LEGEND)
     return figure
 
 

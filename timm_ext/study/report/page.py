@@ -307,7 +307,10 @@ def _counts(results: Results) -> str:
 
 
 def _spreads(frame: pd.DataFrame) -> list[str]:
-    return [f"{_number(row.mean)} ± {_number(row.sd)}" for row in frame.itertuples()]
+    """Return mean ± standard deviation; of a single run the mean."""
+    return [
+        _number(row.mean) + (f" ± {_number(row.sd)}" if row.runs > 1 else "") for row in frame.itertuples()
+    ]
 
 
 def _ranges(frame: pd.DataFrame, digits: int = 3) -> list[str]:

@@ -35,15 +35,15 @@ def conclusions(results: Results, comparisons: pd.DataFrame) -> list[str]:
     for row in comparisons[comparisons["beyond_chance"]].itertuples():
         verb = "gains" if row.mean > 0 else "loses"
         sentences.append(
-            f"{_where(results, row.train_cases)}“{title[row.a]}” {verb} {abs(row.mean):.3f} mean Dice "
-            f"against “{title[row.b]}” (95 % interval {row.low:+.3f} to {row.high:+.3f}, Holm-corrected p = "
-            f"{row.p_holm:.3g}, rank-biserial correlation {row.effect:+.2f})."
+            f"“{title[row.a]}” {verb} {abs(row.mean):.3f} mean Dice against “{title[row.b]}”"
+            f"{_where(results, row.train_cases)} (95 % interval {row.low:+.3f} to {row.high:+.3f}, "
+            f"Holm-corrected p = {row.p_holm:.3g}, rank-biserial correlation {row.effect:+.2f})."
         )
     unclear = comparisons[~comparisons["beyond_chance"]]
     baseline = results.baselines[0]
     for count, rows in unclear[unclear["b"] == baseline].groupby("train_cases"):
         names = ", ".join(f"“{title[name]}”" for name in rows["a"])
-        sentences.append(f"{_where(results, count)}Not told apart from “{title[baseline]}” here: {names}.")
+        sentences.append(f"Not told apart from “{title[baseline]}”{_where(results, count)}: {names}.")
     if len(comparisons):
         sentences.append(
             f"{len(unclear)} of the {len(comparisons)} comparisons are not told apart from chance; the order "
@@ -81,4 +81,4 @@ def limits(results: Results, comparisons: int) -> list[str]:
 
 
 def _where(results: Results, count: int) -> str:
-    return f"With {numbered(count, 'training case')}: " if len(results.counts) > 1 else ""
+    return f" with {numbered(count, 'training case')}" if len(results.counts) > 1 else ""
