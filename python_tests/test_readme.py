@@ -85,8 +85,9 @@ def fused_mean(bank, layout):
     return {e.name: merged[start : start + e.numel].reshape(e.shape) for e, start in places}
 
 
-def test_no_other_page_has_code_that_is_not_run():
-    assert [path.name for path in PAGES if blocks_of(path)] == ["README.md", "networks.md"]
+def test_no_other_page_for_users_has_code_that_is_not_run():
+    users = [path for path in PAGES if path.name != "CONTRIBUTING.md"]
+    assert [path.name for path in users if blocks_of(path)] == ["README.md", "networks.md"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from timm_ext.documents import parse_json
-from timm_ext.errors import InputError, lines_of, shown
+from timm_ext.errors import InputError, first_line, lines_of, shown
 from timm_ext.files import atomic_write, check_file, reading, sha256
 from timm_ext.storage.integrity import BLANK, check_seal, seal
 from timm_ext.storage.metadata import read_metadata, write_metadata
@@ -78,7 +78,7 @@ def save_checkpoint(path: Path | str, tensors: Mapping[str, Tensor], *, kind: st
         try:
             save_file(whole, temporary, metadata=header)
         except (SafetensorError, RuntimeError) as error:  # also what a full disk raises
-            raise InputError(f"{path}: cannot be written ({_one_line(error)})") from error
+            raise InputError(f"{path}: cannot be written ({first_line(error)})") from error
         return seal(temporary)
 
 
@@ -219,7 +219,7 @@ def _read_safetensors(path: Path, names: Collection[str] | None) -> Checkpoint:
             # A copy of its own for each: safetensors would lend out the mapped file, which others may change.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # a damaged header may claim anything
-        raise InputError(f"{path}: expected a whole safetensors file (got: {_one_line(error)})") from error
+        raise InputError(f"{path}: expected a whole safetensors file (got: {first_line(error)})") from error
     if _KEY not in header:
         if any(BLANK.partition(":")[0] in value and '"versions"' in value for value in header.values()):
             raise InputError(
@@ -252,7 +252,3 @@ def _old_aliases(header: Mapping[str, str], path: Path) -> dict[str, str]:
 def _read_torch(path: Path, names: Collection[str] | None) -> Checkpoint:
     found = find_state_dict(read_torch_file(path), path, names)
     return Checkpoint(found.tensors, {}, path, sha256(path), found.notes)
-
-
-def _one_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -42,6 +42,11 @@ def shown(value: object, most: int = MOST_SHOWN) -> str:
     return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line that an exception of another program says, or its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def listed(items: Iterable[object], most: int = MOST_LISTED, separator: str = ", ") -> str:
     """Join items, as a rule by commas; of a long list the first `most`, and how many more there are."""
     every = [printable(str(item)) for item in items]

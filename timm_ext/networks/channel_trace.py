@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from timm_ext.errors import InputError
+from timm_ext.errors import InputError, first_line
 from timm_ext.modes import evaluating
 from timm_ext.networks.channels import FIXED, ChannelMap, Slots
 from timm_ext.networks.registry import config_of, size_divisor_of
@@ -47,8 +47,8 @@ def trace_channels(model: nn.Module, example: Tensor | None = None) -> ChannelMa
             raise
         except Exception as error:
             # A network may refuse images with any exception.
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise InputError(f"network: cannot run on images {list(images.shape)}: {reason[0]}") from error
+            size = list(images.shape)
+            raise InputError(f"network: cannot run on images {size}: {first_line(error)}") from error
     for output in _tensors(outputs):
         trace.slots.mark(trace.row(output, "the output"), FIXED)
     return trace.slots.channel_map()

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from timm_ext.errors import InputError, listed
+from timm_ext.errors import InputError, first_line, listed
 from timm_ext.networks.isensee2017 import Isensee2017
 
 _MONAI = "monai."
@@ -253,8 +253,8 @@ def _construct(spec: NetworkSpec, config: Mapping[str, Any]) -> nn.Module:
         raise
     except Exception as error:
         # A network of a library may refuse its options with any exception.
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"network: {spec.name} cannot be built from {dict(config)}: {reason[0]}") from error
+        reason = first_line(error)
+        raise InputError(f"network: {spec.name} cannot be built from {dict(config)}: {reason}") from error
 
 
 class _Changes(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from timm_ext.errors import InputError, shown
+from timm_ext.errors import InputError, first_line, shown
 from timm_ext.files import reading
 from timm_ext.system.machine import check_memory
 
@@ -67,8 +67,9 @@ def read_torch_file(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         raise InputError(f"{path}: expected plain tensors (got {_refused(error)}") from error
     except Exception as error:  # a damaged file may raise anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path}: expected a whole PyTorch file (got: {shown(reason)})") from error
+        raise InputError(
+            f"{path}: expected a whole PyTorch file (got: {shown(first_line(error))})"
+        ) from error
 
 
 def _check_archive(path: Path) -> None:

@@ -28,7 +28,11 @@ def available_memory() -> int:
 
 def total_memory() -> int:
     """Return the bytes that processes may take here, whoever has them now: the system's or the group's."""
-    return int(min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_group_limits()))
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for most, _, _ in _GROUP_FILES:
+        with contextlib.suppress(OSError, ValueError):
+            limits.append(int((_CGROUP / most).read_text()))
+    return min(limits)
 
 
 def check_memory(needed: int, what: str, *, available: int | None = None) -> None:
@@ -74,15 +78,6 @@ def _of_group() -> float:
             stats = (_CGROUP / most).with_name("memory.stat").read_text()
             return limit - taken + int(dict(map(str.split, stats.splitlines())).get(cache, 0))
     return math.inf
-
-
-def _group_limits() -> list[float]:
-    """Return the limit of the control group, infinity where it has none."""
-    limits = [math.inf]
-    for most, _, _ in _GROUP_FILES:
-        with contextlib.suppress(OSError, ValueError):
-            limits.append(int((_CGROUP / most).read_text()))
-    return limits
 
 
 def _of_limits() -> float:

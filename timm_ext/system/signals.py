@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -17,8 +17,6 @@ _MOST_REPEATS = 2
 _SOON = 0.02
 _PARENT = "TIMM_EXT_PARENT"  # tells a worker process by whom it was started
 _PR_SET_PDEATHSIG = 1  # of sys/prctl.h
-
-Handler = Callable[[int, FrameType | None], object]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -44,7 +42,7 @@ class _Watch:
         self.depth = int(held)
         self.ending = False
         self.repeats = 0
-        self.terminals = [number for number in (0, 1, 2) if _is_terminal(number)]
+        self.terminals = [number for number in (0, 1, 2) if os.isatty(number)]
         found = {number: signal.getsignal(number) for number in numbers}
         self._before = {number: handler for number, handler in found.items() if handler in _REPLACED}
         self._hook = sys.unraisablehook
@@ -290,10 +288,3 @@ def _is_command() -> bool:
     module = started[started.index("-m") + 1 :][:1] if "-m" in started else []
     script = os.path.basename(sys.argv[0]) if sys.argv else ""
     return module == ["timm_ext"] or script == "timm-ext"
-
-
-def _is_terminal(number: int) -> bool:
-    try:
-        return os.isatty(number)
-    except OSError:
-        return False
