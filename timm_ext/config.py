@@ -75,7 +75,7 @@ class FisherSettings(Section):
 
     Attributes:
         likelihood: what the outputs mean.
-        labels: drawn from the model's own output, or those of the label files.
+        labels: drawn from the model's own output, or those of the label files (the empirical Fisher).
         samples: label draws per example.
         seed: of the draws.
         batch_size: examples per pass, of one size where more than one; does not change the result.

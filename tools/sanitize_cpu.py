@@ -21,6 +21,7 @@ TESTS = [
     "winograd",
     "strided",
     "upsampled_conv3d",
+    "operators",
     "square",
     "conv_square",
     "instance_norm",

@@ -6,8 +6,8 @@ gradients on, frees the input and passes the input's gradient down.
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -104,6 +104,22 @@ class Call:
             squares.deposit(self.bias, ExampleGradients(len(rows), rows.__getitem__))
 
 
+def _unseen(back: Callable[..., Tensor | None]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Make a backward of a function of ctx, the gradient and what was saved that returns the input's.
+
+    No mode sees its calls: the rules have nothing to record there, and each costs. Saved tensors are unpacked
+    before: for a checkpointed layer that runs its forward, under the rules.
+    """
+
+    @wraps(back)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        with torch._C.DisableTorchFunction():
+            return (back(ctx, grad, *saved), *[None] * (len(ctx.needs_input_grad) - 1))
+
+    return backward
+
+
 class ConvolutionNode(torch.autograd.Function):
     """Convolution or transposed convolution, `[B, C, ...]` to `[B, O, ...]`."""
 
@@ -117,16 +133,14 @@ class ConvolutionNode(torch.autograd.Function):
         return _owned(g.forward(input, weight, bias))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    @_unseen
+    def backward(ctx: Any, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor | None:
         """Leave the parameters' gradients with the call, return the input's."""
-        input, weight = ctx.saved_tensors
-        with _unseen():
-            ctx.call.leave(
-                lambda: ConvolutionWeightGradients(input, grad, weight, ctx.geometry),
-                lambda: grad.flatten(2).sum(2, dtype=_wide(grad)),
-            )
-            below = ctx.geometry.input_gradient(grad, input, weight) if ctx.needs_input_grad[0] else None
-        return below, None, None, None, None, None
+        ctx.call.leave(
+            lambda: ConvolutionWeightGradients(input, grad, weight, ctx.geometry),
+            lambda: grad.flatten(2).sum(2, dtype=_wide(grad)),
+        )
+        return ctx.geometry.input_gradient(grad, input, weight) if ctx.needs_input_grad[0] else None
 
 
 class UpsampledConvolutionNode(torch.autograd.Function):
@@ -145,17 +159,15 @@ class UpsampledConvolutionNode(torch.autograd.Function):
         return upsampled_conv3d(input, weight, None if bias is None else bias.contiguous())
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    @_unseen
+    def backward(ctx: Any, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor | None:
         """Leave the parameters' gradients with the call, return the input's."""
-        input, weight = ctx.saved_tensors
-        with _unseen():
-            sums = neighbour_sums3d(grad)
-            ctx.call.leave(
-                lambda: UpsampledConvolutionWeightGradients(input, sums),
-                lambda: grad.flatten(2).sum(2, dtype=_wide(grad)),
-            )
-            below = upsampled_gradient(sums, weight) if ctx.needs_input_grad[0] else None
-        return below, None, None, None, None
+        sums = neighbour_sums3d(grad)
+        ctx.call.leave(
+            lambda: UpsampledConvolutionWeightGradients(input, sums),
+            lambda: grad.flatten(2).sum(2, dtype=_wide(grad)),
+        )
+        return upsampled_gradient(sums, weight) if ctx.needs_input_grad[0] else None
 
 
 class UpsampleNode(torch.autograd.Function):
@@ -168,10 +180,10 @@ class UpsampleNode(torch.autograd.Function):
         return upsample_nearest3d(input)
 
     @staticmethod
+    @_unseen
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         """Return the input's gradient."""
-        with _unseen():
-            below: Tensor = torch.ops.aten.upsample_nearest3d_backward(grad, grad.shape[2:], ctx.sizes)
+        below: Tensor = torch.ops.aten.upsample_nearest3d_backward(grad, grad.shape[2:], ctx.sizes)
         return below
 
 
@@ -188,16 +200,14 @@ class LinearNode(torch.autograd.Function):
         return _owned(functional.linear(input, weight, bias))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    @_unseen
+    def backward(ctx: Any, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor | None:
         """Leave the parameters' gradients with the call, return the input's."""
-        input, weight = ctx.saved_tensors
-        with _unseen():
-            ctx.call.leave(
-                lambda: LinearWeightGradients(input, grad),
-                lambda: grad.reshape(len(grad), -1, grad.shape[-1]).sum(1, dtype=_wide(grad)),
-            )
-            below = grad @ weight if ctx.needs_input_grad[0] else None
-        return below, None, None, None, None
+        ctx.call.leave(
+            lambda: LinearWeightGradients(input, grad),
+            lambda: grad.reshape(len(grad), -1, grad.shape[-1]).sum(1, dtype=_wide(grad)),
+        )
+        return grad @ weight if ctx.needs_input_grad[0] else None
 
 
 class GroupNormNode(torch.autograd.Function):
@@ -244,27 +254,32 @@ class GroupNormNode(torch.autograd.Function):
         return True
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    @_unseen
+    def backward(
+        ctx: Any,
+        grad: Tensor,
+        input: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor | None:
         """Leave the parameters' gradients with the call, return the input's."""
-        input, mean, rstd, weight, bias = ctx.saved_tensors
-        with _unseen():
-            grad = grad.to(input.dtype)
-            if ctx.fused:
-                below, for_weight, for_bias = instance_norm_backward(
-                    grad, input, mean, rstd, weight, bias, slope=ctx.slope
-                )
-            else:
-                mask = (ctx.needs_input_grad[0], ctx.call.weight is not None, ctx.call.bias is not None)
-                below, for_weight, for_bias = torch.ops.aten.native_group_norm_backward(
-                    grad.contiguous(), input, mean, rstd, weight, *ctx.sizes, mask
-                )
-            batch = input.shape[0]
-            ctx.call.leave(
-                lambda: ExampleGradients(batch, for_weight.view(batch, -1).__getitem__),
-                lambda: for_bias.view(batch, -1),
+        grad, batch = grad.to(input.dtype), input.shape[0]
+        if ctx.fused:
+            below, for_weight, for_bias = instance_norm_backward(
+                grad, input, mean, rstd, weight, bias, slope=ctx.slope
             )
-            wanted = below.to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        return wanted, None, None, None, None, None, None
+        else:
+            mask = (ctx.needs_input_grad[0], ctx.call.weight is not None, ctx.call.bias is not None)
+            below, for_weight, for_bias = torch.ops.aten.native_group_norm_backward(
+                grad.contiguous(), input, mean, rstd, weight, *ctx.sizes, mask
+            )
+        ctx.call.leave(
+            lambda: ExampleGradients(batch, for_weight.view(batch, -1).__getitem__),
+            lambda: for_bias.view(batch, -1),
+        )
+        return below.to(ctx.dtype) if ctx.needs_input_grad[0] else None
 
 
 class AffineNode(torch.autograd.Function):
@@ -281,35 +296,24 @@ class AffineNode(torch.autograd.Function):
         return output if bias is None else output.add_(_aligned(bias, input, axis))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    @_unseen
+    def backward(ctx: Any, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor | None:
         """Leave the parameters' gradients with the call, return the input's."""
-        input, weight = ctx.saved_tensors
         own = range(ctx.axis, ctx.axis + weight.dim())
         others = [axis - 1 for axis in range(1, input.dim()) if axis not in own]
 
         def reduce(one: Tensor) -> Tensor:
             return one.sum(others, dtype=_wide(one)) if others else one
 
-        with _unseen():
-            ctx.call.leave(
-                lambda: ExampleGradients(len(input), lambda index: reduce(grad[index] * input[index])),
-                lambda: grad.sum([axis + 1 for axis in others], dtype=_wide(grad)) if others else grad,
-            )
-            below = grad * _aligned(weight, input, ctx.axis) if ctx.needs_input_grad[0] else None
-        return below, None, None, None, None, None
+        ctx.call.leave(
+            lambda: ExampleGradients(len(input), lambda index: reduce(grad[index] * input[index])),
+            lambda: grad.sum([axis + 1 for axis in others], dtype=_wide(grad)) if others else grad,
+        )
+        return grad * _aligned(weight, input, ctx.axis) if ctx.needs_input_grad[0] else None
 
 
 def _is_foreign(parameter: Tensor | None, name: str | None) -> bool:
     return parameter is not None and name is None and parameter.requires_grad
-
-
-def _unseen() -> AbstractContextManager[None]:
-    """Return a context whose calls no mode sees: the rules have nothing to record there, and each costs.
-
-    Saved tensors are unpacked before it: for a checkpointed layer that runs its forward, under the rules.
-    """
-    unseen: AbstractContextManager[None] = torch._C.DisableTorchFunction()
-    return unseen
 
 
 def _aligned(parameter: Tensor, input: Tensor, axis: int) -> Tensor:

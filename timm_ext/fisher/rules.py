@@ -28,18 +28,20 @@ from timm_ext.fisher.nodes import (
 )
 
 
-def _record(function: Any, *arguments: Any) -> Tensor:
-    output: Tensor = function.apply(*arguments)
+def _record(
+    node: Any, call: Call, input: Tensor, weight: Tensor | None, bias: Tensor | None, *options: Any
+) -> Tensor:
+    """Make a node of the graph, from which the parameters are cut."""
+    parameters = (None if p is None else p.detach() for p in (weight, bias))
+    output: Tensor = node.apply(input, call.tape.anchor, *parameters, *options, call)
     return output
 
 
-def _detach(parameter: Tensor | None, like: Tensor | None = None) -> Tensor | None:
-    """Cut a parameter from the graph; under autocast it takes the type of `like`."""
-    if parameter is None:
-        return None
-    if like is not None and torch.is_autocast_enabled(like.device.type):
-        return parameter.detach().to(like.dtype)
-    return parameter.detach()
+def _like(input: Tensor, parameter: Tensor | None) -> Tensor | None:
+    """Cast a parameter to the input's type under autocast."""
+    if parameter is None or not torch.is_autocast_enabled(input.device.type):
+        return parameter
+    return parameter.detach().to(input.dtype)
 
 
 def _autocast(input: Tensor) -> Tensor:
@@ -80,10 +82,8 @@ def _convolution(
     geometry = Geometry(steps, pads, gaps, False, (0,) * axes, groups)
     autocast = torch.is_autocast_enabled(input.device.type)
     if upsampled is not None and input is upsampled[0] and geometry.takes_upsampled(weight) and not autocast:
-        return _record(
-            UpsampledConvolutionNode, upsampled[1], tape.anchor, _detach(weight), _detach(bias), call
-        )
-    return _convolve(input, tape, weight, bias, geometry, call)
+        return _record(UpsampledConvolutionNode, call, upsampled[1], weight, bias)
+    return _convolve(call, input, weight, bias, geometry)
 
 
 def _named_padding(
@@ -114,16 +114,12 @@ def _transposed_convolution(
     call.rule, call.shifts = "transposed convolution", True
     steps, pads, gaps = _each(stride, axes), _each(padding, axes), _each(dilation, axes)
     geometry = Geometry(steps, pads, gaps, True, _each(output_padding, axes), groups)
-    return _convolve(input, tape, weight, bias, geometry, call)
+    return _convolve(call, input, weight, bias, geometry)
 
 
-def _convolve(
-    input: Tensor, tape: Tape, weight: Tensor, bias: Tensor | None, geometry: Geometry, call: Call
-) -> Tensor:
+def _convolve(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     input = _autocast(input)
-    return _record(
-        ConvolutionNode, input, tape.anchor, _detach(weight, input), _detach(bias, input), geometry, call
-    )
+    return _record(ConvolutionNode, call, input, _like(input, weight), _like(input, bias), geometry)
 
 
 def _interpolate(
@@ -143,7 +139,7 @@ def _interpolate(
     by_two = plain and input.dim() == 5 and set(factors) == {2}
     if not by_two or input.dtype != torch.float32 or input.device.type != "cpu":
         return None
-    output = _record(UpsampleNode, input)
+    output: Tensor = UpsampleNode.apply(input)  # type: ignore[no-untyped-call]
     tape.upsampled = output, input
     return output
 
@@ -153,7 +149,7 @@ def _linear(tape: Tape, input: Tensor, weight: Tensor, bias: Tensor | None = Non
         return None
     call.rule = "linear"
     input = _autocast(input)
-    return _record(LinearNode, input, tape.anchor, _detach(weight, input), _detach(bias, input), call)
+    return _record(LinearNode, call, input, _like(input, weight), _like(input, bias))
 
 
 def _instance_norm(
@@ -173,11 +169,11 @@ def _instance_norm(
         if weight is None:
             return None
         normal = functional.instance_norm(input, running_mean, running_var, None, None, False, momentum, eps)
-        return _affine(normal, tape, weight, bias, 1, call, "instance norm")
+        return _affine(call, normal, weight, bias, 1, "instance norm")
     if running_mean is not None:
         return None
     call.rule, call.invariant = "instance norm", True
-    return _normalise(input, tape, weight, bias, input.shape[1], eps, call)
+    return _normalise(call, input, weight, bias, input.shape[1], eps)
 
 
 def _group_norm(
@@ -191,14 +187,14 @@ def _group_norm(
     if input.dim() < 2 or (call := tape.claim(input, weight, bias)) is None:
         return None
     call.rule, call.invariant = "group norm", num_groups == input.shape[1] and input.dim() > 2
-    return _normalise(input, tape, weight, bias, num_groups, eps, call)
+    return _normalise(call, input, weight, bias, num_groups, eps)
 
 
 def _normalise(
-    input: Tensor, tape: Tape, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, call: Call
+    call: Call, input: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
 ) -> Tensor:
-    output = _record(GroupNormNode, input, tape.anchor, _detach(weight), _detach(bias), groups, eps, call)
-    tape.normalised = call
+    output = _record(GroupNormNode, call, input, weight, bias, groups, eps)
+    call.tape.normalised = call
     return output
 
 
@@ -227,7 +223,7 @@ def _layer_norm(
     if weight is None or input.dim() <= weight.dim() or (call := tape.claim(input, weight, bias)) is None:
         return None
     normal = functional.layer_norm(input, normalized_shape, None, None, eps)
-    return _affine(normal, tape, weight, bias, input.dim() - weight.dim(), call, "layer norm")
+    return _affine(call, normal, weight, bias, input.dim() - weight.dim(), "layer norm")
 
 
 def _batch_norm(
@@ -250,16 +246,12 @@ def _batch_norm(
     if weight is None or (call := tape.claim(input, weight, bias)) is None:
         return None
     normal = functional.batch_norm(input, running_mean, running_var, None, None, False, momentum, eps)
-    return _affine(normal, tape, weight, bias, 1, call, "batch norm")
+    return _affine(call, normal, weight, bias, 1, "batch norm")
 
 
-def _affine(
-    normal: Tensor, tape: Tape, weight: Tensor, bias: Tensor | None, axis: int, call: Call, rule: str
-) -> Tensor:
+def _affine(call: Call, normal: Tensor, weight: Tensor, bias: Tensor | None, axis: int, rule: str) -> Tensor:
     call.rule = rule
-    return _record(
-        AffineNode, normal, tape.anchor, _detach(weight, normal), _detach(bias, normal), axis, call
-    )
+    return _record(AffineNode, call, normal, _like(normal, weight), _like(normal, bias), axis)
 
 
 RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
