@@ -19,16 +19,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
 from rich.console import Console
 
 from timm_ext.config import load_settings
+from timm_ext.documents import validated
 from timm_ext.errors import InputError
 from timm_ext.files import atomic_write
 from timm_ext.study.outcomes import Training
-from timm_ext.study.records import Folder, Step
+from timm_ext.study.plan import StudyPlan
+from timm_ext.study.records import Folder
 from timm_ext.study.run import finish_steps
-from timm_ext.study.settings import StudySettings
+from timm_ext.study.step import Step
 from timm_ext.study.study import make_study
 from timm_ext.system.environment import environment
 
@@ -52,13 +53,13 @@ class Search:
     reference: str = "t-imm"
     changes: dict[str, Any] = field(default_factory=dict)
 
-    def settings(self, name: str, **changes: Any) -> StudySettings:
-        """Return the study of one variant."""
+    def plan_of(self, name: str, **changes: Any) -> StudyPlan:
+        """Return the plan of one variant."""
         values = {**self.plan, **self.variants[name], **changes, **self.changes}
-        settings = TypeAdapter(StudySettings).validate_python({"references": (), **values})
-        if len(settings.methods) != 1 or len(settings.train_cases) != 1:
+        plan = validated(StudyPlan, {"references": (), **values}, name)
+        if len(plan.methods) != 1 or len(plan.train_cases) != 1:
             raise InputError(f"{name}: expected one method and one number of training cases")
-        return settings
+        return plan
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,9 @@ class Score:
     dice: float
 
 
-def runs_of(settings: StudySettings) -> dict[tuple[int, int], Step]:
+def runs_of(plan: StudyPlan) -> dict[tuple[int, int], Step]:
     """Return (seed, draw) → run of a study of one method."""
-    study = make_study(settings)
-    return {
-        (seed, draw): step for (_, draw), plan in study.plans.items() for (_, seed), step in plan.runs.items()
-    }
+    return {(run.seed, run.draw): run.step for run in make_study(plan).runs}
 
 
 def search(plan: Search, folder: Folder, workers: int, console: Console) -> list[Score]:
@@ -89,7 +87,7 @@ def search(plan: Search, folder: Folder, workers: int, console: Console) -> list
     looks = [(name, plan.screen) for name in plan.variants] + [(name, {}) for name in plan.confirm]
     with folder.lock() if workers else nullcontext():
         for name, changes in looks:
-            runs = runs_of(plan.settings(name, **changes))
+            runs = runs_of(plan.plan_of(name, **changes))
             if workers:
                 finish_steps(list(runs.values()), folder, workers=workers, console=console, facts=facts)
             for (seed, draw), step in runs.items():

@@ -12,7 +12,9 @@ from rich.console import Console
 from timm_ext.cli import run
 from timm_ext.errors import InputError
 from timm_ext.networks.io import load_network
-from timm_ext.study.demo import demo_settings, run_demo
+from timm_ext.study.demo import demo_plan, run_demo
+from timm_ext.study.records import Folder
+from timm_ext.study.run import claim
 
 # A shell starts what it runs in the background deaf to SIGINT, and so are the processes that this one starts.
 CODE = """
@@ -122,16 +124,26 @@ def test_failed_step_is_reported_and_retried(undisturbed, tmp_path):
     with pytest.raises(
         InputError, match=r"1 of the steps failed:\n  run-mode-imm-seed0-n2-draw0: .*fisher\.safetensors"
     ):
-        run_demo(out, demo_settings(seeds=1, quick=True), workers=1, console=Console(quiet=True))
+        run_demo(out, demo_plan(seeds=1, quick=True), workers=1, console=Console(quiet=True))
     (fisher / "fisher.safetensors").write_bytes(whole)
-    run_demo(out, demo_settings(seeds=1, quick=True), workers=1, console=Console(quiet=True))
+    run_demo(out, demo_plan(seeds=1, quick=True), workers=1, console=Console(quiet=True))
     assert results(out) == results(undisturbed[0])
 
 
 def test_demo_refuses_a_folder_of_other_settings(tmp_path, capsys):
-    (tmp_path / "plan.json").write_text(json.dumps({"steps": 1}))
+    claim(Folder(tmp_path), demo_plan())
     assert run(["demo", "--quick", "--out", str(tmp_path)]) == 1
     assert "holds results of other settings" in capsys.readouterr().err
+
+
+def test_the_demo_is_its_plan_with_what_is_said_otherwise(tmp_path):
+    plan = demo_plan(seeds=2, label_maps=tmp_path)
+    transfers = ("scratch", "transfer-1", "transfer-2")
+    assert plan.methods == (*transfers, "mean-imm", "mode-imm", "imm-warmup", "t-imm", "t-imm-extra")
+    assert (plan.seeds, plan.source, plan.train_cases) == ((0, 1), str(tmp_path), (4,))
+    assert demo_plan(quick=True).budget(2) == (6, 6, 2)
+    with pytest.raises(InputError, match=r"seeds: expected at least 1 \(got 0\)"):
+        demo_plan(seeds=0)
 
 
 def test_demo_needs_enough_label_maps(tmp_path, capsys):

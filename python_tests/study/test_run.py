@@ -14,9 +14,9 @@ from rich.console import Console
 from timm_ext.cli import run
 from timm_ext.config import load_settings
 from timm_ext.errors import InputError
+from timm_ext.study.plan import StudyPlan, bundled_plans
 from timm_ext.study.records import Folder
-from timm_ext.study.run import bundled_plans, find_plan, run_study
-from timm_ext.study.settings import StudySettings
+from timm_ext.study.run import run_study
 
 TINY = ["methods=[scratch, t-imm]", "references=[scratch]", "train_cases=[1]"]
 
@@ -31,7 +31,7 @@ def start(out, *more):
 
 
 def tiny():
-    return load_settings(StudySettings, bundled_plans()["smoke"], TINY)
+    return load_settings(StudyPlan, bundled_plans()["smoke"], TINY)
 
 
 def finished(out):
@@ -188,13 +188,6 @@ def test_bad_input_is_one_line(tmp_path, capsys, arguments, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_plan_of_ones_own_is_found_by_its_path(tmp_path):
-    path = tmp_path / "mine.yaml"
-    path.write_text("methods: [scratch]\ntrain_cases: [2]\n")
-    assert find_plan(str(path)) == path
-    assert find_plan("smoke") == bundled_plans()["smoke"]
-
-
 def test_only_torchruns_first_process_runs_the_study(tmp_path, monkeypatch, capsys):
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
@@ -203,3 +196,11 @@ def test_only_torchruns_first_process_runs_the_study(tmp_path, monkeypatch, caps
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     assert run(["study", "smoke", "--out", str(tmp_path / "out")]) == 1
     assert "expected the processes of one machine (got 2 in all)" in capsys.readouterr().err
+
+
+def test_a_folder_of_an_earlier_version_is_refused(tmp_path, capsys):
+    (tmp_path / "plan.json").write_text(json.dumps({"title": "A study of last year"}))
+    assert run(["study", "smoke", "--out", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert "expected a study of format 2 (got format 1" in error
+    assert len(error.splitlines()) == 1

@@ -1,3 +1,4 @@
+import importlib
 import os
 import signal
 import subprocess
@@ -7,8 +8,8 @@ import time
 import pytest
 
 from timm_ext.errors import InputError
-from timm_ext.study.records import Folder, Step
-from timm_ext.study.runner import run_steps
+from timm_ext.study import runner
+from timm_ext.study.records import Folder
 
 WORK = """
 import os, signal, time
@@ -16,31 +17,44 @@ from pathlib import Path
 import torch
 from timm_ext.errors import InputError
 from timm_ext.documents import read_json
+from timm_ext.study.step import Step
 
-def double(settings, inputs, context):
-    context.report(0.5)
-    with open(context.folder / "calls.txt", "a") as calls:
-        calls.write("x")
-    time.sleep(settings.get("sleep", 0))
-    value = settings["value"]
-    for folder in inputs.values():
-        value += read_json(folder / "record.json")["result"]["value"]
-    return {"value": 2 * value}
+class Double(Step):
+    value: int
+    sleep: float = 0.0
 
-def threads(settings, inputs, context):
-    return {"threads": torch.get_num_threads()}
+    def run(self, inputs, context):
+        context.report(0.5)
+        with open(context.folder / "calls.txt", "a") as calls:
+            calls.write("x")
+        time.sleep(self.sleep)
+        value = self.value
+        for folder in inputs.values():
+            value += read_json(folder / "record.json")["outcome"]["value"]
+        return {"value": 2 * value}
 
-def place(settings, inputs, context):
-    return {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "RANK", "TORCHELASTIC_RUN_ID")}
+class Threads(Step):
+    def run(self, inputs, context):
+        return {"threads": torch.get_num_threads()}
 
-def refuse(settings, inputs, context):
-    raise InputError("cases: expected 3 (got 2)")
+class Place(Step):
+    def run(self, inputs, context):
+        names = ("CUDA_VISIBLE_DEVICES", "RANK", "TORCHELASTIC_RUN_ID")
+        return {name: os.environ.get(name) for name in names}
 
-def crash(settings, inputs, context):
-    raise KeyError("lost")
+class Refuse(Step):
+    def run(self, inputs, context):
+        raise InputError("cases: expected 3 (got 2)")
 
-def die(settings, inputs, context):
-    os.kill(os.getpid(), signal.SIGKILL)
+class Crash(Step):
+    def run(self, inputs, context):
+        raise KeyError("lost")
+
+class Die(Step):
+    def run(self, inputs, context):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+TYPES = (Double, Threads, Place, Refuse, Crash, Die)
 """
 
 
@@ -50,14 +64,23 @@ def work_module(tmp_path, monkeypatch):
     modules.mkdir()
     (modules / "study_work.py").write_text(WORK)
     monkeypatch.syspath_prepend(modules)
+    monkeypatch.delitem(sys.modules, "study_work", raising=False)
     monkeypatch.setenv(
         "PYTHONPATH", os.pathsep.join([str(modules), os.getcwd(), os.environ.get("PYTHONPATH", "")])
     )
     return modules
 
 
-def double(name, value, needs=None, **settings):
-    return Step(name, "study_work:double", {"value": value, **settings}, needs or {})
+def work():
+    return importlib.import_module("study_work")
+
+
+def run_steps(steps, folder, **options):
+    return runner.run_steps(steps, folder, types=work().TYPES, **options)
+
+
+def double(name, value, needs=None, **fields):
+    return work().Double(name=name, value=value, needs=needs or {}, **fields)
 
 
 def diamond(**settings):
@@ -85,9 +108,9 @@ def test_shared_steps_run_once_and_results_flow(tmp_path):
 
 def test_a_failure_is_told_and_the_rest_goes_on(tmp_path):
     folder = Folder(tmp_path / "study")
-    refused = Step("refused", "study_work:refuse", {})
-    crashed = Step("crashed", "study_work:crash", {})
-    killed = Step("killed", "study_work:die", {})
+    refused = work().Refuse(name="refused")
+    crashed = work().Crash(name="crashed")
+    killed = work().Die(name="killed")
     child = double("child", 1, {"role": refused})
     grandchild = double("grandchild", 1, {"role": child})
     good = double("good", 4)
@@ -103,7 +126,7 @@ def test_a_failure_is_told_and_the_rest_goes_on(tmp_path):
 
 def test_a_failed_step_is_retried_on_request_only(tmp_path, work_module):
     folder = Folder(tmp_path / "study")
-    step, after = Step("step", "study_work:refuse", {}), double("after", 1)
+    step, after = work().Refuse(name="step"), double("after", 1)
     child = double("child", 1, {"role": step})
     run_steps([child], folder, workers=1)
     source = work_module / "study_work.py"
@@ -124,7 +147,7 @@ def test_each_worker_has_a_gpu_of_its_own_and_is_none_of_torchruns(tmp_path, mon
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     folder = Folder(tmp_path / "study")
-    steps = [Step(f"s{i}", "study_work:place", {"i": i}) for i in range(8)]
+    steps = [work().Place(name=f"s{i}") for i in range(8)]
     run_steps(steps, folder, workers=2)
     results = [folder.outcome(step, dict) for step in steps]
     assert {result["CUDA_VISIBLE_DEVICES"] for result in results} <= {"3", "5"}
@@ -133,20 +156,21 @@ def test_each_worker_has_a_gpu_of_its_own_and_is_none_of_torchruns(tmp_path, mon
 
 def test_workers_compute_with_one_thread(tmp_path):
     folder = Folder(tmp_path / "study")
-    step = Step("threads", "study_work:threads", {})
+    step = work().Threads(name="threads")
     run_steps([step], folder)
     assert folder.outcome(step, dict) == {"threads": 1}
 
 
 RUN = """
 import sys
-from timm_ext.study.records import Folder, Step
+from study_work import TYPES, Double
+from timm_ext.study.records import Folder
 from timm_ext.study.runner import run_steps
 if __name__ == "__main__":
     folder = Folder(sys.argv[1])
     with folder.lock():
-        steps = [Step(f"s{i}", "study_work:double", {"value": i, "sleep": 0.15}) for i in range(12)]
-        run_steps(steps, folder, workers=2)
+        steps = [Double(name=f"s{i}", value=i, sleep=0.15) for i in range(12)]
+        run_steps(steps, folder, workers=2, types=TYPES)
 """
 
 
@@ -176,7 +200,7 @@ def test_killed_runner_takes_its_workers_along_and_is_continued(tmp_path, work_m
     time.sleep(0.5)
     assert sum(len(p.read_text()) for p in folder.path.glob("runs/*/calls.txt")) == begun
     assert run_script(folder.path, work_module).wait() == 0
-    steps = [Step(f"s{i}", "study_work:double", {"value": i, "sleep": 0.15}) for i in range(12)]
+    steps = [double(f"s{i}", i, sleep=0.15) for i in range(12)]
     assert [folder.outcome(step, dict) for step in steps] == [{"value": 2 * i} for i in range(12)]
     assert all(calls(folder, step) == 1 for step in steps if step.folder_name in done)
 

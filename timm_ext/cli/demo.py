@@ -39,7 +39,7 @@ def demo(
 
     Example: `timm-ext demo --out demo --label-maps label_maps/`
     """
-    from timm_ext.study.demo import demo_settings, run_demo
+    from timm_ext.study.demo import demo_plan, run_demo
 
     refuse_file(out)
-    run_demo(out, demo_settings(seeds=seeds, label_maps=label_maps, quick=quick), workers=workers)
+    run_demo(out, demo_plan(seeds=seeds, label_maps=label_maps, quick=quick), workers=workers)

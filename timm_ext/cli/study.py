@@ -51,9 +51,8 @@ def study(
     """
     from timm_ext.config import load_settings
     from timm_ext.errors import InputError
-    from timm_ext.files import real_path
-    from timm_ext.study.run import find_plan, run_study
-    from timm_ext.study.settings import StudySettings
+    from timm_ext.study.plan import StudyPlan, find_plan
+    from timm_ext.study.run import run_study
 
     if os.environ.get("WORLD_SIZE", "1") != os.environ.get("LOCAL_WORLD_SIZE", "1"):
         raise InputError(
@@ -62,6 +61,6 @@ def study(
     if os.environ.get("RANK", "0") != "0":
         return  # the first process runs a worker for each of torchrun's
     refuse_file(out)
-    given = [f"source={real_path(label_maps)}"] if label_maps is not None else []
-    settings = load_settings(StudySettings, find_plan(plan), [*given, *(overrides or ())])
+    given = [f"source={label_maps}"] if label_maps is not None else []
+    settings = load_settings(StudyPlan, find_plan(plan), [*given, *(overrides or ())])
     run_study(settings, out, workers=workers, retry=retry, dry_run=dry_run)

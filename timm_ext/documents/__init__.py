@@ -301,6 +301,8 @@ def _in_our_words(problem: Mapping[str, Any]) -> str:
         return "expected named fields"
     if problem["type"] in ("missing", "missing_argument"):
         return "missing"
+    if isinstance(error := problem.get("ctx", {}).get("error"), InputError):
+        return str(error)
     message = shown(problem["msg"].removeprefix("Value error, "))
     return f"expected {rest}" if (rest := message.removeprefix("Input should be ")) != message else message
 

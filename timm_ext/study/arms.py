@@ -101,3 +101,14 @@ def get_row(name: str) -> Row:
         InputError: there is no such row; the known ones are listed.
     """
     return look_up(name, rows)
+
+
+def arm_of(name: str) -> Arm:
+    """Return what a row does with the source networks that it is given.
+
+    Raises:
+        InputError: there is no such row.
+    """
+    row = get_row(name)
+    assert not isinstance(row, Combination)
+    return row.arm if isinstance(row, JointTransfer) else row

@@ -3,89 +3,105 @@
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 
 import torch
 from torch import nn
 
 from timm_ext.data.tasks import get_task
 from timm_ext.networks.registry import size_divisor_of
-from timm_ext.study.records import Folder, Step
-from timm_ext.study.settings import CommonSettings
-from timm_ext.study.stages import channels_last
+from timm_ext.study.plan import StudyPlan
+from timm_ext.study.records import Folder
+from timm_ext.study.step import Step
+from timm_ext.study.steps import STEPS
+from timm_ext.study.steps.network_step import Network, channels_last
 from timm_ext.training.device import keep_freed_memory
-from timm_ext.transfer.start import new_network
 
 _EDGE = 48
 _TYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-_TITLES = {
-    "make_cases": "generate cases",
-    "prepare_pool": "prepare data sets",
-    "take_cases": "choose cases",
-    "train_source": "train source networks",
-    "source_fisher": "estimate Fishers",
-    "adapt_start": "adapt",
-    "tune_and_test": "fine-tune and test",
-    "combine_and_test": "combine and test",
-    "forgetting": "score forgetting",
-}
+
+# Seconds per training step and voxel of a pair of volumes on one core, where none was timed.
+_SECONDS_PER_STEP = 0.2
+_USUAL_VOXELS = 40 * 48 * 40
+_SECONDS_TO_START = 1.0
+
+
+class Costs:
+    """Expected seconds of the steps of a plan, for the order of work and the time left only.
+
+    Attributes:
+        step: of a training step.
+    """
+
+    def __init__(self, plan: StudyPlan, step_seconds: float | None = None) -> None:
+        self.plan = plan
+        self.step = step_seconds or _SECONDS_PER_STEP * prod(plan.size) / _USUAL_VOXELS
+
+    def training(self, steps: int, cases: int, val_cases: int) -> float:
+        """Return the seconds of a training; a forward pass is a third of a step."""
+        every = self.plan.validate_every or ceil(cases / self.plan.batch_size)
+        validation = val_cases / self.plan.batch_size / 3
+        return _SECONDS_TO_START + (steps + steps / every * validation) * self.step
+
+    def prediction(self, cases: int) -> float:
+        """Return the seconds of predicting so many cases."""
+        return cases / 2 * self.step
 
 
 @dataclass(frozen=True)
-class Cost:
+class CostRow:
     """Steps of one kind: how many there are, how many are left, and the seconds these should take."""
 
-    title: str
+    kind: str
     count: int
     left: int
     seconds: float
 
 
-def costs_of(steps: Iterable[Step], folder: Folder) -> list[Cost]:
+def costs_of(steps: Iterable[Step], folder: Folder) -> list[CostRow]:
     """Count the steps by kind, in the order of the work.
 
     Raises:
         InputError: a record in the folder cannot be read.
     """
-    kinds: dict[str, list[tuple[Step, bool]]] = {}
+    kinds: dict[str, list[tuple[Step, bool]]] = {known.kind: [] for known in STEPS}
     for step in steps:
-        kind = step.function.rpartition(":")[2]
-        kinds.setdefault(kind, []).append((step, folder.record(step) is None))
-    order = sorted(kinds, key=lambda kind: [*_TITLES].index(kind) if kind in _TITLES else len(_TITLES))
+        kinds.setdefault(step.kind, []).append((step, folder.record(step) is None))
     return [
-        Cost(
-            _TITLES.get(kind, kind),
-            len(kinds[kind]),
-            sum(left for _, left in kinds[kind]),
-            sum(step.cost for step, left in kinds[kind] if left),
+        CostRow(
+            kind,
+            len(found),
+            sum(left for _, left in found),
+            sum(step.cost for step, left in found if left),
         )
-        for kind in order
+        for kind, found in kinds.items()
+        if found
     ]
 
 
-def measure_step(settings: CommonSettings) -> float:
+def measure_step(plan: StudyPlan) -> float:
     """Time a training step of the target's network and return its seconds.
 
     On a CPU one thread takes a step on volumes of at most 48 voxels along each axis, and the time is scaled
     by the number of voxels; elsewhere whole volumes are taken.
     """
-    task = get_task(settings.target_task)
-    model = new_network(settings.network, settings.options, task, seed=0)
-    cuda = settings.accelerator != "cpu" and torch.cuda.is_available()
+    task = get_task(plan.target_task)
+    model = Network(name=plan.network, options=plan.options).build(task, seed=0)
+    cuda = plan.accelerator != "cpu" and torch.cuda.is_available()
     divisor = size_divisor_of(model)
-    size = [max(divisor, (edge if cuda else min(edge, _EDGE)) // divisor * divisor) for edge in settings.size]
+    size = [max(divisor, (edge if cuda else min(edge, _EDGE)) // divisor * divisor) for edge in plan.size]
     device = torch.device("cuda" if cuda else "cpu")
-    images = torch.zeros(settings.batch_size, len(task.modalities), *size, device=device)
+    images = torch.zeros(plan.batch_size, len(task.modalities), *size, device=device)
     keep_freed_memory()  # as training does
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         model = channels_last(model).to(device)
-        with torch.autocast(device.type, _TYPES.get(settings.precision), settings.precision in _TYPES):
+        with torch.autocast(device.type, _TYPES.get(plan.precision), plan.precision in _TYPES):
             times = [_seconds(model, images) for _ in range(5)]
     finally:
         torch.set_num_threads(threads)
-    return min(times) * prod(settings.size) / prod(size)
+    return min(times) * prod(plan.size) / prod(size)
 
 
 def _seconds(model: nn.Module, images: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""The whole method in minutes: generate, pre-train, Fisher, merge, adapt, fine-tune, compare, report."""
+"""The whole method in minutes: a study of `demo.yaml`, whose networks are put under readable names."""
 
 import os
 import shutil
@@ -9,19 +9,15 @@ from rich.console import Console
 
 from timm_ext.documents import read_yaml, validated
 from timm_ext.errors import InputError
-from timm_ext.files import atomic_write, real_path
+from timm_ext.files import atomic_write
 from timm_ext.study.outcomes import FISHER, INITIAL, NETWORK
-from timm_ext.study.plan import Plan
+from timm_ext.study.plan import StudyPlan, bundled_plans
 from timm_ext.study.records import Folder
-from timm_ext.study.report.page import write_report
-from timm_ext.study.report.reading import read_results
 from timm_ext.study.report.results import Results
 from timm_ext.study.report.tables import dice_table
-from timm_ext.study.run import bundled_plans, finish_steps
+from timm_ext.study.run import claim, finish_study
 from timm_ext.study.runner import available_cores
-from timm_ext.study.settings import EXTENDABLE, StudySettings, settings_to_dict
-from timm_ext.study.study import make_study
-from timm_ext.system.environment import environment
+from timm_ext.study.study import Study, make_study
 from timm_ext.system.terminal import make_console, show_table, tell
 
 CHECKPOINTS = "checkpoints"
@@ -41,8 +37,8 @@ _QUICK: dict[str, Any] = {
 }
 
 
-def demo_settings(*, seeds: int = 3, label_maps: Path | None = None, quick: bool = False) -> StudySettings:
-    """Return the settings of `demo.yaml`, and what is said otherwise here.
+def demo_plan(*, seeds: int = 3, label_maps: Path | None = None, quick: bool = False) -> StudyPlan:
+    """Return the plan of `demo.yaml` with what is said otherwise here.
 
     Args:
         seeds: number of repeats of adaptation and fine-tuning.
@@ -56,20 +52,20 @@ def demo_settings(*, seeds: int = 3, label_maps: Path | None = None, quick: bool
         raise InputError(f"seeds: expected at least 1 (got {seeds})")
     path = bundled_plans()["demo"]
     values, _ = read_yaml(path)
-    changes: dict[str, Any] = {"seeds": tuple(range(seeds)), **(_QUICK if quick else {})}
+    values |= {"seeds": tuple(range(seeds)), **(_QUICK if quick else {})}
     if label_maps is not None:
-        changes["source"] = str(real_path(label_maps))
-    return validated(StudySettings, {**values, **changes}, path)
+        values["source"] = str(label_maps)
+    return validated(StudyPlan, values, path)
 
 
 def run_demo(
-    out: Path, settings: StudySettings, *, workers: int | None = None, console: Console | None = None
+    out: Path, plan: StudyPlan, *, workers: int | None = None, console: Console | None = None
 ) -> Path:
     """Run the demo, or go on with one that was interrupted, and write its report.
 
     Args:
         out: folder of the results: `report.html`, `tables/`, `figures/`, `checkpoints/` and `runs/`.
-        settings: see `demo_settings`.
+        plan: see `demo_plan`.
         workers: processes of one thread each; default: the number of cores.
         console: for progress and the closing lines.
 
@@ -80,45 +76,36 @@ def run_demo(
         InputError: the folder is in use, holds other results or cannot be written, or steps failed; they are
             listed, and all that does not need them is done.
     """
-    console = console or make_console()
-    folder = Folder(out)
-    study = make_study(settings)
-    count = workers or available_cores()
-    facts = environment()
+    console, folder, study = console or make_console(), Folder(out), make_study(plan)
+    workers = workers or available_cores()
     with folder.lock():
-        folder.claim(settings_to_dict(study.settings), extendable=EXTENDABLE)
-        finish_steps(study.steps, folder, workers=count, console=console, facts=facts)
-        (plan,) = study.plans.values()
-        results = read_results(study, folder, facts)
-        page = write_report(results, out)
-        saved = publish_checkpoints(plan, folder)
+        claim(folder, plan)
+        results, page = finish_study(study, folder, workers=workers, retry=True, console=console)
+        saved = publish_checkpoints(study, folder)
     _print_end(console, results, page, saved)
     return page
 
 
-def publish_checkpoints(plan: Plan, folder: Folder) -> Path:
-    """Put the networks and Fishers of a finished plan, under readable names, into one folder.
+def publish_checkpoints(study: Study, folder: Folder) -> Path:
+    """Put the networks and Fishers of a finished study, under readable names, into one folder.
 
-    Sources are `M1`, `M2`, … and `fisher-M1`, …; of the first seed, `METHOD` is the fine-tuned network and
-    `METHOD-initial` what it started from. Files are linked where the file system can, else copied.
+    Sources are `M1`, `M2`, … and `fisher-M1`, …; of the first draw and seed, `ARM` is the fine-tuned network
+    and `ARM-initial` what it started from. Files are linked where the file system can, else copied.
 
     Returns:
         The folder.
     """
+    files = {f"M{n}": folder.run_path(step) / NETWORK for n, step in enumerate(study.models, 1)}
+    files |= {f"fisher-M{n}": folder.run_path(step) / FISHER for n, step in enumerate(study.fishers, 1)}
+    first = study.runs[0]
+    for run in study.runs:
+        if (run.train_cases, run.draw, run.seed) == (first.train_cases, first.draw, first.seed):
+            files[run.arm] = folder.run_path(run.step) / NETWORK
+            files[f"{run.arm}-initial"] = folder.run_path(run.adaptation or run.step) / INITIAL
     target = folder.path / CHECKPOINTS
-    files = {f"M{n}": folder.run_path(step) / NETWORK for n, step in enumerate(plan.models, 1)}
-    files |= {f"fisher-M{n}": folder.run_path(step) / FISHER for n, step in enumerate(plan.fishers, 1)}
-    seed = plan.settings.seeds[0]
-    for name in plan.settings.methods:
-        run = folder.run_path(plan.runs[name, seed])
-        adaptation = plan.adaptations.get((name, seed))
-        if (run / NETWORK).exists():  # an ensemble is no network
-            files[name] = run / NETWORK
-        initial = (run if adaptation is None else folder.run_path(adaptation)) / INITIAL
-        if initial.exists():
-            files[f"{name}-initial"] = initial
     for name, source in files.items():
-        _link(source, target / f"{name}.safetensors")
+        if source.exists():  # an ensemble is no network, and from scratch none is noted
+            _link(source, target / f"{name}.safetensors")
     return target
 
 

@@ -25,7 +25,7 @@ class Training:
     """Of any training: (step, mean validation Dice), how many steps it took, and which was best."""
 
     curve: tuple[tuple[int, float], ...]
-    steps: int | None = None
+    steps: int
     best_step: int | None = None
 
 

@@ -1,362 +1,315 @@
-"""The plan of a comparison: methods × seeds as steps that share their cases, source networks and Fishers."""
+"""What decides a study, as a plan file says it: the comparison, its data and how all is trained."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields
+from functools import cached_property
 from math import ceil
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
 
-from timm_ext.data.tasks import get_task, joint_task, task_to_dict
-from timm_ext.errors import InputError
-from timm_ext.merging.merge import transfer
-from timm_ext.study.arms import Combination, JointTransfer, Row, get_row
-from timm_ext.study.options import adapt_options, check_options, merge_options, without_ties
-from timm_ext.study.parts import STAGES, case_steps, check_fields, prepare_settings
-from timm_ext.study.records import Step
-from timm_ext.study.settings import PlanSettings, to_json
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from timm_ext.data.prepare import PrepareSettings
+from timm_ext.documents.bounds import LEAST_MM, MOST_CASES, MOST_EDGE, MOST_MM
+from timm_ext.documents.fields import Batch, Cases, Rate, Seed, Steps, whole
+from timm_ext.errors import InputError, listed
+from timm_ext.files import real_path, visible
+from timm_ext.study.arms import get_row
+from timm_ext.synthesis.generate import PHANTOM
 from timm_ext.training.settings import TIES, TrainSettings
+from timm_ext.transfer.adapt import AdaptSettings
 from timm_ext.transfer.arms import Arm
-from timm_ext.transfer.start import Recipe
 
-# Seconds per training step and voxel of a pair of volumes on one core, for the time left only.
-_SECONDS_PER_STEP = 0.2
-_USUAL_VOXELS = 40 * 48 * 40
-_SECONDS_TO_START = 1.0
-COMBINE = "timm_ext.study.combination_stages:combine_and_test"
-_SET_ELSEWHERE = {"steps", "epochs", "batch_size", "lr", "validate_every", "seed", "devices", "tensorboard"}
-_SET_ELSEWHERE |= {"accelerator", "precision"}
+PLANS = Path(__file__).with_name("plans")
+EXTENDABLE = (
+    *("title", "methods", "method_train", "method_adapt", "method_merge"),
+    *("seeds", "draws", "train_cases", "fractions", "references"),
+)
+"""Fields of a study that may change from one start to the next: their steps do not disturb each other."""
+
+_MOST_LISTED = 1000
+_MOST_RUNS = 100_000
+
+_ELSEWHERE = {"steps", "epochs", "batch_size", "lr", "validate_every", "seed", "devices", "tensorboard"}
+_ELSEWHERE |= {"accelerator", "precision"}
+_TRAIN = {field.name for field in fields(TrainSettings)} - _ELSEWHERE
+_ADAPT = {field.name for field in fields(AdaptSettings)}
+_KNOWN = {
+    "prepare": {field.name for field in fields(PrepareSettings)} - {"spacing", "size"},
+    "source_train": _TRAIN,
+    "train": _TRAIN,
+    "adapt_train": _TRAIN - {*TIES},
+    "adapt": _ADAPT - {"logit_lr"},
+    "fisher": {"likelihood", "labels", "samples", "seed", "strict", "precision", "batch_size"},
+    "method_train": _TRAIN,
+    "method_adapt": _ADAPT,
+    "method_merge": {"granularity", "mixing", "anchor", "normalize", "unseen"},
+}
+"""Of the fields that hold fields of other settings, which these are."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The steps of a study by their place in it.
+def _listed_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(values) > _MOST_LISTED:
+        raise InputError(f"expected at most {_MOST_LISTED} (got {len(values)})")
+    if len(set(values)) < len(values):
+        raise InputError(f"expected each once (got {listed(values)})")
+    return values
+
+
+def _absolute(path: str) -> str:
+    return path if path == PHANTOM else str(real_path(path))
+
+
+Values = dict[str, Any]
+HeldOut = Annotated[int, whole(0, MOST_CASES)]
+Edge = Annotated[int, whole(8, MOST_EDGE)]
+Folder = Annotated[str, AfterValidator(_absolute)]
+Once = AfterValidator(_listed_once)
+Names = Annotated[tuple[str, ...], Once]
+Seeds = Annotated[tuple[Seed, ...], Once]
+
+
+class Budget(NamedTuple):
+    """Optimiser steps at most: of a source network, of a run, and of an adaptation in it."""
+
+    source: int
+    run: int
+    adapt: int
+
+
+class StudyPlan(BaseModel):
+    """A study: methods × numbers of training cases × draws of them × seeds.
 
     Attributes:
-        settings: what it was made from.
-        subjects: part of the data → label maps that it uses; empty for phantoms.
-        cases: part of the data → step; parts are `source-1`, `source-1-test`, …, `train`, `val`, `test`.
-        models: source networks, in order.
-        fishers: of the source networks.
-        adaptations: (method, seed) → step, for the methods that adapt.
-        runs: (method, seed) → step.
-        forgetting: scores on the source tasks.
-        joint: method → its source network, for the methods that want one of the cases of all source tasks.
+        title: of the report.
+        methods: names of the compared arms.
+        references: those that each of them is compared with; none compares every pair.
+        train_cases: numbers of training cases of the target task; give this or `fractions`.
+        fractions: of the available training cases, in (0, 1].
+        pool: how many there are, where they are generated; of those on disk all count that are neither for
+            test nor for validation.
+        draws: each draws other training and validation cases; the test cases are the same in all.
+        seeds: each repeats adaptation and fine-tuning.
+        source: where generated images come from: `"phantom"`, or a folder of label maps.
+        source_data: cases on disk for the source tasks, one folder or list for each; empty generates them.
+            Tasks that name the same folder share no case.
+        target_data: cases on disk for the target task; None generates them.
+        source_tasks: tasks of the source networks.
+        chain: each source network starts from the one before it; otherwise from its own seed.
+        target_task: the new task.
+        network: name of the network.
+        options: the network's options.
+        spacing: of the images that networks see, in mm.
+        size: of these images in voxels.
+        prepare: further fields of `PrepareSettings`.
+        source_cases: training cases of each source task.
+        source_test: held-out cases of each source task, for the forgetting table.
+        val_cases: validation cases of the target task.
+        test_cases: test cases of the target task.
+        batch_size: examples per step.
+        source_steps: optimiser steps of a source network at most.
+        source_epochs: epochs of it instead.
+        source_lr: its learning rate, by default with a cosine schedule.
+        source_train: further fields of its `TrainSettings`.
+        steps: optimiser steps of every run at most, adaptation included.
+        epochs: epochs of it instead.
+        lr: learning rate of the runs, by default constant; also of the task-specific layers in an adaptation.
+            A run ends with its weights of the lowest validation loss.
+        train: further fields of the runs' `TrainSettings`.
+        method_train: such fields for single methods, by name; they go before the method's own, which go
+            before those of `train`.
+        adapt_steps: optimiser steps of an adaptation at most.
+        adapt_epochs: epochs of it instead.
+        adapt_train: further fields of its `TrainSettings`.
+        logit_lr: learning rate of the mixing logits.
+        adapt: further fields of `AdaptSettings`, for all methods that they concern.
+        method_adapt: such fields, `logit_lr` too, for single methods, by name; they go before those of
+            `adapt`, which go before the method's own.
+        method_merge: fields of `Recipe` for single methods that learn ratios, by name: `granularity`,
+            `mixing`, `anchor`, `normalize` and `unseen`.
+        validate_every: steps between validations; None is once an epoch.
+        fisher: arguments of `estimate_fisher`.
+        data_seed: of the generated cases, and of which cases on disk are for what.
+        source_seed: of the source networks.
+        accelerator: `cpu`, `cuda`, `auto`, … (Lightning Fabric).
+        precision: of all trainings.
     """
 
-    settings: PlanSettings
-    subjects: dict[str, tuple[str, ...]]
-    cases: dict[str, Step]
-    models: tuple[Step, ...]
-    fishers: tuple[Step, ...]
-    adaptations: dict[tuple[str, int], Step]
-    runs: dict[tuple[str, int], Step]
-    forgetting: tuple[Step, ...]
-    joint: dict[str, Step]
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    @property
-    def steps(self) -> list[Step]:
-        """Steps that need all others."""
-        return [*self.runs.values(), *self.forgetting]
+    title: str = "Study of initialisations"
+    methods: Annotated[Names, Field(min_length=1)] = (
+        "scratch",
+        "transfer-1",
+        "transfer-2",
+        "mean-imm",
+        "mode-imm",
+        "imm-warmup",
+        "t-imm",
+        "t-imm-extra",
+    )
+    references: Names = ("scratch",)
+    train_cases: Annotated[tuple[Cases, ...], Once] = ()
+    fractions: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Once] = ()
+    pool: Cases | None = None
+    draws: Annotated[Seeds, Field(min_length=1)] = (0,)
+    seeds: Annotated[Seeds, Field(min_length=1)] = (0, 1, 2)
+    source: Folder = PHANTOM
+    source_data: tuple[Folder, ...] = ()
+    target_data: Folder | None = None
+    source_tasks: Annotated[tuple[str, ...], Field(min_length=1, max_length=_MOST_LISTED)] = (
+        "parcellation-1-7",
+        "parcellation-8-14",
+    )
+    chain: bool = True
+    target_task: str = "brats"
+    network: str = "isensee2017"
+    options: Values = {"base_filters": 6, "levels": 4}
+    spacing: Annotated[float, Field(ge=LEAST_MM, le=MOST_MM)] = 4.0
+    size: tuple[Edge, Edge, Edge] = (40, 48, 40)
+    prepare: Values = {}
+    source_cases: Cases = 16
+    source_test: HeldOut = 4
+    val_cases: HeldOut = 4
+    test_cases: Cases = 12
+    batch_size: Batch = 2
+    source_steps: Steps = 200
+    source_epochs: Steps | None = None
+    source_lr: Rate = 4e-3
+    source_train: Values = {}
+    steps: Steps = 100
+    epochs: Steps | None = None
+    lr: Rate = 3e-3
+    train: Values = {}
+    method_train: dict[str, Values] = {}
+    adapt_steps: Steps = 20
+    adapt_epochs: Steps | None = None
+    adapt_train: Values = {}
+    logit_lr: Rate = 0.1
+    adapt: Values = {}
+    method_adapt: dict[str, Values] = {}
+    method_merge: dict[str, Values] = {}
+    validate_every: Steps | None = 20
+    fisher: Values = {"labels": "sampled", "samples": 1}
+    data_seed: Seed = 0
+    source_seed: Seed = 0
+    accelerator: str = "cpu"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
 
+    @field_validator(*_KNOWN)
+    @classmethod
+    def _has_known_fields(cls, values: Values, info: ValidationInfo) -> Values:
+        name = info.field_name or ""
+        known = _KNOWN[name]
+        for given in values.values() if name.startswith("method_") else [values]:
+            if unknown := sorted({*given} - known):
+                raise InputError(f"unknown field {unknown[0]} (expected one of {', '.join(sorted(known))})")
+        return values
 
-def make_plan(settings: PlanSettings, step_seconds: float | None = None) -> Plan:
-    """Lay out the steps.
+    @model_validator(mode="after")
+    def _fits_together(self) -> "StudyPlan":
+        self._check_size()
+        self._check_methods()
+        if self.source_data and len(self.source_data) != len(self.source_tasks):
+            raise InputError(
+                f"source_data: expected one data set for each of the {len(self.source_tasks)} source tasks "
+                f"(got {len(self.source_data)})"
+            )
+        tied = [name for name in TIES if self.source_train.get(name)]
+        if tied and not (self.chain and len(self.source_tasks) > 1):
+            raise InputError(
+                f"source_train: expected chain and several source tasks with {tied[0]}, which keeps a source "
+                "network near the one before"
+            )
+        return self
 
-    Args:
-        settings: of the comparison.
-        step_seconds: what one training step takes, for the time left only; None guesses.
+    def _check_size(self) -> None:
+        if bool(self.train_cases) == bool(self.fractions):
+            raise InputError(
+                "expected train_cases or fractions, one of them (got "
+                f"{listed(self.train_cases) or 'none'} and {listed(self.fractions) or 'none'})"
+            )
+        sizes = len(self.train_cases) or len(self.fractions)
+        runs = len(self.methods) * len(self.seeds) * len(self.draws) * sizes
+        if runs > _MOST_RUNS:
+            raise InputError(f"expected at most {_MOST_RUNS} runs (got {runs})")
 
-    Raises:
-        InputError: an unknown method or one that needs more source tasks, a training setting that does not
-            exist, or data that cannot be read or are too few.
-    """
-    return _Planner(settings, step_seconds).plan()
+    def _check_methods(self) -> None:
+        """Refuse methods that need more source tasks, and options of other methods or of another kind."""
+        rows = {name: get_row(name) for name in self.methods}
+        for name, row in rows.items():
+            needed = row.merge.models if isinstance(row, Arm) else row.models
+            if needed > (count := len(self.source_tasks)):
+                raise InputError(f"{name}: expected at least {needed} source tasks (got {count})")
+        for field in ("references", "method_train", "method_adapt", "method_merge"):
+            if strangers := sorted({*getattr(self, field)} - {*self.methods}):
+                raise InputError(
+                    f"{field}: expected some of {', '.join(self.methods)} (got {strangers[0]!r})"
+                )
+        arms = {name: row for name, row in rows.items() if isinstance(row, Arm)}
+        for name in self.method_adapt:
+            if name not in arms or not arms[name].learns:
+                raise InputError(f"method_adapt: expected methods that learn before fine-tuning (got {name})")
+        for name in self.method_merge:
+            if name not in arms or not arms[name].learns_ratios:
+                raise InputError(f"method_merge: expected methods that learn ratios (got {name})")
 
+    @cached_property
+    def preparation(self) -> PrepareSettings:
+        """How all cases are prepared."""
+        own = {"spacing_tolerance": None, **self.prepare}
+        return PrepareSettings(**{**own, "spacing": self.spacing, "size": self.size})
 
-class _Planner:
-    def __init__(self, settings: PlanSettings, step_seconds: float | None) -> None:
-        self.settings = settings
-        self.rows = [_row(name, len(settings.source_tasks)) for name in settings.methods]
-        check_options(settings)
-        self.common: dict[str, Any] = {"prepare": to_json(prepare_settings(settings))}
-        self.network = {"name": settings.network, "options": dict(settings.options)}
-        voxels = settings.size[0] * settings.size[1] * settings.size[2]
-        self.step_cost = step_seconds or _SECONDS_PER_STEP * voxels / _USUAL_VOXELS
-        self.elsewhere = {} if settings.accelerator == "cpu" else {"accelerator": settings.accelerator}
+    def budget(self, train_cases: int) -> Budget:
+        """Return the numbers of steps at a number of training cases, epochs turned into steps."""
 
-    def plan(self) -> Plan:
-        settings = self.settings
-        subjects, cases = case_steps(settings)
-        models: list[Step] = []
-        for number in range(1, len(settings.source_tasks) + 1):
-            models.append(self._model(number, cases, models))
-        fishers = [self._fisher(number, cases, model) for number, model in enumerate(models, 1)]
-        sources = {f"model-{n}": step for n, step in enumerate(models, 1)}
-        sources |= {f"fisher-{n}": step for n, step in enumerate(fishers, 1)}
-        joint = {r.name: self._joint(r, cases) for r in self.rows if isinstance(r, JointTransfer)}
-        adaptations: dict[tuple[str, int], Step] = {}
-        runs: dict[tuple[str, int], Step] = {}
-        for seed in settings.seeds:
-            for row in self.rows:
-                key = row.name, seed
-                if isinstance(row, Combination):
-                    runs[key] = self._combination(row, seed, cases, sources)
-                elif isinstance(row, JointTransfer):
-                    runs[key] = self._run(row.arm, seed, cases, {"model-1": joint[row.name]}, None)
-                else:
-                    if row.adaptation is not None:
-                        adaptations[key] = self._adaptation(self._twin(row), seed, cases, sources)
-                    runs[key] = self._run(row, seed, cases, sources, adaptations.get(key))
-        forgetting = self._forgetting(cases, sources, adaptations)
-        return Plan(
-            settings, subjects, cases, tuple(models), tuple(fishers), adaptations, runs, forgetting, joint
+        def steps(epochs: int | None, cases: int, otherwise: int) -> int:
+            return otherwise if epochs is None else epochs * ceil(cases / self.batch_size)
+
+        return Budget(
+            steps(self.source_epochs, self.source_cases, self.source_steps),
+            steps(self.epochs, train_cases, self.steps),
+            steps(self.adapt_epochs, train_cases, self.adapt_steps),
         )
 
-    def _train(
-        self, name: str, steps: int, lr: float, seed: int, given: Mapping[str, Any], **defaults: Any
-    ) -> dict[str, Any]:
-        """Return training settings: those of the plan, then the defaults, then what the user gives."""
-        settings = self.settings
-        elsewhere = _SET_ELSEWHERE | ({*TIES} if name == "adapt_train" else set())
-        check_fields(name, given, {field.name for field in fields(TrainSettings)} - elsewhere)
-        every = settings.validate_every
+    def training(self, steps: int, lr: float, seed: int, given: Values, **defaults: Any) -> TrainSettings:
+        """Return training settings: those of the plan, before what the user gives, before the defaults."""
+        every = self.validate_every
         return TrainSettings(
             **{"stop_patience": None, "keep": "last", **defaults, **given},
             steps=steps,
-            batch_size=settings.batch_size,
+            batch_size=self.batch_size,
             lr=lr,
             validate_every=None if every is None else min(every, steps),
             seed=seed,
-            accelerator=settings.accelerator,
-            precision=settings.precision,
+            accelerator=self.accelerator,
+            precision=self.precision,
             devices=1,
             tensorboard=False,
-        ).to_dict()
-
-    def _training_cost(self, steps: int, cases: int, val_cases: int) -> float:
-        """Return the seconds that a training should take; a forward pass is a third of a step."""
-        settings = self.settings
-        every = settings.validate_every or ceil(cases / settings.batch_size)
-        validation = val_cases / settings.batch_size / 3
-        return _SECONDS_TO_START + (steps + steps / every * validation) * self.step_cost
-
-    def _model(self, number: int, cases: Mapping[str, Step], earlier: list[Step]) -> Step:
-        settings = self.settings
-        starts = bool(earlier) and settings.chain
-        values = {
-            **self.common,
-            "task": settings.source_tasks[number - 1],
-            "network": self.network,
-            "recipe": to_json(Recipe(seed=settings.source_seed + number)),
-            "train": self._train(
-                "source_train",
-                settings.source_steps,
-                settings.source_lr,
-                settings.source_seed + number,
-                settings.source_train if starts else without_ties(settings.source_train),
-                schedule="cosine",
-            ),
-        }
-        needs = {"train": cases[f"source-{number}"], "test": cases[f"source-{number}-test"]}
-        if starts:
-            needs["parent"] = earlier[-1]
-        cost = self._training_cost(settings.source_steps, settings.source_cases, settings.source_test)
-        return Step(f"train-M{number}", f"{STAGES}:train_source", values, needs, cost)
-
-    def _joint(self, row: JointTransfer, cases: Mapping[str, Step]) -> Step:
-        """Train on the cases of all source tasks, for as many steps as their networks take together."""
-        settings = self.settings
-        tasks = [get_task(name) for name in settings.source_tasks]
-        count = len(tasks)
-        # Made for a single task, too: it refuses label files that do not say the regions of all tasks.
-        task = joint_task(tasks)
-        task = task if row.number is None else tasks[row.number - 1]
-        seed, steps = settings.source_seed + (row.number or count + 1), count * settings.source_steps
-        values = {
-            **self.common,
-            "task": task_to_dict(task),
-            "network": self.network,
-            "recipe": to_json(Recipe(seed=seed)),
-            "train": self._train(
-                "source_train",
-                steps,
-                settings.source_lr,
-                seed,
-                without_ties(settings.source_train),
-                schedule="cosine",
-            ),
-        }
-        needs = {}
-        for number in range(1, count + 1):
-            needs[f"train-{number}"] = cases[f"source-{number}"]
-            needs[f"test-{number}"] = cases[f"source-{number}-test"]
-        cost = self._training_cost(steps, count * settings.source_cases, count * settings.source_test)
-        name = "train-joint" if row.number is None else f"train-M{row.number}-all"
-        return Step(name, f"{STAGES}:train_source", values, needs, cost)
-
-    def _fisher(self, number: int, cases: Mapping[str, Step], model: Step) -> Step:
-        settings = self.settings
-        values = {
-            **self.common,
-            "task": settings.source_tasks[number - 1],
-            "fisher": {"batch_size": settings.batch_size, **settings.fisher},
-            **self.elsewhere,
-        }
-        needs = {"model": model, "train": cases[f"source-{number}"]}
-        cost = settings.source_cases * self.step_cost
-        return Step(f"fisher-M{number}", f"{STAGES}:source_fisher", values, needs, cost)
-
-    def _twin(self, arm: Arm) -> Arm:
-        """Return the first arm whose adaptation is the same, so that it is made once."""
-        arms = (row for row in self.rows if isinstance(row, Arm) and row.adaptation is not None)
-        return next(other for other in arms if self._adapting(other) == self._adapting(arm))
-
-    def _adapting(self, arm: Arm) -> tuple[Any, ...]:
-        """Return all that an adaptation depends on."""
-        assert arm.adaptation is not None
-        bare = replace(arm.adaptation, extra_steps=False)
-        return arm.merge, bare, adapt_options(self.settings, arm), merge_options(self.settings, arm)
-
-    def _adaptation(
-        self, arm: Arm, seed: int, cases: Mapping[str, Step], sources: Mapping[str, Step]
-    ) -> Step:
-        settings = self.settings
-        values = {
-            **self.common,
-            "task": settings.target_task,
-            "method": arm.name,
-            "recipe": to_json(Recipe(seed=seed, **merge_options(settings, arm))),
-            "train": self._train(
-                "adapt_train",
-                settings.adapt_steps,
-                settings.lr,
-                seed,
-                settings.adapt_train,
-                schedule="constant",
-            ),
-            **adapt_options(settings, arm),
-        }
-        needs = {**sources, "train": cases["train"], "val": cases["val"]}
-        cost = self._training_cost(settings.adapt_steps, settings.train_cases, settings.val_cases)
-        name = f"adapt-{arm.name}-seed{seed}{settings.suffix}"
-        return Step(name, f"{STAGES}:adapt_start", values, needs, cost)
-
-    def _run(
-        self,
-        arm: Arm,
-        seed: int,
-        cases: Mapping[str, Step],
-        sources: Mapping[str, Step],
-        adaptation: Step | None,
-    ) -> Step:
-        settings = self.settings
-        steps = fine_tuning_steps(settings, arm)
-        values = {
-            **self.common,
-            "task": settings.target_task,
-            "method": arm.name,
-            "network": self.network,
-            "recipe": to_json(Recipe(seed=seed, **merge_options(settings, arm))),
-            # At a constant rate the last step's Dice varies more than the methods differ.
-            "train": self._train(
-                "train", steps, settings.lr, seed, self._given(arm), schedule="constant", keep="best"
-            ),
-            **(adapt_options(settings, arm) if arm.tuning.weight_pull else {}),
-        }
-        needs = {part: cases[part] for part in ("train", "val", "test")}
-        if adaptation is not None:
-            needs["start"] = adaptation
-        elif arm.merge.models:
-            needs |= {
-                role: s for role, s in sources.items() if arm.merge.needs_fisher or role.startswith("model-")
-            }
-        cost = self._training_cost(steps, settings.train_cases, settings.val_cases)
-        cost += settings.test_cases / 2 * self.step_cost
-        name = f"run-{arm.name}-seed{seed}{settings.suffix}"
-        return Step(name, f"{STAGES}:tune_and_test", values, needs, cost)
-
-    def _combination(
-        self, row: Combination, seed: int, cases: Mapping[str, Step], sources: Mapping[str, Step]
-    ) -> Step:
-        """Combine the runs by plain transfer, which are rows themselves if the plan names them."""
-        settings = self.settings
-        count = len(settings.source_tasks)
-        members = [self._run(Arm.of(transfer(n)), seed, cases, sources, None) for n in range(1, count + 1)]
-        values = {
-            **self.common,
-            "task": settings.target_task,
-            "method": row.name,
-            "train": members[0].settings["train"],
-        }
-        needs = {f"member-{number}": member for number, member in enumerate(members, 1)}
-        needs |= {part: cases[part] for part in ("val", "test")}
-        passes = count if row.mean_of == "logits" else 1
-        cost = _SECONDS_TO_START + passes * (settings.test_cases + settings.val_cases) / 2 * self.step_cost
-        name = f"run-{row.name}-seed{seed}{settings.suffix}"
-        return Step(name, COMBINE, values, needs, cost)
-
-    def _given(self, arm: Arm) -> dict[str, Any]:
-        """Return what user and arm say of fine-tuning.
-
-        Without a source there is nothing to tie to, and a pull to the merge takes the place of ties.
-        """
-        single = (self.settings.method_train or {}).get(arm.name, {})
-        given = {**self.settings.train, **arm.tuning.ties(), **single}
-        return given if arm.merge.models and not arm.tuning.weight_pull else without_ties(given)
-
-    def _forgetting(
-        self,
-        cases: Mapping[str, Step],
-        sources: Mapping[str, Step],
-        adaptations: Mapping[tuple[str, int], Step],
-    ) -> tuple[Step, ...]:
-        """Score pure and learned merges; in a study the fixed ones once for all sets of training cases.
-
-        Arms that differ in fine-tuning alone start as another one does.
-        """
-        arms = {row.name: row for row in self.rows if isinstance(row, Arm)}
-        learned = {
-            f"{name}-seed{seed}": (name, step)
-            for (name, seed), step in adaptations.items()
-            if (arm := arms[name]).learns_ratios and self._twin(arm) is arm
-        }
-        fixed = [arm.name for arm in arms.values() if arm.merge.models and arm == Arm.of(arm.merge)]
-        suffix = self.settings.suffix
-        shares = {suffix: ([], learned), "": (fixed, {})} if suffix else {"": (fixed, learned)}
-        tests = {
-            f"test-{number}": cases[f"source-{number}-test"]
-            for number in range(1, len(self.settings.source_tasks) + 1)
-        }
-        steps = []
-        for ending, (methods, adapted) in shares.items():
-            values = {
-                **self.common,
-                "recipe": to_json(Recipe()),
-                "methods": methods,
-                "adapted": {role: name for role, (name, _) in adapted.items()},
-                **self.elsewhere,
-            }
-            needs = {**sources, **tests, **{role: step for role, (_, step) in adapted.items()}}
-            cost = 10 * self.step_cost
-            if methods or adapted:
-                steps.append(Step(f"forgetting{ending}", f"{STAGES}:forgetting", values, needs, cost))
-        return tuple(steps)
+        )
 
 
-def fine_tuning_steps(settings: PlanSettings, arm: Arm) -> int:
-    """Return the steps of fine-tuning: the adaptation takes its steps out of the same number, unless extra.
+def bundled_plans() -> dict[str, Path]:
+    """Return the plan files of the package by name."""
+    return {path.stem: path for path in sorted(visible(PLANS, "*.yaml"))}
+
+
+def find_plan(name: str) -> Path:
+    """Return the plan file of this path, or the package's of this name.
 
     Raises:
-        InputError: the adaptation leaves no step.
+        InputError: there is neither.
     """
-    taken = settings.adapt_steps if arm.adaptation and not arm.adaptation.extra_steps else 0
-    if taken >= settings.steps:
-        raise InputError(f"plan: adapt_steps must be less than steps {settings.steps} (got {taken})")
-    return settings.steps - taken
-
-
-def _row(name: str, sources: int) -> Row:
-    row = get_row(name)
-    least = row.merge.models if isinstance(row, Arm) else row.models
-    if least > sources:
-        raise InputError(f"{name}: expected at least {least} source tasks (got {sources})")
-    return row
+    bundled = bundled_plans()
+    if Path(name).is_file():
+        return Path(name)
+    if name not in bundled:
+        raise InputError(f"plan: expected a YAML file or one of {', '.join(bundled)} (got {name!r})")
+    return bundled[name]

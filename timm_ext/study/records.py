@@ -1,16 +1,9 @@
-"""Steps with frozen settings: their folders, named by a hash of those settings, and their records.
+"""The folder of a study: its plan, a lock, and for each step a folder with the record of its outcome."""
 
-A step is one piece of work that others can share: generating cases, training a source network, one
-fine-tuning run. Its hash covers its settings and the hashes of everything it needs, so that a folder is
-either the answer to exactly this question or absent.
-"""
-
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,56 +11,16 @@ from timm_ext.documents import read_json, validated
 from timm_ext.errors import InputError, listed, shown
 from timm_ext.files import visible, write_json
 from timm_ext.study.outcomes import Failure
+from timm_ext.study.step import Step, hashed, with_needs
 from timm_ext.system.locks import LOCK_NAME, folder_lock
-from timm_ext.training.settings import TrainSettings
 
 RECORD = "record.json"
 FAILURE = "failed.json"
 PLAN = "plan.json"
+FORMAT = 2
+"""Of the folder; counts the changes after which older folders cannot be gone on with."""
 
 Kind = TypeVar("Kind")
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """One cached piece of work.
-
-    Attributes:
-        name: readable and unique in its plan; the first half of the folder's name.
-        function: `"module:function"`, called as `function(settings, inputs, context)` in a worker process;
-            what it returns is JSON and must depend on nothing but its arguments.
-        settings: JSON values, all that decides the result.
-        needs: role → step; the function gets role → folder of that step.
-        cost: expected seconds, for the order of work and the time left.
-    """
-
-    name: str
-    function: str
-    settings: Mapping[str, Any]
-    needs: Mapping[str, "Step"] = field(default_factory=dict)
-    cost: float = 1.0
-
-    @cached_property
-    def digest(self) -> str:
-        """Hash of the name, the function, the settings and the digests of the needed steps."""
-        question = {
-            "name": self.name,
-            "function": self.function,
-            "settings": self.settings,
-            "needs": {role: step.digest for role, step in self.needs.items()},
-        }
-        text = json.dumps(question, sort_keys=True, allow_nan=False)
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    @property
-    def train(self) -> TrainSettings:
-        """Return how a step that trains does it."""
-        return TrainSettings(**self.settings["train"])
-
-    @property
-    def folder_name(self) -> str:
-        """`name-` and the first 12 digits of the digest."""
-        return f"{self.name}-{self.digest[:12]}"
 
 
 @dataclass(frozen=True)
@@ -77,16 +30,16 @@ class Record:
     Attributes:
         name: of the step.
         digest: of the step.
-        result: what its function returned.
+        outcome: what its `run` returned.
+        checksum: over all of the record.
         seconds: that it took.
-        checksum: over all of the record; records of early versions have none.
     """
 
     name: str
     digest: str
-    result: dict[str, Any]
+    outcome: dict[str, Any]
+    checksum: str
     seconds: float = 0.0
-    checksum: str | None = None
 
 
 def read_record(path: Path, digest: str | None = None) -> Record:
@@ -103,41 +56,9 @@ def read_record(path: Path, digest: str | None = None) -> Record:
     record = validated(Record, values, path, strict=True)
     if digest is not None and record.digest != digest:
         raise InputError(f"{path}: expected the record of {digest} (got {shown(record.digest)}); remove it")
-    if record.checksum is not None:
-        rest = {name: value for name, value in values.items() if name != "checksum"}
-        if _checksum(rest) != record.checksum:
-            raise InputError(
-                f"{path}: expected a record as it was written (got one that was altered); remove it"
-            )
+    if hashed({name: value for name, value in values.items() if name != "checksum"}) != record.checksum:
+        raise InputError(f"{path}: expected a record as it was written (got one that was altered); remove it")
     return record
-
-
-def _checksum(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
-def with_needs(steps: Iterable[Step]) -> list[Step]:
-    """Return the steps and all they need, each once, needed ones first.
-
-    Raises:
-        InputError: two different steps share a name.
-    """
-    ordered: dict[str, Step] = {}
-    names: dict[str, str] = {}
-
-    def visit(step: Step) -> None:
-        if step.digest in ordered:
-            return
-        if step.name in names:
-            raise InputError(f"plan: expected one step per name (got two different steps named {step.name})")
-        names[step.name] = step.digest
-        for needed in step.needs.values():
-            visit(needed)
-        ordered[step.digest] = step
-
-    for step in steps:
-        visit(step)
-    return list(ordered.values())
 
 
 class Folder:
@@ -159,8 +80,12 @@ class Folder:
         path = self.run_path(step) / RECORD
         return read_record(path, step.digest) if path.exists() else None
 
+    def pending(self, steps: Iterable[Step]) -> list[Step]:
+        """Return those of the steps and of all they need that are not finished, needed ones first."""
+        return [step for step in with_needs(steps) if self.record(step) is None]
+
     def outcome(self, step: Step, kind: type[Kind]) -> Kind:
-        """Return what a finished step's function returned, as a type of `timm_ext.study.outcomes`.
+        """Return the outcome of a finished step as a type of `timm_ext.study.outcomes`.
 
         Raises:
             InputError: the step is not finished, or its record holds something else.
@@ -168,7 +93,7 @@ class Folder:
         record = self.record(step)
         if record is None:
             raise InputError(f"{self.run_path(step)}: expected a finished step (got no {RECORD})")
-        return validated(kind, record.result, self.run_path(step) / RECORD, strict=True)
+        return validated(kind, record.outcome, self.run_path(step) / RECORD, strict=True)
 
     def notes(self, step: Step, name: str, kind: type[Kind]) -> Kind | None:
         """Return a JSON file that a step wrote beside its record, None where there is none.
@@ -192,51 +117,57 @@ class Folder:
         """Take back that a step failed."""
         (self.run_path(step) / FAILURE).unlink(missing_ok=True)
 
-    def write_record(self, step: Step, result: Mapping[str, Any], **facts: Any) -> None:
+    def write_record(self, step: Step, outcome: Mapping[str, Any], **facts: Any) -> None:
         """Write the step's record, atomically; from now on the step counts as finished."""
         record = {
             "name": step.name,
             "digest": step.digest,
-            "function": step.function,
-            "settings": step.settings,
+            "step": step.question,
             "needs": {role: needed.folder_name for role, needed in step.needs.items()},
-            "result": result,
+            "outcome": outcome,
             **facts,
         }
         as_read = json.loads(json.dumps(record, allow_nan=False))
-        write_json(self.run_path(step) / RECORD, {**as_read, "checksum": _checksum(as_read)})
+        write_json(self.run_path(step) / RECORD, {**as_read, "checksum": hashed(as_read)})
 
     def lock(self) -> AbstractContextManager[None]:
         """Hold the folder for this process; see `timm_ext.system.locks.folder_lock`."""
         return folder_lock(self.path)
 
-    def claim(self, settings: Mapping[str, Any], *, extendable: Iterable[str] = ()) -> None:
-        """Write the plan's settings, or check them against those of the run that is continued here.
+    def claim(self, plan: Mapping[str, Any], *, extendable: Iterable[str] = ()) -> None:
+        """Write the plan, or check it against that of the study that is continued here.
 
         Args:
-            settings: JSON values that describe the whole plan.
-            extendable: fields that may differ from the earlier run: their steps do not disturb each other.
+            plan: JSON values.
+            extendable: fields that may differ from the earlier start: their steps do not disturb each other.
 
         Raises:
-            InputError: the folder holds something else, or results of other settings.
+            InputError: the folder holds something else, or a study of another plan or of another format.
         """
-        plan = self.path / PLAN
-        if plan.exists():
-            earlier = validated(dict[str, Any], read_json(plan), plan)
-            differing = [
-                f"{name} {shown(repr(earlier.get(name)))} there, {shown(repr(settings.get(name)))} here"
-                for name in sorted({*earlier, *settings} - {*extendable})
-                if earlier.get(name) != json.loads(json.dumps(settings.get(name)))
-            ]
-            if differing:
-                listing = listed(differing, separator="; ")
-                raise InputError(
-                    f"{self.path}: holds results of other settings ({listing}); choose another folder"
-                )
+        path, now = self.path / PLAN, {"format": FORMAT, **plan}
+        if path.exists():
+            self._compare(validated(dict[str, Any], read_json(path), path), now, {*extendable})
         elif self.path.exists() and (
             others := sorted(p.name for p in visible(self.path) if p.name != LOCK_NAME)
         ):
             raise InputError(
                 f"{self.path}: expected a new, empty or earlier run's folder (got {others[0]} in it)"
             )
-        write_json(plan, settings)
+        write_json(path, now)
+
+    def _compare(self, earlier: Mapping[str, Any], now: Mapping[str, Any], extendable: set[str]) -> None:
+        if earlier.get("format") != FORMAT:
+            raise InputError(
+                f"{self.path}: expected a study of format {FORMAT} (got format "
+                f"{shown(earlier.get('format', 1))}, of another version of timm_ext); choose another folder"
+            )
+        differing = [
+            f"{name} {shown(repr(earlier.get(name)))} there, {shown(repr(now.get(name)))} here"
+            for name in sorted({*earlier, *now} - extendable)
+            if earlier.get(name) != json.loads(json.dumps(now.get(name)))
+        ]
+        if differing:
+            listing = listed(differing, separator="; ")
+            raise InputError(
+                f"{self.path}: holds results of other settings ({listing}); choose another folder"
+            )

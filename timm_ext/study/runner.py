@@ -14,7 +14,9 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from timm_ext.errors import InputError
-from timm_ext.study.records import Folder, Step, with_needs
+from timm_ext.study.records import Folder
+from timm_ext.study.step import Step
+from timm_ext.study.steps import STEPS
 from timm_ext.study.worker import SINGLE_THREAD, Job, Reply, serve
 from timm_ext.system.machine import check_workers
 from timm_ext.system.signals import children_start, ending, uninterrupted, wait_for_signal
@@ -34,13 +36,8 @@ class Event:
 
 
 @dataclass
-class Outcome:
-    """How a plan ended.
-
-    Attributes:
-        failed: step name → message.
-        skipped: step name → name of the failed step that it needs, directly or not.
-    """
+class Ending:
+    """How a run of steps ended: failed step → message, skipped step → the failed one that it needs."""
 
     failed: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -59,29 +56,28 @@ def run_steps(
     listener: Listener = lambda event: None,
     facts: Mapping[str, Any] | None = None,
     retry: bool = True,
-) -> Outcome:
+    types: Sequence[type[Step]] = STEPS,
+) -> Ending:
     """Run the steps and all they need that have no record yet.
 
-    A failed step is told to the listener and in the outcome; whatever does not need it still runs.
+    A failed step is told to the listener and in what is returned; whatever does not need it still runs.
 
     Args:
         steps: the wanted steps.
-        folder: where records and files lie; the caller holds its lock.
-        workers: number of processes, one torch thread each; default: the cores this process may use.
+        folder: of the study; the caller holds its lock.
+        workers: processes of one torch thread each; default: the cores this process may use.
         listener: hears every event, in this process.
         facts: JSON written into each new record (versions, machine).
         retry: try steps again that failed in an earlier call.
-
-    Returns:
-        The failed and the skipped steps.
+        types: of all steps that there may be.
 
     Raises:
         InputError: a record in the folder cannot be read or belongs to other settings.
     """
-    pending = [step for step in with_needs(steps) if folder.record(step) is None]
+    pending = folder.pending(steps)
     count = min(workers or available_cores(), len(pending))
     check_workers(count)
-    with _worker_processes(count) as crew:
+    with _worker_processes(count, types) as crew:
         return _Run(folder, crew, pending, listener, dict(facts or {}), retry).work()
 
 
@@ -102,7 +98,8 @@ def visible_gpus() -> list[str]:
 class _Crew:
     """Worker processes, each with a GPU of its own if there are several; a worker that died is replaced."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, types: Sequence[type[Step]]) -> None:
+        self._types = types
         self._context = multiprocessing.get_context("spawn")
         resource_tracker.ensure_running()
         self._processes: dict[Connection, tuple[Any, int]] = {}
@@ -112,7 +109,7 @@ class _Crew:
     def _start(self, number: int) -> Connection:
         ours, theirs = self._context.Pipe()
         gpu = self._gpus[number % len(self._gpus)] if len(self._gpus) > 1 else None
-        process = self._context.Process(target=serve, args=(theirs, gpu), daemon=True)
+        process = self._context.Process(target=serve, args=(theirs, self._types, gpu), daemon=True)
         with children_start():
             process.start()
         theirs.close()
@@ -138,13 +135,13 @@ class _Crew:
 
 
 @contextmanager
-def _worker_processes(count: int) -> Iterator[_Crew]:
+def _worker_processes(count: int, types: Sequence[type[Step]]) -> Iterator[_Crew]:
     before = {name: os.environ.get(name) for name in SINGLE_THREAD}
     os.environ.update(SINGLE_THREAD)
     crew: _Crew | None = None
     try:
         with uninterrupted():
-            crew = _Crew(count)
+            crew = _Crew(count, types)
         yield crew
     finally:
         if crew is not None:
@@ -169,39 +166,39 @@ class _Run:
         retry: bool,
     ) -> None:
         self._folder, self._crew, self._listener, self._facts = folder, crew, listener, facts
-        self._waiting = {step.digest: step for step in pending}
+        self._waiting = dict.fromkeys(pending)
         self._urgency = _path_costs(pending)
         self._running: dict[Connection, Step] = {}
-        self._outcome = Outcome()
+        self._ending = Ending()
         for step in pending:
             if (message := folder.failure(step)) is None:
                 continue
             if retry:
                 folder.forget_failure(step)
-            elif self._waiting.pop(step.digest, None) is not None:
+            elif step in self._waiting:
+                del self._waiting[step]
                 self._drop(step, f"{message} (failed before; --retry tries again)")
 
-    def work(self) -> Outcome:
+    def work(self) -> Ending:
         while True:
             self._hand_out()
             if not self._running:
-                return self._outcome
+                return self._ending
             for ready in wait(list(self._running)):
                 assert isinstance(ready, Connection)
                 self._hear(ready)
 
     def _hand_out(self) -> None:
-        unfinished = {*self._waiting, *(step.digest for step in self._running.values())}
-        ready = [
-            s for s in self._waiting.values() if not any(n.digest in unfinished for n in s.needs.values())
-        ]
-        ready.sort(key=lambda step: -self._urgency[step.digest])
+        unfinished = {*self._waiting, *self._running.values()}
+        ready = [step for step in self._waiting if unfinished.isdisjoint(step.needs.values())]
+        ready.sort(key=lambda step: -self._urgency[step])
         for step in ready[: len(self._crew.idle)]:
             connection = self._crew.idle.pop()
             inputs = {role: self._folder.run_path(needed) for role, needed in step.needs.items()}
             with suppress(OSError):  # a worker that is already dead is noticed when it is heard
-                connection.send(Job(step.function, step.settings, inputs, self._folder.run_path(step)))
-            self._running[connection] = self._waiting.pop(step.digest)
+                connection.send(Job(step.question, inputs, self._folder.run_path(step)))
+            del self._waiting[step]
+            self._running[connection] = step
             self._listener(Event("started", step))
 
     def _hear(self, connection: Connection) -> None:
@@ -232,22 +229,22 @@ class _Run:
 
     def _drop(self, step: Step, message: str) -> None:
         """Give up a step and all that need it."""
-        self._outcome.failed[step.name] = message
+        self._ending.failed[step.name] = message
         self._listener(Event("failed", step, message=message))
-        lost = {step.digest}
-        for other in list(self._waiting.values()):
-            if any(needed.digest in lost for needed in other.needs.values()):
-                lost.add(other.digest)
-                del self._waiting[other.digest]
-                self._outcome.skipped[other.name] = step.name
+        lost = {step}
+        for other in list(self._waiting):
+            if not lost.isdisjoint(other.needs.values()):
+                lost.add(other)
+                del self._waiting[other]
+                self._ending.skipped[other.name] = step.name
                 self._listener(Event("skipped", other, message=f"needs {step.name}"))
 
 
-def _path_costs(steps: Sequence[Step]) -> dict[str, float]:
+def _path_costs(steps: Sequence[Step]) -> dict[Step, float]:
     """Return for each step the expected seconds of the longest chain that starts with it."""
-    costs = {step.digest: step.cost for step in steps}
+    costs = {step: step.cost for step in steps}
     for step in reversed(steps):
         for needed in step.needs.values():
-            if needed.digest in costs:
-                costs[needed.digest] = max(costs[needed.digest], needed.cost + costs[step.digest])
+            if needed in costs:
+                costs[needed] = max(costs[needed], needed.cost + costs[step])
     return costs

@@ -1,49 +1,26 @@
-"""A study as many comparisons: one plan for each number of training cases and draw, with shared steps."""
+"""A study laid out: the steps of a plan, and which of them are runs, source networks and scored merges."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from math import ceil, prod
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
 
 from timm_ext.data.tasks import get_task
-from timm_ext.errors import InputError, listed
-from timm_ext.files import real_path
-from timm_ext.study.arms import get_row
-from timm_ext.study.parts import available_train_cases
-from timm_ext.study.plan import Plan, make_plan
-from timm_ext.study.records import Step, with_needs
-from timm_ext.study.settings import PlanSettings, StudySettings
-from timm_ext.synthesis.generate import PHANTOM
+from timm_ext.errors import InputError
+from timm_ext.study.arms import JointTransfer, get_row
+from timm_ext.study.cases import Cases, available_train_cases
+from timm_ext.study.cost import Costs
+from timm_ext.study.plan import StudyPlan
+from timm_ext.study.run_steps import Run, RunSteps
+from timm_ext.study.source_steps import SourceSteps
+from timm_ext.study.step import Step, with_needs
+from timm_ext.study.steps.network_step import TrainingStep
+from timm_ext.study.steps.sources import ScoreMerges
 from timm_ext.system.machine import check_memory
+from timm_ext.transfer.arms import Arm
 
 _LEAST_CHANNELS = 2
 """Of what a network makes of an image, at least so many are in memory with it."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One arm, fine-tuned and tested at one number of training cases, draw of them and seed.
-
-    Attributes:
-        arm: its name.
-        train_cases: the number.
-        draw: of the cases.
-        seed: of adaptation and fine-tuning.
-        step: the last one, which scores the test cases.
-        adaptation: the training before it, which runs may share.
-    """
-
-    arm: str
-    train_cases: int
-    draw: int
-    seed: int
-    step: Step
-    adaptation: Step | None = None
-
-    @property
-    def members(self) -> tuple[Step, ...]:
-        """The runs that this one combines."""
-        return tuple(step for role, step in self.step.needs.items() if role.startswith("member-"))
 
 
 @dataclass(frozen=True)
@@ -51,7 +28,7 @@ class Source:
     """A source network: what it is called, the step that trains it, and on how many cases."""
 
     title: str
-    step: Step
+    step: TrainingStep
     train_cases: int
 
 
@@ -78,156 +55,79 @@ class Remembered:
 
 @dataclass(frozen=True)
 class Study:
-    """The plans of a study.
+    """All that a plan asks for.
 
     Attributes:
-        settings: what it was made from, epochs turned into steps only in the plans.
+        plan: the plan.
         train_cases: the numbers of training cases, ascending.
-        plans: (number of training cases, draw) → plan; source networks and the like are the same in all.
+        subjects: part of the data → label maps that it is drawn from; empty for phantoms and data on disk.
+        tests: the step that provides the test cases, the same in all runs.
+        models: the steps that train the source networks, one for each source task.
+        fishers: of these networks.
+        sources: the source networks that runs start from.
+        runs: by number of training cases, draw, arm and seed.
+        forgetting: merges that are scored on the source tasks: fixed ones, then learned ones.
     """
 
-    settings: StudySettings
+    plan: StudyPlan
     train_cases: tuple[int, ...]
-    plans: dict[tuple[int, int], Plan]
+    subjects: dict[str, tuple[str, ...]]
+    tests: Step
+    models: tuple[TrainingStep, ...]
+    fishers: tuple[Step, ...]
+    sources: tuple[Source, ...]
+    runs: tuple[Run, ...]
+    forgetting: tuple[Remembered, ...]
 
-    @property
+    @cached_property
     def steps(self) -> list[Step]:
         """All steps, each once, needed ones first."""
-        return with_needs(step for plan in self.plans.values() for step in plan.steps)
-
-    @property
-    def plan(self) -> StudySettings:
-        """What the study was made from, as the plan file says it."""
-        return self.settings
-
-    @property
-    def tests(self) -> Step:
-        """The step that provides the test cases, the same in all runs."""
-        return self._first.cases["test"]
-
-    @property
-    def subjects(self) -> dict[str, tuple[str, ...]]:
-        """Part of the data → label maps that it is drawn from; empty for phantoms and data on disk."""
-        return self._first.subjects
-
-    @property
-    def runs(self) -> list[Run]:
-        """All runs: by number of training cases, draw, arm and seed."""
-        return [
-            Run(arm, count, draw, seed, plan.runs[arm, seed], plan.adaptations.get((arm, seed)))
-            for (count, draw), plan in self.plans.items()
-            for arm in self.settings.methods
-            for seed in self.settings.seeds
-        ]
-
-    @property
-    def sources(self) -> list[Source]:
-        """The source networks that runs start from."""
-        settings, first = self.settings, self._first
-        needed = {step.digest for step in with_needs(first.steps)}
-        sources = [
-            Source(f"M{number}: {settings.source_tasks[number - 1]}", step, settings.source_cases)
-            for number, step in enumerate(first.models, 1)
-            if step.digest in needed
-        ]
-        together = settings.source_cases * len(settings.source_tasks)
-        return sources + [
-            Source(f"Source of {get_row(name).title}", step, together) for name, step in first.joint.items()
-        ]
-
-    @property
-    def forgetting(self) -> list[Remembered]:
-        """Merges that are scored on the source tasks: fixed ones, then learned ones."""
-        rows = {}
-        for (count, draw), plan in self.plans.items():
-            for step in plan.forgetting:
-                for name in step.settings["methods"]:
-                    rows[name] = Remembered(name, None, None, None, step, name)
-                for key, name in step.settings["adapted"].items():
-                    seed = int(key.rpartition("-seed")[2])
-                    rows[key, count, draw] = Remembered(name, count, draw, seed, step, key)
-        return sorted(rows.values(), key=lambda row: row.train_cases is not None)
-
-    def budget(self, train_cases: int) -> tuple[int, int, int]:
-        """Return the steps of a source network, of a run and of an adaptation in it, at most."""
-        settings = next(p.settings for (count, _), p in self.plans.items() if count == train_cases)
-        return settings.source_steps, settings.steps, settings.adapt_steps
-
-    @property
-    def _first(self) -> Plan:
-        return next(iter(self.plans.values()))
+        return with_needs([*(run.step for run in self.runs), *(row.step for row in self.forgetting)])
 
 
-def make_study(settings: StudySettings, step_seconds: float | None = None) -> Study:
+def make_study(plan: StudyPlan, step_seconds: float | None = None) -> Study:
     """Lay out the steps of a study.
 
     Args:
-        settings: of the study.
+        plan: the plan.
         step_seconds: what one training step takes, for the time left only; None guesses.
 
     Raises:
-        InputError: settings that do not fit together, an unknown method, or data that cannot be read or are
-            too few; before anything is computed.
+        InputError: settings that do not fit together, or data that cannot be read or are too few; before
+            anything is computed.
     """
-    _check_lists(settings)
-    _check_memory(settings)
-    settings = _with_absolute_source(settings)
-    counts = _train_cases(settings)
-    plans = {
-        (count, draw): make_plan(_plan_settings(settings, count, draw), step_seconds)
-        for count in counts
-        for draw in settings.draws
-    }
-    return Study(settings, counts, plans)
+    channels = len(get_task(plan.target_task).modalities) + _LEAST_CHANNELS
+    needed = 4 * plan.batch_size * channels * prod(plan.size)
+    size = " × ".join(map(str, plan.size))
+    check_memory(needed, f"size: a batch of {plan.batch_size} images of {size} voxels")
+    counts, costs, cases = train_case_numbers(plan), Costs(plan, step_seconds), Cases(plan)
+    sources = SourceSteps(plan, costs, cases)
+    targets = {(count, draw): cases.target(count, draw) for count in counts for draw in plan.draws}
+    cells = [RunSteps(plan, sources, costs, own, *place) for place, own in targets.items()]
+    runs = tuple(run for cell in cells for run in cell.runs())
+    return Study(
+        plan=plan,
+        train_cases=counts,
+        subjects=cases.subjects,
+        tests=next(iter(targets.values()))["test"],
+        models=tuple(sources.models),
+        fishers=tuple(sources.fishers),
+        sources=tuple(_used_sources(plan, sources, runs)),
+        runs=runs,
+        forgetting=tuple(_forgetting(plan, sources, runs, costs)),
+    )
 
 
-def _check_lists(settings: StudySettings) -> None:
-    for name in ("methods", "seeds", "draws", "source_tasks"):
-        if not getattr(settings, name):
-            raise InputError(f"{name}: expected at least one (got none)")
-    for name in ("methods", "seeds", "draws", "train_cases", "fractions", "references"):
-        values = getattr(settings, name)
-        if len(set(values)) < len(values):
-            raise InputError(f"{name}: expected each once (got {_listed(values)})")
-    for name in settings.methods:
-        get_row(name)
-    if strangers := [name for name in settings.references if name not in settings.methods]:
-        raise InputError(f"references: expected some of {', '.join(settings.methods)} (got {strangers[0]!r})")
-
-
-def _check_memory(settings: StudySettings) -> None:
-    """Refuse images of which no batch fits into memory beside what a network makes of it."""
-    channels = len(get_task(settings.target_task).modalities) + _LEAST_CHANNELS
-    needed = 4 * settings.batch_size * channels * prod(settings.size)
-    size = " × ".join(map(str, settings.size))
-    check_memory(needed, f"size: a batch of {settings.batch_size} images of {size} voxels")
-
-
-def _with_absolute_source(settings: StudySettings) -> StudySettings:
-    """Name the label maps by their absolute path: it is part of the question that a step answers."""
-    if settings.source == PHANTOM:
-        return settings
-    return replace(settings, source=str(real_path(settings.source)))
-
-
-def _train_cases(settings: StudySettings) -> tuple[int, ...]:
-    """Return the numbers of training cases.
+def train_case_numbers(plan: StudyPlan) -> tuple[int, ...]:
+    """Return the numbers of training cases, ascending.
 
     Raises:
-        InputError: neither or both of numbers and fractions, or one that is out of range.
+        InputError: there are fewer cases, or nothing to take fractions of.
     """
-    if bool(settings.train_cases) == bool(settings.fractions):
-        raise InputError(
-            f"plan: expected train_cases or fractions, one of them (got {_listed(settings.train_cases)} and "
-            f"{_listed(settings.fractions)})"
-        )
-    on_disk = available_train_cases(settings)
-    available = settings.pool if on_disk is None else on_disk
-    if bad := [fraction for fraction in settings.fractions if not 0 < fraction <= 1]:
-        raise InputError(f"fractions: must be greater than 0 and at most 1 (got {bad[0]:g})")
-    if settings.fractions and available is None:
+    available = available_train_cases(plan)
+    if plan.fractions and available is None:
         raise InputError("fractions: expected pool, the number of training cases that they are shares of")
-    counts = settings.train_cases or tuple(round(f * (available or 0)) for f in settings.fractions)
+    counts = plan.train_cases or tuple(round(f * (available or 0)) for f in plan.fractions)
     if min(counts) < 1:
         raise InputError(f"train_cases: must be at least 1 (got {min(counts)})")
     if available is not None and max(counts) > available:
@@ -237,17 +137,49 @@ def _train_cases(settings: StudySettings) -> tuple[int, ...]:
     return tuple(sorted(set(counts)))
 
 
-def _plan_settings(settings: StudySettings, count: int, draw: int) -> PlanSettings:
-    values: dict[str, Any] = {**settings.common(), "train_cases": count, "draw": draw, "numbered": True}
-    for epochs, steps, cases in (
-        ("source_epochs", "source_steps", settings.source_cases),
-        ("epochs", "steps", count),
-        ("adapt_epochs", "adapt_steps", count),
-    ):
-        if (number := getattr(settings, epochs)) is not None:
-            values[steps] = number * ceil(cases / settings.batch_size)
-    return PlanSettings(**values)
+def _used_sources(plan: StudyPlan, sources: SourceSteps, runs: Sequence[Run]) -> list[Source]:
+    needed = {*with_needs(run.step for run in runs)}
+    rows = [row for row in map(get_row, plan.methods) if isinstance(row, JointTransfer)]
+    together = plan.source_cases * len(plan.source_tasks)
+    return [
+        *(
+            Source(f"M{number}: {plan.source_tasks[number - 1]}", step, plan.source_cases)
+            for number, step in enumerate(sources.models, 1)
+            if step in needed
+        ),
+        *(Source(f"Source of {row.title}", sources.joint(row), together) for row in rows),
+    ]
 
 
-def _listed(values: Sequence[object]) -> str:
-    return listed(values) or "none"
+def _forgetting(plan: StudyPlan, sources: SourceSteps, runs: Sequence[Run], costs: Costs) -> list[Remembered]:
+    """Score the pure merges once, and the learned ones for each draw of training cases.
+
+    Arms that differ in fine-tuning alone start as another one does.
+    """
+
+    def scored(ending: str, fixed: Sequence[str], learned: Mapping[str, Run]) -> Step:
+        adaptations = {key: run.adaptation for key, run in learned.items() if run.adaptation}
+        return ScoreMerges(
+            name=f"forgetting{ending}",
+            prepare=plan.preparation,
+            fixed=tuple(fixed),
+            learned={key: run.arm for key, run in learned.items()},
+            accelerator=plan.accelerator,
+            needs={**sources.inputs, **sources.tests, **adaptations},
+            cost=10 * costs.step,
+        )
+
+    arms = [row for row in map(get_row, plan.methods) if isinstance(row, Arm)]
+    rows = []
+    if fixed := [arm.name for arm in arms if arm.merge.models and arm == Arm.of(arm.merge)]:
+        step = scored("", fixed, {})
+        rows = [Remembered(name, None, None, None, step, name) for name in fixed]
+    learning = {arm.name for arm in arms if arm.learns_ratios}
+    places: dict[tuple[int, int], dict[str, Run]] = {}
+    for run in runs:
+        if run.adaptation and run.adaptation.arm == run.arm and run.arm in learning:
+            places.setdefault((run.train_cases, run.draw), {})[f"{run.arm}-seed{run.seed}"] = run
+    for (count, draw), learned in places.items():
+        step = scored(f"-n{count}-draw{draw}", (), learned)
+        rows += [Remembered(run.arm, count, draw, run.seed, step, key) for key, run in learned.items()]
+    return rows

@@ -1,12 +1,11 @@
 """The worker process of the runner: takes steps from a connection and answers with progress and results."""
 
-import importlib
 import os
 import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_ext.errors import InputError
+from timm_ext.study.step import Context, Inputs, Step, step_from
 from timm_ext.system.signals import follow_parent
 
 REPORT_EVERY = 0.5
@@ -27,25 +27,11 @@ _OF_TORCHRUN = {"TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCA
 
 
 @dataclass(frozen=True)
-class Context:
-    """What a step's function gets beside its settings and inputs.
-
-    Attributes:
-        folder: where the step writes its files; files of an interrupted attempt may lie there.
-        report: tells the runner how far the step is, from 0 to 1.
-    """
-
-    folder: Path
-    report: Callable[[float], None]
-
-
-@dataclass(frozen=True)
 class Job:
-    """A step as it travels to a worker."""
+    """A step as it travels to a worker: its question, its inputs and its folder."""
 
-    function: str
-    settings: Mapping[str, Any]
-    inputs: Mapping[str, Path]
+    question: Mapping[str, Any]
+    inputs: Inputs
     folder: Path
 
 
@@ -58,20 +44,12 @@ class Reply:
     seconds: float = 0.0
 
 
-def call_step(job: Job, report: Callable[[float], None]) -> dict[str, Any]:
-    """Call a step's function in this process and return its result."""
-    module, _, name = job.function.partition(":")
-    function = getattr(importlib.import_module(module), name)
-    job.folder.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = function(job.settings, job.inputs, Context(job.folder, report))
-    return result
-
-
-def serve(connection: Connection, gpu: str | None = None) -> None:
+def serve(connection: Connection, types: Sequence[type[Step]], gpu: str | None = None) -> None:
     """Work off jobs until None arrives; end at once when the runner is gone, however it went.
 
     Args:
         connection: to the runner.
+        types: of all steps that there may be.
         gpu: the only one that this process may use, as CUDA_VISIBLE_DEVICES names it; None leaves all.
     """
     follow_parent(os.getppid())
@@ -86,7 +64,7 @@ def serve(connection: Connection, gpu: str | None = None) -> None:
     threading.Thread(target=_receive, args=(connection, jobs), daemon=True).start()
     while (job := jobs.get()) is not None:
         start = time.monotonic()
-        reply = _attempt(job, _throttled(connection))
+        reply = _attempt(job, types, _throttled(connection))
         connection.send(Reply(reply.kind, reply.value, time.monotonic() - start))
 
 
@@ -98,9 +76,11 @@ def _receive(connection: Connection, jobs: "queue.SimpleQueue[Job | None]") -> N
             os._exit(1)
 
 
-def _attempt(job: Job, report: Callable[[float], None]) -> Reply:
+def _attempt(job: Job, types: Sequence[type[Step]], report: Callable[[float], None]) -> Reply:
     try:
-        return Reply("done", call_step(job, report))
+        job.folder.mkdir(parents=True, exist_ok=True)
+        step = step_from(job.question, types)
+        return Reply("done", step.run(job.inputs, Context(job.folder, report)))
     except InputError as error:
         return Reply("failed", str(error))
     except Exception as error:  # a failed step must not take the others with it

@@ -1,12 +1,12 @@
+from study_plans import study_of
+
 from timm_ext.study.report.facts import study_facts
-from timm_ext.study.settings import StudySettings
-from timm_ext.study.study import make_study
 
 MACHINE = dict.fromkeys(("timm_ext", "torch", "python", "machine", "instruction_set"), "x")
 
 
 def facts(**values):
-    return dict(study_facts(make_study(StudySettings(train_cases=(4,), **values)), MACHINE, 12.3))
+    return dict(study_facts(study_of(**values), MACHINE, 12.3))
 
 
 def test_facts_name_what_single_methods_do_otherwise():

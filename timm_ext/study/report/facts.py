@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from timm_ext.data.tasks import get_task
 from timm_ext.merging import unseen_modalities
-from timm_ext.study.settings import CommonSettings, StudySettings
+from timm_ext.study.plan import StudyPlan
 from timm_ext.study.study import Study
 from timm_ext.synthesis.generate import PHANTOM
 from timm_ext.training.settings import TrainSettings
@@ -66,7 +66,7 @@ def notes_of(study: Study) -> tuple[str, ...]:
     )
 
 
-def _images(s: CommonSettings) -> str:
+def _images(s: StudyPlan) -> str:
     on_disk = (["the target's"] if s.target_data else []) + (["the source tasks'"] if s.source_data else [])
     anatomy = "procedural phantoms" if s.source == PHANTOM else f"label maps of {s.source}"
     origin = f"generated from {anatomy}"
@@ -78,14 +78,14 @@ def _images(s: CommonSettings) -> str:
 
 
 def _sources(study: Study) -> str:
-    s, (steps, _, _) = study.plan, study.budget(study.train_cases[0])
+    s, (steps, _, _) = study.plan, study.plan.budget(study.train_cases[0])
     tasks = "; ".join(f"M{number}: {task}" for number, task in enumerate(s.source_tasks, 1))
     start = "the one before it" if s.chain else "its own seed"
     return f"{tasks}; {s.source_cases} training cases each, {steps} steps, each network starting from {start}"
 
 
 def _training(study: Study) -> str:
-    s, (_, steps, adapting) = study.plan, study.budget(study.train_cases[0])
+    s, (_, steps, adapting) = study.plan, study.plan.budget(study.train_cases[0])
     smallest = "" if s.epochs is None else f"; here for the smallest number of cases, of {s.epochs} epochs"
     return (
         f"Adam, learning rate {s.lr:g}, batch {s.batch_size}, {steps} steps in all; adaptation takes "
@@ -94,7 +94,7 @@ def _training(study: Study) -> str:
     )
 
 
-def _augmented(settings: CommonSettings) -> str:
+def _augmented(settings: StudyPlan) -> str:
     """Say which trainings vary their images at random."""
     given = {
         "source networks": settings.source_train,
@@ -107,16 +107,16 @@ def _augmented(settings: CommonSettings) -> str:
     return f"images are augmented at random for {', '.join(told)} only" if told else "no augmentation"
 
 
-def _option_facts(settings: CommonSettings) -> list[Fact]:
+def _option_facts(settings: StudyPlan) -> list[Fact]:
     """Say what adaptations, or single methods, do otherwise."""
-    told = [f"{name} {value}" for name, value in (settings.adapt or {}).items()]
+    told = [f"{name} {value}" for name, value in settings.adapt.items()]
     for given in (settings.method_train, settings.method_adapt, settings.method_merge):
-        for method, values in (given or {}).items():
+        for method, values in given.items():
             told += [f"{method}: {name} {value}" for name, value in values.items()]
     return [("Options", "; ".join(told))] if told else []
 
 
-def _channel_facts(settings: StudySettings) -> list[Fact]:
+def _channel_facts(settings: StudyPlan) -> list[Fact]:
     target = get_task(settings.target_task).modalities
     facts = []
     for number, name in enumerate(settings.source_tasks, 1):

@@ -29,10 +29,13 @@ from timm_ext.study.outcomes import (
     Times,
     Training,
 )
-from timm_ext.study.records import Folder, Step
+from timm_ext.study.records import Folder
 from timm_ext.study.report.facts import notes_of, study_facts
 from timm_ext.study.report.results import RUN, Example, Results
-from timm_ext.study.study import Remembered, Run, Study
+from timm_ext.study.run_steps import Run
+from timm_ext.study.step import Step
+from timm_ext.study.steps.network_step import TrainingStep
+from timm_ext.study.study import Remembered, Study
 from timm_ext.transfer.arms import Arm
 from timm_ext.vocabulary.modalities import modality_key
 
@@ -136,7 +139,8 @@ class _Reader:
     def _length(self, run: Run) -> Cells:
         trainings = _trainings_of(run)
         seconds = sum(self._seconds(step) for step in (*run.members, *trainings))
-        return [*_key(run), sum(self._steps(step) for step in trainings), seconds]
+        steps = sum(self.folder.outcome(step, Training).steps for step in trainings)
+        return [*_key(run), steps, seconds]
 
     def _curve(self, run: Run) -> Iterator[Cells]:
         """Put the validation curves of a run's trainings one after the other."""
@@ -144,10 +148,11 @@ class _Reader:
         for step in _trainings_of(run):
             times = self.folder.notes(step, TIMES, Times) or Times(0.0)
             when = dict(times.validations)
-            for number, dice in self.folder.outcome(step, Training).curve:
+            outcome = self.folder.outcome(step, Training)
+            for number, dice in outcome.curve:
                 yield [*_key(run), steps + number, seconds + when.get(number, float("nan")), dice]
             seconds += times.seconds
-            steps += self._steps(step)
+            steps += outcome.steps
 
     def _ratios(self, runs: Iterable[Run]) -> Iterator[Cells]:
         """Ratios that were learned before fine-tuning; methods that share an adaptation count once."""
@@ -182,18 +187,13 @@ class _Reader:
                     title = f"{stage}, {get_row(run.arm).title}"
                     yield self._training(step, title, run.train_cases, run.train_cases)
 
-    def _training(self, step: Step, stage: str, count: int | None, cases: int) -> Cells:
-        result, train = self.folder.outcome(step, Training), step.settings["train"]
+    def _training(self, step: TrainingStep, stage: str, count: int | None, cases: int) -> Cells:
+        result = self.folder.outcome(step, Training)
         curve = dict(result.curve)
         last = curve[max(curve)] if curve else float("nan")
-        kept = curve.get(result.best_step or 0, last) if train["keep"] == "best" else last
-        steps = self._steps(step)
-        epochs = steps / ceil(cases / train["batch_size"])
-        return [stage, count, steps, epochs, kept, self._seconds(step)]
-
-    def _steps(self, step: Step) -> int:
-        taken = self.folder.outcome(step, Training).steps
-        return int(step.settings["train"]["steps"]) if taken is None else taken
+        kept = curve.get(result.best_step or 0, last) if step.train.keep == "best" else last
+        epochs = result.steps / ceil(cases / step.train.batch_size)
+        return [stage, count, result.steps, epochs, kept, self._seconds(step)]
 
     def _seconds(self, step: Step) -> float:
         """Return the computing time of a step; of its last attempt, where it was interrupted."""

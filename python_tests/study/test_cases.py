@@ -1,10 +1,10 @@
 import json
 
 import pytest
+from study_plans import plan_of
 
 from timm_ext.errors import InputError
-from timm_ext.study.parts import available_train_cases, case_steps, split_subjects
-from timm_ext.study.settings import PlanSettings
+from timm_ext.study.cases import Cases, available_train_cases, split_subjects
 
 MODALITIES = {"brats": ("T1", "T1c", "T2", "FLAIR"), "parcellation": ("T1", "T2")}
 
@@ -24,18 +24,12 @@ def data_set(folder, task, count):
 
 
 def on_disk(tmp_path, count=20, **changes):
-    values = {
-        "target_data": data_set(tmp_path / "brats", "brats", count),
-        "numbered": True,
-        "train_cases": 4,
-        "val_cases": 3,
-        "test_cases": 5,
-    }
-    return PlanSettings(**{**values, **changes})
+    folder = data_set(tmp_path / "brats", "brats", count)
+    return plan_of(**{"target_data": folder, "val_cases": 3, "test_cases": 5, **changes})
 
 
-def chosen(settings, part):
-    return set(case_steps(settings)[1][part].settings["cases"])
+def chosen(step):
+    return set(step.cases)
 
 
 def test_fourteen_label_maps_are_split_4_4_2_4_without_overlap():
@@ -69,67 +63,74 @@ def test_too_few_label_maps():
         split_subjects(["a", "b", "c"], 2)
 
 
+def test_label_maps_are_those_of_the_parts_that_are_generated(tmp_path):
+    maps = tmp_path / "maps"
+    maps.mkdir()
+    for number in range(14):
+        (maps / f"{number:02d}.nii.gz").write_text(str(number))
+    cases = Cases(on_disk(tmp_path, source=str(maps)))
+    assert {part: len(names) for part, names in cases.subjects.items()} == {
+        "source-1": 4,
+        "source-1-test": 4,
+        "source-2": 4,
+        "source-2-test": 4,
+    }
+    train, test = cases.source(2).values()
+    assert train.generate.subjects == test.generate.subjects == cases.subjects["source-2"]
+    assert set(train.label_maps) == set(cases.subjects["source-2"])
+    assert (train.generate.prefix, test.generate.prefix) == ("source-2", "source-2-test")
+
+
 def test_cases_on_disk_are_divided_without_overlap(tmp_path):
-    settings = on_disk(tmp_path)
-    parts = [chosen(settings, part) for part in ("train", "val", "test")]
+    parts = [chosen(step) for step in Cases(on_disk(tmp_path)).target(4, 0).values()]
     assert [len(part) for part in parts] == [4, 3, 5]
     assert len(set.union(*parts)) == 12
 
 
 def test_more_training_cases_hold_the_fewer_and_leave_the_others_alone(tmp_path):
-    few = on_disk(tmp_path)
-    many = PlanSettings(**{**vars(few), "train_cases": 12})
-    assert chosen(few, "train") < chosen(many, "train")
-    assert case_steps(few)[1]["val"].digest == case_steps(many)[1]["val"].digest
-    assert case_steps(few)[1]["test"].digest == case_steps(many)[1]["test"].digest
+    cases = Cases(on_disk(tmp_path))
+    few, many = cases.target(4, 0), cases.target(12, 0)
+    assert chosen(few["train"]) < chosen(many["train"])
+    assert (few["val"], few["test"]) == (many["val"], many["test"])
 
 
 def test_a_draw_takes_other_training_cases_and_the_same_test(tmp_path):
-    one = on_disk(tmp_path)
-    two = PlanSettings(**{**vars(one), "draw": 1})
-    assert chosen(one, "train") != chosen(two, "train")
-    assert chosen(one, "val") != chosen(two, "val")
-    assert chosen(one, "test") == chosen(two, "test")
+    cases = Cases(on_disk(tmp_path))
+    one, two = cases.target(4, 0), cases.target(4, 1)
+    assert chosen(one["train"]) != chosen(two["train"])
+    assert chosen(one["val"]) != chosen(two["val"])
+    assert one["test"] == two["test"]
 
 
 def test_a_draw_generates_other_training_cases_and_the_same_test():
-    one, two = (case_steps(PlanSettings(draw=draw, numbered=True))[1] for draw in (0, 1))
+    cases = Cases(plan_of())
+    one, two = cases.target(4, 0), cases.target(4, 1)
     for part in ("train", "val"):
-        assert one[part].settings["generate"] != two[part].settings["generate"]
-    for part in ("test", "source-1", "source-2-test"):
-        assert one[part].digest == two[part].digest
+        assert one[part].generate != two[part].generate
+    assert one["test"] == two["test"]
 
 
 def test_source_tasks_of_one_data_set_share_no_case(tmp_path):
     path = data_set(tmp_path / "parcellation", "parcellation", 12)
-    settings = PlanSettings(source_data=(path, path), source_cases=4, source_test=2)
-    parts = [chosen(settings, part) for part in ("source-1", "source-1-test", "source-2", "source-2-test")]
+    cases = Cases(plan_of(source_data=(path, path), source_cases=4, source_test=2))
+    parts = [chosen(step) for number in (1, 2) for step in cases.source(number).values()]
     assert [len(part) for part in parts] == [4, 2, 4, 2]
     assert len(set.union(*parts)) == 12
 
 
 def test_prepared_once_for_all_parts(tmp_path):
-    steps = case_steps(on_disk(tmp_path))[1]
-    assert len({steps[part].needs["pool"].digest for part in ("train", "val", "test")}) == 1
+    assert len({step.needs["pool"] for step in Cases(on_disk(tmp_path)).target(4, 0).values()}) == 1
 
 
 def test_available_cases_are_those_left_for_training(tmp_path):
     assert available_train_cases(on_disk(tmp_path)) == 12
-    assert available_train_cases(PlanSettings()) is None
+    assert available_train_cases(plan_of()) is None
+    assert available_train_cases(plan_of(pool=7)) == 7
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"train_cases": 13}, r"brats: expected at least 21 cases for 13 training, 3 validation and 5 test"),
-        ({"source_data": ("a",)}, r"source_data: expected one data set for each of the 2 source tasks"),
-        ({"prepare": {"spacng": 1}}, r"prepare: unknown field spacng \(expected one of bias_field"),
-        ({"prepare": {"size": [8, 8, 8]}}, r"prepare: unknown field size"),
-    ],
-)
-def test_bad_data_settings(tmp_path, changes, message):
-    with pytest.raises(InputError, match=message):
-        case_steps(on_disk(tmp_path, **changes))
+def test_too_few_cases_for_training(tmp_path):
+    with pytest.raises(InputError, match=r"at least 21 cases for 13 training, 3 validation and 5"):
+        Cases(on_disk(tmp_path)).target(13, 0)
 
 
 def test_no_case_left_for_training(tmp_path):
@@ -139,6 +140,6 @@ def test_no_case_left_for_training(tmp_path):
 
 def test_too_few_source_cases(tmp_path):
     path = data_set(tmp_path / "parcellation", "parcellation", 5)
-    settings = PlanSettings(source_data=(path, path), source_cases=2, source_test=1)
+    cases = Cases(plan_of(source_data=(path, path), source_cases=2, source_test=1))
     with pytest.raises(InputError, match=r"at least 6 cases for 2 training and 1 test cases of 2"):
-        case_steps(settings)
+        cases.source(1)

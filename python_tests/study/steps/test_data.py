@@ -8,10 +8,9 @@ from timm_ext.data.formats.cases import read_cases
 from timm_ext.data.prepare import PrepareSettings
 from timm_ext.data.tasks import get_task
 from timm_ext.errors import InputError
-from timm_ext.study.data_stages import prepare_pool, take_cases
-from timm_ext.study.settings import to_json
-from timm_ext.study.stages import settled_task
-from timm_ext.study.worker import Context
+from timm_ext.study.step import Context
+from timm_ext.study.steps.data import PreparePool, TakeCases
+from timm_ext.study.steps.network_step import NetworkStep
 from timm_ext.synthesis.generate import GenerateSettings, generate_cases
 
 KINDS = {"T1": "t1", "T1c": "t1ce", "T2": "t2", "FLAIR": "flair", "label": "seg"}
@@ -34,20 +33,26 @@ def context(folder):
     return Context(folder, lambda fraction: None)
 
 
-def settings(brats, **more):
-    prepare = PrepareSettings(spacing=8.0, size=(16, 24, 16))
-    return {"prepare": to_json(prepare), "task": "brats", "data": str(brats), **more}
+PREPARE = PrepareSettings(spacing=8.0, size=(16, 24, 16))
+
+
+def pool(brats, files):
+    return PreparePool(name="pool", data=str(brats), task="brats", prepare=PREPARE, files=files)
+
+
+def take(brats, *cases):
+    return TakeCases(name="part", data=str(brats), task="brats", cases=cases)
 
 
 def test_a_pool_is_prepared_once_for_all_that_take_from_it(brats, tmp_path):
     files = {f"case-{i:03d}": {} for i in range(3)}
-    assert prepare_pool(settings(brats, files=files), {}, context(tmp_path / "pool")) == {"cases": 3}
+    assert pool(brats, files).run({}, context(tmp_path / "pool")) == {"cases": 3}
     prepared = sorted(path.name for path in (tmp_path / "pool" / "prepared").iterdir())
     assert len(prepared) == 3
-    wanted = settings(brats, cases=["case-002", "case-000"])
+    wanted = take(brats, "case-002", "case-000")
     for _ in range(2):  # a second attempt finds what the first left
-        result = take_cases(wanted, {"pool": tmp_path / "pool"}, context(tmp_path / "part"))
-    assert result == {"cases": ["case-000", "case-002"]}
+        outcome = wanted.run({"pool": tmp_path / "pool"}, context(tmp_path / "part"))
+    assert outcome == {"cases": ["case-000", "case-002"]}
     cases = read_cases(tmp_path / "part" / "cases", get_task("brats"), require_labels=True)
     assert [case.id for case in cases] == ["case-000", "case-002"]
     assert sorted(path.name for path in (tmp_path / "part" / "prepared").iterdir()) == prepared
@@ -61,17 +66,15 @@ def test_a_part_has_the_label_numbers_of_its_data_set(brats, tmp_path):
         label = np.asanyarray(image.dataobj).copy()
         label[label == 4] = 3 if "case-001" in str(path) else 1
         nib.save(nib.Nifti1Image(label, image.affine), path)
-    made = settings(tmp_path / "BraTS", cases=["case-000"])
-    prepare_pool({**made, "files": {f"case-{i:03d}": {} for i in range(3)}}, {}, context(tmp_path / "pool"))
-    take_cases(made, {"pool": tmp_path / "pool"}, context(tmp_path / "part"))
-    assert settled_task(made, {"train": tmp_path / "part"}).labels == {0, 1, 2, 3}
-    assert settled_task(made, {}).labels == {0, 1, 2, 3, 4}
+    files = {f"case-{i:03d}": {} for i in range(3)}
+    pool(tmp_path / "BraTS", files).run({}, context(tmp_path / "pool"))
+    take(tmp_path / "BraTS", "case-000").run({"pool": tmp_path / "pool"}, context(tmp_path / "part"))
+    step = NetworkStep(name="run", task="brats", prepare=PREPARE)
+    assert step.settled_task({"train": tmp_path / "part"}).labels == {0, 1, 2, 3}
+    assert step.settled_task({}).labels == {0, 1, 2, 3, 4}
 
 
 def test_a_data_set_that_has_changed_is_refused(brats, tmp_path):
+    step = pool(brats, {"case-000": {}, "case-001": {}, "other": {}})
     with pytest.raises(InputError, match=r"expected the cases of the plan \(changed: case-002, other\)"):
-        prepare_pool(
-            settings(brats, files={"case-000": {}, "case-001": {}, "other": {}}),
-            {},
-            context(tmp_path / "pool"),
-        )
+        step.run({}, context(tmp_path / "pool"))

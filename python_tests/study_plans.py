@@ -1,0 +1,26 @@
+"""Plans for the tests of studies, which are laid out and not computed."""
+
+from typing import Any
+
+from timm_ext.documents import validated
+from timm_ext.study.plan import StudyPlan
+from timm_ext.study.run_steps import Run
+from timm_ext.study.study import Study, make_study
+
+
+def plan_of(**changes: Any) -> StudyPlan:
+    """Return the default plan at four training cases, with changes; messages begin with `plan`."""
+    values = {"train_cases": () if "fractions" in changes else (4,), **changes}
+    if "methods" in changes:
+        values.setdefault("references", changes["methods"][:1])
+    return validated(StudyPlan, values, "plan")
+
+
+def study_of(**changes: Any) -> Study:
+    """Return the steps of such a plan."""
+    return make_study(plan_of(**changes))
+
+
+def run_of(study: Study, arm: str, seed: int | None = None) -> Run:
+    """Return the first run of an arm, or that of a seed."""
+    return next(run for run in study.runs if run.arm == arm and seed in (None, run.seed))
