@@ -107,7 +107,11 @@ def load_checkpoint(
     """
     path = Path(path)
     check_file(path)
-    checkpoint = _read_torch(path, names) if _is_torch_file(path) else _read_safetensors(path, names)
+    if _is_torch_file(path):
+        found = find_state_dict(read_torch_file(path), path, names)
+        checkpoint = Checkpoint(found.tensors, {}, path, sha256(path), found.notes)
+    else:
+        checkpoint = _read_safetensors(path, names)
     kinds = (kind,) if isinstance(kind, str) else kind
     if kinds is not None and checkpoint.kind not in kinds:
         raise InputError(f"{path}: expected a {' or '.join(kinds)} checkpoint (got {shown(checkpoint.kind)})")
@@ -247,8 +251,3 @@ def _old_aliases(header: Mapping[str, str], path: Path) -> dict[str, str]:
     text = header.get(f"{_KEY}.aliases", "{}")
     aliases: dict[str, str] = read_metadata(json.dumps({"aliases": parse_json(text, path)}), path)["aliases"]
     return aliases
-
-
-def _read_torch(path: Path, names: Collection[str] | None) -> Checkpoint:
-    found = find_state_dict(read_torch_file(path), path, names)
-    return Checkpoint(found.tensors, {}, path, sha256(path), found.notes)

@@ -46,7 +46,11 @@ def read_text(path: Path | str, *, most: int = MOST_BYTES) -> str:
     Raises:
         InputError: no regular file, more than `most` bytes, other bytes than UTF-8 or a NUL.
     """
-    data = _read_bytes(path, most)
+    check_file(path)
+    with reading(path), open(path, "rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise InputError(f"{path}: expected at most {most >> 20} MiB of text (got more)")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -198,15 +202,6 @@ def _adapter(kind: Hashable) -> Any:
     from pydantic import TypeAdapter
 
     return TypeAdapter(cast(Any, kind))
-
-
-def _read_bytes(path: Path | str, most: int) -> bytes:
-    check_file(path)
-    with reading(path), open(path, "rb") as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise InputError(f"{path}: expected at most {most >> 20} MiB of text (got more)")
-    return data
 
 
 def _is_deep(value: Any) -> bool:
