@@ -69,7 +69,7 @@ def _(
     dilation: list[int],
     mirrored: bool,
 ) -> Tensor:
-    op = "small_conv3d"
+    op = _small_conv3d.name
     check_volume(op, "input", input)
     check_volume(op, "weight", weight)
     examples, channels = input.shape[:2]
@@ -95,10 +95,10 @@ def _require_few(input: Tensor, weight: Tensor, output: Tensor, padding: Sequenc
     width = -(-len(output) * prod(output.shape[2:]) // 16) * 16
     column, most = prod(weight.shape[2:]) * width, 2**28
     few = f"output must have few points: at most {most} factors in all"
-    require("small_conv3d", few, f"{inputs} channels of {column}", column <= most // inputs)
+    require(_small_conv3d.name, few, f"{inputs} channels of {column}", column <= most // inputs)
     padded = [size + 2 * pad for size, pad in zip(input.shape[2:], padding, strict=True)]
     require(
-        "small_conv3d",
+        _small_conv3d.name,
         "input with its padding must hold fewer than 2^31 elements for each channel of all examples",
         f"{len(input)} examples of {list(input.shape[2:])}",
         len(input) * prod(padded) < 2**31,
@@ -126,7 +126,7 @@ def strided_conv3d_input_gradient(grad: Tensor, weight: Tensor, size: Sequence[i
 
 @_strided_conv3d_input_gradient.fake
 def _(grad: Tensor, weight: Tensor, size: list[int]) -> Tensor:
-    op = "strided_conv3d_input_gradient"
+    op = _strided_conv3d_input_gradient.name
     check_cubic(op, "grad", grad, weight, outputs_first=False)
     check_numbers(op, "size", size, 3, 1)
     half = [(whole + 1) // 2 for whole in size]
@@ -176,7 +176,7 @@ def winograd_conv3d(
 
 @_winograd_conv3d.fake
 def _(input: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int], mirrored: bool) -> Tensor:
-    op = "winograd_conv3d"
+    op = _winograd_conv3d.name
     check_volume(op, "input", input)
     check_volume(op, "weight", weight)
     examples, channels = input.shape[:2]

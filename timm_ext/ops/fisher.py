@@ -53,7 +53,7 @@ def square_accumulate_(acc: Sequence[Tensor], grads: Sequence[Tensor], scale: fl
 
 @_square_accumulate.fake
 def _(acc: list[Tensor], grads: list[Tensor], scale: float) -> None:
-    op, count = "square_accumulate_", len(acc)
+    op, count = _square_accumulate.name, len(acc)
     each = len(grads) // count if count else 0
     whole = each * count == len(grads) and (each > 0 or not count)
     expected = "grads must be as long a list as acc, or several times as long"
@@ -128,7 +128,7 @@ def _(
     groups: int,
     scale: float,
 ) -> None:
-    op = "conv_weight_grad_square_"
+    op = _conv_weight_grad_square.name
     check_dtype(op, "acc", acc, torch.float32)
     if acc.device.type == "meta":  # as on the CPU
         check_dtype(op, "grad", grad, torch.float32, " on the CPU")
@@ -214,7 +214,7 @@ def sample_labels(
 
 @_sample_labels.fake
 def _(logits: Tensor, keys: Tensor, likelihood: str, labels_wanted: bool) -> tuple[Tensor, Tensor]:
-    op, known = "sample_labels", ("bernoulli", "categorical")
+    op, known = _sample_labels.name, ("bernoulli", "categorical")
     require(op, "likelihood must be 'bernoulli' or 'categorical'", f"'{likelihood}'", likelihood in known)
     fits = logits.ndim >= 2 and logits.shape[1] >= 1
     require(op, "logits must be [B, K, ...] with K >= 1", sizes_of(logits), fits)

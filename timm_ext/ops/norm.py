@@ -37,7 +37,7 @@ def instance_norm(
 
 @_instance_norm.fake
 def _(input: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> _Three:
-    op = "instance_norm"
+    op = _instance_norm.name
     _check_input(op, input)
     planes = input.shape[0] * input.shape[1]
     _check_vector(op, "weight", weight, input.shape[1], input)
@@ -87,7 +87,7 @@ def _(
     bias: Tensor | None,
     slope: float,
 ) -> _Three:
-    op = "instance_norm_backward"
+    op = _instance_norm_backward.name
     _check_input(op, input)
     check_dtype(op, "grad", grad, torch.float32)
     same = grad.ndim == input.ndim, *(a == b for a, b in zip(grad.shape, input.shape, strict=False))

@@ -102,7 +102,7 @@ class Operator(Generic[Result]):
     """
 
     def __init__(self, name: str):
-        self._name = name
+        self.name = name
         op, _, overload = name.partition(".")
         self._overload: Callable[..., Result] = getattr(
             getattr(torch.ops.timm_ext, op), overload or "default"
@@ -119,11 +119,11 @@ class Operator(Generic[Result]):
 
     def fake(self, kernel: Callable[..., Result]) -> Callable[..., Result]:
         """Make a function the operator's fake kernel."""
-        return fake_kernel(self._name)(kernel)
+        return fake_kernel(self.name)(kernel)
 
     def _without_tangents(self, *inputs: Any, **options: Any) -> Result:
         """Refuse tangents, which PyTorch would drop without a word, where the operator is called by name."""
-        refuse_tangents(self._name, (inputs, options))
+        refuse_tangents(self.name, (inputs, options))
         with torch._C._AutoDispatchBelowAutograd():
             return self._overload(*inputs, **options)
 

@@ -41,7 +41,7 @@ def upsample_nearest3d(input: Tensor) -> Tensor:
 
 @_upsample_nearest3d.fake
 def _(input: Tensor) -> Tensor:
-    check_volume("nearest_doubling3d", "input", input)
+    check_volume(_upsample_nearest3d.name, "input", input)
     return empty(input, (*input.shape[:2], *(2 * size for size in input.shape[2:])))
 
 
@@ -60,7 +60,7 @@ def neighbour_sums3d(input: Tensor) -> Tensor:
 
 @_neighbour_sums3d.fake
 def _(input: Tensor) -> Tensor:
-    op = "neighbour_sums3d"
+    op = _neighbour_sums3d.name
     check_volume(op, "input", input)
     require(op, "input must have voxels", sizes_of(input), *(size > 0 for size in input.shape[2:]))
     return empty(input, (*input.shape[:2], *(size + 1 for size in input.shape[2:])))
@@ -83,7 +83,7 @@ def upsampled_conv3d(input: Tensor, weight: Tensor, bias: Tensor | None = None) 
 
 @_upsampled_conv3d.fake
 def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    op = "doubled_conv3d"
+    op = _upsampled_conv3d.name
     check_cubic(op, "input", input, weight, outputs_first=True)
     check_bias(op, bias, weight.shape[0])
     return empty(input, (input.shape[0], weight.shape[0], *(2 * size for size in input.shape[2:])))
@@ -106,7 +106,7 @@ def upsampled_conv3d_input_gradient(sums: Tensor, weight: Tensor) -> Tensor:
 
 @_upsampled_conv3d_input_gradient.fake
 def _(sums: Tensor, weight: Tensor) -> Tensor:
-    op = "doubled_conv3d_input_gradient"
+    op = _upsampled_conv3d_input_gradient.name
     check_cubic(op, "sums", sums, weight, outputs_first=False)
     _require_odd(op, sums)
     return empty(sums, (sums.shape[0], weight.shape[1], *(size // 2 for size in sums.shape[2:])))
@@ -140,7 +140,7 @@ def upsampled_conv3d_weight_grad_square_(
 
 @_upsampled_conv3d_weight_grad_square.fake
 def _(acc: Tensor, sums: Tensor, input: Tensor, scale: float) -> None:
-    op = "doubled_conv3d_weight_grad_square_"
+    op = _upsampled_conv3d_weight_grad_square.name
     for name, tensor in (("acc", acc), ("sums", sums), ("input", input)):
         check_volume(op, name, tensor)
     _require_odd(op, sums)

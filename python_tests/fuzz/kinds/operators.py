@@ -1,7 +1,7 @@
 """The operators against their definitions in float64, for random shapes, strides, types and numbers."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 import timm_ext
-from timm_ext.ops import conv3d as layer_ops
+from timm_ext.ops import conv3d, norm, reference
 from timm_ext.ops import merge as ops
-from timm_ext.ops import norm as norm_ops
-from timm_ext.ops import reference
-from timm_ext.ops import upsampled_conv3d as upsampled_ops
+from timm_ext.ops import upsampled_conv3d as upsampled
 from timm_ext.ops.memory import kept_memory
 
 # --- the merge ------------------------------------------------------------------------------------------
@@ -133,75 +131,50 @@ def squares(rng: random.Random, folder: Path) -> Outcome:
 def convolutions(rng: random.Random, folder: Path) -> Outcome:
     """Every convolution of volumes."""
     with kept_memory():
-        rng.choice([_small, _winograd, _back_through_a_stride, _doubled])(rng)
+        rng.choice([_small, _winograd, _back_through_a_stride, _upsampled])(rng)
     return Outcome.RIGHT
 
 
 def _small(rng: random.Random) -> None:
-    kernel, mirrored = sizes_of(rng, 3, 3), rng.random() < 0.3
     stride, dilation = ([rng.randint(1, 3) for _ in range(3)] for _ in range(2))
-    padding = [rng.randint(0, 3) for _ in range(3)]
-    input, weight, bias = _operands(rng, kernel, 9)
-    stored = weight.transpose(0, 1).flip(2, 3, 4) if mirrored else weight
-    got = clear(
-        lambda: layer_ops.small_conv3d(
-            view(rng, input),
-            view(rng, stored),
-            bias,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            mirrored=mirrored,
-        )
-    )
-    _check_convolution(got, input, weight, bias, stride=stride, padding=padding, dilation=dilation)
+    geometry = {"stride": stride, "padding": [rng.randint(0, 3) for _ in range(3)], "dilation": dilation}
+    _convolve(rng, "small_conv3d", sizes_of(rng, 3, 3), 9, **geometry, mirrored=rng.random() < 0.3)
 
 
 def _winograd(rng: random.Random) -> None:
-    kernel, mirrored = [3, 3, rng.choice([1, 2, 3, 3, 5])], rng.random() < 0.3
-    padding = [rng.randint(0, 3) for _ in range(3)]
-    input, weight, bias = _operands(rng, kernel, 20)
-    stored = weight.transpose(0, 1).flip(2, 3, 4) if mirrored else weight
-    got = clear(
-        lambda: layer_ops.winograd_conv3d(
-            view(rng, input), view(rng, stored), bias, padding=padding, mirrored=mirrored
-        )
-    )
-    _check_convolution(got, input, weight, bias, padding=padding)
+    kernel, padding = [3, 3, rng.choice([1, 2, 3, 3, 5])], [rng.randint(0, 3) for _ in range(3)]
+    _convolve(rng, "winograd_conv3d", kernel, 20, padding=padding, mirrored=rng.random() < 0.3)
+
+
+def _convolve(rng: random.Random, name: str, kernel: Sequence[int], most: int, **options: Any) -> None:
+    input, weight, bias = _operands(rng, kernel, most)
+    if options["mirrored"]:
+        weight = weight.transpose(0, 1)
+    _check(rng, getattr(conv3d, name), getattr(reference, name), (input, weight), bias, **options)
 
 
 def _back_through_a_stride(rng: random.Random) -> None:
     size = sizes_of(rng, 3, 17)
     grad = drawn(rng, rng.randint(0, 2), rng.randint(1, 20), *((n + 1) // 2 for n in size))
     weight = drawn(rng, grad.shape[1], rng.randint(1, 20), 3, 3, 3)
-    got = clear(lambda: layer_ops.strided_conv3d_input_gradient(view(rng, grad), view(rng, weight), size))
-
-    def back(g: Tensor, w: Tensor) -> Tensor:
-        extra = [1 - n % 2 for n in size]
-        return functional.conv_transpose3d(g.double(), w.double(), stride=2, padding=1, output_padding=extra)
-
-    assert_near(got, back(grad, weight), back(grad.abs(), weight.abs()).amax() if got.numel() else 0.0)
+    ours, twin = conv3d.strided_conv3d_input_gradient, reference.strided_conv3d_input_gradient
+    _check(rng, ours, twin, (grad, weight), size)
 
 
-def _doubled(rng: random.Random) -> None:
+def _upsampled(rng: random.Random) -> None:
     input, weight, bias = _operands(rng, [3, 3, 3], 9)
-    large = upsampled_ops.upsample_nearest3d(view(rng, input))
-    assert torch.equal(large, functional.interpolate(input, scale_factor=2) if input.numel() else large)
-    got = clear(lambda: upsampled_ops.upsampled_conv3d(view(rng, input), view(rng, weight), bias))
-    _check_convolution(got, large, weight, bias, padding=[1, 1, 1])
+    large = upsampled.upsample_nearest3d(view(rng, input))
+    assert torch.equal(large, reference.upsample_nearest3d(input))
+    _check(rng, upsampled.upsampled_conv3d, reference.upsampled_conv3d, (input, weight), bias)
     if not input.numel():
         return
-    grad = drawn(rng, *got.shape)
-    sums = clear(lambda: upsampled_ops.neighbour_sums3d(view(rng, grad)))
-    below = clear(lambda: upsampled_ops.upsampled_conv3d_input_gradient(view(rng, sums), view(rng, weight)))
-
-    def back(g: Tensor, w: Tensor) -> Tensor:
-        spread = functional.conv_transpose3d(g.double(), w.double(), padding=1)
-        return functional.avg_pool3d(spread, 2) * 8
-
-    assert_near(below, back(grad, weight), back(grad.abs(), weight.abs()).amax())
+    grad = drawn(rng, len(input), len(weight), *large.shape[2:])
+    sums = clear(lambda: upsampled.neighbour_sums3d(view(rng, grad)))
+    ours, twin = upsampled.upsampled_conv3d_input_gradient, reference.upsampled_conv3d_input_gradient
+    _check(rng, ours, twin, (sums, weight))
     acc = torch.zeros_like(weight)
-    clear(lambda: upsampled_ops.upsampled_conv3d_weight_grad_square_(acc, view(rng, sums), view(rng, input)))
+    square = upsampled.upsampled_conv3d_weight_grad_square_
+    clear(lambda: square(acc, view(rng, sums), view(rng, input)))
     wide = torch.zeros_like(weight, dtype=torch.float64)
     geometry = {"stride": [1] * 3, "padding": [1] * 3, "dilation": [1] * 3}
     reference.conv_weight_grad_square_(wide, grad.double(), large.double(), **geometry)
@@ -215,18 +188,25 @@ def _operands(rng: random.Random, kernel: Sequence[int], most: int) -> tuple[Ten
     return input, drawn(rng, outputs, inputs, *kernel), bias
 
 
-def _check_convolution(
-    got: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, **options: Any
+def _check(
+    rng: random.Random,
+    function: Callable[..., Tensor],
+    twin: Callable[..., Tensor],
+    factors: tuple[Tensor, Tensor],
+    last: Any = None,
+    **options: Any,
 ) -> None:
-    if input.shape[1] == 0:
-        expected = torch.zeros(weight.shape[0]) if bias is None else bias
-        assert torch.equal(got, expected.view(1, -1, 1, 1, 1).expand_as(got))
+    """Hold a product of two tensors, shifted by a bias or of a size, to that of its twin."""
+    more = () if last is None else (last,)
+    got = clear(lambda: function(*(view(rng, factor) for factor in factors), *more, **options))
+    if factors[0].shape[1] == 0:
+        bias = torch.zeros(got.shape[1]) if last is None else last
+        assert torch.equal(got, bias.view(1, -1, 1, 1, 1).expand_as(got))
         return
-    expected = functional.conv3d(input.double(), weight.double(), **options)
-    terms = functional.conv3d(input.double().abs(), weight.double().abs(), **options)
-    if bias is not None:
-        expected = expected + bias.double().view(1, -1, 1, 1, 1)
-    assert_near(got, expected, terms.amax() + 1 if got.numel() else 0.0)
+    wide = [value.double() if isinstance(value, Tensor) else value for value in (*factors, *more)]
+    terms = [value.abs() if isinstance(value, Tensor) else value for value in wide]
+    expected, most = twin(*wide, **options), twin(*terms, **options)
+    assert_near(got, expected, most.amax() + 1 if got.numel() else 0.0)
 
 
 @kind("operators-norms-and-labels")
@@ -241,39 +221,24 @@ def _norm(rng: random.Random) -> None:
     input = drawn(rng, batch, channels, *sizes_of(rng, rng.randint(1, 3), 13)) * 3 + rng.choice([0, 5])
     weight, bias = (drawn(rng, channels) if rng.random() < 0.7 else None for _ in range(2))
     slope, epsilon = rng.choice([1.0, 0.0, 0.01]), rng.choice([1e-5, 1e-2])
-    output, mean, rstd = clear(
-        lambda: norm_ops.instance_norm(view(rng, input), weight, bias, epsilon=epsilon)
-    )
+    output, mean, rstd = clear(lambda: norm.instance_norm(view(rng, input), weight, bias, epsilon=epsilon))
     grad = drawn(rng, *input.shape)
     got = clear(
-        lambda: norm_ops.instance_norm_backward(
+        lambda: norm.instance_norm_backward(
             view(rng, grad), view(rng, input), mean, rstd, weight, bias, slope=slope
         )
     )
     if not input.numel():
         return
-    x = input.double().requires_grad_()
-    axes = list(range(2, x.ndim))
-    gamma = (
-        torch.ones(batch, channels, dtype=torch.float64)
-        if weight is None
-        else weight.double().expand(batch, -1)
-    )
-    beta = (
-        torch.zeros(batch, channels, dtype=torch.float64) if bias is None else bias.double().expand(batch, -1)
-    )
-    gamma, beta = gamma.clone().requires_grad_(), beta.clone().requires_grad_()
-    centre = x.mean(axes, keepdim=True)
-    rstd = ((x - centre).square().mean(axes, keepdim=True) + epsilon).rsqrt()
-    shape = (batch, channels, *([1] * len(axes)))
-    normal = (x - centre) * rstd * gamma.view(shape) + beta.view(shape)
-    assert_near(output, normal.detach(), 100.0)
-    if bool((normal.detach().abs() < 1e-3).any()) and slope != 1.0:
+    wide = [None if v is None else v.double() for v in (input, weight, bias)]
+    normal, centre, scale = reference.instance_norm(*wide, epsilon=epsilon)
+    assert_near(output, normal, 100.0)
+    if bool((normal.abs() < 1e-3).any()) and slope != 1.0:
         return  # float32 may lie on the other side of the kink
-    right = torch.autograd.grad(functional.leaky_relu(normal, slope), [x, gamma, beta], grad.double())
-    scale = float(rstd.max()) * float(gamma.abs().max()) + 1
+    right = reference.instance_norm_backward(grad.double(), wide[0], centre, scale, *wide[1:], slope=slope)
+    steep = float(scale.max()) * (1.0 if weight is None else float(weight.abs().max())) + 1
     for one, other in zip(got, right, strict=True):
-        assert_near(one, other, 30 * (float(grad.abs().sum()) + 1) * scale)
+        assert_near(one, other, 30 * (float(grad.abs().sum()) + 1) * steep)
 
 
 def _labels(rng: random.Random) -> None:
