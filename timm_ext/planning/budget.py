@@ -50,12 +50,7 @@ class Machine:
 
 
 def this_machine(accelerator: str = "auto", devices: int = 1) -> Machine:
-    """Describe the machine that a training with these settings runs on.
-
-    Args:
-        accelerator: see `TrainSettings`.
-        devices: likewise; under torchrun the number of its processes holds.
-    """
+    """Describe the machine that a training with these settings runs on; torchrun's processes count."""
     if torch.distributed.is_torchelastic_launched():
         devices = int(os.environ["WORLD_SIZE"])
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
@@ -72,18 +67,12 @@ def free_memory(machine: Machine) -> int:
 
 
 def keep_in_memory(cases: Sequence[Prepared], channels: int, processes: int = 1) -> bool:
-    """Tell whether prepared cases are held in memory, or read for each sample.
-
-    Args:
-        cases: prepared cases.
-        channels: of their images.
-        processes: that each hold them, in up to a quarter of the memory together.
-    """
+    """Tell whether prepared cases are held in memory, a quarter of it at most for all processes together."""
     return processes * _bytes(cases, channels) <= _HELD * total_memory()
 
 
 def held_bytes(cases: Sequence[Prepared], channels: int, processes: int = 1) -> int:
-    """Return the bytes of prepared cases that a process holds; arguments as for `keep_in_memory`."""
+    """Return the bytes of prepared cases that a process holds."""
     return _bytes(cases, channels) if keep_in_memory(cases, channels, processes) else 0
 
 

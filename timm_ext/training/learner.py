@@ -33,9 +33,9 @@ class Learner:
     Args:
         fabric: where it computes.
         model: the network, in which nothing requires a gradient but what is trained.
-        groups: of the trained parameters, as `named_groups` completes them.
-        objective: what becomes small.
-        settings: of the training.
+        groups: of what is trained, as `named_groups` completes them.
+        objective: see `Trainer.fit`.
+        settings: likewise.
         total: steps at most.
 
     Attributes:

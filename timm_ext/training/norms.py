@@ -20,14 +20,9 @@ _REFUSAL = "Expected more than 1"  # how PyTorch's message begins, for batch, in
 def check_norms(
     model: nn.Module, train: Sequence[Shape], val: Sequence[Shape], settings: TrainSettings, processes: int
 ) -> None:
-    """Refuse training and validation images of which a norm would see one value per channel.
+    """Refuse training and validation images `[C, D, H, W]` of which a norm would see one value per channel.
 
-    Args:
-        model: that is to be trained.
-        train: shapes `[C, D, H, W]` of the training images.
-        val: of the validation images.
-        settings: of the training.
-        processes: that share a batch.
+    So many `processes` share a batch.
 
     Raises:
         InputError: as `refuse_single_values`.
@@ -43,12 +38,8 @@ def check_norms(
 def refuse_single_values(model: nn.Module, shapes: Sequence[Shape]) -> None:
     """Refuse images of which a norm would see one value per channel, of which there is no variance.
 
-    The network runs on tensors without values, so that it costs no work; one that needs values to run is let
-    pass, and PyTorch refuses its step.
-
-    Args:
-        model: in the mode in which it will run.
-        shapes: of the images that one process takes in a step, `[B, C, D, H, W]`.
+    The network, in its mode, runs on tensors `[B, C, D, H, W]` without values, so that it costs no work; one
+    that needs values to run is let pass, and PyTorch refuses its step.
 
     Raises:
         InputError: naming the norm, what it would see and of which images.

@@ -25,16 +25,7 @@ SETTINGS_NAME = "settings.json"
 
 
 class Run:
-    """One call of `Trainer.fit`, whose arguments these are.
-
-    Args:
-        run_dir: folder of this run alone.
-        learner: the network.
-        data: on which it is trained and validated.
-        regions: names of the targets' channels.
-        callbacks: that watch.
-        facts: on which the run depends.
-    """
+    """One call of `Trainer.fit`: steps, validations, log and states; `regions` name the targets' channels."""
 
     def __init__(
         self,

@@ -164,12 +164,7 @@ def _wrong_moments(saved: SavedAdam, optimizer: Optimizer, step: int) -> Iterato
 
 
 def check_data(saved: SavedData, own: Mapping[str, Facts | None], where: object) -> None:
-    """Refuse to go on with other cases than a run began with.
-
-    Args:
-        saved: what they were.
-        own: what they are, the `training` and the `validation` set.
-        where: the file, for the message.
+    """Refuse to go on with other cases, in the `training` and the `validation` set, than a run began with.
 
     Raises:
         InputError: what differs is named: cases, their order, their content, or how they become samples.

@@ -48,8 +48,7 @@ def validate(
         InputError: the loss of a case is not finite.
     """
     window = PredictSettings(window=settings.patch)
-    losses: list[float] = []
-    dices: list[list[float]] = []
+    sums = torch.zeros(regions + 1, dtype=torch.float64)
     # The bare model, since processes may have different numbers of batches and must not wait for each other.
     with evaluating(model):
         for batch in _batches(cases, fabric.global_rank, fabric.world_size, settings.batch_size):
@@ -60,12 +59,9 @@ def validate(
                 value = loss(one, target).item()
                 if not math.isfinite(value):
                     raise InputError(f"validation: the loss of case {name} is {value}")
-                losses.append(value)
-                dices.append(compute_dice((one > 0).float(), target, ignore_empty=False)[0].tolist())
-    sums = torch.zeros(regions + 1, dtype=torch.float64, device=fabric.device)
-    for value, dice in zip(losses, dices, strict=True):
-        sums += torch.tensor([value, *dice], dtype=torch.float64, device=fabric.device)
-    total = fabric.all_reduce(sums, reduce_op="sum")
+                dice = compute_dice((one > 0).float(), target, ignore_empty=False)[0].tolist()
+                sums += torch.tensor([value, *dice], dtype=torch.float64)
+    total = fabric.all_reduce(sums.to(fabric.device), reduce_op="sum")
     assert isinstance(total, Tensor)
     first, *rest = (total / len(cases)).tolist()
     return Validation(first, tuple(rest))
