@@ -1,7 +1,16 @@
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from torch import nn
 
-from timm_ext.training.objective import soft_dice_loss
+from timm_ext.training.examples import Data
+from timm_ext.training.objective import Objective, soft_dice_loss
+from timm_ext.training.trainer import Trainer
+
+sys.path.insert(0, str(Path(__file__).parent))
+from examples_for_tests import Blobs, settings
 
 
 def test_soft_dice_by_hand():
@@ -30,3 +39,20 @@ def test_perfect_and_empty_regions():
 def test_half_precision_logits_do_not_overflow():
     logits, targets = torch.zeros(1, 1, 64, 64, 64, dtype=torch.float16), torch.ones(1, 1, 64, 64, 64)
     assert soft_dice_loss()(logits, targets).item() == pytest.approx(1 / 3, abs=1e-5)
+
+
+def test_the_penalty_of_a_step_is_differentiated_and_not_logged(tmp_path):
+    model = nn.Conv3d(1, 1, 1)
+    before = [model.weight.item(), model.bias.item()]
+    asked = []
+
+    def penalty(step):
+        asked.append(step)
+        return 5 * model.bias.sum()
+
+    objective = Objective(loss=lambda logits, targets: 1 + 0 * logits.sum(), penalty=penalty)
+    history = Trainer(settings(steps=2, lr=0.1), tmp_path).fit(model, Data(Blobs(2)), objective)
+    assert asked == [0, 1]
+    assert [row["loss"] for row in history.rows] == [1.0, 1.0]
+    assert model.weight.item() == before[0]
+    assert model.bias.item() == pytest.approx(before[1] - 2 * 0.1)
