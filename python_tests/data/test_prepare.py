@@ -14,6 +14,7 @@ from timm_ext.data.prepare import PrepareSettings, prepare_case, prepare_cases, 
 from timm_ext.data.tasks import TASKS, Region, Task
 from timm_ext.data.volume import Volume, read_labels, same_grid
 from timm_ext.errors import InputError
+from timm_ext.system.processes import run_each
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
@@ -365,7 +366,7 @@ def test_no_memory_and_killed_workers_are_one_line(tmp_path, monkeypatch):
         with pytest.raises(InputError, match=r"2 of 2 cases .*:\n  a: expected a case that fits"):
             prepare_cases(cases, TASK, PrepareSettings(), None, progress=False)
     with pytest.raises(InputError, match=r"a process that prepares cases was killed"):
-        prepare._outcomes(killed, cases, 1, False)
+        list(run_each(killed, cases, 1, "prepares cases"))
 
 
 def killed(_):

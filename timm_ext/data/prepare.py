@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import cache as once
 from functools import partial
@@ -24,8 +25,7 @@ from timm_ext.documents import validated
 from timm_ext.documents.bounds import LEAST_MM, MOST_EDGE, MOST_MM, check_edges, check_number, check_whole
 from timm_ext.errors import InputError, lines_of
 from timm_ext.files import ending_of, sha256
-from timm_ext.system.machine import check_workers
-from timm_ext.system.processes import worker_pool
+from timm_ext.system.processes import run_each
 from timm_ext.vocabulary import structures
 from timm_ext.vocabulary.modalities import in_hounsfield_units
 
@@ -231,7 +231,10 @@ def prepare_cases(
             set mixes two numberings of one region.
     """
     job = partial(_attempt, task=task, settings=settings, cache=cache)
-    results = _outcomes(job, cases, workers, progress, [] if cache is None else [Path(cache)])
+    folders = [] if cache is None else [Path(cache)]
+    with closing(run_each(job, cases, workers, "prepares cases", folders)) as outcomes:
+        bar = track(outcomes, "Preparing cases", total=len(cases), disable=not progress)
+        results = list(bar)
     failures = [result for result in results if isinstance(result, InputError)]
     if len(failures) == 1:
         raise failures[0]
@@ -305,24 +308,6 @@ def _cached(path: Path, case: Case, task: Task) -> Prepared | None:
     if wanted != {name: (stored.dtype, stored.shape) for name, stored in entry.arrays.items()}:
         return None
     return Prepared(case, grid, tuple(noted.present), path)
-
-
-def _outcomes(
-    job: Callable[[Case], Prepared | InputError],
-    cases: Sequence[Case],
-    workers: int,
-    progress: bool,
-    folders: Sequence[Path] = (),
-) -> list[Prepared | InputError]:
-    shown = partial(track, description="Preparing cases", total=len(cases), disable=not progress)
-    if not workers or not cases:
-        return list(shown(map(job, cases)))
-    workers = min(workers, len(cases))
-    check_workers(workers)
-    with worker_pool(workers, "prepares cases", folders) as pool:
-        # `map` would cancel what it waits for, over which a pool whose workers are killed stumbles.
-        results = [pool.submit(job, case) for case in cases]
-        return [result.result() for result in shown(results)]
 
 
 def _check_not_empty(prepared: Prepared, task: Task) -> None:

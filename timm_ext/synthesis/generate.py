@@ -3,10 +3,10 @@
 import json
 import math
 import os
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, as_completed
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,8 @@ from timm_ext.synthesis.label_maps import classes_of, draw_subject, label_map_fi
 from timm_ext.synthesis.render import SynthesisSettings, check_modalities, pool_labels, pooled_affine, render
 from timm_ext.synthesis.tumour import ENHANCING, TumourSettings, grow, push_aside
 from timm_ext.system.locks import folder_lock
-from timm_ext.system.machine import check_memory, check_workers
-from timm_ext.system.processes import worker_pool
+from timm_ext.system.machine import check_memory
+from timm_ext.system.processes import run_each
 
 RECORD_NAME = "generated.json"
 PHANTOM = "phantom"
@@ -156,29 +156,16 @@ def generate_cases(
         _record(out_dir, settings, subjects, count)
         cases = [_paths(out_dir, settings, task, index) for index in range(count)]
         missing = [index for index, case in enumerate(cases) if not _complete(case)]
-        with closing(_written(out_dir, settings, missing, workers)) as written:
+        folders = [out_dir / _case_id(settings, index) for index in missing]
+        write = partial(_write_case, out_dir, settings)
+        # one process of its own would only cost its start
+        apart = workers if min(workers, len(missing)) > 1 else 0
+        with closing(run_each(write, missing, apart, "draws cases", folders)) as written:
             for done, _ in enumerate(written, count - len(missing) + 1):
                 if progress:
                     progress(done, count)
         write_list(out_dir / LIST_NAME, cases)
     return sorted(cases, key=lambda case: case.id)
-
-
-def _written(
-    out_dir: Path, settings: GenerateSettings, indices: list[int], workers: int
-) -> Generator[None, None, None]:
-    if workers <= 1 or len(indices) < 2:
-        for index in indices:
-            _write_case(out_dir, settings, index)
-            yield
-        return
-    workers = min(workers, len(indices))
-    check_workers(workers)
-    folders = [out_dir / _case_id(settings, index) for index in indices]
-    with worker_pool(workers, "draws cases", folders) as pool:
-        jobs: list[Future[None]] = [pool.submit(_write_case, out_dir, settings, index) for index in indices]
-        for job in as_completed(jobs):
-            yield job.result()
 
 
 def _write_case(out_dir: Path, settings: GenerateSettings, index: int) -> None:

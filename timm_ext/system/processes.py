@@ -1,7 +1,7 @@
 """Worker processes that share a list of jobs, and never outlive the process that started them."""
 
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -9,10 +9,15 @@ from functools import partial
 from multiprocessing import active_children, get_context, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import TypeVar
 
 from timm_ext.errors import InputError
 from timm_ext.files import remove_stale_partials
+from timm_ext.system.machine import check_workers
 from timm_ext.system.signals import children_start, ending, follow_parent, wait_for_signal
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -45,6 +50,28 @@ def worker_pool(workers: int, job: str, folders: Iterable[Path] = ()) -> Iterato
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def run_each(
+    job: Callable[[Item], Result],
+    items: Sequence[Item],
+    workers: int,
+    what: str,
+    folders: Iterable[Path] = (),
+) -> Generator[Result, None, None]:
+    """Yield what a job returns for each item, in order, from `workers` processes; 0 runs it in this one.
+
+    `what` and `folders` are those of `worker_pool`; errors are those of the job and of `worker_pool`.
+    """
+    if not workers or not items:
+        yield from map(job, items)
+        return
+    workers = min(workers, len(items))
+    check_workers(workers)
+    with worker_pool(workers, what, folders) as pool:
+        # `map` would cancel what it waits for, over which a pool whose workers are killed stumbles.
+        for result in [pool.submit(job, item) for item in items]:
+            yield result.result()
 
 
 @contextmanager
