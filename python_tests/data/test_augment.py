@@ -154,10 +154,10 @@ def test_channels_without_spread_are_left(values):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"flip": 1.5}, r"flip: must be a probability in 0..1 \(got 1.5\)"),
-        ({"noise": -0.1}, "noise: must be ≥ 0"),
-        ({"scale": 1.0}, "scale and flip_axes: must be < 1"),
-        ({"flip_axes": (3,)}, "scale and flip_axes"),
+        ({"flip": 1.5}, r"flip: expected a finite number at least 0 and at most 1 \(got 1\.5\)"),
+        ({"noise": -0.1}, "noise: expected a finite number at least 0"),
+        ({"scale": 1.0}, "scale: expected a finite number at least 0 and less than 1"),
+        ({"flip_axes": (3,)}, r"flip_axes\.0: expected a whole number from 0 to 2"),
     ],
 )
 def test_settings_errors(change, message):

@@ -4,18 +4,24 @@ Intensities change in the foreground only (voxels that are not exactly 0), so th
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from timm_ext.data.grid import rotated
 from timm_ext.data.volume import Affine
-from timm_ext.errors import InputError
+from timm_ext.documents.fields import Share, Weight, number, refused_as, whole
+
+Probability = Annotated[float, number(0, 1)]
 
 
-@dataclass(frozen=True)
+@refused_as("augmentation")
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class AugmentSettings:
     """How far and how often samples change.
 
@@ -32,29 +38,16 @@ class AugmentSettings:
         noise: largest standard deviation of Gaussian noise, in standard deviations of the foreground.
     """
 
-    flip: float = 0.5
-    flip_axes: tuple[int, ...] = (0,)
-    affine: float = 0.5
-    rotate: float = 10.0
-    scale: float = 0.1
-    intensity: float = 0.5
-    gain: float = 0.1
-    shift: float = 0.1
-    gamma: float = 0.2
-    noise: float = 0.05
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "flip_axes", tuple(self.flip_axes))
-        for name in ("flip", "affine", "intensity"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name}: must be a probability in 0..1 (got {getattr(self, name)})")
-        for name in ("rotate", "scale", "gain", "shift", "gamma", "noise"):
-            if not 0 <= getattr(self, name) < np.inf:
-                raise InputError(f"{name}: must be ≥ 0 (got {getattr(self, name)})")
-        if self.scale >= 1 or not set(self.flip_axes) <= {0, 1, 2}:
-            raise InputError(
-                f"scale and flip_axes: must be < 1 and out of 0, 1, 2 (got {self.scale}, {self.flip_axes})"
-            )
+    flip: Probability = 0.5
+    flip_axes: tuple[Annotated[int, whole(0, 2)], ...] = (0,)
+    affine: Probability = 0.5
+    rotate: Weight = 10.0
+    scale: Share = 0.1
+    intensity: Probability = 0.5
+    gain: Weight = 0.1
+    shift: Weight = 0.1
+    gamma: Weight = 0.2
+    noise: Weight = 0.05
 
 
 @dataclass(frozen=True, eq=False)

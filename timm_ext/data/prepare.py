@@ -8,10 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache as once
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import AfterValidator, ConfigDict
+from pydantic.dataclasses import dataclass as checked_dataclass
 from rich.progress import track
 
 from timm_ext.data.case_arrays import build_arrays
@@ -22,7 +24,8 @@ from timm_ext.data.store import Arrays, read_array, read_entry, write_entry
 from timm_ext.data.tasks import Labels, Task, task_to_dict
 from timm_ext.data.volume import Affine
 from timm_ext.documents import validated
-from timm_ext.documents.bounds import LEAST_MM, MOST_EDGE, MOST_MM, check_edges, check_number, check_whole
+from timm_ext.documents.bounds import LEAST_MM, MOST_EDGE, MOST_MM
+from timm_ext.documents.fields import Edge, Edges, Share, refused_as, whole
 from timm_ext.errors import InputError, lines_of
 from timm_ext.files import ending_of, sha256
 from timm_ext.system.processes import run_each
@@ -35,7 +38,20 @@ SPACING_TOLERANCE = 1e-3
 """Relative difference up to which a scan's voxel size counts as the one wanted."""
 
 
-@dataclass(frozen=True)
+def _lengths(spacing: Spacing) -> Spacing:
+    if not all(LEAST_MM <= length <= MOST_MM for length in np.atleast_1d(spacing)):
+        raise ValueError(f"expected lengths from {LEAST_MM:g} to {MOST_MM:g} mm")
+    return spacing
+
+
+def _window(window: tuple[float, float]) -> tuple[float, float]:
+    if not -1e6 <= window[0] < window[1] <= 1e6:
+        raise ValueError("expected two values in HU, the lower first")
+    return window
+
+
+@refused_as("prepare")
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class PrepareSettings:
     """How a case becomes an array; the steps run in the order of the attributes.
 
@@ -66,45 +82,15 @@ class PrepareSettings:
 
     nonfinite: Literal["error", "zero"] = "error"
     bias_field: bool = False
-    spacing: Spacing | None = None
-    spacing_tolerance: float | None = SPACING_TOLERANCE
+    spacing: Annotated[Spacing, AfterValidator(_lengths)] | None = None
+    spacing_tolerance: Share | None = SPACING_TOLERANCE
     normalise: Normalisation = "zscore"
-    hounsfield: tuple[float, float] | None = HOUNSFIELD_WINDOW
+    hounsfield: Annotated[tuple[float, float], AfterValidator(_window)] | None = HOUNSFIELD_WINDOW
     crop: bool = True
-    margin: int = 0
-    size: tuple[int, int, int] | None = None
-    multiple: int = 1
+    margin: Annotated[int, whole(0, MOST_EDGE)] = 0
+    size: Edges | None = None
+    multiple: Edge = 1
     empty_labels: Literal["error", "allow"] = "error"
-
-    def __post_init__(self) -> None:
-        for name in ("spacing", "size", "hounsfield"):
-            if isinstance(value := getattr(self, name), list):
-                object.__setattr__(self, name, tuple(value))
-        choices = {
-            "nonfinite": ("error", "zero"),
-            "normalise": ("zscore", "histogram", "none"),
-            "empty_labels": ("error", "allow"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name}: must be one of {', '.join(allowed)} (got {getattr(self, name)!r})")
-        spacing = self.spacing if isinstance(self.spacing, tuple) else (self.spacing or 1.0,) * 3
-        if len(spacing) != 3 or self.spacing == 0:
-            raise InputError(f"spacing: expected one or three lengths in mm (got {self.spacing})")
-        for length in spacing:
-            check_number("spacing", length, LEAST_MM, MOST_MM)
-        if (window := self.hounsfield) is not None and not (
-            len(window) == 2 and -1e6 <= window[0] < window[1] <= 1e6
-        ):
-            raise InputError(f"hounsfield: must be two values in HU, the lower first (got {window})")
-        if self.size is not None:
-            check_edges("size", self.size)
-        if self.spacing_tolerance is not None and not 0 <= self.spacing_tolerance < 1:
-            raise InputError(
-                f"spacing_tolerance: must be at least 0 and less than 1 (got {self.spacing_tolerance})"
-            )
-        check_whole("margin", self.margin, 0, MOST_EDGE)
-        check_whole("multiple", self.multiple, 1, MOST_EDGE)
 
 
 @dataclass(frozen=True, eq=False)

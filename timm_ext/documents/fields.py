@@ -24,14 +24,17 @@ def whole(least: int, most: int) -> AfterValidator:
     return AfterValidator(check)
 
 
-def number(least: float, *, above: bool = False, below: float = math.inf) -> AfterValidator:
-    """Take finite numbers from `least`, or only `above` it, to what is `below` a number."""
+def number(
+    least: float, most: float = math.inf, *, above: bool = False, below: float = math.inf
+) -> AfterValidator:
+    """Take finite numbers from `least`, or only `above` it, to `most`, or to what is `below` a number."""
+    words = f"greater than {least:g}" if above else f"at least {least:g}"
+    words += "" if math.isinf(most) else f" and at most {most:g}"
+    words += "" if math.isinf(below) else f" and less than {below:g}"
 
     def check(value: float) -> float:
-        if not least <= value < below or (above and value == least):
-            beyond = f"greater than {least:g}" if above else f"at least {least:g}"
-            upper = "" if math.isinf(below) else f" and less than {below:g}"
-            raise ValueError(f"expected a finite number {beyond}{upper}")
+        if not (least <= value <= most and value < below) or (above and value == least):
+            raise ValueError(f"expected a finite number {words}")
         return value
 
     return AfterValidator(check)

@@ -8,9 +8,11 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import AfterValidator, ConfigDict
+from pydantic.dataclasses import dataclass as checked_dataclass
 
 from timm_ext.data.formats.cases import LIST_NAME, Case, write_list
 from timm_ext.data.label_names import check_label_names
@@ -18,14 +20,8 @@ from timm_ext.data.noise import keyed_generator
 from timm_ext.data.tasks import Task, get_task, task_to_dict
 from timm_ext.data.volume import Volume, write_nifti
 from timm_ext.documents import read_json
-from timm_ext.documents.bounds import (
-    MOST_CASES,
-    MOST_WORKERS,
-    check_edges,
-    check_number,
-    check_seed,
-    check_whole,
-)
+from timm_ext.documents.bounds import MOST_CASES, MOST_EDGE, MOST_WORKERS, check_whole
+from timm_ext.documents.fields import Seed, number, refused_as, whole
 from timm_ext.errors import InputError, listed
 from timm_ext.files import sha256, write_json
 from timm_ext.synthesis.label_maps import classes_of, draw_subject, label_map_files
@@ -44,7 +40,17 @@ _FINE_MM = 2.0
 _BYTES_PER_VOXEL = 60
 
 
-@dataclass(frozen=True)
+def _beginning(prefix: str) -> str:
+    if os.sep in prefix or not prefix:
+        raise ValueError("expected the beginning of a file name")
+    return prefix
+
+
+_Edge = Annotated[int, whole(8, MOST_EDGE)]
+
+
+@refused_as("generated cases")
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class GenerateSettings:
     """What a generated data set is made of.
 
@@ -65,12 +71,12 @@ class GenerateSettings:
 
     source: str = PHANTOM
     task: str = "brats"
-    seed: int = 0
-    spacing: float = 4.0
-    size: tuple[int, int, int] = (40, 48, 40)
+    seed: Seed = 0
+    spacing: Annotated[float, number(0.5, 8)] = 4.0
+    size: tuple[_Edge, _Edge, _Edge] = (40, 48, 40)
     subjects: tuple[str | int, ...] = ()
     modalities: tuple[str, ...] = ()
-    prefix: str = "case"
+    prefix: Annotated[str, AfterValidator(_beginning)] = "case"
     skull_stripped: bool = True
     synthesis: SynthesisSettings = field(default_factory=SynthesisSettings)
     tumour: TumourSettings = field(default_factory=TumourSettings)
@@ -190,14 +196,9 @@ def _checked(settings: GenerateSettings) -> Task:
         drawn = {"necrotic core": (1,), "oedema": (2,), "enhancing tumour": (_enhancing(task),)}
         check_label_names(drawn, task, "generated cases")
     check_modalities(settings.modalities or task.modalities)
-    check_seed("seed", settings.seed)
-    check_number("spacing", settings.spacing, 0.5, 8)
-    check_edges("size", settings.size, least=8)
     # float64 and float32 fields of the grid that is drawn
     needed = _BYTES_PER_VOXEL * math.prod(length * _pool(settings) for length in settings.size)
     check_memory(needed, f"size: drawing {' × '.join(map(str, settings.size))} voxels")
-    if os.sep in settings.prefix or not settings.prefix:
-        raise InputError(f"prefix: expected the beginning of a file name (got {settings.prefix!r})")
     return task
 
 
