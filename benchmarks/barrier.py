@@ -33,8 +33,9 @@ from timm_ext.system.environment import environment
 from timm_ext.training.examples import Data, Examples
 from timm_ext.training.objective import soft_dice_loss
 from timm_ext.training.settings import TrainSettings
-from timm_ext.transfer.adapt import AdaptSettings
-from timm_ext.transfer.stages import adapt, make_sets, train
+from timm_ext.transfer.adapt import adapt
+from timm_ext.transfer.session import Session, make_data
+from timm_ext.transfer.settings import AdaptSettings
 from timm_ext.transfer.start import initialise
 
 TASK = get_task("parcellation-1-7")
@@ -77,7 +78,7 @@ def train_network(
         levels=4,
     )
     settings = training_settings(seed, options.steps, options.lr)
-    train(network, data, settings, folder)
+    Session(data, settings, folder).fit(network)
     return network
 
 
@@ -115,7 +116,7 @@ def learned_loss(
     merged = initialise("medmerge", networks[0], bank)
     assert isinstance(merged, MergedModel)
     settings = training_settings(0, options.merge_steps, options.lr)
-    adapt(merged, data, settings, folder, options=AdaptSettings(logit_lr=options.logit_lr))
+    adapt(merged, Session(data, settings, folder), AdaptSettings(logit_lr=options.logit_lr))
     return loss(merged.fold())
 
 
@@ -124,9 +125,9 @@ def measure(options: argparse.Namespace, filters: int, pair: int, folder: Path) 
     seeds = (2 * pair, 2 * pair + 1)
     settings = training_settings(seeds[0], options.steps, options.lr)
     sets = [
-        make_sets(make_cases(folder / f"train{s}", 100 + s, TRAIN_CASES), (), TASK, settings) for s in seeds
+        make_data(make_cases(folder / f"train{s}", 100 + s, TRAIN_CASES), (), TASK, settings) for s in seeds
     ]
-    test = make_sets(make_cases(folder / "test", 1000 + pair, TEST_CASES), (), TASK, settings)
+    test = make_data(make_cases(folder / "test", 1000 + pair, TEST_CASES), (), TASK, settings)
     loss = held_out_loss(test.train)
     first, second = (
         train_network(options, filters, seed, data, folder / f"run{seed}")

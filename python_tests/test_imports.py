@@ -112,6 +112,15 @@ def test_imports_go_one_way(module: Path) -> None:
     assert not beyond, f"{module} imports {', '.join(sorted(beyond))}"
 
 
+STUDIES = {Path("cli/study"), Path("cli/demo")}
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if unit_of(m) == "cli"], ids=str)
+def test_only_studies_import_studies(module: Path) -> None:
+    """Merging, adapting and training by commands need no study."""
+    assert module in STUDIES or "study" not in own_units(module)
+
+
 @every_module
 def test_light_modules_import_nothing_heavy(module: Path) -> None:
     if unit_of(module) in LIGHT and module.name != "terminal":

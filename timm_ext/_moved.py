@@ -44,7 +44,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "terminal": ("system.terminal",),
     "torch_files": ("storage.torch_files",),
     "training.losses": ("training.objective",),
-    "training.stages": ("transfer.stages",),
+    "training.stages": ("transfer.adapt", "transfer.tune", "transfer.session"),
     "training.transfer": ("training.ties",),
 }
 

@@ -24,8 +24,7 @@ from timm_ext.errors import InputError, printable, shown
 from timm_ext.files import atomic_write
 from timm_ext.inference import PredictSettings
 from timm_ext.training.settings import TrainSettings
-from timm_ext.transfer.adapt import AdaptSettings
-from timm_ext.transfer.start import Recipe
+from timm_ext.transfer.settings import AdaptSettings, Recipe
 
 _MOST_PARTS = 8  # of the name of a setting
 

@@ -1,7 +1,6 @@
-import pytest
 from study_plans import plan_of, study_of
 
-from timm_ext.study.cost import CostRow, costs_of, measure_step, told
+from timm_ext.study.cost import CostRow, costs_of, measure_step
 from timm_ext.study.records import Folder
 from timm_ext.study.study import make_study
 
@@ -31,11 +30,3 @@ def test_a_step_is_timed_and_scaled_to_the_whole_volume():
     assert small > 0
     large = measure_step(plan_of(**{**TINY, "size": (96, 96, 96)}))
     assert large > 20 * small  # 92 times the voxels, of which an eighth are computed
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.4, "0 s"), (119, "119 s"), (120, "2.0 min"), (7200, "2.0 h"), (86400 * 3, "3.0 days")],
-)
-def test_durations_for_readers(seconds, text):
-    assert told(seconds) == text

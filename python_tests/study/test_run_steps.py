@@ -3,9 +3,8 @@ from study_plans import plan_of, run_of, study_of
 
 from timm_ext.errors import InputError
 from timm_ext.study.run_steps import adapt_settings
-from timm_ext.transfer.adapt import AdaptSettings
 from timm_ext.transfer.arms import get_arm
-from timm_ext.transfer.start import Recipe
+from timm_ext.transfer.settings import AdaptSettings, Recipe
 
 
 def test_every_row_has_the_same_steps_but_for_the_extra_one():

@@ -8,7 +8,15 @@ import sys
 import pytest
 from rich.console import Console
 
-from timm_ext.system.terminal import accept_any_text, make_console, make_progress, say, show_table, tell
+from timm_ext.system.terminal import (
+    accept_any_text,
+    duration,
+    make_console,
+    make_progress,
+    say,
+    show_table,
+    tell,
+)
 
 EVIL = "[/bold]a[red]\x1b[31m\nb:smile:\r"
 SHOWN = "[/bold]a[red]\\x1b[31m\\nb:smile:\\r"
@@ -71,3 +79,11 @@ def test_help_and_information_in_ascii(arguments):
     assert result.returncode == 0, result.stderr.decode()
     assert result.stdout.decode("ascii")
     assert not result.stderr
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (119, "119 s"), (120, "2.0 min"), (7200, "2.0 h"), (86400 * 3, "3.0 days")],
+)
+def test_durations_for_readers(seconds, text):
+    assert duration(seconds) == text

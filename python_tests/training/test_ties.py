@@ -14,12 +14,14 @@ from timm_ext.training.objective import Objective
 from timm_ext.training.settings import TrainSettings
 from timm_ext.training.ties import Tie, make_tie
 from timm_ext.training.trainer import Trainer
-from timm_ext.transfer.stages import adapt, fine_tune, warm_up
+from timm_ext.transfer.adapt import adapt, warm_up
+from timm_ext.transfer.session import Session
+from timm_ext.transfer.tune import fine_tune
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "transfer")]
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 from examples_for_tests import Blobs, run_in_two_processes, settings, small_network  # noqa: E402
-from test_stages import _merged  # noqa: E402
+from merges_for_tests import merged_model  # noqa: E402
 
 
 def shared_of(model):
@@ -186,7 +188,9 @@ def tied_run(run_dir, cases=None, seed=0):
     model = small_network(seed)
     tied = shared_of(model)
     _, history = fine_tune(
-        model, Data(cases or Blobs(5), Blobs(3, first=50)), settings(**TIED), run_dir, tied=tied, resume=True
+        model,
+        Session(Data(cases or Blobs(5), Blobs(3, first=50)), settings(**TIED), run_dir, resume=True),
+        tied=tied,
     )
     return model, history
 
@@ -268,9 +272,9 @@ def test_unknown_names_are_refused(tmp_path):
 
 
 def test_stages_that_leave_the_shared_weights_alone_refuse_ties(tmp_path):
-    merged, split, _ = _merged()
+    merged, split, _ = merged_model()
     with pytest.raises(InputError, match=r"adaptation: expected l2_transfer 0, .* \(got 0.1\)"):
-        adapt(merged, Data(Blobs(2)), settings(l2_transfer=0.1), tmp_path)
+        adapt(merged, Session(Data(Blobs(2)), settings(l2_transfer=0.1), tmp_path))
     with pytest.raises(InputError, match=r"warm-up: expected drop_transfer 0, .* \(got 0.5\)"):
-        warm_up(merged.fold(), split.specific, Data(Blobs(2)), settings(drop_transfer=0.5), tmp_path)
+        warm_up(merged.fold(), split.specific, Session(Data(Blobs(2)), settings(drop_transfer=0.5), tmp_path))
     assert not list(tmp_path.iterdir())

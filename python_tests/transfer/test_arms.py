@@ -2,9 +2,7 @@ import pytest
 
 from timm_ext.errors import InputError
 from timm_ext.merging.merge import MEAN, MODE, merges
-from timm_ext.transfer.adapt import Adaptation
-from timm_ext.transfer.arms import Arm, arms, beyond, get_arm
-from timm_ext.transfer.tune import FineTuning
+from timm_ext.transfer.arms import Adaptation, Arm, FineTuning, arms, beyond, get_arm
 
 
 def test_names_for_two_models() -> None:

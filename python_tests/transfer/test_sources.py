@@ -10,8 +10,9 @@ from timm_ext.fisher import Fisher, FisherKind
 from timm_ext.merging import MergedModel
 from timm_ext.networks.channel_trace import trace_channels
 from timm_ext.networks.io import save_network
+from timm_ext.transfer.settings import Recipe
 from timm_ext.transfer.sources import load_sources
-from timm_ext.transfer.start import Recipe, network_of, new_network, start_from
+from timm_ext.transfer.start import network_of, new_network, start_from
 
 TASKS = ("parcellation-1-7", "parcellation-8-14")
 OPTIONS = {"base_filters": 2, "levels": 3}

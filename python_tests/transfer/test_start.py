@@ -8,9 +8,9 @@ from timm_ext.errors import InputError
 from timm_ext.merging import Bank, MergedModel, logits_of
 from timm_ext.merging.merge import MEAN
 from timm_ext.parameters import Layout
-from timm_ext.transfer.adapt import Adaptation
-from timm_ext.transfer.arms import Arm, arms
-from timm_ext.transfer.start import Recipe, initialise
+from timm_ext.transfer.arms import Adaptation, Arm, arms
+from timm_ext.transfer.settings import Recipe
+from timm_ext.transfer.start import initialise
 
 
 class FisherStub:

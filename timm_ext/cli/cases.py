@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,14 +47,27 @@ def prepare_labelled(
     return prepare_cases(cases, task, settings.prepare, cache, workers=workers, progress=True)
 
 
+@dataclass(frozen=True)
+class Given:
+    """What the user says of the cases and the folder of a training, as in the options of the same names."""
+
+    cases: Path
+    task: str | None
+    val: Path | None
+    val_share: float
+    out: Path
+    cache: Path | None
+    workers: int
+    resume: bool
+
+    @property
+    def run(self) -> Path:
+        """The folder of the training alone."""
+        return self.out / "training"
+
+
 def training_parts(
-    cases: Path,
-    val: Path | None,
-    val_share: float,
-    task: "Task",
-    settings: "RunSettings",
-    cache: Path,
-    workers: int,
+    given: Given, task: "Task", settings: "RunSettings"
 ) -> "tuple[RunSettings, tuple[list[Prepared], list[Prepared]], Task]":
     """Read, divide and prepare the training and validation cases.
 
@@ -67,15 +81,16 @@ def training_parts(
     from timm_ext.data.formats.cases import read_cases, split_cases
     from timm_ext.data.prepare import resolve_task
 
-    every = read_cases(cases, task, require_labels=True)
-    if val is not None:
-        parts = [every, read_cases(val, task, require_labels=True)]
+    every = read_cases(given.cases, task, require_labels=True)
+    if given.val is not None:
+        parts = [every, read_cases(given.val, task, require_labels=True)]
     else:
-        parts = split_cases(every, [1 - val_share, val_share], seed=settings.train.seed)
+        parts = split_cases(every, [1 - given.val_share, given.val_share], seed=settings.train.seed)
     _tell_shared(*parts)
     settings = with_spacing(settings, [case for part in parts for case in part])
-    train_part, val_part = (prepare_labelled(part, task, settings, cache, workers) for part in parts)
-    where = cases if val is None else f"{cases} and {val}"
+    cache = given.cache or given.out / "prepared"
+    train_part, val_part = (prepare_labelled(part, task, settings, cache, given.workers) for part in parts)
+    where = given.cases if given.val is None else f"{given.cases} and {given.val}"
     resolved = resolve_task(task, [*train_part, *val_part], where)
     _tell_open(resolved)
     return settings, (train_part, val_part), resolved

@@ -1,14 +1,14 @@
 """Commands that turn source networks into an initialisation: merge and adapt."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from timm_ext.cli.cases import told_default, training_parts
+from timm_ext.cli.cases import Given
 from timm_ext.cli.common import (
     DEFAULT_TASK,
-    NETWORK_NAME,
     Align,
     Cache,
     Config,
@@ -24,37 +24,19 @@ from timm_ext.cli.common import (
     note_settings,
     settings_dict,
     settings_from,
-    tell_notes,
     with_alignment,
 )
-from timm_ext.cli.planned import (
-    as_before,
-    facts_of_run,
-    fit_whole_volumes,
-    note_run,
-    tell_plan,
-    tell_unlike_fishers,
-    tell_unlike_preparation,
-    training_data,
-    with_network,
-    with_noted_window,
-    with_training_plan,
-)
+from timm_ext.cli.planned import network_of_task, with_noted_window
+from timm_ext.cli.session import begun, facts_of_run, planned
+from timm_ext.cli.sources import first_of, started, tell_unlike_preparation
 from timm_ext.cli.streamed import merge_as_they_are, refuse_streams, refuse_together
 from timm_ext.errors import InputError
 from timm_ext.files import sha256
 from timm_ext.system.terminal import say
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from timm_ext.checkpoint import Checkpoint
     from timm_ext.config import RunSettings
-    from timm_ext.data.tasks import Task
-    from timm_ext.training.examples import Data
     from timm_ext.transfer.arms import Arm
-    from timm_ext.transfer.sources import Sources
-    from timm_ext.transfer.start import Recipe, Start
 
 _SHARE_OF_STEPS = 0.2  # of a whole training that an adaptation takes unless the settings say
 
@@ -113,44 +95,38 @@ def merge(
         merge_as_they_are(networks, out, ratios, fishers or (), shard_size, hashes)
         return
     refuse_streams([*networks, *(fishers or ())], {"--shard-size": shard_size, "--sha256": hashes})
-    changes = with_alignment(overrides, align)
-    _merge_by_method(networks, out, fishers, method or "mode-imm", task, config, changes)
+    settings = settings_from(config, with_alignment(overrides, align), first_of(networks))
+    _merge_by_method(networks, out, fishers or (), method or "mode-imm", task, settings)
 
 
 def _merge_by_method(
-    networks: list[Path],
+    networks: Sequence[Path],
     out: Path,
-    fishers: list[Path] | None,
+    fishers: Sequence[Path],
     method: str,
     task: str | None,
-    config: Path | None,
-    overrides: list[str] | None,
+    settings: "RunSettings",
 ) -> None:
+    """Merge the shared parameters of networks of one architecture, without data.
+
+    Raises:
+        InputError: the method is more than a merge; the message names the commands to use.
+    """
     from timm_ext.data.tasks import get_task, task_to_dict
     from timm_ext.networks.io import save_network
-    from timm_ext.networks.registry import config_of
     from timm_ext.transfer.arms import get_arm
-    from timm_ext.transfer.sources import load_sources
-    from timm_ext.transfer.start import network_of, start_from
 
     arm = get_arm(method)
     if arm.learns:
         raise InputError(f"method: {method} learns on data of the new task; use timm-ext adapt")
-    _refuse_ties(arm)
-    settings = settings_from(config, overrides, _first_of(networks))
-    sources = load_sources(networks, fishers or ())
-    settings = with_noted_window(
-        with_network(settings, config_of(sources.networks[0]), networks[0]), _first_of(networks)
-    )
-    tell_unlike_fishers(settings, sources)
-    chosen = get_task(task) if task is not None else sources.tasks[0]
-    target = network_of(sources, chosen, settings.merge.seed)
-    start = start_from(arm, target, chosen, sources, settings.merge)
-    _tell_unseen(sources, chosen, settings.merge)
-    _tell_intensities(sources, settings)
-    _tell_statistics(target, start)
-    for path, notes in zip(networks, sources.notes, strict=True):
-        tell_notes(path, notes)
+    for tie, value in arm.tuning.ties().items():
+        raise InputError(
+            f"method: {method} is a way of fine-tuning; merge by {arm.merge.name}, then use timm-ext train "
+            f"--init with --set train.{tie}={value:g}"
+        )
+    given = None if task is None else get_task(task)
+    sources, chosen, start, settings = started(arm, networks, fishers, given, settings)
+    settings = with_noted_window(settings, first_of(networks))
     save_network(
         out,
         start.model,
@@ -189,182 +165,39 @@ def adapt(
     Example: `timm-ext adapt M1.safetensors M2.safetensors --fisher F1.safetensors --fisher F2.safetensors
     --data BraTS2021/ --task brats --out adapted --set train.epochs=20`
     """
-    from timm_ext.data.tasks import get_task, task_to_dict
+    from timm_ext.data.tasks import get_task
     from timm_ext.merging import MergedModel
-    from timm_ext.networks.io import save_network
-    from timm_ext.networks.registry import config_of
-    from timm_ext.training.device import check_precision
-    from timm_ext.training.state import refuse_begun
     from timm_ext.transfer.arms import get_arm
-    from timm_ext.transfer.sources import load_sources
-    from timm_ext.transfer.start import network_of, start_from
+    from timm_ext.transfer.run import run
 
     hold_output(out, folder=True, inputs=[*networks, *(fishers or ())])
     arm = get_arm(method)
     if not arm.learns:
         raise InputError(f"method: {method} learns nothing before fine-tuning; use timm-ext merge")
-    settings = settings_from(config, with_alignment(overrides, align), _first_of(networks))
-    settings = as_before(settings, out) if resume else settings
-    check_precision(settings.train)
+    given = Given(data, task, val, val_share, out, cache, workers, resume)
+    settings = settings_from(config, with_alignment(overrides, align), first_of(networks))
     settings.train.refuse_ties("timm-ext adapt")
-    settings.adapt.of(arm)
-    if not resume:
-        refuse_begun(out / "training")
-    sources = load_sources(networks, fishers or ())
+    options = settings.adapt.of(arm)
+    settings = begun(settings, given)
     chosen = get_task(task or DEFAULT_TASK)
-    target = network_of(sources, chosen, settings.merge.seed)
-    start = start_from(arm, target, chosen, sources, settings.merge)
-    _tell_unseen(sources, chosen, settings.merge)
-    _tell_intensities(sources, settings)
-    _tell_statistics(target, start)
-    for path, notes in zip(networks, sources.notes, strict=True):
-        tell_notes(path, notes)
-    network = config_of(target)
-    settings = fit_whole_volumes(with_network(settings, network, networks[0]), network)
-    with told_default(task, data):
-        settings, parts, chosen = training_parts(
-            data, val, val_share, chosen, settings, cache or out / "prepared", workers
-        )
-    tell_unlike_preparation(settings, networks)
-    tell_unlike_fishers(settings, sources)
-    share = 1.0 if arm.tuning.weight_pull else _SHARE_OF_STEPS
-    settings, plan = with_training_plan(settings, network, parts, fixed=True, share=share)
-    tell_plan(settings, plan, parts, start.model)
-    target_data = training_data(parts, chosen, settings)
-    run = out / "training"
-    note_run(out, run, settings)
-    noted = facts_of_run(
-        settings,
-        [f"{name} {sha}" for name, sha in zip(sources.names, sources.hashes, strict=True)],
-        [sha256(path) for path in fishers or ()],
-        method=method,
-    )
-    learned = _learn(start, target_data, settings, run, noted, resume=resume)
-    facts: dict[str, Any] = {"method": method, "sources": list(sources.names)}
-    if isinstance(start.model, MergedModel):
-        facts |= start.model.provenance()
-    save_network(
-        out / NETWORK_NAME,
-        learned,
-        task=task_to_dict(chosen),
-        parents=sources.hashes,
-        settings=settings_dict(settings, "prepare", "merge", "adapt", "train", "predict"),
-        kind="merged",
-        merge=facts,
-    )
-    note_settings(out, settings, folder=True)
-    ratios = f", mean ratios {[round(x, 2) for x in facts['mean_ratios']]}" if "mean_ratios" in facts else ""
-    say(f"{out / NETWORK_NAME}: {arm.title} of {', '.join(sources.names)}{ratios}")
+    sources, _, start, settings = started(arm, networks, fishers or (), chosen, settings)
+    share = _SHARE_OF_STEPS if arm.adaptation else 1.0
+    plan = planned(given, settings, chosen, network_of_task(settings, chosen), fixed=True, share=share)
+    tell_unlike_preparation(plan.settings, networks)
+    names = [f"{name} {sha}" for name, sha in zip(sources.names, sources.hashes, strict=True)]
+    facts = facts_of_run(plan.settings, names, [sha256(path) for path in fishers or ()], method=method)
+    session = plan.session(start.model, _title(arm), facts)
+    first, second = (session, None) if arm.adaptation else (None, session)
+    done = run(start, adaptation=first, tuning=second, options=options)
+    noted: dict[str, Any] = {"method": method, "sources": list(sources.names)}
+    noted |= start.model.provenance() if isinstance(start.model, MergedModel) else {}
+    sections = ("prepare", "merge", "adapt", "train", "predict")
+    path = plan.save(done.network, sources.hashes, *sections, kind="merged", merge=noted)
+    ratios = f", mean ratios {[round(x, 2) for x in noted['mean_ratios']]}" if "mean_ratios" in noted else ""
+    say(f"{path}: {arm.title} of {', '.join(sources.names)}{ratios}")
 
 
-def _tell_unseen(sources: "Sources", task: "Task", recipe: "Recipe") -> None:
-    """Say which input channels do not come from the sources."""
-    from timm_ext.merging import unseen_modalities
-
-    for name, source in zip(sources.names, sources.tasks, strict=True):
-        if own := unseen_modalities(source.modalities, task.modalities, recipe.unseen):
-            say(
-                f"{name} never saw {', '.join(own)}: there the first layer starts with the new network's own "
-                "weights (merge.unseen names a modality to start from)"
-            )
-
-
-def _tell_intensities(sources: "Sources", settings: "RunSettings") -> None:
-    """Say which sources saw other intensities than the new network will see."""
-    from dataclasses import asdict
-
-    from timm_ext.data.prepare import intensity_fields
-
-    own = asdict(settings.prepare)
-    for name, task, noted in zip(sources.names, sources.tasks, sources.prepared, strict=True):
-        for field in intensity_fields(task) if noted else ():
-            # Files from before there was a window were trained without one.
-            value = noted.get(field, None if field == "hounsfield" else own[field])
-            value = tuple(value) if isinstance(value, list) else value
-            if value != own[field]:
-                say(
-                    f"{name} was trained on images prepared with {field} {value}; those of the new network "
-                    f"are prepared with {own[field]}, so that it sees other intensities"
-                )
-
-
-def _tell_statistics(target: "nn.Module", start: "Start") -> None:
-    """Say which running statistics do not come from the sources."""
-    from timm_ext.errors import listed
-    from timm_ext.parameters import buffer_owners
-
-    merged = buffer_owners(target, start.split.shared, transfer_norms=start.split.transfer_norms)
-    names = [name for name, _ in target.named_buffers() if name.endswith(".running_mean")]
-    own = [name.rpartition(".")[0] for name in names if name not in merged]
-    if own and start.arm.merge.models:
-        say(
-            f"running statistics of {len(own)} norms start over, as these norms do "
-            f"(merge.transfer_norms=true merges those outside the heads): {listed(own)}"
-        )
-
-
-def _learn(
-    start: "Start",
-    data: "Data",
-    settings: "RunSettings",
-    run: Path,
-    facts: dict[str, Any],
-    *,
-    resume: bool,
-) -> "nn.Module":
-    """Adapt, warm up or do all at once, and return the plain network that results."""
-    from dataclasses import replace
-
-    from timm_ext.merging import MergedModel
-    from timm_ext.training.callbacks import ProgressBar
-    from timm_ext.transfer.stages import adapt as adapt_merge
-    from timm_ext.transfer.stages import tune_merged, warm_up
-
-    options = settings.adapt.of(start.arm)
-    if isinstance(start.model, MergedModel):
-        learn, title = (
-            (tune_merged, "fine-tuning") if start.arm.tuning.weight_pull else (adapt_merge, "adaptation")
-        )
-        learn(
-            start.model,
-            data,
-            settings.train,
-            run,
-            options=options,
-            facts=facts,
-            callbacks=[ProgressBar(title)],
-            resume=resume,
-        )
-        return start.model.fold()
-    train = replace(settings.train, lr=options.specific_lr or settings.train.lr)
-    warm_up(
-        start.model,
-        start.split.specific,
-        data,
-        train,
-        run,
-        facts=facts,
-        callbacks=[ProgressBar("warm-up")],
-        resume=resume,
-    )
-    return start.model
-
-
-def _refuse_ties(arm: "Arm") -> None:
-    """Refuse an arm that is more than a merge, naming the commands to use.
-
-    Raises:
-        InputError: as said.
-    """
-    for tie, value in arm.tuning.ties().items():
-        raise InputError(
-            f"method: {arm.name} is a way of fine-tuning; merge by {arm.merge.name}, then use timm-ext train "
-            f"--init with --set train.{tie}={value:g}"
-        )
-
-
-def _first_of(networks: list[Path]) -> "Checkpoint":
-    """Return the first source's checkpoint, whose preparation of cases holds for the new task, too."""
-    from timm_ext.checkpoint import load_checkpoint
-
-    return load_checkpoint(networks[0], kind=("network", "merged"))
+def _title(arm: "Arm") -> str:
+    if arm.adaptation is None:
+        return "fine-tuning"
+    return "adaptation" if arm.adaptation.ratios else "warm-up"

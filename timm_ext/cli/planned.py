@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from timm_ext.data.prepare import Prepared
     from timm_ext.data.tasks import Task
     from timm_ext.planning import Choice, TrainingPlan
-    from timm_ext.training.examples import Data
-    from timm_ext.transfer.sources import Sources
 
     Parts = tuple[list[Prepared], list[Prepared]]
 
@@ -70,47 +68,6 @@ def settings_of_network(
     return without_noted_spacing(with_noted_window(settings, checkpoint), checkpoint.path)
 
 
-def training_data(parts: "Parts", task: "Task", settings: "RunSettings") -> "Data":
-    """Turn prepared cases into data sets, held in memory where they fit."""
-    from timm_ext.planning import keep_in_memory, this_machine
-    from timm_ext.transfer.stages import make_sets
-
-    every = [case for part in parts for case in part]
-    processes = this_machine(settings.train.accelerator, settings.train.devices).devices
-    fits = keep_in_memory(every, len(task.modalities), processes)
-    return make_sets(*parts, task, settings.train, in_memory=fits)
-
-
-def note_run(out: Path, run: Path, settings: "RunSettings") -> None:
-    """Write the settings of a run before it begins; those of one that has begun stay until it is done."""
-    from timm_ext.cli.common import note_settings
-    from timm_ext.training.state import STATE_NAME
-
-    if not (run / STATE_NAME).exists():
-        note_settings(out, settings, folder=True)
-
-
-def facts_of_run(
-    settings: "RunSettings", networks: Sequence[str], fishers: Sequence[str] = (), **others: Any
-) -> dict[str, Any]:
-    """Return what a run depends on beside its training settings and its data, to be compared on resuming.
-
-    Args:
-        settings: with those of the preparation, the network and the merge.
-        networks: SHA-256 of the files it starts from, in order, behind their names where these count.
-        fishers: SHA-256 of their Fishers, likewise.
-        **others: JSON values.
-    """
-    from timm_ext.cli.common import settings_dict
-
-    facts = dict(others)
-    for section, values in settings_dict(settings, "network", "prepare", "merge").items():
-        facts |= {f"{section}.{name}": value for name, value in values.items()}
-    for what, files in (("network", networks), ("Fisher", fishers)):
-        facts |= {f"{what} {number}": file for number, file in enumerate(files, 1)}
-    return facts
-
-
 def with_network(settings: "RunSettings", network: Mapping[str, Any], where: object) -> "RunSettings":
     """Note the network that is there; what the settings say about it must be true of it.
 
@@ -134,24 +91,6 @@ def with_network(settings: "RunSettings", network: Mapping[str, Any], where: obj
                 f"network.options: expected {name} {options.get(name)}, as in {where} (got {value})"
             )
     return settings.model_copy(update={"network": NetworkSettings(name=network["name"], options=options)})
-
-
-def as_before(settings: "RunSettings", out: Path) -> "RunSettings":
-    """Take what was planned for a run from its settings file: it goes on as it began, on any machine."""
-    from timm_ext.config import PLANNED, NetworkSettings, RunSettings, load_settings
-
-    path = out / SETTINGS_NAME
-    if not path.is_file():
-        return settings
-    before = load_settings(RunSettings, path)
-    values = {}
-    for name in PLANNED.keys() - before.automatic:
-        section, field = name.split(".")
-        values[name] = getattr(getattr(before, section), field)
-    network = settings.network
-    if network.name == before.network.name:
-        network = NetworkSettings(name=network.name, options={**before.network.options, **network.options})
-    return settings.planned(values).model_copy(update={"network": network})
 
 
 def with_noted_window(settings: "RunSettings", checkpoint: "Checkpoint") -> "RunSettings":
@@ -181,41 +120,6 @@ def with_spacing(settings: "RunSettings", cases: "Sequence[Case]") -> "RunSettin
         return settings
     prepare = replace(settings.prepare, spacing=plan.spacing)
     return settings.model_copy(update={"prepare": prepare})
-
-
-def tell_unlike_preparation(settings: "RunSettings", networks: "Sequence[Path]") -> None:
-    """Say which networks were trained on cases that were prepared in another way than these are."""
-    from timm_ext.checkpoint import load_checkpoint
-    from timm_ext.cli.common import noted_settings
-
-    for path in networks:
-        checkpoint = load_checkpoint(path, kind=("network", "merged"))
-        if not (checkpoint.metadata.get("settings") or {}).get("prepare"):
-            continue
-        noted, own = noted_settings(checkpoint).prepare, settings.prepare
-        unlike = [
-            f"prepare.{name} {getattr(noted, name)}, here {getattr(own, name)}"
-            for name in _OF_INTENSITY_AND_SIZE
-            if getattr(noted, name) not in (None, getattr(own, name))
-        ]
-        if unlike:
-            _print(f"{path} was trained on cases of {'; '.join(unlike)}")
-
-
-def tell_unlike_fishers(settings: "RunSettings", sources: "Sources") -> None:
-    """Say which Fishers are of unlike examples: sums over their voxels are in unlike scale then."""
-    if settings.merge.normalize is not None:
-        return
-    examples = {}
-    for name, fisher in zip(sources.names, sources.fishers or (), strict=False):
-        noted = fisher.metadata.get("settings")
-        section = noted.get("fisher") if isinstance(noted, dict) else None
-        if isinstance(section, dict) and "patch" in section:
-            patch = section["patch"]
-            examples[name] = f"patches of {patch} voxels" if patch else "whole volumes"
-    if len(set(examples.values())) > 1:
-        told = ", ".join(f"{name} {what}" for name, what in examples.items())
-        _print(f"Fishers of unlike examples differ in scale, unless merge.normalize=model: {told}")
 
 
 def without_noted_spacing(settings: "RunSettings", where: object) -> "RunSettings":
@@ -306,7 +210,7 @@ def tell_plan(settings: "RunSettings", plan: "TrainingPlan", parts: "Parts", mod
 
     from timm_ext.planning import step_seconds, this_machine
     from timm_ext.planning.budget import GIB
-    from timm_ext.study.cost import told
+    from timm_ext.system.terminal import duration
 
     train, count = settings.train, len(parts[0])
     machine = this_machine(train.accelerator, train.devices)
@@ -329,7 +233,7 @@ def tell_plan(settings: "RunSettings", plan: "TrainingPlan", parts: "Parts", mod
     if machine.devices == 1:
         seconds = step_seconds(model, plan, machine)
         validation = plan.validation_in_steps * ceil(steps / every)
-        taken += f", {seconds:.2g} s a step, {told(seconds * (steps + validation))} in all"
+        taken += f", {seconds:.2g} s a step, {duration(seconds * (steps + validation))} in all"
     lines.append(f"{taken}; --set train.FIELD=… changes it, --resume goes on")
     say("\n  ".join(lines), lines=True)
 

@@ -2,14 +2,13 @@
 
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from timm_ext.cli.cases import prepare_labelled, told_default, training_parts
+from timm_ext.cli.cases import Given, prepare_labelled
 from timm_ext.cli.common import (
     DEFAULT_TASK,
-    NETWORK_NAME,
     Cache,
     CasesArgument,
     Config,
@@ -30,19 +29,19 @@ from timm_ext.cli.common import (
     tell_notes,
 )
 from timm_ext.cli.planned import (
-    as_before,
-    facts_of_run,
-    fit_whole_volumes,
     network_of_task,
-    note_run,
     settings_of_network,
-    tell_plan,
-    training_data,
     with_network,
-    with_training_plan,
 )
 from timm_ext.cli.reckoned import check_fisher_memory
+from timm_ext.cli.session import begun, facts_of_run, planned
 from timm_ext.system.terminal import say
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from timm_ext.cli.session import Planned
+    from timm_ext.transfer.start import Start
 
 
 def train(
@@ -75,70 +74,43 @@ def train(
 
     Example: `timm-ext train BraTS2021/ --task brats --init adapted/network.safetensors --out tuned`
     """
-    from timm_ext.data.tasks import get_task, task_to_dict
-    from timm_ext.networks.io import load_network, save_network
-    from timm_ext.networks.registry import config_of, heads_of
-    from timm_ext.parameters import split_parameters
-    from timm_ext.training.callbacks import ProgressBar
-    from timm_ext.training.device import check_precision
-    from timm_ext.training.state import refuse_begun
-    from timm_ext.transfer.stages import fine_tune
-    from timm_ext.transfer.start import new_network
+    from timm_ext.data.tasks import get_task
+    from timm_ext.networks.io import load_network
+    from timm_ext.networks.registry import config_of
+    from timm_ext.transfer.run import run
 
     hold_output(out, folder=True, inputs=[init] if init is not None else [])
-    start, checkpoint = load_network(init) if init is not None else (None, None)
+    given = Given(cases, task, val, val_share, out, cache, workers, resume)
     chosen = get_task(task or DEFAULT_TASK)
-    if init is not None and checkpoint is not None:
-        tell_notes(init, checkpoint.notes)
-    settings = settings_from(config, overrides, checkpoint)
-    settings = as_before(settings, out) if resume else settings
-    check_precision(settings.train)
-    if not resume:
-        refuse_begun(out / "training")
-    if start is not None and checkpoint is not None:
-        start = fitted(start, checkpoint, chosen, settings)
-        settings = with_network(settings, config_of(start), init)
+    network, checkpoint = load_network(init) if init is not None else (None, None)
+    tell_notes(init, checkpoint.notes if checkpoint is not None else ())
+    settings = begun(settings_from(config, overrides, checkpoint), given)
+    if network is not None and checkpoint is not None:
+        network = fitted(network, checkpoint, chosen, settings)
+        settings = with_network(settings, config_of(network), init)
     else:
         settings.train.refuse_ties("timm-ext train without --init")
-    network = network_of_task(settings, chosen)
-    settings = fit_whole_volumes(settings, network)
-    with told_default(task, cases):
-        settings, parts, chosen = training_parts(
-            cases, val, val_share, chosen, settings, cache or out / "prepared", workers
-        )
-    settings, plan = with_training_plan(settings, network, parts, fixed=start is not None)
-    model = start or new_network(settings.network.name, settings.network.options, chosen, settings.train.seed)
-    tell_plan(settings, plan, parts, model)
-    data = training_data(parts, chosen, settings)
-    run = out / "training"
-    note_run(out, run, settings)
-    facts = facts_of_run(settings, [] if checkpoint is None else [str(checkpoint.sha256)])
-    title = "training" if checkpoint is None else "fine-tuning"
-    norms = settings.merge.transfer_norms
-    shared: tuple[str, ...] = ()
-    if checkpoint is not None:
-        shared = split_parameters(model, heads=heads_of(model), transfer_norms=norms).shared
-    model, history = fine_tune(
-        model,
-        data,
-        settings.train,
-        run,
-        tied=shared,
-        facts=facts,
-        callbacks=[ProgressBar(title)],
-        resume=resume,
-    )
-    path = out / NETWORK_NAME
-    save_network(
-        path,
-        model,
-        task=task_to_dict(chosen),
-        parents=[str(checkpoint.sha256)] if checkpoint is not None else [],
-        settings=settings_dict(settings, "prepare", "train", "predict"),
-    )
-    note_settings(out, settings, folder=True)
+    shape = network_of_task(settings, chosen)
+    plan = planned(given, settings, chosen, shape, fixed=network is not None)
+    start = _start(network, plan)
+    parents = [] if checkpoint is None else [str(checkpoint.sha256)]
+    title = "training" if network is None else "fine-tuning"
+    done = run(start, tuning=plan.session(start.model, title, facts_of_run(plan.settings, parents)))
+    path, history = plan.save(done.network, parents, "prepare", "train", "predict"), done.histories[0]
     best = "" if history.best_step is None else f", lowest validation loss at step {history.best_step}"
     say(f"{path}: {len(history.rows)} steps{best}")
+
+
+def _start(network: "nn.Module | None", plan: "Planned") -> "Start":
+    """Start from a network, whose shared weights may be tied, or from scratch: nothing is tied."""
+    from timm_ext.merging.merge import SCRATCH
+    from timm_ext.transfer.start import Start, new_network, split_by
+
+    settings = plan.settings
+    if network is not None:
+        return Start(network, split_by(network, SCRATCH, settings.merge))
+    kind = settings.network
+    return Start(new_network(kind.name, kind.options, plan.task, settings.train.seed))
 
 
 def fisher(

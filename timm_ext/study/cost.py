@@ -110,11 +110,3 @@ def _seconds(model: nn.Module, images: torch.Tensor) -> float:
     if images.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-def told(seconds: float) -> str:
-    """Return a duration for readers."""
-    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} s"

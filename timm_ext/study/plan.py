@@ -24,8 +24,8 @@ from timm_ext.files import real_path, visible
 from timm_ext.study.arms import get_row
 from timm_ext.synthesis.generate import PHANTOM
 from timm_ext.training.settings import TIES, TrainSettings
-from timm_ext.transfer.adapt import AdaptSettings
 from timm_ext.transfer.arms import Arm
+from timm_ext.transfer.settings import AdaptSettings
 
 PLANS = Path(__file__).with_name("plans")
 EXTENDABLE = (

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from timm_ext.errors import InputError, lines_of
 from timm_ext.study.bars import step_bars
-from timm_ext.study.cost import CostRow, costs_of, measure_step, told
+from timm_ext.study.cost import CostRow, costs_of, measure_step
 from timm_ext.study.plan import EXTENDABLE, StudyPlan
 from timm_ext.study.records import Folder
 from timm_ext.study.report.page import write_report
@@ -19,7 +19,7 @@ from timm_ext.study.runner import Ending, available_cores, run_steps, visible_gp
 from timm_ext.study.step import Step
 from timm_ext.study.study import Study, make_study
 from timm_ext.system.environment import environment
-from timm_ext.system.terminal import make_console, show_table, tell
+from timm_ext.system.terminal import duration, make_console, show_table, tell
 
 
 def run_study(
@@ -128,11 +128,11 @@ def _usual_workers(plan: StudyPlan) -> int:
 
 def _print_costs(costs: Sequence[CostRow], workers: int, console: Console) -> None:
     total = sum(cost.seconds for cost in costs)
-    rows = [(cost.kind, cost.count, cost.left, told(cost.seconds)) for cost in costs]
-    rows.append(("all", sum(cost.count for cost in costs), sum(cost.left for cost in costs), told(total)))
+    rows = [(cost.kind, cost.count, cost.left, duration(cost.seconds)) for cost in costs]
+    rows.append(("all", sum(cost.count for cost in costs), sum(cost.left for cost in costs), duration(total)))
     show_table(console, ("Steps", "Number", "Left", "Estimated time"), rows, title="Cost of the study")
     tell(
         console,
-        f"About {told(total / workers)} with {workers} worker{'s' * (workers != 1)}, from one training step "
-        "timed here; trainings that stop early take less.",
+        f"About {duration(total / workers)} with {workers} worker{'s' * (workers != 1)}, from one training "
+        "step timed here; trainings that stop early take less.",
     )

@@ -13,9 +13,8 @@ from timm_ext.study.step import Step
 from timm_ext.study.steps.network_step import Network, TrainingStep
 from timm_ext.study.steps.runs import Adapt, CombineAndTest, TuneAndTest
 from timm_ext.training.settings import TIES
-from timm_ext.transfer.adapt import AdaptSettings
 from timm_ext.transfer.arms import Arm
-from timm_ext.transfer.start import Recipe
+from timm_ext.transfer.settings import AdaptSettings, Recipe
 
 
 @dataclass(frozen=True)

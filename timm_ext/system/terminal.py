@@ -107,3 +107,11 @@ def _in_ascii(error: UnicodeError) -> tuple[str, int]:
     return "".join(
         _IN_ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in lost
     ), error.end
+
+
+def duration(seconds: float) -> str:
+    """Return a duration for readers."""
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"

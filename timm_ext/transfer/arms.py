@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 from timm_ext.errors import InputError
+from timm_ext.groups import Granularity
 from timm_ext.merging.merge import (
     AINSWORTH,
     GEYER,
@@ -17,8 +18,6 @@ from timm_ext.merging.merge import (
     look_up,
     transfer,
 )
-from timm_ext.transfer.adapt import Adaptation
-from timm_ext.transfer.tune import FineTuning
 
 ALMAKKY = (
     "Almakky et al., MedMerge: Merging Models for Effective Transfer Learning to Medical Imaging Tasks, "
@@ -28,6 +27,47 @@ KUMAR = (
     "Kumar et al., Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution, "
     "ICLR 2022"
 )
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What an arm trains before all of the network is.
+
+    Attributes:
+        ratios: the mixing logits together with the task-specific parameters; otherwise these alone.
+        granularity: groups of the logits.
+        extra_steps: its steps come on top of fine-tuning's, as in the paper; otherwise they are taken from
+            its number of steps.
+        logit_pull: λ of the logits' pull to equal ratios, see `timm_ext.transfer.adapt.adapt`.
+        warm_up: share of the steps in which the logits do not move yet.
+    """
+
+    ratios: bool = True
+    granularity: Granularity = "layer"
+    extra_steps: bool = False
+    logit_pull: float = 0.0
+    warm_up: float = 0.0
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """How the whole network is trained.
+
+    Attributes:
+        l2_transfer: λ of L2-transfer, see `timm_ext.training.ties.Tie`.
+        drop_transfer: p of drop-transfer, see there.
+        weight_pull: μ of a pull of the weights to the merge, whose ratios are then learned during
+            fine-tuning, see `timm_ext.transfer.tune.tune_merged`; 0 learns them before it or not at all.
+    """
+
+    l2_transfer: float = 0.0
+    drop_transfer: float = 0.0
+    weight_pull: float = 0.0
+
+    def ties(self) -> dict[str, float]:
+        """Return what is tied to the start, as fields of `TrainSettings`."""
+        ties = {"l2_transfer": self.l2_transfer, "drop_transfer": self.drop_transfer}
+        return {name: value for name, value in ties.items() if value}
 
 
 @dataclass(frozen=True)

@@ -7,48 +7,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from timm_ext.data.tasks import Task
-from timm_ext.documents.bounds import check_number, check_seed
 from timm_ext.errors import InputError
-from timm_ext.groups import Granularity
-from timm_ext.merging import Bank, Merge, MergedModel, Mixing, Normalization, anchored_logits
+from timm_ext.merging import Bank, Merge, MergedModel, anchored_logits
 from timm_ext.merging.initialise import build_initialisation, check_bank
 from timm_ext.networks.registry import build_network, config_of, heads_of
 from timm_ext.parameters import Split, split_parameters
-from timm_ext.transfer.adapt import Adaptation
-from timm_ext.transfer.arms import Arm, get_arm
+from timm_ext.transfer.arms import Adaptation, Arm, get_arm
+from timm_ext.transfer.settings import Recipe
 from timm_ext.transfer.sources import Sources
-
-_MOST_ANCHOR = 100.0  # of logits: beyond it float32 leaves nothing of the other source
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How source networks become an initialisation.
-
-    Attributes:
-        granularity: of the mixing logits; None as the arm has it.
-        mixing: how logits become ratios.
-        anchor: the logits start at this for the first source and at its negative for the others.
-        align: the channels of the sources are first brought into one order, whatever the merge says.
-        normalize: how the Fishers are scaled before merging; None as the arm has it.
-        transfer_norms: the norms are shared, too.
-        unseen: for a target modality that a source never saw, the one whose weights it starts from; without
-            a rule it starts from the target network's own.
-        seed: of the task-specific layers, and of everything for a network from scratch.
-    """
-
-    granularity: Granularity | None = None
-    mixing: Mixing = "sigmoid"
-    normalize: Normalization | None = None
-    transfer_norms: bool = False
-    unseen: Mapping[str, str] | None = None
-    seed: int = 0
-    anchor: float = 0.0
-    align: bool = False
-
-    def __post_init__(self) -> None:
-        check_seed("merge: seed", self.seed)
-        check_number("merge: anchor", self.anchor, -_MOST_ANCHOR, _MOST_ANCHOR)
 
 
 def new_network(name: str, options: Mapping[str, Any], task: Task, seed: int) -> nn.Module:
@@ -64,19 +30,20 @@ def network_of(sources: Sources, task: Task, seed: int) -> nn.Module:
     return new_network(config["name"], config["options"], task, seed)
 
 
+_NOTHING_SHARED = Split((), ())
+
+
 @dataclass(frozen=True)
 class Start:
     """An initialised target network.
 
     Attributes:
-        model: a `MergedModel` where the arm learns its ratios, else a plain network.
-        split: of the target network's parameters.
-        arm: that it is the start of.
+        model: a `MergedModel` where ratios are learned, else a plain network.
+        split: of the target network's parameters; without any nothing is shared with a source.
     """
 
     model: nn.Module
-    split: Split
-    arm: Arm
+    split: Split = _NOTHING_SHARED
 
 
 def start_from(
@@ -114,7 +81,7 @@ def start_from(
         sources = in_order(sources, arm.merge, recipe)
         normalize = recipe.normalize or arm.merge.normalize
         bank = sources.bank(target, task, split, normalize=normalize, unseen=recipe.unseen)
-    return Start(initialise(arm, target, bank, recipe, initial_logits), split, arm)
+    return Start(initialise(arm, target, bank, recipe, initial_logits), split)
 
 
 def initialise(

@@ -15,9 +15,8 @@ from timm_ext.study.step import Context, Step
 from timm_ext.study.steps.network_step import Network
 from timm_ext.study.steps.runs import Adapt, CombineAndTest, TuneAndTest
 from timm_ext.training.settings import TrainSettings
-from timm_ext.transfer.adapt import AdaptSettings
+from timm_ext.transfer.settings import AdaptSettings, Recipe
 from timm_ext.transfer.sources import Sources
-from timm_ext.transfer.start import Recipe
 
 TASK = get_task("brats")
 NET = Network(name="isensee2017", options={"base_filters": 2, "levels": 3})

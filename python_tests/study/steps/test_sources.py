@@ -16,8 +16,9 @@ from timm_ext.study.steps.network_step import Network
 from timm_ext.study.steps.sources import EstimateFisher, ScoreMerges, TrainSource, in_source
 from timm_ext.training.settings import TrainSettings
 from timm_ext.transfer.arms import get_arm
+from timm_ext.transfer.settings import Recipe
 from timm_ext.transfer.sources import Sources
-from timm_ext.transfer.start import Recipe, network_of, start_from
+from timm_ext.transfer.start import network_of, start_from
 
 PREPARE = PrepareSettings(spacing=8.0, size=(20, 24, 20))
 
@@ -69,8 +70,8 @@ def test_a_source_network_is_tied_to_its_parent(
 ) -> None:
     """The shared weights are; heads and norms are not, nor anything of a network without a parent."""
     tied: list[tuple[str, ...]] = []
-    plain = module.train
-    monkeypatch.setattr(module, "train", lambda *a, **k: tied.append(k["tied"]) or plain(*a, **k))
+    plain = module.run
+    monkeypatch.setattr(module, "run", lambda s, **k: tied.append(s.split.shared) or plain(s, **k))
     save_network(tmp_path / NETWORK, sources.networks[0], task=task_to_dict(sources.tasks[0]))
     step = train_step(sources.tasks[1].name, drop_transfer=0.5)
     step.run({"train": cases, "test": cases, "parent": tmp_path}, context(tmp_path / "M2"))

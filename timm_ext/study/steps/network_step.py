@@ -19,9 +19,12 @@ from timm_ext.metrics import evaluate_pairs
 from timm_ext.networks.io import save_network
 from timm_ext.study.outcomes import CACHE, CASES, FISHER, LABELS, NETWORK, PREDICTIONS, TIMES, TRAINING
 from timm_ext.study.step import Context, Inputs, Step
-from timm_ext.training.history import History
+from timm_ext.training.callbacks import Report
+from timm_ext.training.examples import Data
 from timm_ext.training.settings import TrainSettings
 from timm_ext.training.state import STATE_NAME
+from timm_ext.transfer.run import Learned
+from timm_ext.transfer.session import Session
 from timm_ext.transfer.sources import Sources, load_sources
 from timm_ext.transfer.start import new_network
 
@@ -109,12 +112,17 @@ class TrainingStep(NetworkStep):
 
     train: TrainSettings
 
+    def session_on(self, data: Data, context: Context) -> Session:
+        """Return the training on some data in the step's folder."""
+        return Session(data, self.train, context.folder / TRAINING, [Report(context.report)], resume=True)
 
-def told(history: History, context: Context) -> dict[str, Any]:
-    """Return what a training was, put the times beside it, and remove its state.
+
+def told(done: Learned, context: Context) -> dict[str, Any]:
+    """Return what a training was and the ratios it learned, put the times beside it, and remove its state.
 
     Times are no outcome: they go to a file of their own. The state is as large as three networks.
     """
+    history = done.histories[-1]
     times = {"seconds": round(history.seconds, 3), "validations": list(history.times)}
     write_json(context.folder / TIMES, times)
     (context.folder / TRAINING / STATE_NAME).unlink(missing_ok=True)
@@ -123,6 +131,7 @@ def told(history: History, context: Context) -> dict[str, Any]:
         "steps": len(history.rows),
         "best_step": history.best_step,
         "stopped": history.stopped,
+        **(done.adapted.outcome() if done.adapted else {}),
     }
 
 

@@ -1,7 +1,6 @@
 """The steps of a run: adaptation, fine-tuning with its test, and combinations of fine-tuned networks."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from torch import nn
@@ -13,7 +12,7 @@ from timm_ext.files import write_json
 from timm_ext.merging import LogitEnsemble, MergedModel, uniform_soup
 from timm_ext.networks.io import load_network
 from timm_ext.study.arms import arm_of
-from timm_ext.study.outcomes import INITIAL, NETWORK, TIMES, TRAINING, Times, Training
+from timm_ext.study.outcomes import INITIAL, NETWORK, TIMES, Times, Training
 from timm_ext.study.records import RECORD, read_record
 from timm_ext.study.step import Context, Inputs
 from timm_ext.study.steps.network_step import (
@@ -23,14 +22,13 @@ from timm_ext.study.steps.network_step import (
     sources_of,
     told,
 )
-from timm_ext.training.callbacks import Report
 from timm_ext.training.device import launch
-from timm_ext.training.examples import Data
 from timm_ext.training.objective import soft_dice_loss
 from timm_ext.training.validation import validate
-from timm_ext.transfer.adapt import AdaptSettings
-from timm_ext.transfer.stages import adapt, fine_tune, make_sets, tune_merged, warm_up
-from timm_ext.transfer.start import Recipe, network_of, split_by, start_from
+from timm_ext.transfer.run import run
+from timm_ext.transfer.session import Session, make_data
+from timm_ext.transfer.settings import AdaptSettings, Recipe
+from timm_ext.transfer.start import Start, network_of, split_by, start_from
 
 
 class ArmStep(TrainingStep):
@@ -44,10 +42,10 @@ class ArmStep(TrainingStep):
     arm: str
     recipe: Recipe
 
-    def target_data(self, inputs: Inputs, task: Task) -> Data:
-        """Return training and validation cases as the settings want them."""
+    def session(self, inputs: Inputs, task: Task, context: Context) -> Session:
+        """Return the training."""
         train_cases, val_cases = (self.prepared(inputs[part], task) for part in ("train", "val"))
-        return make_sets(train_cases, val_cases, task, self.train)
+        return self.session_on(make_data(train_cases, val_cases, task, self.train), context)
 
 
 class Adapt(ArmStep):
@@ -65,28 +63,15 @@ class Adapt(ArmStep):
 
     def run(self, inputs: Inputs, context: Context) -> dict[str, Any]:
         """Return the course of the training and, where ratios were learned, these."""
-        task, sources, settings = self.settled_task(inputs), sources_of(inputs), self.train
+        task, sources = self.settled_task(inputs), sources_of(inputs)
         network = network_of(sources, task, self.recipe.seed)
         start = start_from(arm_of(self.arm), network, task, sources, self.recipe)
-        data, folder, watch = (
-            self.target_data(inputs, task),
-            context.folder / TRAINING,
-            [Report(context.report)],
-        )
-        facts: dict[str, Any] = {}
+        done = run(start, adaptation=self.session(inputs, task, context), options=self.adapt)
+        merge = {"method": self.arm}
         if isinstance(start.model, MergedModel):
-            done = adapt(
-                start.model, data, settings, folder, options=self.adapt, callbacks=watch, resume=True
-            )
-            history, network, facts = done.history, start.model.fold(), done.outcome()
             merge = start.model.provenance()
-        else:
-            settings = replace(settings, lr=self.adapt.specific_lr or settings.lr)
-            network, merge = start.model, {"method": self.arm}
-            specific = start.split.specific
-            history = warm_up(network, specific, data, settings, folder, callbacks=watch, resume=True)
-        self.save(context.folder / INITIAL, network, task, sources.hashes, merge)
-        return {**told(history, context), **facts}
+        self.save(context.folder / INITIAL, done.network, task, sources.hashes, merge)
+        return told(done, context)
 
 
 class TuneAndTest(ArmStep):
@@ -106,41 +91,29 @@ class TuneAndTest(ArmStep):
 
     def run(self, inputs: Inputs, context: Context) -> dict[str, Any]:
         """Return the course of the training, the scores and, where ratios were learned, these."""
-        task, merge = self.settled_task(inputs), arm_of(self.arm).merge
-        network, parents = self._initial(inputs, context, task)
-        data, folder, watch = (
-            self.target_data(inputs, task),
-            context.folder / TRAINING,
-            [Report(context.report)],
-        )
-        facts: dict[str, Any] = {}
-        if isinstance(network, MergedModel):
-            network, done = tune_merged(
-                network, data, self.train, folder, options=self.adapt, callbacks=watch, resume=True
-            )
-            history, facts = done.history, done.outcome()
-        else:
-            shared = split_by(network, merge, self.recipe).shared if merge.models else ()
-            network, history = fine_tune(
-                channels_last(network), data, self.train, folder, tied=shared, callbacks=watch, resume=True
-            )
-        self.save(context.folder / NETWORK, network, task, parents)
-        scores = self.segment_and_score(network, inputs["test"], task, context.folder)
-        return {**told(history, context), **facts, **scores}
+        task = self.settled_task(inputs)
+        start, parents = self._start(inputs, context, task)
+        if not isinstance(start.model, MergedModel):
+            channels_last(start.model)
+        done = run(start, tuning=self.session(inputs, task, context), options=self.adapt)
+        self.save(context.folder / NETWORK, done.network, task, parents)
+        scores = self.segment_and_score(done.network, inputs["test"], task, context.folder)
+        return {**told(done, context), **scores}
 
-    def _initial(self, inputs: Inputs, context: Context, task: Task) -> tuple[nn.Module, Sequence[str]]:
-        """Return the network that fine-tuning starts from, and the hashes of its parents."""
+    def _start(self, inputs: Inputs, context: Context, task: Task) -> tuple[Start, Sequence[str]]:
+        """Return what fine-tuning starts from, and the hashes of its parents."""
+        arm = arm_of(self.arm)
         if "start" in inputs:
             network, checkpoint = load_network(inputs["start"] / INITIAL)
-            return network, [str(checkpoint.sha256)]
-        target, arm = self.network.build(task, self.recipe.seed), arm_of(self.arm)
+            return Start(network, split_by(network, arm.merge, self.recipe)), [str(checkpoint.sha256)]
+        target = self.network.build(task, self.recipe.seed)
         if not arm.merge.models:
-            return target, []
+            return Start(target), []
         sources = sources_of(inputs)
-        network = start_from(arm, target, task, sources, self.recipe).model
-        plain = network.fold() if isinstance(network, MergedModel) else network
+        start = start_from(arm, target, task, sources, self.recipe)
+        plain = start.model.fold() if isinstance(start.model, MergedModel) else start.model
         self.save(context.folder / INITIAL, plain, task, sources.hashes, {"method": self.arm})
-        return network, sources.hashes
+        return start, sources.hashes
 
 
 class CombineAndTest(TrainingStep):

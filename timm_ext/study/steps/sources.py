@@ -19,7 +19,7 @@ from timm_ext.networks.io import load_network
 from timm_ext.networks.registry import input_layers_of
 from timm_ext.parameters import named_parameters
 from timm_ext.study.arms import arm_of
-from timm_ext.study.outcomes import FISHER, INITIAL, NETWORK, TRAINING
+from timm_ext.study.outcomes import FISHER, INITIAL, NETWORK
 from timm_ext.study.step import Context, Inputs
 from timm_ext.study.steps.network_step import (
     CaseStep,
@@ -31,11 +31,12 @@ from timm_ext.study.steps.network_step import (
     sources_of,
     told,
 )
-from timm_ext.training.callbacks import Report
 from timm_ext.transfer.arms import Arm
+from timm_ext.transfer.run import run
+from timm_ext.transfer.session import make_data
+from timm_ext.transfer.settings import Recipe
 from timm_ext.transfer.sources import Sources, load_sources
-from timm_ext.transfer.stages import make_sets, train
-from timm_ext.transfer.start import Recipe, in_order, split_by, start_from
+from timm_ext.transfer.start import Start, in_order, split_by, start_from
 
 
 class TrainSource(TrainingStep):
@@ -58,27 +59,20 @@ class TrainSource(TrainingStep):
         """Return the course of the training."""
         task = self.settled_task(inputs)
         model = self.network.build(task, self.seed)
-        parents: tuple[str, ...] = ()
-        shared: tuple[str, ...] = ()
+        start, parents = Start(model), tuple[str, ...]()
         if "parent" in inputs:
             sources = load_sources([inputs["parent"] / NETWORK], names=["parent"])
             start = start_from("transfer-1", model, task, sources, Recipe(seed=self.seed))
-            model, parents, shared = start.model, sources.hashes, start.split.shared
+            parents = sources.hashes
         train_cases, test_cases = (
             [case for role in inputs if role.startswith(part) for case in self.prepared(inputs[role], task)]
             for part in ("train", "test")
         )
-        history = train(
-            channels_last(model),
-            make_sets(train_cases, test_cases, task, self.train),
-            self.train,
-            context.folder / TRAINING,
-            tied=shared,
-            callbacks=[Report(context.report)],
-            resume=True,
-        )
-        self.save(context.folder / NETWORK, model, task, parents)
-        return told(history, context)
+        channels_last(start.model)
+        session = self.session_on(make_data(train_cases, test_cases, task, self.train), context)
+        done = run(start, tuning=session)
+        self.save(context.folder / NETWORK, done.network, task, parents)
+        return told(done, context)
 
 
 class EstimateFisher(NetworkStep):
