@@ -104,8 +104,8 @@ def cases(layer: Layer, batch: int) -> list[Case]:
     ]
 
 
-def doubled_cases(layer: Layer, batch: int) -> list[Case]:
-    """Return a layer's forward and way back together with the doubling before it."""
+def upsampled_cases(layer: Layer, batch: int) -> list[Case]:
+    """Return a layer's forward and way back together with the upsampling before it."""
     generator = torch.Generator().manual_seed(0)
     small, large = [layer.edge // 2] * 3, [layer.edge] * 3
     input = torch.randn(batch, layer.inputs, *small, generator=generator)
@@ -113,7 +113,7 @@ def doubled_cases(layer: Layer, batch: int) -> list[Case]:
     weight = torch.randn(layer.outputs, layer.inputs, *[layer.kernel] * 3, generator=generator)
     geometry = Geometry((1, 1, 1), (1, 1, 1), (1, 1, 1), False, (0, 0, 0), 1)
 
-    def double(x: Tensor) -> Tensor:
+    def upsample(x: Tensor) -> Tensor:
         return functional.interpolate(x, scale_factor=2)
 
     def halve(gradient: Tensor) -> Tensor:
@@ -126,15 +126,15 @@ def doubled_cases(layer: Layer, batch: int) -> list[Case]:
 
     there: Calls = {
         OURS: lambda: upsampled_conv3d(input, weight),
-        "PyTorch": lambda: torch.conv3d(double(input), weight, padding=1),
-        "oneDNN": lambda: geometry._onednn(double(input), weight, None),
+        "PyTorch": lambda: torch.conv3d(upsample(input), weight, padding=1),
+        "oneDNN": lambda: geometry._onednn(upsample(input), weight, None),
     }
     back: Calls = {
         OURS: lambda: upsampled_gradient(neighbour_sums3d(grad), weight),
         "PyTorch": lambda: plain_back(grad, weight),
         "oneDNN": lambda: halve(geometry._onednn_transposed(grad, large, weight)),
     }
-    exact = torch.conv3d(double(input.double()), weight.double(), padding=1)
+    exact = torch.conv3d(upsample(input.double()), weight.double(), padding=1)
     exact_back = plain_back(grad.double(), weight.double())
     sizes = vars(layer) | {"batch": batch, "way": "doubled"}
     return [
@@ -143,7 +143,7 @@ def doubled_cases(layer: Layer, batch: int) -> list[Case]:
     ]
 
 
-def follows_doubling(layer: Layer) -> bool:
+def follows_upsampling(layer: Layer) -> bool:
     """Tell whether a decoder level has such a layer behind its upsampling: it halves the channels."""
     return layer.stride == 1 and layer.inputs == 2 * layer.outputs
 
@@ -171,8 +171,8 @@ def main(arguments: list[str]) -> None:
         for base in options.base:
             kinds = layers(base, options.edge)
             found = [case for layer in kinds for case in cases(layer, options.batch)]
-            for layer in filter(follows_doubling, kinds):
-                found += doubled_cases(layer, options.batch)
+            for layer in filter(follows_upsampling, kinds):
+                found += upsampled_cases(layer, options.batch)
             for turn in range(options.rounds):
                 for case in found:
                     case.time(turn)

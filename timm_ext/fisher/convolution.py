@@ -165,13 +165,7 @@ class Geometry:
 
 @lru_cache(maxsize=4096)
 def forward_way(geometry: Geometry, input: Sizes, weight: Sizes) -> Way:
-    """Return the fastest way of a float32 convolution on the CPU, by sizes alone.
-
-    Args:
-        geometry: of the convolution.
-        input: `[B, C, ...]`.
-        weight: of the convolution.
-    """
+    """Return the fastest way of a float32 convolution on the CPU, by sizes alone; input `[B, C, ...]`."""
     if len(input) != 5 or geometry.transposed or geometry.groups != 1:
         return "aten"
     out = _output_size(geometry, input, weight)
@@ -186,14 +180,9 @@ def forward_way(geometry: Geometry, input: Sizes, weight: Sizes) -> Way:
 def gradient_way(geometry: Geometry, grad: Sizes, input: Sizes, weight: Sizes) -> tuple[Way, Geometry]:
     """Return the fastest way to the input's gradient in float32 on the CPU, by sizes alone.
 
-    Args:
-        geometry: of the convolution.
-        grad: `[B, O, ...]`.
-        input: `[B, I, ...]`.
-        weight: of the convolution.
-
     Returns:
-        The way, and the convolution that makes the input's gradient of the output's, where the way is one.
+        The way, and the convolution that makes the input's gradient `[B, I, ...]` of the output's
+        `[B, O, ...]`, where the way is one.
     """
     if len(input) != 5 or geometry.transposed or geometry.groups != 1:
         return "aten", geometry

@@ -23,7 +23,7 @@ def square_examples_one_by_one(
         x: `[B, ...]`.
         scores: one gradient of the log-likelihood with respect to the logits for each sample, `[B, K, ...]`.
         parameters: by name; gradients are taken for these only.
-        accumulators: by name.
+        accumulators: of all parameters, by name.
         scale: factor of every square.
     """
     names = list(parameters)

@@ -62,14 +62,7 @@ class LinearWeightGradients(ExampleGradients):
 
 
 class ConvolutionWeightGradients(ExampleGradients):
-    """Weight gradients of a convolution.
-
-    Args:
-        input: `[B, C, ...]`.
-        grad: gradient of the output, `[B, O, ...]`.
-        weight: of the convolution; only its shape and type matter.
-        geometry: the convolution's other arguments.
-    """
+    """Weight gradients of a convolution, `[B, C, ...]` to `[B, O, ...]`; the weight is read for its shape."""
 
     def __init__(self, input: Tensor, grad: Tensor, weight: Tensor, geometry: Geometry):
         def example(index: int) -> Tensor:
@@ -101,9 +94,7 @@ class ConvolutionWeightGradients(ExampleGradients):
 class UpsampledConvolutionWeightGradients(ExampleGradients):
     """Weight gradients of a convolution right behind nearest-neighbour upsampling.
 
-    Args:
-        input: what is upsampled, `[B, I, D, H, W]`.
-        sums: `neighbour_sums3d` of the gradient of the output, `[B, O, 2 D + 1, 2 H + 1, 2 W + 1]`.
+    Of what is upsampled, `[B, I, D, H, W]`, and `neighbour_sums3d` of the gradient of the output.
     """
 
     def __init__(self, input: Tensor, sums: Tensor):

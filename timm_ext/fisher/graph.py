@@ -33,12 +33,7 @@ class Graph:
 
 
 def read_graph(logits: Tensor, names: Mapping[int, str]) -> Graph:
-    """Walk the graph behind `logits` `[B, ...]`.
-
-    Args:
-        logits: result of a forward under `Rules`.
-        names: parameter name by the `id` of each tracked parameter.
-    """
+    """Walk the graph behind the logits of a forward under `Rules`; `names` by the `id` of each parameter."""
     consumers = _consumers(logits.grad_fn)
     uses: Counter[str] = Counter()
     rules: dict[str, frozenset[str]] = {}
@@ -62,12 +57,7 @@ def read_graph(logits: Tensor, names: Mapping[int, str]) -> Graph:
 
 
 def hides_layers(forward: Callable[[Tensor], Tensor], x: Tensor) -> bool:
-    """Tell whether a forward checkpoints in the reentrant way, also where no gradient enters the checkpoint.
-
-    Args:
-        forward: from `[1, ...]` to logits `[1, K, ...]`.
-        x: one example `[1, ...]`.
-    """
+    """Tell whether a forward of an example has reentrant checkpoints, also where no gradient enters one."""
     try:  # the outermost checkpoint has a node if its input requires gradients; a clone is no leaf
         logits = forward(x.detach().requires_grad_().clone())
     except InputError:  # it takes no such input, as where it makes it an array

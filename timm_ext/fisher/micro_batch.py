@@ -29,14 +29,9 @@ def check_micro_batch(micro_batch: Any) -> None:
 def micro_batches(
     micro_batch: MicroBatch, x: Tensor, y: Any, ids: list[str], parameters: int
 ) -> Iterator[tuple[Tensor, Any, list[str]]]:
-    """Divide a batch.
+    """Divide a batch `[B, ...]` for a model of so many parameters.
 
-    Args:
-        micro_batch: a count, `auto` or None.
-        x: `[B, ...]`.
-        y: labels or None; with labels that are no tensor `[B, ...]` the batch stays whole.
-        ids: of the examples.
-        parameters: number of the model's parameters.
+    With labels that are neither None nor a tensor `[B, ...]` the batch stays whole.
     """
     count = examples_at_a_time(x, parameters) if micro_batch == "auto" else micro_batch
     divisible = y is None or (isinstance(y, Tensor) and y.dim() > 0 and len(y) == len(x))
@@ -49,17 +44,13 @@ def micro_batches(
 
 
 def examples_at_a_time(x: Tensor, parameters: int) -> int:
-    """Return how many examples go together, as a function of sizes alone, so that a run can be repeated.
+    """Return how many examples of `[B, C, ...]` go together, by sizes alone, so that a run can be repeated.
 
     On a GPU all of them. On a CPU every pass costs the calls, which count where examples are small, and the
     reading of the weights, the reading and writing of the sums, which count where they do not stay in the
     cache; each further example gains less and takes its memory. It is v / (voxels of an example), at least 1,
     where v is 2 · 32³, or parameters / 128 if that is more. Where memory is plenty and images are small, a
     larger count is faster.
-
-    Args:
-        x: `[B, C, ...]`.
-        parameters: number of the model's parameters.
     """
     if x.device.type != "cpu":
         return len(x)

@@ -30,10 +30,8 @@ class Tracked:
 def examine_model(model: nn.Module, *, strict: bool) -> Tracked:
     """List the parameters of a model, and refuse one whose Fisher would not be what it seems.
 
-    Args:
-        model: any module.
-        strict: refuse frozen and tied parameters, too; otherwise frozen ones are left out, and a tied one is
-            one parameter whose gradient is the sum over its places.
+    `strict` refuses frozen and tied parameters, too; otherwise frozen ones are left out, and a tied one is
+    one parameter whose gradient is the sum over its places.
 
     Raises:
         InputError: naming all parameters concerned.

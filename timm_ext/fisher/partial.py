@@ -40,15 +40,7 @@ class Partial:
 
 @dataclass(frozen=True)
 class _About:
-    """The metadata of a file, as `PartialFile.write` leaves them.
-
-    Attributes:
-        examples: digest by id of each example seen, in order.
-        coverage: rules by parameter name.
-        zero: as in `Partial`.
-        settings: of the estimate.
-        model: digest of its weights.
-    """
+    """The metadata of a file: digests of the examples seen, in order, and of the model; else as `Partial`."""
 
     examples: dict[str, str]
     coverage: dict[str, list[str]]

@@ -120,17 +120,7 @@ class Fisher:
                 raise InputError(
                     f"{path}: expected tensors for all of {what} (got none for {listed(unknown)})"
                 )
-        return cls(
-            tensors=checkpoint.tensors,
-            count=about.count,
-            kind=about.kind,
-            scaling=about.scaling,
-            zero=about.zero,
-            unused=about.unused,
-            samples=about.samples,
-            seed=about.seed,
-            metadata=provenance,
-        )
+        return cls(checkpoint.tensors, **vars(about), metadata=provenance)
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,7 @@ def cut_off(
     checkpoint that hides its graph has a Fisher that nobody can see. Each is told by its effect: the forward
     is run again with other values, which are put back.
 
-    Args:
-        forward: from `[1, ...]` to logits `[1, K, ...]`.
-        x: one example `[1, ...]`.
-        parameters: by name.
-        tolerance: difference of the outputs, relative to the largest, that rounding alone may make.
+    `tolerance` is the difference of the outputs, relative to the largest, that rounding alone may make.
     """
     with torch.no_grad():
         before = forward(x)

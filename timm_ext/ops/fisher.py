@@ -130,7 +130,7 @@ def _(
 ) -> None:
     op = _conv_weight_grad_square.name
     check_dtype(op, "acc", acc, torch.float32)
-    if acc.device.type == "meta":  # as on the CPU
+    if acc.device.type != "cuda":
         check_dtype(op, "grad", grad, torch.float32, " on the CPU")
     expected = "grad must be float32, bfloat16 or float16"
     require(op, expected, name_of(grad.dtype), grad.dtype in _FLOATING[:3])
