@@ -38,12 +38,12 @@ class Learned(Training):
     sources: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Scored(Training):
     """Of a run: Dice and, in mm, HD95 of every test case and region."""
 
-    scores: Scores | None = None
-    hd95: Scores | None = None
+    scores: Scores
+    hd95: Scores
 
 
 @dataclass(frozen=True)

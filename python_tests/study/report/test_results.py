@@ -40,12 +40,6 @@ def test_without_references_every_pair_is_compared():
     assert results.baselines == ("scratch",)
 
 
-def test_distances_count_only_where_there_are_any():
-    results = study_results()
-    assert results.metrics == ("dice", "hd95")
-    assert replace(results, cases=results.cases.assign(hd95=np.nan)).metrics == ("dice",)
-
-
 def test_what_the_rows_say():
     results = study_results()
     assert (results.counts, results.draws, results.seeds) == ((4, 8), (0, 1), (0, 1, 2))

@@ -112,29 +112,26 @@ class _Reader:
         )
 
     def _scores(self, runs: Iterable[Run], cases: Sequence[str], task: Task) -> pd.DataFrame:
-        """Return the scores of every run; distances only if all runs noted theirs."""
-        done = [(run, self.folder.outcome(run.step, Scored)) for run in runs]
-        measured = all(result.hd95 for _, result in done)
         rows = []
-        for run, result in done:
-            dice = self._whole(run, result.scores, cases, task)
-            hd95 = self._whole(run, result.hd95, cases, task) if measured else None
-            for case in cases:
-                for region in task.region_names:
-                    far = hd95[case][region] if hd95 else None
-                    rows.append([*_key(run), case, region, dice[case][region], far])
+        for run in runs:
+            result = self.folder.outcome(run.step, Scored)
+            for scores in (result.scores, result.hd95):
+                self._check(run, scores, cases, task)
+            rows += [
+                [*_key(run), case, region, result.scores[case][region], result.hd95[case][region]]
+                for case in cases
+                for region in task.region_names
+            ]
         columns = [*RUN, "case", "region", "dice", "hd95"]
         return pd.DataFrame(rows, columns=columns).astype({"dice": float, "hd95": float})
 
-    def _whole(self, run: Run, scores: Scores | None, cases: Sequence[str], task: Task) -> Scores:
-        found = scores or {}
+    def _check(self, run: Run, scores: Scores, cases: Sequence[str], task: Task) -> None:
         regions = set(task.region_names)
-        if lacking := [case for case in cases if not regions <= found.get(case, {}).keys()]:
+        if lacking := [case for case in cases if not regions <= scores.get(case, {}).keys()]:
             raise InputError(
                 f"{self.folder.run_path(run.step)}: expected scores of every case and region "
                 f"(got none of {listed(lacking)})"
             )
-        return found
 
     def _length(self, run: Run) -> Cells:
         trainings = _trainings_of(run)
@@ -204,18 +201,17 @@ class _Reader:
         self, runs: Sequence[Run], cases: Sequence[Case], scores: pd.DataFrame
     ) -> tuple[Example, ...]:
         """Slice the worst, the median and the best test case of the last method, in the first run of each."""
-        opening = {run.arm: run for run in reversed(runs) if run.train_cases == runs[0].train_cases}
-        means = scores.groupby([*RUN, "case"], sort=False)["dice"].agg(lambda dice: float(np.mean(dice)))
-        dice = {arm: means.loc[_key(run)].to_numpy() for arm, run in opening.items()}
-        order = np.argsort(dice[runs[-1].arm], kind="stable")
+        by_run = scores["dice"].to_numpy().reshape(len(runs), len(cases), -1).mean(axis=2)
+        first = {run.arm: place for place, run in reversed(list(enumerate(runs)))}
+        order = np.argsort(by_run[first[runs[-1].arm]], kind="stable")
         chosen = dict.fromkeys(int(order[place]) for place in (0, len(order) // 2, len(order) - 1))
         shown = [arm for arm in self.study.plan.methods if arm in EXAMPLE_METHODS] or self.study.plan.methods
         titles = {arm: get_row(arm).title for arm in shown}
         return tuple(
             _example(
                 cases[index],
-                {title: self._prediction(opening[arm], cases[index]) for arm, title in titles.items()},
-                {title: float(dice[arm][index]) for arm, title in titles.items()},
+                {title: self._prediction(runs[first[arm]], cases[index]) for arm, title in titles.items()},
+                {title: float(by_run[first[arm], index]) for arm, title in titles.items()},
             )
             for index in chosen
         )

@@ -15,6 +15,8 @@ Array = NDArray[np.float64]
 RUN = ["method", "train_cases", "draw", "seed"]
 """Columns that tell the runs of a study apart."""
 
+METRICS = ("dice", "hd95")
+
 
 @dataclass(frozen=True)
 class Example:
@@ -103,11 +105,6 @@ class Results:
     def regions(self) -> tuple[str, ...]:
         """Names of the regions."""
         return self._told("region")
-
-    @cached_property
-    def metrics(self) -> tuple[str, ...]:
-        """What the test cases were scored by: `dice`, and `hd95` where any was measured."""
-        return ("dice", "hd95") if self.cases["hd95"].notna().any() else ("dice",)
 
     @property
     def pairs(self) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from timm_ext.files import atomic_write
-from timm_ext.study.report.results import Array, Results
+from timm_ext.study.report.results import METRICS, Array, Results
 from timm_ext.study.report.statistics import bootstrap_interval, compare, mean_spread
 
 MEAN = "mean"
@@ -24,8 +24,7 @@ Tables = dict[str, pd.DataFrame]
 
 def make_tables(results: Results) -> Tables:
     """Return the tables of a study by the name of their file; none without rows."""
-    single = [(metric, region) for metric in results.metrics for region in results.regions]
-    measured = [column for column in results.cases if column != "hd95" or "hd95" in results.metrics]
+    single = [(metric, region) for metric in METRICS for region in results.regions]
     tables = {
         "dice": dice_table(results),
         "comparisons": comparison_table(results, [("dice", MEAN)]),
@@ -33,7 +32,7 @@ def make_tables(results: Results) -> Tables:
         "region-comparisons": comparison_table(results, single),
         "stages": stage_table(results),
         "forgetting": forgetting_table(results),
-        "cases": results.cases[measured],
+        "cases": results.cases,
         "curves": results.curves,
         "ratios": results.ratios,
     }
@@ -82,7 +81,7 @@ def region_table(results: Results) -> pd.DataFrame:
     """Dice and HD95 of each method in each region."""
     rows = []
     for count, method in _methods(results):
-        for metric in results.metrics:
+        for metric in METRICS:
             for region in results.regions:
                 values = _of(results, results.scores(count, method, metric), region)
                 low, high = bootstrap_interval(values)
