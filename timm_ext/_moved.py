@@ -14,6 +14,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "_library": ("ops._library",),
     "bounds": ("documents.bounds",),
     "data.anatomy": ("synthesis.anatomy",),
+    "data.case_arrays": ("data.preprocess",),
     "data.dataset_json": ("data.formats.dataset_json",),
     "data.entries": ("data.formats.entries", "data.formats.brats", "data.formats.lists"),
     "data.generate": ("synthesis.generate",),

@@ -8,89 +8,25 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache as once
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import AfterValidator, ConfigDict
-from pydantic.dataclasses import dataclass as checked_dataclass
 from rich.progress import track
 
-from timm_ext.data.case_arrays import build_arrays
 from timm_ext.data.formats.cases import Case
 from timm_ext.data.grid import Grid, Triple
-from timm_ext.data.normalise import HOUNSFIELD_WINDOW, Normalisation
+from timm_ext.data.preprocess import PrepareSettings as PrepareSettings
+from timm_ext.data.preprocess import build_arrays
 from timm_ext.data.store import Arrays, read_array, read_entry, write_entry
 from timm_ext.data.tasks import Labels, Task, task_to_dict
 from timm_ext.data.volume import Affine
 from timm_ext.documents import validated
-from timm_ext.documents.bounds import LEAST_MM, MOST_EDGE, MOST_MM
-from timm_ext.documents.fields import Edge, Edges, Share, refused_as, whole
 from timm_ext.errors import InputError, lines_of
 from timm_ext.files import ending_of, sha256
 from timm_ext.system.processes import run_each
 from timm_ext.vocabulary import structures
 from timm_ext.vocabulary.modalities import in_hounsfield_units
-
-Spacing = float | tuple[float, float, float]
-
-SPACING_TOLERANCE = 1e-3
-"""Relative difference up to which a scan's voxel size counts as the one wanted."""
-
-
-def _lengths(spacing: Spacing) -> Spacing:
-    if not all(LEAST_MM <= length <= MOST_MM for length in np.atleast_1d(spacing)):
-        raise ValueError(f"expected lengths from {LEAST_MM:g} to {MOST_MM:g} mm")
-    return spacing
-
-
-def _window(window: tuple[float, float]) -> tuple[float, float]:
-    if not -1e6 <= window[0] < window[1] <= 1e6:
-        raise ValueError("expected two values in HU, the lower first")
-    return window
-
-
-@refused_as("prepare")
-@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class PrepareSettings:
-    """How a case becomes an array; the steps run in the order of the attributes.
-
-    Foreground is every voxel that is not exactly 0 (negative values occur inside real brains); where a
-    modality was resampled, it is the foreground of its input, resampled by nearest neighbour. Of modalities
-    in Hounsfield units (`in_hounsfield_units`, such as CT), where 0 is water, it is what lies above the lower
-    end of their window.
-
-    Attributes:
-        nonfinite: what to do with NaN or infinite voxels: refuse the file, or set them to 0.
-        bias_field: correct each image by N4 (Tustison et al. 2010), estimated on its positive voxels.
-        spacing: voxel size in mm, one number or one per axis (right, anterior, superior); None keeps the
-            scan's.
-        spacing_tolerance: relative difference up to which a scan's own voxel size is taken for `spacing`, and
-            the scan is not resampled; None resamples whatever its voxel size.
-        normalise: per volume and modality over its foreground: `zscore` (float64 statistics), `histogram`
-            (each voxel → its empirical CDF, as Geyer et al. 2019), or `none`.
-        hounsfield: window of modalities in Hounsfield units, whose values are comparable between scans: they
-            are clipped to it, and it becomes 0 … 1, instead of what `bias_field` and `normalise` say (unless
-            that is `none`). Networks of one window have like inputs and can be merged. None takes these
-            modalities as any other.
-        crop: cut to the box of the foreground of all modalities together.
-        margin: voxels kept around that box.
-        size: voxels of the result, reached by cutting and zero-padding about the centre of the box.
-        multiple: every length is rounded up to a multiple of this; a network with L levels needs 2^(L−1).
-        empty_labels: whether a label file without a voxel in any region of the task is an error.
-    """
-
-    nonfinite: Literal["error", "zero"] = "error"
-    bias_field: bool = False
-    spacing: Annotated[Spacing, AfterValidator(_lengths)] | None = None
-    spacing_tolerance: Share | None = SPACING_TOLERANCE
-    normalise: Normalisation = "zscore"
-    hounsfield: Annotated[tuple[float, float], AfterValidator(_window)] | None = HOUNSFIELD_WINDOW
-    crop: bool = True
-    margin: Annotated[int, whole(0, MOST_EDGE)] = 0
-    size: Edges | None = None
-    multiple: Edge = 1
-    empty_labels: Literal["error", "allow"] = "error"
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,13 +140,7 @@ def prepare_cases(
 ) -> list[Prepared]:
     """Prepare the cases of a data set as `prepare_case` does, in the order given.
 
-    Args:
-        cases: the cases.
-        task: names the channels and the valid labels.
-        settings: the steps.
-        cache: folder of the cache; None keeps all arrays in memory.
-        workers: processes to share the work; 0 does it in this one.
-        progress: whether to show a bar.
+    `workers` processes share the work; 0 does it in this one.
 
     Raises:
         InputError: some cases cannot be prepared: in one listing, after the others are cached; or the data
@@ -327,9 +257,7 @@ def _key(case: Case, task: Task, settings: PrepareSettings) -> str:
 @once
 def _code_version() -> str:
     """Hash the code that makes the arrays, so that an entry of another version is never taken."""
-    names = (
-        *("bias", "case_arrays", "grid", "normalise", "prepare", "store", "tasks", "volume", "volume_file"),
-    )
-    files = [Path(__file__).with_name(f"{name}.py") for name in names]
-    hashes = [sha256(file) for file in (*files, Path(structures.__file__))]
+    names = ("bias", "grid", "normalise", "prepare", "preprocess", "store", "tasks", "volume", "volume_file")
+    files = (*(Path(__file__).with_name(f"{name}.py") for name in names), Path(structures.__file__))
+    hashes = [sha256(file) for file in files]
     return hashlib.sha256("".join(hashes).encode()).hexdigest()

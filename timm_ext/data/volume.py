@@ -252,11 +252,7 @@ def resample_to(
 ) -> Volume:
     """Resample onto a given grid; voxels outside the volume are 0.
 
-    Args:
-        volume: `[D, H, W]`.
-        shape: D', H', W' of the new grid.
-        affine: `[4, 4]` of the new grid, RAS mm.
-        interpolation: `linear` gives float32 (float64 stays), `nearest` the volume's own type.
+    `linear` gives float32 (float64 stays), `nearest` the volume's own type.
 
     Raises:
         InputError: the result does not fit in memory.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from timm_ext.data.formats.cases import Case
-from timm_ext.data.prepare import SPACING_TOLERANCE
+from timm_ext.data.preprocess import SPACING_TOLERANCE
 from timm_ext.data.volume import read_geometry
 from timm_ext.errors import InputError
 

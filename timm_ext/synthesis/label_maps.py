@@ -165,7 +165,7 @@ def draw_subject(
         subject: the person's number, or the name of the label map.
         shape: D, H, W of the grid.
         spacing_mm: its voxel size.
-        seed: of the draw: how the label map is warped. A person of the phantom is the same in all draws.
+        seed: of how the label map is warped; a person of the phantom is the same in all draws.
         skull_stripped: as in `draw_tissue`.
 
     Raises:

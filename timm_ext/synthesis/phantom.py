@@ -13,6 +13,7 @@ from timm_ext.synthesis.anatomy import BOX_MM, MEASURED, Individual, Vector, ind
 from timm_ext.synthesis.shapes import Coordinates, Ellipsoid, Point, Shape, Tube
 
 Codes = npt.NDArray[np.int16]
+Mask = npt.NDArray[np.bool_]
 
 CSF = 24
 _CHOROID_PLEXUS = (31, 63)
@@ -197,54 +198,40 @@ def _place_cerebellum(canvas: _Canvas, person: Individual, generator: np.random.
     pial = np.minimum(depth, np.hypot(sheet * np.float32(1.3), fundus) + np.float32(0.8))
     stem = Ellipsoid((16.0, -25.0, -35.0), (26.0, 20.0, 13.0)).rank((np.abs(x), y, z))
     core = (1 - stem) * np.float32(15.0) + np.minimum(sheet, np.float32(2.5))
-    inside = depth > -6
-    for side in range(2):
-        half = inside & ((x < 0) if side == 0 else (x >= 0))
-        _ribbon(canvas, half, core, pial, person, side, "cerebellum")
+    tissues = ("cerebellum white matter", "cerebellum grey matter")
+    _ribbons(canvas, depth > -6, core, pial, person, *tissues)
     return np.asarray(depth, dtype=np.float32)
 
 
 def _place_cerebrum(canvas: _Canvas, person: Individual, generator: np.random.Generator) -> Field:
     """Place cerebral white matter and the folded cortex; return the depth below the hull in mm."""
     depth, rho = _cerebrum_hull(canvas.place)
-    ribbon = sum(sum(person.volume_ml[name]) for name in ("cerebral white matter", "cerebral cortex"))
+    tissues = ("cerebral white matter", "cerebral cortex")
+    ribbon = sum(sum(person.volume_ml[name]) for name in tissues)
     free = np.sort(depth[(canvas.codes == 0) & (depth > -_HULL_SHIFT_MM)])
     sulcal = generator.uniform(*_SULCAL_CSF)
     hull = free[-min(canvas.voxels(ribbon * (1 + sulcal)), free.size)]
     depth -= np.minimum(hull, np.float32(_HULL_SHIFT_MM))
     pial = _pial_distance(canvas, depth, rho, generator)
-    x = canvas.place[0]
-    inside = depth > 0
-    for side in range(2):
-        half = inside & ((x < 0) if side == 0 else (x >= 0))
-        _ribbon(canvas, half, pial, pial, person, side, "cerebrum")
+    _ribbons(canvas, depth > 0, pial, pial, person, *tissues)
     return depth
 
 
-def _ribbon(
-    canvas: _Canvas,
-    region: npt.NDArray[np.bool_],
-    core: Field,
-    pial: Field,
-    person: Individual,
-    side: int,
-    which: str,
+def _ribbons(
+    canvas: _Canvas, inside: Mask, core: Field, pial: Field, person: Individual, white: str, grey: str
 ) -> None:
-    """Fill one hemisphere from its inside out: white matter, then grey matter, the rest CSF."""
-    white, grey = {
-        "cerebellum": ("cerebellum white matter", "cerebellum grey matter"),
-        "cerebrum": ("cerebral white matter", "cerebral cortex"),
-    }[which]
-    free = np.flatnonzero(region.ravel() & (canvas.codes.ravel() == 0))
-    flat = canvas.codes.reshape(-1)
-    inner = _deepest(core.ravel()[free], canvas.voxels(person.volume_ml[white][side]))
-    flat[free[inner]] = MEASURED[white].codes[side]
-    rest = free[~inner]
-    ribbon = _deepest(pial.ravel()[rest], canvas.voxels(person.volume_ml[grey][side]))
-    flat[rest[ribbon]] = MEASURED[grey].codes[side]
+    """Fill each hemisphere from its inside out: white matter, then grey matter, the rest CSF."""
+    flat, x = canvas.codes.reshape(-1), canvas.place[0]
+    for side, half in enumerate((x < 0, x >= 0)):
+        free = np.flatnonzero((inside & half).ravel() & (flat == 0))
+        inner = _deepest(core.ravel()[free], canvas.voxels(person.volume_ml[white][side]))
+        flat[free[inner]] = MEASURED[white].codes[side]
+        rest = free[~inner]
+        ribbon = _deepest(pial.ravel()[rest], canvas.voxels(person.volume_ml[grey][side]))
+        flat[rest[ribbon]] = MEASURED[grey].codes[side]
 
 
-def _deepest(values: Field, count: int) -> npt.NDArray[np.bool_]:
+def _deepest(values: Field, count: int) -> Mask:
     if count >= values.size:
         return np.ones(values.size, dtype=bool)
     return np.asarray(values > np.partition(values, values.size - count - 1)[values.size - count - 1])

@@ -92,12 +92,7 @@ def parse_header(value: Any, path: Path) -> Header:
 
 
 def nnunet(header: Header, folder: Path, *, labelled: bool) -> Listing:
-    """Find the cases of a data set with a `dataset.json`.
-
-    Args:
-        header: the content of the file.
-        folder: of the images.
-        labelled: whether these are the training images.
+    """Find the cases whose images lie in a folder of a data set with a `dataset.json`.
 
     Raises:
         InputError: there is no such folder.
@@ -150,11 +145,9 @@ def task_of(header: Header) -> dict[str, Any]:
 
 def _channels(content: Mapping[str, Any], path: Path) -> tuple[tuple[int, str], ...]:
     channels = content.get("channel_names", content.get("modality"))
-    wanted = isinstance(channels, dict) and bool(channels)
-    if wanted:
-        wanted = all(_NUMBER.fullmatch(str(key)) for key in channels)
-        wanted = wanted and all(isinstance(name, str) and name.strip() for name in channels.values())
-    if not wanted:
+    pairs = channels.items() if isinstance(channels, dict) else ()
+    fits = [_NUMBER.fullmatch(str(key)) and isinstance(name, str) and name.strip() for key, name in pairs]
+    if not fits or not all(fits):
         raise InputError(f'{path}: expected channel_names such as {{"0": "T1"}} (got {channels!r})')
     numbered = sorted((int(key), name.strip()) for key, name in channels.items())
     if len({number for number, _ in numbered}) < len(numbered):
@@ -188,19 +181,16 @@ def _order(value: Any, path: Path) -> tuple[int, ...] | None:
 
 def _listed_pairs(value: Any) -> Iterator[tuple[str, str]]:
     for item in value if isinstance(value, list) else ():
-        if (
-            isinstance(item, dict)
-            and isinstance(item.get("image"), str)
-            and isinstance(item.get("label"), str)
-        ):
-            yield item["image"], item["label"]
+        match item:
+            case {"image": str(image), "label": str(label)}:
+                yield image, label
 
 
 def _listed_images(value: Any) -> Iterator[str]:
     for item in value if isinstance(value, list) else ():
-        image = item.get("image") if isinstance(item, dict) else item
-        if isinstance(image, str):
-            yield image
+        match item:
+            case str(image) | {"image": str(image)}:
+                yield image
 
 
 def _stated_cases(value: Any, path: Path) -> dict[str, tuple[tuple[str, ...], str]]:

@@ -1,17 +1,26 @@
-"""The arrays of a case: its files read, checked, brought to one grid and normalised."""
+"""Preprocessing: the files of a case read, checked, brought to one grid and normalised."""
 
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import AfterValidator, ConfigDict
+from pydantic.dataclasses import dataclass as checked_dataclass
 
 from timm_ext.data.bias import correct_bias
 from timm_ext.data.formats.cases import Case
 from timm_ext.data.grid import Grid, fit_box, foreground_box
-from timm_ext.data.normalise import Mask, check_hounsfield, clip_to_window, normalise
+from timm_ext.data.normalise import (
+    HOUNSFIELD_WINDOW,
+    Mask,
+    Normalisation,
+    check_hounsfield,
+    clip_to_window,
+    normalise,
+)
 from timm_ext.data.store import Arrays
 from timm_ext.data.tasks import Task
 from timm_ext.data.volume import (
@@ -24,15 +33,74 @@ from timm_ext.data.volume import (
     resample,
     to_canonical,
 )
+from timm_ext.documents.bounds import LEAST_MM, MOST_EDGE, MOST_MM
+from timm_ext.documents.fields import Edge, Edges, Share, refused_as, whole
 from timm_ext.errors import InputError
 from timm_ext.system.machine import check_memory
 from timm_ext.vocabulary.modalities import in_hounsfield_units
 
-if TYPE_CHECKING:
-    from timm_ext.data.prepare import PrepareSettings, Spacing
+Spacing = float | tuple[float, float, float]
+
+SPACING_TOLERANCE = 1e-3
+"""Relative difference up to which a scan's voxel size counts as the one wanted."""
 
 
-def build_arrays(case: Case, task: Task, settings: "PrepareSettings") -> tuple[Arrays, Grid, tuple[int, ...]]:
+def _lengths(spacing: Spacing) -> Spacing:
+    if not all(LEAST_MM <= length <= MOST_MM for length in np.atleast_1d(spacing)):
+        raise ValueError(f"expected lengths from {LEAST_MM:g} to {MOST_MM:g} mm")
+    return spacing
+
+
+def _window(window: tuple[float, float]) -> tuple[float, float]:
+    if not -1e6 <= window[0] < window[1] <= 1e6:
+        raise ValueError("expected two values in HU, the lower first")
+    return window
+
+
+@refused_as("prepare")
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class PrepareSettings:
+    """How a case becomes an array; the steps run in the order of the attributes.
+
+    Foreground is every voxel that is not exactly 0 (negative values occur inside real brains); where a
+    modality was resampled, it is the foreground of its input, resampled by nearest neighbour. Of modalities
+    in Hounsfield units (`in_hounsfield_units`, such as CT), where 0 is water, it is what lies above the lower
+    end of their window.
+
+    Attributes:
+        nonfinite: what to do with NaN or infinite voxels: refuse the file, or set them to 0.
+        bias_field: correct each image by N4 (Tustison et al. 2010), estimated on its positive voxels.
+        spacing: voxel size in mm, one number or one per axis (right, anterior, superior); None keeps the
+            scan's.
+        spacing_tolerance: relative difference up to which a scan's own voxel size is taken for `spacing`, and
+            the scan is not resampled; None resamples whatever its voxel size.
+        normalise: per volume and modality over its foreground: `zscore` (float64 statistics), `histogram`
+            (each voxel → its empirical CDF, as Geyer et al. 2019), or `none`.
+        hounsfield: window of modalities in Hounsfield units, whose values are comparable between scans: they
+            are clipped to it, and it becomes 0 … 1, instead of what `bias_field` and `normalise` say (unless
+            that is `none`). Networks of one window have like inputs and can be merged. None takes these
+            modalities as any other.
+        crop: cut to the box of the foreground of all modalities together.
+        margin: voxels kept around that box.
+        size: voxels of the result, reached by cutting and zero-padding about the centre of the box.
+        multiple: every length is rounded up to a multiple of this; a network with L levels needs 2^(L−1).
+        empty_labels: whether a label file without a voxel in any region of the task is an error.
+    """
+
+    nonfinite: Literal["error", "zero"] = "error"
+    bias_field: bool = False
+    spacing: Annotated[Spacing, AfterValidator(_lengths)] | None = None
+    spacing_tolerance: Share | None = SPACING_TOLERANCE
+    normalise: Normalisation = "zscore"
+    hounsfield: Annotated[tuple[float, float], AfterValidator(_window)] | None = HOUNSFIELD_WINDOW
+    crop: bool = True
+    margin: Annotated[int, whole(0, MOST_EDGE)] = 0
+    size: Edges | None = None
+    multiple: Edge = 1
+    empty_labels: Literal["error", "allow"] = "error"
+
+
+def build_arrays(case: Case, task: Task, settings: PrepareSettings) -> tuple[Arrays, Grid, tuple[int, ...]]:
     """Read and preprocess a case.
 
     Returns:
@@ -73,7 +141,7 @@ def build_arrays(case: Case, task: Task, settings: "PrepareSettings") -> tuple[A
     return arrays, place, present
 
 
-def _read(case: Case, task: Task, settings: "PrepareSettings") -> tuple[dict[str, Volume], Volume | None]:
+def _read(case: Case, task: Task, settings: PrepareSettings) -> tuple[dict[str, Volume], Volume | None]:
     images = _read_images(case, task, settings)
     first_path, first = case.images[task.modalities[0]], images[task.modalities[0]]
     for modality, image in images.items():
@@ -86,7 +154,7 @@ def _read(case: Case, task: Task, settings: "PrepareSettings") -> tuple[dict[str
     return images, Volume(task.read_labels(label.data, case.label, case.numbers), first.affine)
 
 
-def _read_images(case: Case, task: Task, settings: "PrepareSettings") -> dict[str, Volume]:
+def _read_images(case: Case, task: Task, settings: PrepareSettings) -> dict[str, Volume]:
     """Read the task's modalities; a file that holds several of them is read once."""
     images: dict[str, Volume] = {}
     for path in dict.fromkeys(case.images[modality] for modality in task.modalities):
@@ -96,12 +164,12 @@ def _read_images(case: Case, task: Task, settings: "PrepareSettings") -> dict[st
     return {modality: images[modality] for modality in task.modalities}
 
 
-def _window_of(modality: str, settings: "PrepareSettings") -> tuple[float, float] | None:
+def _window_of(modality: str, settings: PrepareSettings) -> tuple[float, float] | None:
     return settings.hounsfield if in_hounsfield_units(modality) else None
 
 
 def _normalised(
-    image: Array, mask: Mask, modality: str, settings: "PrepareSettings", where: Path
+    image: Array, mask: Mask, modality: str, settings: PrepareSettings, where: Path
 ) -> npt.NDArray[np.float32]:
     window = _window_of(modality, settings)
     if window is None:
@@ -110,7 +178,7 @@ def _normalised(
 
 
 def _to_working(
-    image: Volume, settings: "PrepareSettings", where: Path, window: tuple[float, float] | None
+    image: Volume, settings: PrepareSettings, where: Path, window: tuple[float, float] | None
 ) -> tuple[Volume, Mask]:
     """Bring one image to the working grid, with the mask of its foreground."""
     image = to_canonical(image)
@@ -130,9 +198,7 @@ def _to_working(
     return image, mask
 
 
-def _resampled(
-    volume: Volume, spacing: "Spacing", interpolation: Interpolation, where: Path | None
-) -> Volume:
+def _resampled(volume: Volume, spacing: Spacing, interpolation: Interpolation, where: Path | None) -> Volume:
     triple = spacing if isinstance(spacing, tuple) else (spacing, spacing, spacing)
     try:
         return resample(volume, triple, interpolation)
@@ -140,7 +206,7 @@ def _resampled(
         raise InputError(f"{where}: {error}") from error
 
 
-def _has_spacing(image: Volume, settings: "PrepareSettings") -> bool:
+def _has_spacing(image: Volume, settings: PrepareSettings) -> bool:
     """Whether a scan's own voxel size is taken for the one wanted."""
     if settings.spacing is None or settings.spacing_tolerance is None:
         return False
