@@ -41,7 +41,7 @@ ALLOWED = {
     "training": BASE | MODEL | MERGE | WORK,
     "transfer": BASE | MODEL | MERGE | WORK,
     "planning": BASE | {"data", "inference", "networks"},
-    "study": BASE | MODEL | MERGE | WORK | {"synthesis", "transfer"},
+    "study": BASE | MODEL | MERGE | WORK | {"synthesis", "transfer", "planning"},
     "config": BASE | {"data", "inference", "training", "transfer"},
     "cli": BASE | MODEL | MERGE | WORK | {"synthesis", "transfer", "config", "planning", "study"},
 }

@@ -14,7 +14,6 @@ from timm_ext.errors import InputError
 from timm_ext.networks.io import load_network
 from timm_ext.study.demo import demo_plan, run_demo
 from timm_ext.study.records import Folder
-from timm_ext.study.run import claim
 
 # A shell starts what it runs in the background deaf to SIGINT, and so are the processes that this one starts.
 CODE = """
@@ -131,7 +130,7 @@ def test_failed_step_is_reported_and_retried(undisturbed, tmp_path):
 
 
 def test_demo_refuses_a_folder_of_other_settings(tmp_path, capsys):
-    claim(Folder(tmp_path), demo_plan())
+    Folder(tmp_path).claim(demo_plan().model_dump(mode="json"))
     assert run(["demo", "--quick", "--out", str(tmp_path)]) == 1
     assert "holds results of other settings" in capsys.readouterr().err
 

@@ -207,6 +207,7 @@ def tell_plan(settings: "RunSettings", plan: "TrainingPlan", parts: "Parts", mod
     from math import ceil
 
     import numpy as np
+    import torch
 
     from timm_ext.planning import step_seconds, this_machine
     from timm_ext.planning.budget import GIB
@@ -231,7 +232,9 @@ def tell_plan(settings: "RunSettings", plan: "TrainingPlan", parts: "Parts", mod
     ]
     taken = f"about {plan.step_bytes / GIB:.1f} GiB"
     if machine.devices == 1:
-        seconds = step_seconds(model, plan, machine)
+        device = torch.device("cuda" if machine.kind == "gpu" else "cpu")
+        batch = (plan.batch_size, plan.network["in_channels"], *plan.size)
+        seconds = step_seconds(model, batch, device, plan.footprint.divisor)
         validation = plan.validation_in_steps * ceil(steps / every)
         taken += f", {seconds:.2g} s a step, {duration(seconds * (steps + validation))} in all"
     lines.append(f"{taken}; --set train.FIELD=… changes it, --resume goes on")

@@ -2,37 +2,44 @@
 
 import copy
 import time
+from collections.abc import Sequence
 from math import prod
 
 import torch
 from torch import nn
 
 from timm_ext.inference import fitting_size
-from timm_ext.planning.budget import Machine
-from timm_ext.planning.training import TrainingPlan
 
 _EDGE = 48  # of what a CPU is timed on
+_TYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
-def step_seconds(model: nn.Module, plan: TrainingPlan, machine: Machine) -> float:
-    """Time a copy of the model forward and backward, the second of two passes; on a CPU on smaller examples.
+def step_seconds(
+    model: nn.Module, shape: Sequence[int], device: torch.device, divisor: int, precision: str = "32-true"
+) -> float:
+    """Time a copy of a model forward and backward on zeros; the first pass does not count.
+
+    A CPU takes volumes of at most 48 voxels along each axis, and the time is scaled by the number of voxels.
 
     Args:
         model: the network, whose weights and buffers stay as they are.
-        plan: of its training.
-        machine: where it is trained.
+        shape: of a batch, `[B, C, D, H, W]`.
+        device: where it is trained.
+        divisor: of the edges of its volumes.
+        precision: as in `TrainSettings`.
     """
-    device = torch.device("cuda" if machine.kind == "gpu" else "cpu")
-    share = max(plan.batch_size // machine.devices, 1)
-    voxels = plan.voxels // plan.batch_size
-    size = plan.size
+    batch, channels, *edges = shape
+    size = edges
     if device.type == "cpu":
-        size = fitting_size([min(edge, _EDGE) for edge in size], plan.footprint.divisor)
+        size = list(fitting_size([min(edge, _EDGE) for edge in edges], divisor))
     copied = copy.deepcopy(model).to(device).train()
-    images = torch.zeros(share, plan.network["in_channels"], *size, device=device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        seconds = [_timed(copied, images) for _ in range(2)][-1]
-    return seconds * voxels / prod(size)
+    images = torch.zeros(batch, channels, *size, device=device)
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        torch.autocast(device.type, _TYPES.get(precision), precision in _TYPES),
+    ):
+        seconds = min([_timed(copied, images) for _ in range(3)][1:])
+    return seconds * prod(edges) / prod(size)
 
 
 def _timed(model: nn.Module, images: torch.Tensor) -> float:

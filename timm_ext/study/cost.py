@@ -1,24 +1,20 @@
 """What a study costs: one training step is timed on this machine, the rest is counted."""
 
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil, prod
 
 import torch
-from torch import nn
 
 from timm_ext.data.tasks import get_task
 from timm_ext.networks.registry import size_divisor_of
+from timm_ext.planning import step_seconds
 from timm_ext.study.plan import StudyPlan
 from timm_ext.study.records import Folder
 from timm_ext.study.step import Step
 from timm_ext.study.steps import STEPS
 from timm_ext.study.steps.network_step import Network, channels_last
 from timm_ext.training.device import keep_freed_memory
-
-_EDGE = 48
-_TYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 # Seconds per training step and voxel of a pair of volumes on one core, where none was timed.
 _SECONDS_PER_STEP = 0.2
@@ -80,33 +76,16 @@ def costs_of(steps: Iterable[Step], folder: Folder) -> list[CostRow]:
 
 
 def measure_step(plan: StudyPlan) -> float:
-    """Time a training step of the target's network and return its seconds.
-
-    On a CPU one thread takes a step on volumes of at most 48 voxels along each axis, and the time is scaled
-    by the number of voxels; elsewhere whole volumes are taken.
-    """
+    """Time a training step of the target's network, on a CPU with one thread, and return its seconds."""
     task = get_task(plan.target_task)
-    model = Network(name=plan.network, options=plan.options).build(task, seed=0)
+    model = channels_last(Network(name=plan.network, options=plan.options).build(task, seed=0))
     cuda = plan.accelerator != "cpu" and torch.cuda.is_available()
-    divisor = size_divisor_of(model)
-    size = [max(divisor, (edge if cuda else min(edge, _EDGE)) // divisor * divisor) for edge in plan.size]
-    device = torch.device("cuda" if cuda else "cpu")
-    images = torch.zeros(plan.batch_size, len(task.modalities), *size, device=device)
+    shape = (plan.batch_size, len(task.modalities), *plan.size)
     keep_freed_memory()  # as training does
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        model = channels_last(model).to(device)
-        with torch.autocast(device.type, _TYPES.get(plan.precision), plan.precision in _TYPES):
-            times = [_seconds(model, images) for _ in range(5)]
+        device = torch.device("cuda" if cuda else "cpu")
+        return step_seconds(model, shape, device, size_divisor_of(model), plan.precision)
     finally:
         torch.set_num_threads(threads)
-    return min(times) * prod(plan.size) / prod(size)
-
-
-def _seconds(model: nn.Module, images: torch.Tensor) -> float:
-    start = time.perf_counter()
-    model(images).sum().backward()
-    if images.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start

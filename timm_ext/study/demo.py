@@ -13,11 +13,9 @@ from timm_ext.files import atomic_write
 from timm_ext.study.outcomes import FISHER, INITIAL, NETWORK
 from timm_ext.study.plan import StudyPlan, bundled_plans
 from timm_ext.study.records import Folder
-from timm_ext.study.report.results import Results
 from timm_ext.study.report.tables import dice_table
-from timm_ext.study.run import claim, finish_study
-from timm_ext.study.runner import available_cores
-from timm_ext.study.study import Study, make_study
+from timm_ext.study.run import run_study
+from timm_ext.study.study import Study
 from timm_ext.system.terminal import make_console, show_table, tell
 
 CHECKPOINTS = "checkpoints"
@@ -60,30 +58,23 @@ def demo_plan(*, seeds: int = 3, label_maps: Path | None = None, quick: bool = F
 
 def run_demo(
     out: Path, plan: StudyPlan, *, workers: int | None = None, console: Console | None = None
-) -> Path:
-    """Run the demo, or go on with one that was interrupted, and write its report.
-
-    Args:
-        out: folder of the results: `report.html`, `tables/`, `figures/`, `checkpoints/` and `runs/`.
-        plan: see `demo_plan`.
-        workers: processes of one thread each; default: the number of cores.
-        console: for progress and the closing lines.
-
-    Returns:
-        Path of the report.
+) -> None:
+    """Run the demo as a study that tries failed steps again, and put its networks into `checkpoints/`.
 
     Raises:
-        InputError: the folder is in use, holds other results or cannot be written, or steps failed; they are
-            listed, and all that does not need them is done.
+        InputError: as `run_study`.
     """
-    console, folder, study = console or make_console(), Folder(out), make_study(plan)
-    workers = workers or available_cores()
-    with folder.lock():
-        claim(folder, plan)
-        results, page = finish_study(study, folder, workers=workers, retry=True, console=console)
-        saved = publish_checkpoints(study, folder)
-    _print_end(console, results, page, saved)
-    return page
+    console = console or make_console()
+    done = run_study(plan, out, workers=workers, retry=True, console=console)
+    assert done is not None
+    rows = []
+    for title, dice in dice_table(done.results).groupby("title", sort=False):
+        mean, *regions = (f"{value:.3f}" for value in dice["mean"])
+        rows.append((title, dice["steps"].iloc[0], f"{mean} ± {dice['sd'].iloc[0]:.3f}", *regions))
+    heads = ("Initialisation", "Steps", "Mean ± SD", *done.results.regions)
+    show_table(console, heads, rows, title="Test Dice over cases and seeds")
+    saved = publish_checkpoints(done.study, done.folder)
+    tell(console, f"Checkpoints for timm-ext predict: {saved}")
 
 
 def publish_checkpoints(study: Study, folder: Folder) -> Path:
@@ -116,14 +107,3 @@ def _link(source: Path, target: Path) -> None:
             os.link(source, temporary)
         except OSError:
             shutil.copyfile(source, temporary)
-
-
-def _print_end(console: Console, results: Results, page: Path, saved: Path) -> None:
-    rows = []
-    for title, dice in dice_table(results).groupby("title", sort=False):
-        mean, *regions = (f"{value:.3f}" for value in dice["mean"])
-        rows.append((title, dice["steps"].iloc[0], f"{mean} ± {dice['sd'].iloc[0]:.3f}", *regions))
-    heads = ("Initialisation", "Steps", "Mean ± SD", *results.regions)
-    show_table(console, heads, rows, title="Test Dice over cases and seeds")
-    tell(console, f"Report: {page}")
-    tell(console, f"Checkpoints for timm-ext predict: {saved}")

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,16 @@ from timm_ext.system.environment import environment
 from timm_ext.system.terminal import duration, make_console, show_table, tell
 
 
+@dataclass(frozen=True)
+class Finished:
+    """A study whose steps are all done, its results and the page that shows them."""
+
+    study: Study
+    folder: Folder
+    results: Results
+    page: Path
+
+
 def run_study(
     plan: StudyPlan,
     out: Path,
@@ -30,7 +41,7 @@ def run_study(
     retry: bool = False,
     dry_run: bool = False,
     console: Console | None = None,
-) -> Path | None:
+) -> Finished | None:
     """Run a study, or go on with one that was interrupted or extended, and write its report.
 
     Args:
@@ -39,56 +50,29 @@ def run_study(
         workers: processes; default: one for each GPU where the study computes on GPUs, else one for each
             core, of one thread.
         retry: try steps again that failed in an earlier call.
-        dry_run: print the steps and what they cost, and compute nothing.
+        dry_run: print the steps and what they cost, compute nothing and return None.
         console: for progress.
-
-    Returns:
-        Path of the report, None for a dry run.
 
     Raises:
         InputError: settings or data that cannot be used, a folder that is in use or holds other results, or
             steps that failed; they are listed, and all that does not need them is done.
     """
-    console = console or make_console()
+    console, folder = console or make_console(), Folder(out)
     make_study(plan)  # settings and data are checked before anything is timed
     study = make_study(plan, measure_step(plan))
-    folder = Folder(out)
     workers = workers or _usual_workers(plan)
     if dry_run:
         _print_costs(costs_of(study.steps, folder), workers, console)
         return None
-    with folder.lock():
-        claim(folder, plan)
-        _print_costs(costs_of(study.steps, folder), workers, console)
-        _, page = finish_study(study, folder, workers=workers, retry=retry, console=console)
-    tell(console, f"Report: {page}")
-    return page
-
-
-def claim(folder: Folder, plan: StudyPlan) -> None:
-    """Write the plan into a folder, or check it against that of the study that is continued there.
-
-    Raises:
-        InputError: as `Folder.claim`.
-    """
-    folder.claim(plan.model_dump(mode="json"), extendable=EXTENDABLE)
-
-
-def finish_study(
-    study: Study, folder: Folder, *, workers: int, retry: bool, console: Console
-) -> tuple[Results, Path]:
-    """Run what is left of a study and write its report; the caller holds the folder's lock.
-
-    Returns:
-        The results, and the path of the report.
-
-    Raises:
-        InputError: steps failed; they are listed, and all that does not need them is done.
-    """
     facts = environment()
-    finish_steps(study.steps, folder, workers=workers, retry=retry, console=console, facts=facts)
-    results = read_results(study, folder, facts)
-    return results, write_report(results, folder.path)
+    with folder.lock():
+        folder.claim(plan.model_dump(mode="json"), extendable=EXTENDABLE)
+        _print_costs(costs_of(study.steps, folder), workers, console)
+        finish_steps(study.steps, folder, workers=workers, retry=retry, console=console, facts=facts)
+        results = read_results(study, folder, facts)
+        page = write_report(results, out)
+    tell(console, f"Report: {page}")
+    return Finished(study, folder, results, page)
 
 
 def finish_steps(
