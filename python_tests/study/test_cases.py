@@ -4,7 +4,7 @@ import pytest
 from study_plans import plan_of
 
 from timm_ext.errors import InputError
-from timm_ext.study.cases import Cases, available_train_cases, split_subjects
+from timm_ext.study.cases import Cases, split_subjects, train_case_numbers
 
 MODALITIES = {"brats": ("T1", "T1c", "T2", "FLAIR"), "parcellation": ("T1", "T2")}
 
@@ -122,10 +122,10 @@ def test_prepared_once_for_all_parts(tmp_path):
     assert len({step.needs["pool"] for step in Cases(on_disk(tmp_path)).target(4, 0).values()}) == 1
 
 
-def test_available_cases_are_those_left_for_training(tmp_path):
-    assert available_train_cases(on_disk(tmp_path)) == 12
-    assert available_train_cases(plan_of()) is None
-    assert available_train_cases(plan_of(pool=7)) == 7
+def test_numbers_of_training_cases_are_shares_of_those_left(tmp_path):
+    halves = on_disk(tmp_path, train_cases=(), fractions=(1.0, 0.5))
+    assert train_case_numbers(halves) == (6, 12)
+    assert train_case_numbers(plan_of(train_cases=(7, 3), pool=7)) == (3, 7)
 
 
 def test_too_few_cases_for_training(tmp_path):
@@ -135,7 +135,7 @@ def test_too_few_cases_for_training(tmp_path):
 
 def test_no_case_left_for_training(tmp_path):
     with pytest.raises(InputError, match=r"more than 5 test and 3 validation cases \(got 8 cases in all\)"):
-        available_train_cases(on_disk(tmp_path, count=8))
+        train_case_numbers(on_disk(tmp_path, count=8))
 
 
 def test_too_few_source_cases(tmp_path):

@@ -168,21 +168,30 @@ def split_subjects(names: list[str], sources: int) -> dict[str, tuple[str, ...]]
     return parts
 
 
-def available_train_cases(plan: StudyPlan) -> int | None:
-    """Return how many cases of the target task there are for training; None where any number is generated.
+def train_case_numbers(plan: StudyPlan) -> tuple[int, ...]:
+    """Return the numbers of training cases, ascending.
 
     Raises:
-        InputError: none is left, or the data set cannot be read.
+        InputError: the data set cannot be read, there are fewer cases, or nothing to take fractions of.
     """
-    if plan.target_data is None:
-        return plan.pool
-    count = len(_ids(plan.target_data, plan.target_task))
-    if (left := count - plan.test_cases - plan.val_cases) < 1:
+    available = plan.pool
+    if plan.target_data is not None:
+        count = len(_ids(plan.target_data, plan.target_task))
+        if (available := count - plan.test_cases - plan.val_cases) < 1:
+            raise InputError(
+                f"{plan.target_data}: expected more than {plan.test_cases} test and {plan.val_cases} "
+                f"validation cases (got {count} cases in all)"
+            )
+    if plan.fractions and available is None:
+        raise InputError("fractions: expected pool, the number of training cases that they are shares of")
+    counts = plan.train_cases or tuple(round(f * (available or 0)) for f in plan.fractions)
+    if min(counts) < 1:
+        raise InputError(f"train_cases: must be at least 1 (got {min(counts)})")
+    if available is not None and max(counts) > available:
         raise InputError(
-            f"{plan.target_data}: expected more than {plan.test_cases} test and {plan.val_cases} "
-            f"validation cases (got {count} cases in all)"
+            f"train_cases: expected at most the {available} available training cases (got {max(counts)})"
         )
-    return left
+    return tuple(sorted(set(counts)))
 
 
 def _shuffled(ids: Sequence[str], *seed: int) -> list[str]:

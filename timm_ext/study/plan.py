@@ -104,29 +104,24 @@ class StudyPlan(BaseModel):
         source_tasks: tasks of the source networks.
         chain: each source network starts from the one before it; otherwise from its own seed.
         target_task: the new task.
-        network: name of the network.
-        options: the network's options.
-        spacing: of the images that networks see, in mm.
-        size: of these images in voxels.
+        network: its name; `options` are its own.
+        spacing: of the images that networks see, in mm; `size` is theirs in voxels.
         prepare: further fields of `PrepareSettings`.
         source_cases: training cases of each source task.
         source_test: held-out cases of each source task, for the forgetting table.
         val_cases: validation cases of the target task.
         test_cases: test cases of the target task.
         batch_size: examples per step.
-        source_steps: optimiser steps of a source network at most.
-        source_epochs: epochs of it instead.
+        source_steps: optimiser steps of a source network at most; `source_epochs` are epochs instead.
         source_lr: its learning rate, by default with a cosine schedule.
         source_train: further fields of its `TrainSettings`.
-        steps: optimiser steps of every run at most, adaptation included.
-        epochs: epochs of it instead.
+        steps: optimiser steps of every run at most, adaptation included; `epochs` are epochs instead.
         lr: learning rate of the runs, by default constant; also of the task-specific layers in an adaptation.
             A run ends with its weights of the lowest validation loss.
         train: further fields of the runs' `TrainSettings`.
         method_train: such fields for single methods, by name; they go before the method's own, which go
             before those of `train`.
-        adapt_steps: optimiser steps of an adaptation at most.
-        adapt_epochs: epochs of it instead.
+        adapt_steps: optimiser steps of an adaptation at most; `adapt_epochs` are epochs instead.
         adapt_train: further fields of its `TrainSettings`.
         logit_lr: learning rate of the mixing logits.
         adapt: further fields of `AdaptSettings`, for all methods that they concern.

@@ -25,15 +25,7 @@ Kind = TypeVar("Kind")
 
 @dataclass(frozen=True)
 class Record:
-    """What is noted of a finished step.
-
-    Attributes:
-        name: of the step.
-        digest: of the step.
-        outcome: what its `run` returned.
-        checksum: over all of the record.
-        seconds: that it took.
-    """
+    """What is noted of a finished step: what its `run` returned, in which time, and a checksum of it all."""
 
     name: str
     digest: str
@@ -43,11 +35,7 @@ class Record:
 
 
 def read_record(path: Path, digest: str | None = None) -> Record:
-    """Read the record of a finished step.
-
-    Args:
-        path: of the record.
-        digest: of the step that it must belong to; None takes any.
+    """Read the record of a finished step, of any or of the one with this digest.
 
     Raises:
         InputError: no record, one that was altered, or one of other settings.

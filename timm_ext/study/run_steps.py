@@ -22,10 +22,6 @@ class Run:
     """One arm, fine-tuned and tested at one number of training cases, draw of them and seed.
 
     Attributes:
-        arm: its name.
-        train_cases: the number.
-        draw: of the cases.
-        seed: of adaptation and fine-tuning.
         step: the last one, which scores the test cases.
         adaptation: the training before it, which runs may share.
     """
@@ -48,12 +44,7 @@ class RunSteps:
     """Adapts, fine-tunes and tests the arms of a plan on one draw of training cases.
 
     Attributes:
-        plan: the plan.
-        sources: its source networks.
-        costs: of its steps.
         cases: steps of the target task, `train`, `val` and `test`.
-        train_cases: number of training cases.
-        draw: of them.
     """
 
     plan: StudyPlan

@@ -6,9 +6,8 @@ from functools import cached_property
 from math import prod
 
 from timm_ext.data.tasks import get_task
-from timm_ext.errors import InputError
 from timm_ext.study.arms import JointTransfer, get_row
-from timm_ext.study.cases import Cases, available_train_cases
+from timm_ext.study.cases import Cases, train_case_numbers
 from timm_ext.study.cost import Costs
 from timm_ext.study.plan import StudyPlan
 from timm_ext.study.run_steps import Run, RunSteps
@@ -37,10 +36,7 @@ class Remembered:
     """How an arm's merge is scored on the source tasks, before fine-tuning.
 
     Attributes:
-        arm: its name.
-        train_cases: number of training cases that the merge was learned on; None: it was not learned.
-        draw: of these cases.
-        seed: of the adaptation.
+        train_cases: that it was learned on; None, as are draw and seed, where it was not learned.
         step: that scores it, among others.
         key: of the merge in the step's table.
     """
@@ -58,7 +54,6 @@ class Study:
     """All that a plan asks for.
 
     Attributes:
-        plan: the plan.
         train_cases: the numbers of training cases, ascending.
         subjects: part of the data → label maps that it is drawn from; empty for phantoms and data on disk.
         tests: the step that provides the test cases, the same in all runs.
@@ -86,11 +81,7 @@ class Study:
 
 
 def make_study(plan: StudyPlan, step_seconds: float | None = None) -> Study:
-    """Lay out the steps of a study.
-
-    Args:
-        plan: the plan.
-        step_seconds: what one training step takes, for the time left only; None guesses.
+    """Lay out the steps of a study; `step_seconds` is what one training step takes, None guesses.
 
     Raises:
         InputError: settings that do not fit together, or data that cannot be read or are too few; before
@@ -116,25 +107,6 @@ def make_study(plan: StudyPlan, step_seconds: float | None = None) -> Study:
         runs=runs,
         forgetting=tuple(_forgetting(plan, sources, runs, costs)),
     )
-
-
-def train_case_numbers(plan: StudyPlan) -> tuple[int, ...]:
-    """Return the numbers of training cases, ascending.
-
-    Raises:
-        InputError: there are fewer cases, or nothing to take fractions of.
-    """
-    available = available_train_cases(plan)
-    if plan.fractions and available is None:
-        raise InputError("fractions: expected pool, the number of training cases that they are shares of")
-    counts = plan.train_cases or tuple(round(f * (available or 0)) for f in plan.fractions)
-    if min(counts) < 1:
-        raise InputError(f"train_cases: must be at least 1 (got {min(counts)})")
-    if available is not None and max(counts) > available:
-        raise InputError(
-            f"train_cases: expected at most the {available} available training cases (got {max(counts)})"
-        )
-    return tuple(sorted(set(counts)))
 
 
 def _used_sources(plan: StudyPlan, sources: SourceSteps, runs: Sequence[Run]) -> list[Source]:

@@ -45,7 +45,7 @@ class Reply:
 
 
 def serve(connection: Connection, types: Sequence[type[Step]], gpu: str | None = None) -> None:
-    """Work off jobs until None arrives; end at once when the runner is gone, however it went.
+    """Work off jobs of a runner; end at once when it is gone, however it went.
 
     Args:
         connection: to the runner.
@@ -60,15 +60,15 @@ def serve(connection: Connection, types: Sequence[type[Step]], gpu: str | None =
     import torch
 
     torch.set_num_threads(1)
-    jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+    jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, jobs), daemon=True).start()
-    while (job := jobs.get()) is not None:
-        start = time.monotonic()
+    while True:
+        job, start = jobs.get(), time.monotonic()
         reply = _attempt(job, types, _throttled(connection))
         connection.send(Reply(reply.kind, reply.value, time.monotonic() - start))
 
 
-def _receive(connection: Connection, jobs: "queue.SimpleQueue[Job | None]") -> None:
+def _receive(connection: Connection, jobs: "queue.SimpleQueue[Job]") -> None:
     while True:
         try:
             jobs.put(connection.recv())
