@@ -119,7 +119,7 @@ def test_adapt_with_options(place, tmp_path, capsys):
     wrong = [*arguments, "--set", "adapt.weight_pull=1"]
     assert "methods that learn the ratios in fine-tuning" in failure(capsys, wrong)
     wrong = [*annealed, "--set", "adapt.warm_up=1"]
-    assert "warm_up must be at least 0 and less than 1" in failure(capsys, wrong)
+    assert "warm_up: expected a finite number at least 0 and less than 1" in failure(capsys, wrong)
 
 
 def test_methods_of_fine_tuning_are_no_merges(place, tmp_path, capsys):

@@ -147,7 +147,10 @@ def test_an_arm_is_merged_as_the_plan_says():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"adapt": {"warm_up": 2.0}}, r"adapt: warm_up must be at least 0 and less than 1 \(got 2.0\)"),
+        (
+            {"adapt": {"warm_up": 2.0}},
+            r"adapt: warm_up: expected a finite number at least 0 and less than 1 \(got 2.0\)",
+        ),
         ({"method_adapt": {"t-imm": {"weight_pull": 1.0}}}, r"expected weight_pull only .*for t-imm\)"),
     ],
 )

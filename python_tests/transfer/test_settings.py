@@ -4,7 +4,7 @@ import pytest
 
 from timm_ext.errors import InputError
 from timm_ext.transfer.arms import Adaptation, FineTuning, get_arm
-from timm_ext.transfer.settings import AdaptSettings
+from timm_ext.transfer.settings import AdaptSettings, Recipe
 
 
 @pytest.mark.parametrize(
@@ -14,12 +14,28 @@ from timm_ext.transfer.settings import AdaptSettings
         ({"specific_lr": float("inf")}, r"specific_lr: expected a finite number greater than 0 \(got inf\)"),
         ({"logit_pull": -1.0}, r"logit_pull: expected a finite number at least 0 \(got -1.0\)"),
         ({"weight_pull": float("nan")}, r"weight_pull: expected a finite number at least 0 \(got nan\)"),
-        ({"warm_up": 1.0}, r"warm_up must be at least 0 and less than 1 \(got 1.0\)"),
+        (
+            {"warm_up": 1.0},
+            r"adapt: warm_up: expected a finite number at least 0 and less than 1 \(got 1.0\)",
+        ),
     ],
 )
 def test_impossible_adaptations_are_refused(changes, message):
     with pytest.raises(InputError, match=message):
         AdaptSettings(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": -1}, r"seed: expected a whole number from 0 to 4294967295 \(got -1\)"),
+        ({"anchor": 101.0}, r"anchor: expected a finite number at least -100 and at most 100 \(got 101.0\)"),
+        ({"mixing": "even"}, r"mixing: expected 'sigmoid', .* \(got 'even'\)"),
+    ],
+)
+def test_impossible_recipes_are_refused(changes, message):
+    with pytest.raises(InputError, match=f"merge: {message}"):
+        Recipe(**changes)
 
 
 def test_what_an_adaptation_leaves_open_is_as_the_arm_has_it():

@@ -1,10 +1,13 @@
 """What a user sets of merging and of learning ratios; nothing heavy is imported here."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, replace
+from typing import Annotated, Any
 
-from timm_ext.documents.bounds import check_number, check_seed
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from timm_ext.documents.fields import Rate, Seed, Share, Weight, number, refused_as
 from timm_ext.errors import InputError
 from timm_ext.groups import Granularity
 from timm_ext.merging import Mixing, Normalization
@@ -13,7 +16,8 @@ from timm_ext.transfer.arms import Adaptation, Arm
 _MOST_ANCHOR = 100.0  # of logits: beyond it float32 leaves nothing of the other source
 
 
-@dataclass(frozen=True)
+@refused_as("merge")
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Recipe:
     """How source networks become an initialisation.
 
@@ -34,16 +38,13 @@ class Recipe:
     normalize: Normalization | None = None
     transfer_norms: bool = False
     unseen: Mapping[str, str] | None = None
-    seed: int = 0
-    anchor: float = 0.0
+    seed: Seed = 0
+    anchor: Annotated[float, number(-_MOST_ANCHOR, _MOST_ANCHOR)] = 0.0
     align: bool = False
 
-    def __post_init__(self) -> None:
-        check_seed("merge: seed", self.seed)
-        check_number("merge: anchor", self.anchor, -_MOST_ANCHOR, _MOST_ANCHOR)
 
-
-@dataclass(frozen=True)
+@refused_as("adapt")
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class AdaptSettings:
     """How the mixing logits are learned; all else about it is in `TrainSettings`.
 
@@ -55,21 +56,11 @@ class AdaptSettings:
         weight_pull: μ, see `timm_ext.transfer.tune.tune_merged`; for arms that learn the ratios there.
     """
 
-    logit_lr: float = 0.1
-    specific_lr: float | None = None
-    logit_pull: float | None = None
-    warm_up: float | None = None
-    weight_pull: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("logit_lr", "specific_lr"):
-            if (value := getattr(self, name)) is not None:
-                check_number(f"adapt: {name}", value, 0, open_end=True)
-        for name in ("logit_pull", "weight_pull"):
-            if (value := getattr(self, name)) is not None:
-                check_number(f"adapt: {name}", value, 0)
-        if self.warm_up is not None and not 0 <= self.warm_up < 1:
-            raise InputError(f"adapt: warm_up must be at least 0 and less than 1 (got {self.warm_up})")
+    logit_lr: Rate = 0.1
+    specific_lr: Rate | None = None
+    logit_pull: Weight | None = None
+    warm_up: Share | None = None
+    weight_pull: Weight | None = None
 
     def of(self, arm: Arm) -> "AdaptSettings":
         """Return the settings with all that the arm decides filled in.
