@@ -140,6 +140,15 @@ def test_compare_tells_clear_from_unclear_differences():
     assert not same.beyond_chance
 
 
+def test_an_interval_over_zero_is_chance_whatever_the_tests_say():
+    # 26 small gains and 4 large losses: the ranks are clear, the mean is not.
+    cases = np.concatenate([0.01 + 1e-5 * np.arange(26), -0.05 - 1e-5 * np.arange(4)])
+    (found,) = compare([np.stack([cases, cases])]).itertuples()
+    assert max(found.p_holm, found.p_runs) < 0.05
+    assert found.low < 0 < found.high
+    assert not found.beyond_chance
+
+
 def test_one_run_is_told_by_its_cases_alone():
     (found,) = compare([0.1 + 1e-3 * np.arange(12)[None]]).itertuples()
     assert math.isnan(found.p_runs)
