@@ -9,7 +9,7 @@ from scipy.ndimage import binary_erosion, distance_transform_edt
 from timm_ext.data.tasks import TASKS, Region, Task
 from timm_ext.data.volume import Volume, write_nifti
 from timm_ext.errors import InputError
-from timm_ext.metrics import dice_by_region, evaluate_case, evaluate_folder, summarise
+from timm_ext.metrics import dice_by_region, evaluate_case, evaluate_folder, summarise, write_evaluation
 
 ONE = Task("one", ("T1",), (Region("A", (1,)),), frozenset((0, 1)))
 BRATS = TASKS["brats"]
@@ -167,7 +167,8 @@ def test_folder_is_scored_and_written(tmp_path):
     _write(tmp_path / "predictions/b.nii.gz", _mask())
     _write(tmp_path / "truths/b.nii.gz", _mask((1, 1, 1)))
     _write(tmp_path / "truths/unused.nii.gz", _mask())
-    evaluation = evaluate_folder(tmp_path / "predictions", tmp_path / "truths", ONE, tmp_path / "out")
+    evaluation = evaluate_folder(tmp_path / "predictions", tmp_path / "truths", ONE)
+    write_evaluation(tmp_path / "out", evaluation, ONE)
     assert evaluation.cases == {
         "a": {"A": {"dice": 0.0, "hd95": 4.0}},
         "b": {"A": {"dice": 0.0, "hd95": None}},
@@ -195,8 +196,7 @@ def test_other_grid_is_refused(tmp_path, changed):
     with pytest.raises(
         InputError, match=rf"p/a\.nii\.gz: expected the {changed} of .*t/a\.nii\.gz, [\[(].* \(got "
     ):
-        evaluate_folder(tmp_path / "p", tmp_path / "t", ONE, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+        evaluate_folder(tmp_path / "p", tmp_path / "t", ONE)
 
 
 def test_folders_that_do_not_fit_are_refused(tmp_path):

@@ -100,23 +100,18 @@ def evaluate_files(prediction: Path | str, truth: Path | str, task: Task) -> Sco
 
 
 def evaluate_pairs(
-    pairs: Mapping[str, tuple[Path | str, Path | str]],
-    task: Task,
-    out_dir: Path | str | None = None,
-    *,
-    declared: Collection[int] = (),
+    pairs: Mapping[str, tuple[Path | str, Path | str]], task: Task, *, declared: Collection[int] = ()
 ) -> Evaluation:
     """Score label files case by case, and summarise.
 
     Args:
         pairs: prediction and truth by case.
         task: names the regions.
-        out_dir: for `write_evaluation`; None writes nothing.
         declared: label numbers that the data set of the truths says it uses, as for `Task.read_labels`.
 
     Raises:
-        InputError: no case, a case that cannot be scored, predictions or truths that number a region in two
-            ways, or a folder that cannot be written.
+        InputError: no case, one that cannot be scored, or predictions or truths that number a region in two
+            ways.
     """
     if not pairs:
         raise InputError("evaluation: expected at least one case (got none)")
@@ -127,19 +122,11 @@ def evaluate_pairs(
     for labels, what in zip(seen, ("predictions", "true label maps"), strict=True):
         task.check_exclusive(labels, f"the {what}")
     absent = tuple(region.name for region in task.regions if seen[0].union(seen[1]).isdisjoint(region.labels))
-    evaluation = Evaluation(cases, summarise(cases, absent), absent=absent)
-    if out_dir is not None:
-        write_evaluation(out_dir, evaluation, task)
-    return evaluation
+    return Evaluation(cases, summarise(cases, absent), absent=absent)
 
 
 def evaluate_folder(
-    predictions: Path | str,
-    truths: Path | str,
-    task: Task,
-    out_dir: Path | str | None = None,
-    *,
-    declared: Collection[int] = (),
+    predictions: Path | str, truths: Path | str, task: Task, *, declared: Collection[int] = ()
 ) -> Evaluation:
     """Score every label file of a folder against the file of the same name (whatever its suffix) in another.
 
@@ -160,7 +147,7 @@ def evaluate_folder(
         )
     pairs = {case: (path, true[case]) for case, path in wanted.items()}
     unpredicted = tuple(name for name in true if name not in pairs)
-    evaluation = evaluate_pairs(pairs, task, out_dir, declared=declared)
+    evaluation = evaluate_pairs(pairs, task, declared=declared)
     return replace(evaluation, left_out=tuple(left_out), unpredicted=unpredicted)
 
 

@@ -15,7 +15,7 @@ from timm_ext.data.tasks import Task, get_task, task_from_dict, task_to_dict
 from timm_ext.documents import read_json, validated
 from timm_ext.files import write_json
 from timm_ext.inference import predict_case
-from timm_ext.metrics import evaluate_pairs
+from timm_ext.metrics import evaluate_pairs, write_evaluation
 from timm_ext.networks.io import save_network
 from timm_ext.study.outcomes import CACHE, CASES, FISHER, LABELS, NETWORK, PREDICTIONS, TIMES, TRAINING
 from timm_ext.study.step import Context, Inputs, Step
@@ -97,7 +97,8 @@ class NetworkStep(CaseStep):
             path = folder / PREDICTIONS / f"{case.id}.nii.gz"
             predict_case(network, replace(case, label=None), task, self.prepare, path)
             pairs[case.id] = (path, cast(Path, case.label))
-        evaluation = evaluate_pairs(pairs, task, folder)
+        evaluation = evaluate_pairs(pairs, task)
+        write_evaluation(folder, evaluation, task)
         return {
             key: {
                 case: {region: score[metric] for region, score in scores.items()}
