@@ -70,7 +70,6 @@ def predict(
     """
     from rich.progress import track
 
-    from timm_ext.data.formats.cases import read_cases
     from timm_ext.inference import predict_case
     from timm_ext.networks.io import load_network
     from timm_ext.networks.registry import config_of
@@ -81,32 +80,16 @@ def predict(
     tell_notes(network, checkpoint.notes)
     chosen = task_of(task, checkpoint)
     settings = settings_of_network(config, overrides, checkpoint, config_of(model))
-    if (cases is None) == (not images):
-        raise InputError("predict: expected either CASES or --image MODALITY=FILE for each modality")
-    if cases is not None:
-        scans = read_cases(cases, chosen, use_labels=False)
-    else:
-        scans = [_single_case(images or [], chosen)]
+    scans = _scans(cases, images or [], chosen)
     chosen = chosen.resolve({number for scan in scans for number in scan.numbers}, cases)
     outputs = [_outputs_of(scan, out, probabilities) for scan in scans]
-    inputs = [network, *(file for scan in scans for file in scan.images.values())]
-    labels = [scan.label for scan in scans if scan.label is not None]
-    check_outputs([file for files in outputs for file in files], [*inputs, *labels])
+    _check_overwritten(outputs, network, scans)
     tell_far_scans(settings, scans)
-    wanted = settings.predict
-    if flips and not wanted.flips:
-        wanted = replace(wanted, flips=(0,))
+    wanted = replace(settings.predict, flips=settings.predict.flips or ((0,) if flips else ()))
+    check, prepare = within_memory(settings, config_of(model)), settings.prepare
     for scan, (label_map, *more) in track(zip(scans, outputs, strict=True), "Segmenting", total=len(scans)):
-        predict_case(
-            model,
-            scan,
-            chosen,
-            settings.prepare,
-            label_map,
-            wanted,
-            probabilities_path=more[0] if more else None,
-            check=within_memory(settings, config_of(model)),
-        )
+        maps = more[0] if more else None
+        predict_case(model, scan, chosen, prepare, label_map, wanted, probabilities_path=maps, check=check)
     note_settings(out, settings, folder=True)
     say(f"{len(scans)} label maps in {out}")
 
@@ -226,6 +209,26 @@ def _labelled_cases(truth: Path, task: "Task", predicted: Iterable[str]) -> dict
         names = f"got {listed(found)} for predictions {listed(predicted)}"
         raise InputError(f"{error}\n  or label maps named like the predictions ({names})") from error
     return {case.id: case for case in cases}
+
+
+def _scans(cases: Path | None, images: list[str], task: "Task") -> "list[Case]":
+    """Return the scans that the user names in one way or the other.
+
+    Raises:
+        InputError: as for `read_cases` and `_single_case`, or both or none are given.
+    """
+    from timm_ext.data.formats.cases import read_cases
+
+    if (cases is None) == (not images):
+        raise InputError("predict: expected either CASES or --image MODALITY=FILE for each modality")
+    return [_single_case(images, task)] if cases is None else read_cases(cases, task, use_labels=False)
+
+
+def _check_overwritten(outputs: list[list[Path]], network: Path, scans: "list[Case]") -> None:
+    """Refuse outputs in the place of inputs, labels among them."""
+    inputs = [network, *(file for scan in scans for file in scan.images.values())]
+    labels = [scan.label for scan in scans if scan.label is not None]
+    check_outputs([file for files in outputs for file in files], [*inputs, *labels])
 
 
 def _outputs_of(scan: "Case", out: Path, probabilities: bool) -> list[Path]:

@@ -41,6 +41,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from timm_ext.cli.session import Planned
+    from timm_ext.config import RunSettings
+    from timm_ext.data.dataset import CaseDataset
+    from timm_ext.data.prepare import Prepared
+    from timm_ext.data.tasks import Task
     from timm_ext.transfer.start import Start
 
 
@@ -136,7 +140,6 @@ def fisher(
     Example: `timm-ext fisher M1.safetensors cases/ --out F1.safetensors --set fisher.samples=4`
     """
     from timm_ext.checkpoint import check_replaced
-    from timm_ext.data.dataset import CaseDataset
     from timm_ext.data.formats.cases import read_cases
     from timm_ext.data.prepare import resolve_task
     from timm_ext.data.tasks import task_to_dict
@@ -144,7 +147,6 @@ def fisher(
     from timm_ext.fisher.result import unused_note
     from timm_ext.networks.io import load_network
     from timm_ext.networks.registry import config_of, size_divisor_of
-    from timm_ext.planning import keep_in_memory
     from timm_ext.training.device import keep_freed_memory
 
     hold_output(out, folder=False, inputs=[network])
@@ -160,28 +162,33 @@ def fisher(
     prepared = prepare_labelled(every, chosen, settings, cache, workers)
     chosen = resolve_task(chosen, prepared, cases)
     check_fisher_memory(settings, prepared, config_of(model))
-    data = CaseDataset(
-        prepared,
-        chosen,
-        patch=settings.fisher.patch,
-        samples_per_case=1 if settings.fisher.patch is None else settings.fisher.patches,
-        seed=settings.fisher.seed,
-        in_memory=keep_in_memory(prepared, len(chosen.modalities)),
-    )
+    data = _fisher_examples(prepared, chosen, settings)
     partial = out.with_name(f"{out.name}.partial")
     options = settings.fisher.model_dump(exclude={"patch", "patches"})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Fisher:")  # said below in a line of its own
         estimate = estimate_fisher(model, data, **options, progress=True, partial=partial)
-    estimate.save(
-        out,
-        network_sha256=checkpoint.sha256,
-        task=task_to_dict(chosen),
-        settings=settings_dict(settings, "prepare", "fisher"),
-    )
+    noted = {"task": task_to_dict(chosen), "settings": settings_dict(settings, "prepare", "fisher")}
+    estimate.save(out, network_sha256=checkpoint.sha256, **noted)
     note_settings(out, settings, folder=False)
     remove_partial(partial)
     if estimate.unused:
         say(unused_note(estimate.unused))
     patches = "" if settings.fisher.patch is None else f" patches of {len(prepared)}"
     say(f"{out}: {estimate.kind.value}, {estimate.count}{patches} cases")
+
+
+def _fisher_examples(cases: "list[Prepared]", task: "Task", settings: "RunSettings") -> "CaseDataset":
+    """Return whole volumes, or patches of the network's size."""
+    from timm_ext.data.dataset import CaseDataset
+    from timm_ext.planning import keep_in_memory
+
+    patch = settings.fisher.patch
+    return CaseDataset(
+        cases,
+        task,
+        patch=patch,
+        samples_per_case=1 if patch is None else settings.fisher.patches,
+        seed=settings.fisher.seed,
+        in_memory=keep_in_memory(cases, len(task.modalities)),
+    )

@@ -3,13 +3,13 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from timm_ext.errors import InputError
-from timm_ext.merging.bank import Bank, FisherStorage, Normalization, under_names
+from timm_ext.merging.bank import Bank, under_names
 from timm_ext.merging.buffers import check_buffers, set_buffers
 from timm_ext.merging.merge import Merge, get_merge
 from timm_ext.merging.modalities import fit_to_target
@@ -29,9 +29,7 @@ def assemble_bank(
     target_modalities: Sequence[str],
     input_layers: Sequence[str],
     unseen: Mapping[str, str] | None = None,
-    normalize: Normalization | None = None,
-    fisher_storage: FisherStorage | None = None,
-    dtype: torch.dtype = torch.float32,
+    **storage: Any,
 ) -> Bank:
     """Fit source networks to the target's input images and collect their shared parameters.
 
@@ -39,14 +37,12 @@ def assemble_bank(
         network: the target network, whose own weights stay for modalities that a source never saw.
         models: the state (or the parameters) of each source network by its name.
         fishers: of the same models in the same order, or None.
-        split: which of the target's parameters are shared.
+        split: of the target's parameters.
         source_modalities: of each source network.
         target_modalities: of the target task.
         input_layers: names of the weights that read the images.
         unseen: see `match_input_channels`.
-        normalize: see `Bank.build`.
-        fisher_storage: see `Bank.build`.
-        dtype: see `Bank.build`.
+        **storage: `normalize`, `fisher_storage` and `dtype` of `Bank.build`.
 
     Raises:
         InputError: the networks differ in more than their task-specific tensors, all of which are listed,
@@ -58,10 +54,7 @@ def assemble_bank(
     models, fishers = under_names((*parameters, *buffers), models, fishers)
     own_buffers = [name for name in network.state_dict() if name not in {*parameters, *layout.buffers}]
     check_compatible(models, ignore=(*split.specific, *input_layers, *own_buffers))
-    if len(source_modalities) != len(models):
-        raise InputError(
-            f"modalities: expected those of each of {len(models)} models (got {len(source_modalities)} lists)"
-        )
+    one_each = _one_each(fishers, source_modalities, len(models))
     shared_inputs = [name for name in input_layers if name in split.shared]
     own = named_parameters(network)
     fitted = [
@@ -74,25 +67,29 @@ def assemble_bank(
             input_layers=shared_inputs,
             unseen=unseen,
         )
-        for tensors, fisher, modalities in zip(
-            models.values(), _one_each(fishers, len(models)), source_modalities, strict=True
-        )
+        for tensors, (fisher, modalities) in zip(models.values(), one_each, strict=True)
     ]
     fitted_fishers = [fisher for _, fisher in fitted if fisher is not None]
     return Bank.build(
         {name: tensors for name, (tensors, _) in zip(models, fitted, strict=True)},
         fitted_fishers if fishers is not None else None,
         layout,
-        normalize=normalize,
-        fisher_storage=fisher_storage,
-        dtype=dtype,
+        **storage,
     )
 
 
-def _one_each(fishers: "Sequence[Fisher] | None", models: int) -> "Sequence[Fisher | None]":
+def _one_each(
+    fishers: "Sequence[Fisher] | None", modalities: Sequence[Sequence[str]], models: int
+) -> "list[tuple[Fisher | None, Sequence[str]]]":
+    """Pair the Fisher and the modalities of each model."""
+    if len(modalities) != models:
+        raise InputError(
+            f"modalities: expected those of each of {models} models (got {len(modalities)} lists)"
+        )
     if fishers is not None and len(fishers) != models:
         raise InputError(f"bank: expected one Fisher for each of {models} models (got {len(fishers)})")
-    return fishers if fishers is not None else [None] * models
+    each: Sequence[Fisher | None] = [None] * models if fishers is None else fishers
+    return list(zip(each, modalities, strict=True))
 
 
 def build_initialisation(merge: Merge | str, network: nn.Module, bank: Bank | None) -> nn.Module:

@@ -53,10 +53,10 @@ def test_the_result_of_the_same_merge_may_be_there_already(tmp_path: Path, folde
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from timm_ext.merging.streaming import merge as streamed
+from timm_ext.merging.streaming import merge as streamed, result
 def killed(*arguments, **options):
     os.kill(os.getpid(), signal.SIGKILL)
-setattr(streamed, sys.argv[1], killed)
+setattr(result if hasattr(result, sys.argv[1]) else streamed, sys.argv[1], killed)
 streamed.merge_checkpoints([Path(p) for p in sys.argv[3:]], sys.argv[2], ratios=[1, 1])
 """
 

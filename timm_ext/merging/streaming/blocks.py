@@ -7,8 +7,6 @@ go to the disk past the page cache where the file system can do that: then the m
 buffers, pages that other programs use are left alone, and the disk writes from the first block on.
 """
 
-import errno
-import fcntl
 import mmap
 import os
 import threading
@@ -25,8 +23,9 @@ import torch
 from torch import Tensor
 
 from timm_ext.errors import InputError
-from timm_ext.files import reading, sync
+from timm_ext.files import sync
 from timm_ext.merging.buffers import is_counter
+from timm_ext.merging.streaming.open_files import OpenFiles
 from timm_ext.merging.streaming.shards import Place
 from timm_ext.ops.merge import fused_merge
 
@@ -34,7 +33,6 @@ BLOCK = 4 << 20  # bytes of an output file that are written at once
 CHUNK = 512 << 10  # bytes of a tensor that are merged at once
 _SECTOR = 4096  # what unbuffered writes are multiples of
 _APART = 1088  # bytes between rows; rows whole pages apart compete for the same cache sets
-_OPEN_FILES = 64  # of a worker
 
 INTEGERS = {f"{kind}{8 * size}": f"<{kind.lower()}{size}" for kind in "IU" for size in (1, 2, 4, 8)}
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -199,7 +197,7 @@ class _Merger:
     def __init__(self, ratios: Sequence[float]) -> None:
         self._models = len(ratios)
         self._ratios = torch.tensor([ratios], dtype=torch.float64)
-        self._files = Files()
+        self._files = OpenFiles()
         self._memory = mmap.mmap(-1, BLOCK)  # on a page boundary, as unbuffered writes want it
         self._out = torch.frombuffer(self._memory, dtype=torch.uint8)
         self._out_bytes = memoryview(self._memory)
@@ -324,81 +322,3 @@ def _non_finite(theta: Tensor, item: Item) -> Tensor | None:
         f"{item.theta[worst].file}: expected finite weights, or the same in all models (got {bad} or more "
         f"elements of {item.name} that are NaN or infinite)"
     )
-
-
-class Files:
-    """Open files of one worker, for reads and writes at any place."""
-
-    def __init__(self) -> None:
-        self._open: dict[Path, int] = {}
-
-    def close(self) -> None:
-        """Close them all."""
-        for descriptor in self._open.values():
-            os.close(descriptor)
-        self._open.clear()
-
-    def announce(self, place: Place, begin: int, end: int) -> None:
-        """Have bytes of a tensor brought into the page cache, from several files at once.
-
-        Raises:
-            InputError: the file cannot be read.
-        """
-        with reading(place.file):
-            descriptor = self._descriptor(place.file, os.O_RDONLY)
-            os.posix_fadvise(descriptor, place.begin + begin, end - begin, os.POSIX_FADV_WILLNEED)
-
-    def read(self, place: Place, offset: int, target: memoryview) -> None:
-        """Fill `target` with the bytes of a tensor from `offset` on.
-
-        Raises:
-            InputError: the file cannot be read, or has become shorter.
-        """
-        position = place.begin + offset
-        with reading(place.file):
-            descriptor = self._descriptor(place.file, os.O_RDONLY)
-            while target:
-                count = os.preadv(descriptor, [target], position)
-                if count == 0:
-                    raise InputError(f"{place.file}: expected {place.end} bytes or more (got {position})")
-                target, position = target[count:], position + count
-
-    def write(self, path: Path, source: memoryview, position: int) -> None:
-        """Write whole sectors at a place of a file.
-
-        Raises:
-            OSError: the disk is full or fails.
-        """
-        descriptor = self._descriptor(path, os.O_WRONLY)
-        while source:
-            try:
-                count = os.pwritev(descriptor, [source], position)
-            except OSError as error:
-                if error.errno != errno.EINVAL or not _set_unbuffered(descriptor, wanted=False):
-                    raise
-                continue
-            source, position = source[count:], position + count
-
-    def _descriptor(self, path: Path, mode: int) -> int:
-        if path not in self._open:
-            if len(self._open) >= _OPEN_FILES:
-                self.close()
-            self._open[path] = os.open(path, mode | os.O_CLOEXEC)
-            if mode == os.O_WRONLY:
-                _set_unbuffered(self._open[path], wanted=True)
-            else:
-                os.posix_fadvise(self._open[path], 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        return self._open[path]
-
-
-def _set_unbuffered(descriptor: int, *, wanted: bool) -> bool:
-    """Write past the page cache or not, and return whether that was a change; some file systems cannot."""
-    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    changed = flags | os.O_DIRECT if wanted else flags & ~os.O_DIRECT
-    if changed == flags:
-        return False
-    try:
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, changed)
-    except OSError:
-        return False
-    return True

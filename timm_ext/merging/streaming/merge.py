@@ -2,40 +2,22 @@
 
 import json
 import os
-import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from timm_ext.checkpoint import FORMAT, versions
 from timm_ext.documents import parse_json
-from timm_ext.errors import InputError, lines_of
-from timm_ext.files import (
-    atomic_folder,
-    atomic_write,
-    real_path,
-    remove_stale_partials,
-    sha256,
-    write_json,
-)
-from timm_ext.merging.streaming.blocks import CHUNK, DTYPES, Files, Item, Output, merge_blocks
-from timm_ext.merging.streaming.companions import companions_of, copy_companions
-from timm_ext.merging.streaming.shards import (
-    INDEX,
-    KEY,
-    SINGLE,
-    Place,
-    ShardPlan,
-    Shards,
-    index_of,
-    open_shards,
-    plan_shards,
-)
-from timm_ext.storage.integrity import BLANK, check_seal, seal
+from timm_ext.errors import InputError
+from timm_ext.files import real_path, sha256
+from timm_ext.merging.streaming.blocks import Item, merge_blocks
+from timm_ext.merging.streaming.checks import check_content, check_sources
+from timm_ext.merging.streaming.result import is_folder, plan_result
+from timm_ext.merging.streaming.shards import KEY, Shards, open_shards
+from timm_ext.storage.integrity import BLANK
 
 _MOST_WORKERS = 8
 
@@ -87,11 +69,10 @@ def merge_checkpoints(
     Args:
         sources: safetensors files, or folders of shards.
         out: a `.safetensors` file, or a new or empty folder, which gets the shards of the first source, an
-            index, and the first source's configuration and tokenizer files (links that lead out of its folder
-            are left out). It appears once it is whole; the result of the same merge may be there already.
+            index, and the first source's configuration and tokenizer files. It appears once it is whole; the
+            result of the same merge may be there already.
         ratios: one for each source, non-negative; their sum does not matter.
-        fishers: one checkpoint of Fishers for each source, in the same order, or none at all. A tensor that
-            none of them holds is merged by the ratios alone.
+        fishers: one for each source, or none at all. A tensor that none holds is merged by the ratios alone.
         shard_size: largest number of bytes of a shard in a folder; None: shards as in the first source.
         hashes: note the SHA-256 of every source file in the result, which reads them once more.
         workers: threads; None: two for each core, since half of them wait for the disk, and at most 8.
@@ -103,33 +84,16 @@ def merge_checkpoints(
     """
     out = Path(out)
     models, planes = [open_shards(path) for path in sources], [open_shards(path) for path in fishers]
-    _check_ratios(ratios, models)
-    _check_tensors(models)
-    _check_fishers(planes, models)
-    folder = out.suffix != ".safetensors"
-    if shard_size is not None and not (folder and shard_size > 0):
-        raise InputError(
-            f"shards of {shard_size} bytes: expected more than 0, and a folder for them (got {out})"
-        )
-    companions, left_out = companions_of(models[0].path) if folder else ([], [])
+    check_sources(models, planes, ratios)
+    folder = is_folder(out, shard_size)
     about = _provenance(models, planes, ratios, hashes, sealed=not folder)
-    plans = plan_shards(models[0], None if folder else out.name, shard_size, about)
-    _check_room(out, plans, companions, folder=folder, nbytes=models[0].nbytes)
+    result = plan_result(out, models[0], about, folder=folder, shard_size=shard_size)
     items = _items(models, planes)
-    _check_seals([*models, *planes])
-    _check_copied([item for item in items.values() if item.copied])
+    check_content(models, planes, items.values())
     total = sum(place.nbytes for item in items.values() for place in item.read)
-    count = _Counter(total, progress)
     threads = workers or min(2 * len(os.sched_getaffinity(0)), _MOST_WORKERS)
-    with atomic_folder(out, over=True) if folder else atomic_write(out) as place:
-        outputs = [_output(place / plan.name if folder else place, plan, items) for plan in plans]
-        merge_blocks(outputs, ratios, workers=threads, progress=count)
-        if folder:
-            copy_companions(companions, place)
-            if len(plans) > 1 or plans[0].name != SINGLE:
-                write_json(place / INDEX, index_of(plans))
-        elif BLANK.encode() in plans[0].header:
-            seal(place)
+    with result.begun(items) as outputs:
+        merge_blocks(outputs, ratios, workers=threads, progress=_Counter(total, progress))
     return StreamedMerge(
         tensors=len(items),
         nbytes_read=total,
@@ -137,115 +101,8 @@ def merge_checkpoints(
         copied=tuple(name for name, item in items.items() if item.copied),
         counters=tuple(name for name, item in items.items() if item.counter),
         without_fisher=tuple(name for name, item in items.items() if planes and item.merged_plainly),
-        left_out=tuple(file.name for file in left_out),
+        left_out=tuple(file.name for file in result.left_out),
     )
-
-
-def _check_seals(shards: Sequence[Shards]) -> None:
-    """Refuse damaged files among those that hold a digest."""
-    for checkpoint in shards:
-        for file, digest in checkpoint.digests.items():
-            check_seal(file, digest)
-
-
-def _check_ratios(ratios: Sequence[float], models: Sequence[Shards]) -> None:
-    got = ", ".join(map(str, ratios))
-    if not models or len(ratios) != len(models):
-        raise InputError(
-            f"ratios: expected one for each of {len(models)} checkpoints (got {len(ratios)}: {got})"
-        )
-    if not all(isfinite(ratio) and ratio >= 0 for ratio in ratios) or max(ratios) == 0:
-        raise InputError(f"ratios: expected finite numbers >= 0, not all of them 0 (got {got})")
-
-
-def _check_tensors(models: Sequence[Shards]) -> None:
-    """Refuse checkpoints with other tensors than the first, all differences at once."""
-    first, *others = models
-    if not first.tensors:
-        raise InputError(f"{first.path}: expected tensors (got none)")
-    lines = []
-    for other in others:
-        for name, place in first.tensors.items():
-            got = other.tensors.get(name)
-            if got is None or (got.dtype, got.shape) != (place.dtype, place.shape):
-                lines.append(
-                    f"{other.path}: {name}: expected {place} as in {first.path} (got {got or 'none'})"
-                )
-        unknown = [name for name in other.tensors if name not in first.tensors]
-        lines += [
-            f"{other.path}: {name}: expected none as in {first.path} (got {other.tensors[name]})"
-            for name in unknown
-        ]
-    _refuse("checkpoints: expected the same tensors", "differ", lines)
-
-
-def _check_fishers(fishers: Sequence[Shards], models: Sequence[Shards]) -> None:
-    """Refuse Fishers that do not fit the models, all differences at once."""
-    if not fishers:
-        return
-    if len(fishers) != len(models):
-        raise InputError(f"fishers: expected one for each of {len(models)} checkpoints (got {len(fishers)})")
-    for fisher, model in zip(fishers, models, strict=True):
-        _check_origin(fisher, model)
-    expected = models[0].tensors
-    names = dict.fromkeys(name for fisher in fishers for name in fisher.tensors)
-    lines = []
-    for name in names:
-        places = [fisher.tensors.get(name) for fisher in fishers]
-        shape = expected[name].shape if name in expected and expected[name].dtype in DTYPES else None
-        fits = [place is not None and place.shape == shape and place.dtype in DTYPES for place in places]
-        if not all(fits) or len({place.dtype for place in places if place}) > 1:
-            wanted = "none" if shape is None else f"floating point {list(shape)} in each"
-            lines.append(
-                f"{name}: expected {wanted} (got {', '.join(str(place or 'none') for place in places)})"
-            )
-    _refuse("fishers: expected tensors of the checkpoints", "do not fit", lines)
-    if not names:
-        raise InputError(f"{fishers[0].path}: expected a Fisher (got no tensor)")
-
-
-def _check_origin(fisher: Shards, model: Shards) -> None:
-    if (kind := fisher.provenance.get("kind", "fisher")) != "fisher":
-        raise InputError(f"{fisher.path}: expected a Fisher (got a {kind} checkpoint)")
-    network = (fisher.provenance.get("provenance") or {}).get("network_sha256")
-    if network is not None and (model.path.is_dir() or sha256(model.path) != network):
-        raise InputError(f"{fisher.path}: expected the Fisher of {model.path} (got that of another network)")
-
-
-def _check_copied(items: Sequence[Item]) -> None:
-    """Refuse integers, booleans, 8-bit numbers and the like that differ, all of them at once."""
-    files = Files()
-    try:
-        differ = [item for item in items if not _agree(item.theta, files)]
-    finally:
-        files.close()
-    lines = [f"{item.name}: {item.theta[0]}" for item in differ]
-    if small := sorted({item.theta[0].dtype for item in differ if item.theta[0].dtype.startswith("F")}):
-        raise InputError(
-            f"checkpoints: expected weights of 16 bits or more, or the same in all of them (got {len(lines)} "
-            f"that differ, of types such as {small[0]}, which have scales of their own and no mean); convert "
-            f"them to bfloat16 or float32 first{lines_of(lines)}"
-        )
-    _refuse(
-        "checkpoints: expected the same integers and booleans in all of them",
-        "differ",
-        lines,
-    )
-
-
-def _agree(places: Sequence[Place], files: Files) -> bool:
-    for offset in range(0, places[0].nbytes, CHUNK):
-        chunks = [bytearray(min(CHUNK, place.nbytes - offset)) for place in places]
-        for chunk, place in zip(chunks, places, strict=True):
-            files.read(place, offset, memoryview(chunk))
-        if any(chunk != chunks[0] for chunk in chunks):
-            return False
-    return True
-
-
-def _refuse(what: str, how: str, lines: Sequence[str]) -> None:
-    if lines:
-        raise InputError(f"{what} (got {len(lines)} that {how}){lines_of(lines)}")
 
 
 def _provenance(
@@ -307,40 +164,6 @@ def _source(shards: Shards, hashes: bool) -> dict[str, Any]:
     return noted
 
 
-def _check_room(
-    out: Path, plans: Sequence[ShardPlan], companions: Sequence[Path], *, folder: bool, nbytes: int
-) -> None:
-    """Refuse a result that cannot be written, before any work is done for it."""
-    for place in (out, out.parent):  # a killed merge may have left as much as this one needs
-        remove_stale_partials(place)
-    if folder and out.exists() and not _is_own_result(out, plans, companions):
-        raise InputError(f"{out}: expected a .safetensors file, or a new or empty folder (got neither)")
-    if not folder and out.is_dir():
-        raise InputError(f"{out}: expected a file (got a folder)")
-    there = next(parent for parent in real_path(out).parents if parent.exists())
-    free = shutil.disk_usage(there).free
-    if free < nbytes:
-        raise InputError(f"{out}: expected {nbytes / 1e9:.2f} GB of room on the disk (got {free / 1e9:.2f})")
-
-
-def _is_own_result(folder: Path, plans: Sequence[ShardPlan], companions: Sequence[Path]) -> bool:
-    """Tell whether a folder is empty, or the result of this very merge, which may be made again."""
-    if not folder.is_dir():
-        return False
-    there = {file.name: file for file in folder.iterdir()}
-    others = there.keys() - {plan.name for plan in plans}
-    if others - {INDEX, *(file.name for file in companions)}:
-        return False
-    return not there or all(_has_header(there.get(plan.name), plan.header) for plan in plans)
-
-
-def _has_header(file: Path | None, header: bytes) -> bool:
-    if file is None or not file.is_file() or file.is_symlink():
-        return False
-    with file.open("rb") as opened:
-        return opened.read(len(header)) == header
-
-
 def _items(models: Sequence[Shards], fishers: Sequence[Shards]) -> dict[str, Item]:
     """Return where each tensor lies in the sources."""
     return {
@@ -351,11 +174,6 @@ def _items(models: Sequence[Shards], fishers: Sequence[Shards]) -> dict[str, Ite
         )
         for name in models[0].tensors
     }
-
-
-def _output(path: Path, plan: ShardPlan, items: Mapping[str, Item]) -> Output:
-    placed = tuple((begin, items[name]) for name, begin in plan.begins.items() if items[name].nbytes)
-    return Output(path, plan.header, placed, plan.nbytes)
 
 
 class _Counter:
