@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from timm_ext.cli.common import DEFAULT_TASK
+from timm_ext.errors import InputError, listed
+from timm_ext.files import real_path
 from timm_ext.system.locks import is_first_of_launched
 from timm_ext.system.terminal import say
 
@@ -25,8 +27,6 @@ def told_default(task: str | None, cases: Path) -> Iterator[None]:
         task: that the user named, or None.
         cases: the data set, which may describe its own task.
     """
-    from timm_ext.errors import InputError
-
     try:
         yield
     except InputError as error:
@@ -98,8 +98,6 @@ def training_parts(
 
 def _tell_shared(train: "Sequence[Case]", val: "Sequence[Case]") -> None:
     """Say how many cases are both trained on and validated with."""
-    from timm_ext.errors import listed
-    from timm_ext.files import real_path
 
     def files(case: "Case") -> set[object]:
         return {case.id, *(real_path(file) for file in case.images.values())}

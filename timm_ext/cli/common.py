@@ -4,6 +4,8 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from math import lcm
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +13,7 @@ import typer
 
 from timm_ext.cli.app import hold
 from timm_ext.documents.bounds import MOST_WORKERS
+from timm_ext.errors import InputError, listed, shown
 from timm_ext.files import check_outputs, stem_of, writing
 from timm_ext.system.locks import folder_lock, is_first_of_launched, output_lock
 from timm_ext.system.terminal import say
@@ -113,8 +116,6 @@ def settings_from(
 
     A voxel size that the network's file leaves open stays `auto`.
     """
-    from dataclasses import asdict
-
     from timm_ext.config import RunSettings, load_settings
 
     if checkpoint is None:
@@ -133,7 +134,6 @@ def noted_settings(checkpoint: "Checkpoint") -> "RunSettings":
     """
     from timm_ext.config import RunSettings
     from timm_ext.documents import validated
-    from timm_ext.errors import InputError, shown
 
     noted = checkpoint.metadata.get("settings") or {}
     if not isinstance(noted, dict):
@@ -162,23 +162,13 @@ def check_output(path: Path) -> None:
 
 
 def check_folder(path: Path, option: str = "--out") -> None:
-    """Refuse a folder of outputs that is a file or cannot be written, before any work is done for it.
-
-    Raises:
-        InputError: as said.
-    """
+    """Refuse a folder of outputs that is a file or cannot be written, before any work is done for it."""
     refuse_file(path, option)
     check_output(path / NETWORK_NAME)
 
 
 def refuse_file(path: Path, option: str = "--out") -> None:
-    """Refuse a file where a folder is meant.
-
-    Raises:
-        InputError: as said.
-    """
-    from timm_ext.errors import InputError
-
+    """Refuse a file where a folder is meant."""
     if path.exists() and not path.is_dir():
         raise InputError(f"{option}: expected a folder (got the file {path})")
 
@@ -206,11 +196,14 @@ def hold_output(path: Path, *, folder: bool, inputs: Iterable[Path] = ()) -> Non
 
 def fit_volumes(settings: "RunSettings", divisor: int) -> "RunSettings":
     """Round prepared volumes up to edges that a network with this divisor takes whole."""
-    from dataclasses import replace
-    from math import lcm
-
     multiple = lcm(settings.prepare.multiple, divisor)
     return settings.model_copy(update={"prepare": replace(settings.prepare, multiple=multiple)})
+
+
+def say_once(line: str) -> None:
+    """Say a line, of several processes that run together one alone."""
+    if is_first_of_launched():
+        say(line)
 
 
 def tell_notes(where: object, notes: Sequence[str]) -> None:
@@ -251,7 +244,6 @@ def task_of(name: str | None, checkpoint: "Checkpoint") -> "Task":
             those of the task, or for these in another order.
     """
     from timm_ext.data.tasks import get_task
-    from timm_ext.errors import InputError
 
     noted = noted_task(checkpoint)
     if name is None and noted is None:
@@ -281,8 +273,6 @@ def noted_task(checkpoint: "Checkpoint") -> "Task | None":
 
 
 def _check_counts(task: "Task", checkpoint: "Checkpoint", hint: str = "") -> None:
-    from timm_ext.errors import InputError
-
     config = checkpoint.metadata.get("network") or {}
     expected = (len(task.modalities), len(task.regions))
     got = (config.get("in_channels"), config.get("out_channels"))
@@ -295,7 +285,6 @@ def _check_counts(task: "Task", checkpoint: "Checkpoint", hint: str = "") -> Non
 
 def _check_names(task: "Task", noted: "Task", checkpoint: "Checkpoint") -> None:
     """Refuse a task whose channels are not those of the noted one, in its order."""
-    from timm_ext.errors import InputError, listed
     from timm_ext.merging import same_modality
 
     pairs = zip(task.modalities, noted.modalities, strict=True)

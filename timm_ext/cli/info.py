@@ -1,5 +1,6 @@
 """The command that tells what is installed, or what is in a file."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,8 +65,6 @@ def info(
 
 
 def _print(facts: dict[str, Any]) -> None:
-    import json
-
     width = max(map(len, facts)) + 2
     for name, value in facts.items():
         if isinstance(value, (list, tuple)):

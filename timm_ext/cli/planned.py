@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from timm_ext.cli.common import fit_volumes, noted_settings, say_once, settings_from
 from timm_ext.cli.reckoned import check_training_memory, edges
+from timm_ext.errors import InputError, listed
 from timm_ext.system.locks import is_first_of_launched
-from timm_ext.system.terminal import say
+from timm_ext.system.terminal import duration, say
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,7 +26,6 @@ if TYPE_CHECKING:
 
 SETTINGS_NAME = "settings.yaml"
 _PER_TRAINING = ("train.steps", "train.batch_size", "train.validate_every", "train.patch")
-_OF_INTENSITY_AND_SIZE = ("spacing", "normalise", "bias_field")
 _FAR = 1.5
 
 
@@ -47,7 +49,6 @@ def network_of_task(settings: "RunSettings", task: "Task") -> dict[str, Any]:
 
 def fit_whole_volumes(settings: "RunSettings", network: Mapping[str, Any]) -> "RunSettings":
     """Where whole volumes are trained on, prepare them with edges that the network takes."""
-    from timm_ext.cli.common import fit_volumes
     from timm_ext.planning import footprint_of
 
     if "train.patch" in settings.automatic or settings.train.patch is not None:
@@ -62,8 +63,6 @@ def settings_of_network(
     network: Mapping[str, Any],
 ) -> "RunSettings":
     """Read the settings of a command that applies a network, with what its file notes and what it is."""
-    from timm_ext.cli.common import settings_from
-
     settings = with_network(settings_from(config, overrides, checkpoint), network, checkpoint.path)
     return without_noted_spacing(with_noted_window(settings, checkpoint), checkpoint.path)
 
@@ -80,7 +79,6 @@ def with_network(settings: "RunSettings", network: Mapping[str, Any], where: obj
         InputError: the settings name another network, or other options.
     """
     from timm_ext.config import NetworkSettings
-    from timm_ext.errors import InputError
 
     given, options = settings.network, dict(network["options"])
     if given.name not in (network["name"], NetworkSettings().name):
@@ -95,8 +93,6 @@ def with_network(settings: "RunSettings", network: Mapping[str, Any], where: obj
 
 def with_noted_window(settings: "RunSettings", checkpoint: "Checkpoint") -> "RunSettings":
     """Apply a network in windows of the patches it was trained on, unless the user says otherwise."""
-    from timm_ext.cli.common import noted_settings
-
     window = noted_settings(checkpoint).predict.window
     return settings.planned({"predict.window": window, "fisher.patch": window})
 
@@ -113,10 +109,12 @@ def with_spacing(settings: "RunSettings", cases: "Sequence[Case]") -> "RunSettin
         return settings.planned({"prepare.spacing": None})
     if planned:
         of_all = f"the median; {plan.resampled} of {plan.cases} cases are resampled"
-        _print(f"Voxels of {_lengths(plan.spacing)} mm, {of_all if plan.resampled else 'those of all cases'}")
+        say_once(
+            f"Voxels of {_lengths(plan.spacing)} mm, {of_all if plan.resampled else 'those of all cases'}"
+        )
         return settings.planned({"prepare.spacing": plan.spacing})
     if plan.resampled:
-        _print("Voxel sizes differ and are kept: the network will take any scan at its own")
+        say_once("Voxel sizes differ and are kept: the network will take any scan at its own")
         return settings
     prepare = replace(settings.prepare, spacing=plan.spacing)
     return settings.model_copy(update={"prepare": prepare})
@@ -125,7 +123,7 @@ def with_spacing(settings: "RunSettings", cases: "Sequence[Case]") -> "RunSettin
 def without_noted_spacing(settings: "RunSettings", where: object) -> "RunSettings":
     """Take scans at their own voxel size where a network's file notes none, and say so."""
     if "prepare.spacing" in settings.automatic:
-        _print(
+        say_once(
             f"{where} notes no voxel size: scans are taken at their own; --set prepare.spacing=S resamples "
             "them to the one it was trained at"
         )
@@ -134,7 +132,6 @@ def without_noted_spacing(settings: "RunSettings", where: object) -> "RunSetting
 
 def tell_far_scans(settings: "RunSettings", scans: "Sequence[Case]") -> None:
     """Say which scans have voxels of quite another size than those that the network was trained on."""
-    from timm_ext.errors import listed
     from timm_ext.planning import case_spacing
 
     wanted = settings.prepare.spacing
@@ -147,7 +144,7 @@ def tell_far_scans(settings: "RunSettings", scans: "Sequence[Case]") -> None:
         if own and any(max(one / two, two / one) > _FAR for one, two in zip(own, three, strict=True)):
             far.append(f"{scan.id} {_lengths(own)} mm")
     if far:
-        _print(
+        say_once(
             f"Voxels of another size than the network was trained on are resampled to {_lengths(wanted)} mm: "
             f"{listed(far)}"
         )
@@ -174,7 +171,6 @@ def with_training_plan(
         InputError: no training case; a patch that the network does not take, or more memory than there is.
     """
     from timm_ext.config import NetworkSettings
-    from timm_ext.errors import InputError
     from timm_ext.planning import plan_training, this_machine
 
     if not parts[0]:
@@ -204,14 +200,11 @@ def with_training_plan(
 
 def tell_plan(settings: "RunSettings", plan: "TrainingPlan", parts: "Parts", model: "nn.Module") -> None:
     """Print a plan: what is trained on, how long, and what it takes."""
-    from math import ceil
-
     import numpy as np
     import torch
 
     from timm_ext.planning import step_seconds, this_machine
     from timm_ext.planning.budget import GIB
-    from timm_ext.system.terminal import duration
 
     train, count = settings.train, len(parts[0])
     machine = this_machine(train.accelerator, train.devices)
@@ -273,8 +266,3 @@ def _lengths(spacing: float | tuple[float, float, float]) -> str:
     values = spacing if isinstance(spacing, tuple) else (spacing,)
     told = [f"{value:.4g}" for value in values]
     return told[0] if len(set(told)) == 1 else " × ".join(told)
-
-
-def _print(line: str) -> None:
-    if is_first_of_launched():
-        say(line)

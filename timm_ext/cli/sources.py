@@ -1,12 +1,13 @@
 """Source networks that commands start from, and what they say about them."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from timm_ext.cli.common import noted_settings, tell_notes
+from timm_ext.cli.common import noted_settings, say_once, tell_notes
 from timm_ext.cli.planned import with_network
-from timm_ext.system.locks import is_first_of_launched
+from timm_ext.errors import listed
 from timm_ext.system.terminal import say
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def tell_unlike_preparation(settings: "RunSettings", networks: "Sequence[Path]")
             if getattr(noted, name) not in (None, getattr(own, name))
         ]
         if unlike:
-            _say_once(f"{path} was trained on cases of {'; '.join(unlike)}")
+            say_once(f"{path} was trained on cases of {'; '.join(unlike)}")
 
 
 def tell_unlike_fishers(settings: "RunSettings", sources: "Sources") -> None:
@@ -96,7 +97,7 @@ def tell_unlike_fishers(settings: "RunSettings", sources: "Sources") -> None:
             examples[name] = f"patches of {patch} voxels" if patch else "whole volumes"
     if len(set(examples.values())) > 1:
         told = ", ".join(f"{name} {what}" for name, what in examples.items())
-        _say_once(f"Fishers of unlike examples differ in scale, unless merge.normalize=model: {told}")
+        say_once(f"Fishers of unlike examples differ in scale, unless merge.normalize=model: {told}")
 
 
 def _tell_unseen(sources: "Sources", task: "Task", recipe: "Recipe") -> None:
@@ -113,8 +114,6 @@ def _tell_unseen(sources: "Sources", task: "Task", recipe: "Recipe") -> None:
 
 def _tell_intensities(sources: "Sources", settings: "RunSettings") -> None:
     """Say which sources saw other intensities than the new network will see."""
-    from dataclasses import asdict
-
     from timm_ext.data.prepare import intensity_fields
 
     own = asdict(settings.prepare)
@@ -132,7 +131,6 @@ def _tell_intensities(sources: "Sources", settings: "RunSettings") -> None:
 
 def _tell_statistics(target: "nn.Module", start: "Start") -> None:
     """Say which running statistics do not come from the sources."""
-    from timm_ext.errors import listed
     from timm_ext.parameters import buffer_owners
 
     merged = buffer_owners(target, start.split.shared, transfer_norms=start.split.transfer_norms)
@@ -143,8 +141,3 @@ def _tell_statistics(target: "nn.Module", start: "Start") -> None:
             f"running statistics of {len(own)} norms start over, as these norms do "
             f"(merge.transfer_norms=true merges those outside the heads): {listed(own)}"
         )
-
-
-def _say_once(line: str) -> None:
-    if is_first_of_launched():
-        say(line)

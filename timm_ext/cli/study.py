@@ -8,6 +8,7 @@ import typer
 
 from timm_ext.cli.common import refuse_file
 from timm_ext.documents.bounds import MOST_WORKERS
+from timm_ext.errors import InputError
 
 
 def study(
@@ -50,7 +51,6 @@ def study(
     Example: `timm-ext study small --label-maps label_maps/ --out study`
     """
     from timm_ext.config import load_settings
-    from timm_ext.errors import InputError
     from timm_ext.study.plan import StudyPlan, find_plan
     from timm_ext.study.run import run_study
 

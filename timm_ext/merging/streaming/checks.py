@@ -12,11 +12,7 @@ from timm_ext.storage.integrity import check_seal
 
 
 def check_sources(models: Sequence[Shards], fishers: Sequence[Shards], ratios: Sequence[float]) -> None:
-    """Refuse ratios, tensors and Fishers that do not fit each other; of tensors all that do not are listed.
-
-    Raises:
-        InputError: as said.
-    """
+    """Refuse ratios, tensors and Fishers that do not fit; of tensors all that do not are listed."""
     _check_ratios(ratios, models)
     _check_tensors(models)
     if fishers:
@@ -24,11 +20,7 @@ def check_sources(models: Sequence[Shards], fishers: Sequence[Shards], ratios: S
 
 
 def check_content(models: Sequence[Shards], fishers: Sequence[Shards], items: Iterable[Item]) -> None:
-    """Refuse damaged files among those that hold a digest, and copied tensors that differ.
-
-    Raises:
-        InputError: as said.
-    """
+    """Refuse damaged files among those that hold a digest, and copied tensors that differ."""
     for checkpoint in (*models, *fishers):
         for file, digest in checkpoint.digests.items():
             check_seal(file, digest)
