@@ -372,3 +372,11 @@ def test_same_grid():
 
 def test_spacing_of_an_oblique_affine():
     assert np.allclose(spacing_of(OBLIQUE), (1.0, 1.5, 2.0))
+
+
+def test_voxels_that_get_far_coarser_are_refused():
+    fine = Volume(np.ones((60, 4, 4), np.float32), np.diag([0.04, 1.0, 1.0, 1.0]))
+    assert np.allclose(resample(fine, (2.0, 1.0, 1.0), "linear").data, 1, atol=1e-3)
+    with pytest.raises(InputError, match=r"at most 50 times \(0\.04, 1\.0, 1\.0\) mm \(got \(2\.1, 1, 1\)\)"):
+        resample(fine, (2.1, 1, 1), "linear")
+    assert resample(fine, (2.1, 1, 1), "nearest").shape == (1, 4, 4)

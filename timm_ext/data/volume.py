@@ -27,6 +27,7 @@ from timm_ext.system.machine import check_memory
 Interpolation = Literal["linear", "nearest"]
 
 _MOST_ROUNDING = 1e-3
+_MOST_COARSER = 50  # the coefficients of a wider Gaussian vanish in 64 bits
 _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0])
 _FWHM_TO_SIGMA = 1.0 / (2.0 * np.sqrt(2.0 * np.log(2.0)))
 
@@ -226,7 +227,7 @@ def resample(volume: Volume, spacing: tuple[float, float, float], interpolation:
         interpolation: `linear` for images and probabilities, `nearest` for labels.
 
     Raises:
-        InputError: the result does not fit in memory.
+        InputError: the result does not fit in memory, or its voxels are more than 50 times as large.
     """
     old, new = np.array(volume.spacing), np.array(spacing, dtype=np.float64)
     shape = np.array(resampled_shape(volume, spacing))
@@ -235,6 +236,9 @@ def resample(volume: Volume, spacing: tuple[float, float, float], interpolation:
     old_centre = volume.affine[:3, :3] @ ((np.array(volume.shape) - 1) / 2)
     affine[:3, 3] += old_centre - affine[:3, :3] @ ((shape - 1) / 2)
     if interpolation == "linear":
+        if (new > _MOST_COARSER * old).any():
+            most = f"{_MOST_COARSER} times {volume.spacing} mm"
+            raise InputError(f"resampling: expected voxels of at most {most} (got {spacing})")
         volume = _smoothed(volume, np.sqrt(np.maximum(new**2 - old**2, 0.0)) * _FWHM_TO_SIGMA)
     depth, height, width = shape.tolist()
     return resample_to(volume, (depth, height, width), affine, interpolation)
