@@ -3,7 +3,7 @@
     python -m benchmarks.convolution benchmarks/results/convolution_cpu.json
 
 Layers: all 3³ convolutions of `isensee2017` on 4 × edge³ images in float32, equal ones once, and their way
-back to the input's gradient; those behind nearest-neighbour doubling together with it, too. Rivals: what
+back to the input's gradient; those behind nearest-neighbour upsampling together with it, too. Rivals: what
 PyTorch takes, and oneDNN by force. All are checked against float64 before they are timed. A round visits
 every layer once, so that weights and images come from far memory as in a pass of the network, and each time
 another of the ways is the first to fetch them; medians count.
@@ -136,7 +136,7 @@ def upsampled_cases(layer: Layer, batch: int) -> list[Case]:
     }
     exact = torch.conv3d(upsample(input.double()), weight.double(), padding=1)
     exact_back = plain_back(grad.double(), weight.double())
-    sizes = vars(layer) | {"batch": batch, "way": "doubled"}
+    sizes = vars(layer) | {"batch": batch, "way": "upsampled"}
     return [
         Case(sizes | {"pass": "forward"}, there, exact),
         Case(sizes | {"pass": "back"}, back, exact_back),

@@ -7,9 +7,9 @@ add_library(timm_ext MODULE
   csrc/conv3d/conv_square_on_cpu.cpp
   csrc/conv3d/conv_weight_grad_square.cpp
   csrc/conv3d/cpu/conv_pack.cpp
-  csrc/conv3d/doubling3d.cpp
   csrc/conv3d/small_conv3d.cpp
   csrc/conv3d/strided_conv3d.cpp
+  csrc/conv3d/upsampling3d.cpp
   csrc/conv3d/winograd_conv3d.cpp
   csrc/fisher/sample_labels.cpp
   csrc/fisher/square_accumulate.cpp

@@ -69,21 +69,21 @@ STABLE_TORCH_LIBRARY(timm_ext, m) {
   // devices. CPU and CUDA may differ in the last bits of σ and softmax.
   m.def("sample_labels(Tensor logits, Tensor keys, str likelihood, bool labels_wanted) -> (Tensor, Tensor)");
 
-  // (output, mean [B C], deviation [B C]), output = weight (input - mean) deviation + bias, with the mean and the
-  // reciprocal deviation, 1 / sqrt(variance + epsilon), of each channel of each example. input [B, C, ...]; weight,
-  // bias [C], None stands for 1 and 0. float32, sums of more than 64 terms in float64; on the CPU only.
+  // (output, mean [B C], rstd [B C]), output = weight (input - mean) rstd + bias, with the mean and
+  // rstd = 1 / sqrt(variance + epsilon) of each channel of each example. input [B, C, ...]; weight, bias [C], None
+  // stands for 1 and 0. float32, sums of more than 64 terms in float64; on the CPU only.
   m.def("instance_norm(Tensor input, Tensor? weight, Tensor? bias, float epsilon) -> (Tensor, Tensor, Tensor)");
 
   // (grad_input, grad_weight [B, C], grad_bias [B, C]), the gradients, example by example, of an instance norm with its
-  // LeakyReLU: of leaky(weight (input - mean) deviation + bias), where leaky(a) = a above zero and slope a elsewhere.
-  // grad, input [B, C, ...]; mean, deviation [B C], of each channel of input and, reciprocal, with epsilon; weight,
-  // bias [C], None stands for 1 and 0. float32, sums of more than 256 terms in float64; on the CPU only.
+  // LeakyReLU: of leaky(weight (input - mean) rstd + bias), where leaky(a) = a above zero and slope a elsewhere.
+  // grad, input [B, C, ...]; mean, rstd [B C] as above; weight, bias [C], None stands for 1 and 0. float32, sums of
+  // more than 256 terms in float64; on the CPU only.
   m.def(
-      "instance_norm_backward(Tensor grad, Tensor input, Tensor mean, Tensor deviation, Tensor? weight, Tensor? bias,"
+      "instance_norm_backward(Tensor grad, Tensor input, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias,"
       " float slope) -> (Tensor, Tensor, Tensor)");
 
   // input [B, C, D, H, W] enlarged to [B, C, 2 D, 2 H, 2 W], every voxel to 2 x 2 x 2; float32, on the CPU only.
-  m.def("nearest_doubling3d(Tensor input) -> Tensor");
+  m.def("upsample_nearest3d(Tensor input) -> Tensor");
 
   // The convolution of input [B, I, D, H, W] with weight [O, I, ...], for outputs of few points: memory for
   // I · taps · B · points numbers. Mirrored: with weight [I, O, ...], its taps taken backwards, which makes the
@@ -97,16 +97,16 @@ STABLE_TORCH_LIBRARY(timm_ext, m) {
   // zero around; its own gradient is grad [B, O, D, H, W]. float32, on the CPU only; bits as above.
   m.def("strided_conv3d_input_gradient(Tensor grad, Tensor weight, int[] size) -> Tensor");
 
-  // The convolution of stride 1 with weight [O, I, 3, 3, 3], one zero around, of what nearest_doubling3d makes of input
+  // The convolution of stride 1 with weight [O, I, 3, 3, 3], one zero around, of what upsample_nearest3d makes of input
   // [B, I, D, H, W]. float32, on the CPU only; bits as above.
-  m.def("doubled_conv3d(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("upsampled_conv3d(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
 
   // Of its output's gradient [B, O, 2 D, 2 H, 2 W], neighbour_sums3d makes [B, O, 2 D + 1, 2 H + 1, 2 W + 1]: the sums
   // of 2 x 2 x 2 neighbours, with zeros around. They give the gradient of input [B, I, D, H, W], and acc +=
   // scale Σ_b G_b² as above for the weight's.
   m.def("neighbour_sums3d(Tensor input) -> Tensor");
-  m.def("doubled_conv3d_input_gradient(Tensor sums, Tensor weight) -> Tensor");
-  m.def("doubled_conv3d_weight_grad_square_(Tensor(a!) acc, Tensor sums, Tensor input, float scale) -> ()");
+  m.def("upsampled_conv3d_input_gradient(Tensor sums, Tensor weight) -> Tensor");
+  m.def("upsampled_conv3d_weight_grad_square_(Tensor(a!) acc, Tensor sums, Tensor input, float scale) -> ()");
 
   // The convolution of stride 1 of input [B, I, D, H, W] with weight [O, I, 3, 3, K] or, mirrored as above,
   // [I, O, 3, 3, K], zeros around. float32, on the CPU only. Its bits depend on the instruction set (fused
@@ -141,17 +141,17 @@ STABLE_TORCH_LIBRARY(timm_ext, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(timm_ext, CPU, m) {
   TIMM_EXT_REGISTER_BOTH_DEVICES(m);
-  m.impl("doubled_conv3d", TIMM_EXT_BOX(doubled_conv3d));
-  m.impl("doubled_conv3d_input_gradient", TIMM_EXT_BOX(doubled_conv3d_input_gradient));
-  m.impl("doubled_conv3d_weight_grad_square_", TIMM_EXT_BOX(doubled_conv3d_weight_grad_square));
   m.impl("instance_norm", TIMM_EXT_BOX(instance_norm));
   m.impl("instance_norm_backward", TIMM_EXT_BOX(instance_norm_backward));
   m.impl("log_weights", TIMM_EXT_BOX(log_weights));
   m.impl("log_weights_backward", TIMM_EXT_BOX(log_weights_backward));
-  m.impl("nearest_doubling3d", TIMM_EXT_BOX(nearest_doubling3d));
   m.impl("neighbour_sums3d", TIMM_EXT_BOX(neighbour_sums3d));
   m.impl("small_conv3d", TIMM_EXT_BOX(small_conv3d));
   m.impl("strided_conv3d_input_gradient", TIMM_EXT_BOX(strided_conv3d_input_gradient));
+  m.impl("upsample_nearest3d", TIMM_EXT_BOX(upsample_nearest3d));
+  m.impl("upsampled_conv3d", TIMM_EXT_BOX(upsampled_conv3d));
+  m.impl("upsampled_conv3d_input_gradient", TIMM_EXT_BOX(upsampled_conv3d_input_gradient));
+  m.impl("upsampled_conv3d_weight_grad_square_", TIMM_EXT_BOX(upsampled_conv3d_weight_grad_square));
   m.impl("winograd_conv3d", TIMM_EXT_BOX(winograd_conv3d));
 }
 

@@ -36,18 +36,18 @@ void square_accumulate(const std::vector<Tensor>& acc, const std::vector<Tensor>
 std::tuple<Tensor, Tensor, Tensor> instance_norm(const Tensor& input, const std::optional<Tensor>& weight,
                                                  const std::optional<Tensor>& bias, double epsilon);
 std::tuple<Tensor, Tensor, Tensor> instance_norm_backward(const Tensor& grad, const Tensor& input, const Tensor& mean,
-                                                          const Tensor& deviation, const std::optional<Tensor>& weight,
+                                                          const Tensor& rstd, const std::optional<Tensor>& weight,
                                                           const std::optional<Tensor>& bias, double slope);
 
-Tensor nearest_doubling3d(const Tensor& input);
+Tensor upsample_nearest3d(const Tensor& input);
 Tensor neighbour_sums3d(const Tensor& input);
 Tensor small_conv3d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                     std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
                     bool mirrored);
 Tensor strided_conv3d_input_gradient(const Tensor& grad, const Tensor& weight, std::vector<int64_t> size);
-Tensor doubled_conv3d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias);
-Tensor doubled_conv3d_input_gradient(const Tensor& sums, const Tensor& weight);
-void doubled_conv3d_weight_grad_square(const Tensor& acc, const Tensor& sums, const Tensor& input, double scale);
+Tensor upsampled_conv3d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias);
+Tensor upsampled_conv3d_input_gradient(const Tensor& sums, const Tensor& weight);
+void upsampled_conv3d_weight_grad_square(const Tensor& acc, const Tensor& sums, const Tensor& input, double scale);
 Tensor winograd_conv3d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                        std::vector<int64_t> padding, bool mirrored);
 

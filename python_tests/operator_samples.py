@@ -196,7 +196,7 @@ SAMPLES: dict[str, Sample] = {
             lambda: (*normalised(), None, None, 1.0),
         ],
     ),
-    "nearest_doubling3d": Sample(
+    "upsample_nearest3d": Sample(
         upsampled.upsample_nearest3d, reference.upsample_nearest3d, [lambda: (drawn(2, 3, 2, 5, 3),)]
     ),
     "small_conv3d": Sample(
@@ -220,7 +220,7 @@ SAMPLES: dict[str, Sample] = {
         reference.strided_conv3d_input_gradient,
         [lambda: (drawn(2, 3, 2, 3, 3), drawn(3, 4, 3, 3, 3), [4, 5, 6])],
     ),
-    "doubled_conv3d": Sample(
+    "upsampled_conv3d": Sample(
         upsampled.upsampled_conv3d,
         reference.upsampled_conv3d,
         [lambda: (drawn(2, 3, 2, 5, 3), drawn(4, 3, 3, 3, 3), drawn(4))],
@@ -228,12 +228,12 @@ SAMPLES: dict[str, Sample] = {
     "neighbour_sums3d": Sample(
         upsampled.neighbour_sums3d, reference.neighbour_sums3d, [lambda: (drawn(2, 4, 4, 10, 6),)]
     ),
-    "doubled_conv3d_input_gradient": Sample(
+    "upsampled_conv3d_input_gradient": Sample(
         upsampled.upsampled_conv3d_input_gradient,
         reference.upsampled_conv3d_input_gradient,
         [lambda: (sums(), drawn(4, 3, 3, 3, 3))],
     ),
-    "doubled_conv3d_weight_grad_square_": Sample(
+    "upsampled_conv3d_weight_grad_square_": Sample(
         upsampled.upsampled_conv3d_weight_grad_square_,
         reference.upsampled_conv3d_weight_grad_square_,
         [lambda: (torch.rand(4, 3, 3, 3, 3), sums(), drawn(2, 3, 2, 5, 3), 0.5)],

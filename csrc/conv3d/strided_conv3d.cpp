@@ -21,8 +21,8 @@ struct Way {
   const char* op;
   bool outputs_first;
   bool mirrored;
-  bool doubled;
-  bool spread;
+  bool upsampled;
+  bool scatter;
 };
 
 void check_arguments(const Way& way, const char* name, const Tensor& from, const Tensor& weight) {
@@ -50,7 +50,7 @@ Tensor prepare(const Way& way, const Tensor& weight) {
                                     way.outputs_first ? inputs * taps : taps,
                                     way.outputs_first ? taps : outputs * taps,
                                     way.mirrored,
-                                    way.spread,
+                                    way.scatter,
                                     static_cast<float*>(prepared.mutable_data_ptr())};
   parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) { cpu::strided_weights(weights, first, last); });
   return prepared;
@@ -66,7 +66,7 @@ int64_t chunk_of(const StridedConvProblem& p) {
 
 Tensor run(const Way& way, const Tensor& from, const Tensor& weight, const std::optional<Tensor>& bias,
            const int64_t (&small)[3], const int64_t (&large)[3]) {
-  const Tensor result = new_tensor(from, sizes_of(from, way, weight, way.spread ? large : small));
+  const Tensor result = new_tensor(from, sizes_of(from, way, weight, way.scatter ? large : small));
   if (result.numel() == 0) return result;
   if (from.size(1) == 0) {
     write_bias(result, bias);
@@ -78,15 +78,15 @@ Tensor run(const Way& way, const Tensor& from, const Tensor& weight, const std::
                              x.size(1),
                              {small[0], small[1], small[2]},
                              {large[0], large[1], large[2]},
-                             way.doubled,
+                             way.upsampled,
                              static_cast<const float*>(x.const_data_ptr()),
                              static_cast<const float*>(prepared.const_data_ptr()),
                              bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
                              static_cast<float*>(result.mutable_data_ptr()),
                              0};
   problem.chunk = chunk_of(problem);
-  const auto kernel = way.spread ? cpu::strided_spread.chosen() : cpu::strided_gather.chosen();
-  const int64_t units = way.spread ? spread_units(problem) : gather_units(problem);
+  const auto kernel = way.scatter ? cpu::strided_scatter.chosen() : cpu::strided_gather.chosen();
+  const int64_t units = way.scatter ? scatter_units(problem) : gather_units(problem);
   parallel_for(0, units, 1, [&](int64_t first, int64_t last) { kernel(problem, first, last); });
   return result;
 }
@@ -105,8 +105,8 @@ Tensor strided_conv3d_input_gradient(const Tensor& grad, const Tensor& weight, s
   return run(way, grad, weight, std::nullopt, small, large);
 }
 
-Tensor doubled_conv3d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
-  const Way way{"doubled_conv3d", true, true, true, true};
+Tensor upsampled_conv3d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const Way way{"upsampled_conv3d", true, true, true, true};
   check_arguments(way, "input", input, weight);
   check_bias(way.op, bias, weight.size(0), input);
   const int64_t small[3] = {input.size(2), input.size(3), input.size(4)};
@@ -114,8 +114,8 @@ Tensor doubled_conv3d(const Tensor& input, const Tensor& weight, const std::opti
   return run(way, input, weight, bias, small, large);
 }
 
-Tensor doubled_conv3d_input_gradient(const Tensor& sums, const Tensor& weight) {
-  const Way way{"doubled_conv3d_input_gradient", false, true, false, false};
+Tensor upsampled_conv3d_input_gradient(const Tensor& sums, const Tensor& weight) {
+  const Way way{"upsampled_conv3d_input_gradient", false, true, false, false};
   check_arguments(way, "sums", sums, weight);
   const int64_t large[3] = {sums.size(2), sums.size(3), sums.size(4)};
   check_sums(way.op, sums);

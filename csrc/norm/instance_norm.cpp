@@ -47,25 +47,25 @@ std::tuple<Tensor, Tensor, Tensor> instance_norm(const Tensor& input, const std:
   if (bias) check_vector(kOp, "bias", *bias, channels, input);
 
   const Tensor output = new_tensor(input, sizes_of(input));
-  const Tensor mean = new_tensor(input, {planes}), deviation = new_tensor(input, {planes});
-  if (planes == 0) return {output, mean, deviation};
+  const Tensor mean = new_tensor(input, {planes}), rstd = new_tensor(input, {planes});
+  if (planes == 0) return {output, mean, rstd};
   const Tensor x = torch::stable::contiguous(input);
   const cpu::InstanceNormProblem problem{static_cast<const float*>(x.const_data_ptr()),
                                          data_of(weight),
                                          data_of(bias),
                                          static_cast<float*>(output.mutable_data_ptr()),
                                          static_cast<float*>(mean.mutable_data_ptr()),
-                                         static_cast<float*>(deviation.mutable_data_ptr()),
+                                         static_cast<float*>(rstd.mutable_data_ptr()),
                                          epsilon,
                                          channels,
                                          input.numel() / planes};
   torch::stable::parallel_for(0, planes, 1,
                               [&](int64_t first, int64_t last) { cpu::instance_norm(problem, first, last); });
-  return {output, mean, deviation};
+  return {output, mean, rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor> instance_norm_backward(const Tensor& grad, const Tensor& input, const Tensor& mean,
-                                                          const Tensor& deviation, const std::optional<Tensor>& weight,
+                                                          const Tensor& rstd, const std::optional<Tensor>& weight,
                                                           const std::optional<Tensor>& bias, double slope) {
   constexpr const char* kOp = "instance_norm_backward";
   check_input(kOp, input);
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor> instance_norm_backward(const Tensor& grad, co
                  list(input.sizes()), " (got ", list(grad.sizes()), ")");
   const int64_t channels = input.size(1), planes = input.size(0) * channels;
   check_vector(kOp, "mean", mean, planes, input);
-  check_vector(kOp, "deviation", deviation, planes, input);
+  check_vector(kOp, "rstd", rstd, planes, input);
   if (weight) check_vector(kOp, "weight", *weight, channels, input);
   if (bias) check_vector(kOp, "bias", *bias, channels, input);
 
@@ -88,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> instance_norm_backward(const Tensor& grad, co
   const cpu::InstanceNormGradient problem{static_cast<const float*>(g.const_data_ptr()),
                                           static_cast<const float*>(x.const_data_ptr()),
                                           static_cast<const float*>(mean.const_data_ptr()),
-                                          static_cast<const float*>(deviation.const_data_ptr()),
+                                          static_cast<const float*>(rstd.const_data_ptr()),
                                           data_of(weight),
                                           data_of(bias),
                                           static_cast<float*>(below.mutable_data_ptr()),

@@ -51,7 +51,7 @@ def test_the_way_back_through_a_stride(batch):
 
 
 @pytest.mark.parametrize("shape", [(1, 5, 2, 2, 2), (2, 5, 2, 4, 4), (2, 5, 3, 4, 4), (1, 5, 6, 5, 9)])
-def test_the_way_back_through_doubling(shape):
+def test_the_way_back_through_upsampling(shape):
     """With up to 64 points by one operator, with more by another."""
     batch, inputs, *sizes = shape
     x, weight, grad = tensors(shape, (7, inputs, 3, 3, 3), (batch, 7, *(2 * size for size in sizes)))

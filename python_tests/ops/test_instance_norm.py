@@ -188,7 +188,7 @@ def test_an_empty_input_has_empty_results(sizes) -> None:
             r"grad must have the shape of input, \[2, 3, 4\] \(got \[2, 3, 5\]",
         ),
         ({"mean": torch.zeros(5)}, r"mean must hold 6 elements, contiguous, .*\(got \[5\]\)"),
-        ({"rstd": torch.zeros(12)[::2]}, r"deviation must hold 6 elements, contiguous"),
+        ({"rstd": torch.zeros(12)[::2]}, r"rstd must hold 6 elements, contiguous"),
         ({"weight": torch.zeros(6)}, r"weight must hold 3 elements"),
         ({"bias": torch.zeros(3, dtype=torch.float16)}, r"bias must be float32 \(got float16\)"),
     ],

@@ -94,7 +94,7 @@ def _(
     require(op, f"grad must have the shape of input, {sizes_of(input)}", sizes_of(grad), *same)
     rows = input.shape[:2]
     _check_vector(op, "mean", mean, rows[0] * rows[1], input)
-    _check_vector(op, "deviation", rstd, rows[0] * rows[1], input)
+    _check_vector(op, "rstd", rstd, rows[0] * rows[1], input)
     _check_vector(op, "weight", weight, rows[1], input)
     _check_vector(op, "bias", bias, rows[1], input)
     return empty(input, input.shape), input.new_empty(rows), input.new_empty(rows)

@@ -19,11 +19,11 @@ from timm_ext.ops.conv3d import check_cubic
 from timm_ext.ops.operands import Operator, check_tensors, mark_changed
 from timm_ext.ops.shapes import check_bias, check_volume, empty, is_contiguous, require, sizes_of
 
-_upsample_nearest3d = Operator[Tensor]("nearest_doubling3d")
+_upsample_nearest3d = Operator[Tensor]("upsample_nearest3d")
 _neighbour_sums3d = Operator[Tensor]("neighbour_sums3d")
-_upsampled_conv3d = Operator[Tensor]("doubled_conv3d")
-_upsampled_conv3d_input_gradient = Operator[Tensor]("doubled_conv3d_input_gradient")
-_upsampled_conv3d_weight_grad_square = Operator[None]("doubled_conv3d_weight_grad_square_")
+_upsampled_conv3d = Operator[Tensor]("upsampled_conv3d")
+_upsampled_conv3d_input_gradient = Operator[Tensor]("upsampled_conv3d_input_gradient")
+_upsampled_conv3d_weight_grad_square = Operator[None]("upsampled_conv3d_weight_grad_square_")
 
 
 def upsample_nearest3d(input: Tensor) -> Tensor:

@@ -4,10 +4,10 @@
 #include <cstdint>
 
 #include "conv3d/cpu/conv_square.h"
-#include "conv3d/cpu/doubling.h"
 #include "conv3d/cpu/small_conv.h"
 #include "conv3d/cpu/small_square.h"
 #include "conv3d/cpu/strided_conv.h"
+#include "conv3d/cpu/upsampling.h"
 #include "conv3d/cpu/winograd.h"
 #include "cpu/kernel.h"
 
@@ -35,10 +35,10 @@ TIMM_EXT_KERNEL(winograd_conv, const WinogradProblem&, int64_t first_unit, int64
 /// Blocks of channels of the output; then units as strided_conv.h says.
 TIMM_EXT_KERNEL(strided_weights, const StridedWeights&, int64_t first_block, int64_t last_block);
 TIMM_EXT_KERNEL(strided_gather, const StridedConvProblem&, int64_t first_unit, int64_t last_unit);
-TIMM_EXT_KERNEL(strided_spread, const StridedConvProblem&, int64_t first_unit, int64_t last_unit);
+TIMM_EXT_KERNEL(strided_scatter, const StridedConvProblem&, int64_t first_unit, int64_t last_unit);
 
 /// Planes of the input, of all channels; planes of the output, of all channels.
-TIMM_EXT_KERNEL(double_planes, const DoublingProblem&, int64_t first_plane, int64_t last_plane);
+TIMM_EXT_KERNEL(upsample_planes, const UpsamplingProblem&, int64_t first_plane, int64_t last_plane);
 TIMM_EXT_KERNEL(neighbour_sums, const NeighbourSumsProblem&, int64_t first_plane, int64_t last_plane);
 
 }  // namespace timm_ext::cpu

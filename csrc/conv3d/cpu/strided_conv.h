@@ -2,10 +2,11 @@
 //
 // Convolutions with kernels of 3 × 3 × 3, zeros around, between volumes of which one has twice the sizes of the other.
 //
-// Back through a stride of 2, points are spread: x[2 j + k − 1] += w[k] y[j].
+// Back through a stride of 2, points are scattered: x[2 j + k − 1] += w[k] y[j].
 //
-// Nearest-neighbour doubling is zeros put in between, and then the sum of each point and the one before it. Behind it,
-// that sum may as well be taken of a convolution's output: 27 multiplications in place of 216 for each point of x,
+// Nearest-neighbour upsampling by two is zeros put in between, and then the sum of each point and the one before it.
+// Behind it, that sum may as well be taken of a convolution's output: 27 multiplications in place of 216 for each point
+// of x,
 //     v[2 j + 1 − k] += w[k] x[j]    y[p] = v[p] + v[p − 1]
 // and on the way back of its gradient g, where points are gathered; the weight's gradient is of the same sums:
 //     h[p] = g[p − 1] + g[p]    Σ_k w[k] h[2 j + 2 − k]    Σ_j x[j] h[2 j + 2 − k]
@@ -41,13 +42,13 @@ struct StridedConvProblem {
   int64_t outputs;  // channels
   int64_t inputs;
   int64_t small[3];      // sizes of the smaller volume
-  int64_t large[3];      // of the larger one: gathered, twice those and one; spread, twice those or one less
-  bool doubled;          // of what is spread, each point and those before it are added
-  const float* input;    // [examples, inputs, large] to be gathered, or small to be spread
-  const float* weights;  // by strided_weights, taps outside to be spread
-  const float* bias;     // [outputs], or null for none; for what is spread
+  int64_t large[3];      // of the larger one: gathered, twice those and one; scattered, twice those or one less
+  bool upsampled;        // of what is scattered, each point and those before it are added
+  const float* input;    // [examples, inputs, large] to be gathered, or small to be scattered
+  const float* weights;  // by strided_weights, taps outside to be scattered
+  const float* bias;     // [outputs], or null for none; for what is scattered
   float* output;         // [examples, outputs, small], or large
-  int64_t chunk;         // planes of the input that are spread together
+  int64_t chunk;         // planes of the input that are scattered together
 
   TIMM_EXT_FN int64_t points() const { return small[0] * small[1] * small[2]; }
   TIMM_EXT_FN int64_t large_points() const { return large[0] * large[1] * large[2]; }
@@ -58,9 +59,9 @@ TIMM_EXT_FN int64_t strided_blocks(int64_t outputs) { return (outputs + kStrided
 /// Units of work: a plane of the output of one example, or a chunk of planes of the input of one, for a block of
 /// outputs.
 TIMM_EXT_FN int64_t gather_units(const StridedConvProblem& p) { return p.examples * p.small[0]; }
-TIMM_EXT_FN int64_t spread_chunks(const StridedConvProblem& p) { return (p.small[0] + p.chunk - 1) / p.chunk; }
-TIMM_EXT_FN int64_t spread_units(const StridedConvProblem& p) {
-  return p.examples * strided_blocks(p.outputs) * spread_chunks(p);
+TIMM_EXT_FN int64_t scatter_chunks(const StridedConvProblem& p) { return (p.small[0] + p.chunk - 1) / p.chunk; }
+TIMM_EXT_FN int64_t scatter_units(const StridedConvProblem& p) {
+  return p.examples * strided_blocks(p.outputs) * scatter_chunks(p);
 }
 
 }  // namespace timm_ext::cpu

@@ -14,20 +14,20 @@ struct LaneSums {
   Compute open[kModels];  // of the segment that the last element belongs to
   Compute head[kModels];  // of the segment that ended first in this lane and may have begun in lanes before
   int ended;              // that segment's index in the window, or -1
-  bool gathered;          // lane 0 holds all of the open segment; the same in all lanes
+  bool reduced;           // lane 0 holds all of the open segment; the same in all lanes
 
   __device__ __forceinline__ void clear() {
-    gathered = true;
+    reduced = true;
     TIMM_EXT_UNROLL
     for (int t = 0; t < kModels; ++t) open[t] = 0;
   }
 
   /// Brings what all lanes have of the open segment to lane 0, in front of the elements that come next.
-  __device__ __forceinline__ void gather(int lane) {
+  __device__ __forceinline__ void reduce(int lane) {
     ended = -1;
     TIMM_EXT_UNROLL
     for (int t = 0; t < kModels; ++t) head[t] = 0;
-    if (gathered) return;
+    if (reduced) return;
     TIMM_EXT_UNROLL
     for (int t = 0; t < kModels; ++t) {
       const Compute sum = warp_sum(open[t]);
@@ -70,7 +70,7 @@ struct LaneSums {
       const Compute last = __shfl_sync(kAllLanes, sum, kWarp - 1);
       open[t] = lane == 0 ? last : Compute{};
     }
-    gathered = true;
+    reduced = true;
   }
 };
 
@@ -94,8 +94,8 @@ struct Backward : Steps {
   template <class W>
   __device__ __forceinline__ void begin_row(bool crossing, const W& window) {
     first = window.first;
-    if (crossing) lane_sums.gather(lane);
-    if (!crossing) lane_sums.gathered = false;
+    if (crossing) lane_sums.reduce(lane);
+    if (!crossing) lane_sums.reduced = false;
   }
   template <class E>
   __device__ __forceinline__ void element(int i, const E& inputs, const math::Merge<Compute>& m) {

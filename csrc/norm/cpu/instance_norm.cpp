@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The variance is that of parts, each about its own mean, put together (Chan, Golub and LeVeque 1979): a part stays in
-// the first-level cache between the two. With w, b the affine parameters and σ the reciprocal deviation
-//     output = w σ (x − μ) + b
+// the first-level cache between the two. With w, b the affine parameters and ρ = 1 / sqrt(variance + epsilon)
+//     output = w ρ (x − μ) + b
 #include <cmath>
 
 #include "norm/cpu/column_sums.h"
@@ -80,9 +80,9 @@ void instance_norm(const InstanceNormProblem& p, int64_t first_plane, int64_t la
     }
     const double squares = moments.squares < 0 ? 0 : moments.squares;  // a constant's may round to less
     p.mean[plane] = static_cast<float>(moments.mean);
-    p.deviation[plane] = static_cast<float>(1 / std::sqrt(squares / moments.points + p.epsilon));
+    p.rstd[plane] = static_cast<float>(1 / std::sqrt(squares / moments.points + p.epsilon));
     const int64_t channel = plane % p.channels;
-    const float scale = (p.weight != nullptr ? p.weight[channel] : 1) * p.deviation[plane];
+    const float scale = (p.weight != nullptr ? p.weight[channel] : 1) * p.rstd[plane];
     write(input, p.points, p.mean[plane], scale, p.bias != nullptr ? p.bias[channel] : 0, p.output + plane * p.points);
   }
 }

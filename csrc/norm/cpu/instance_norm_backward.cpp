@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Two passes over a plane, which stays in the caches between them: the sums, then the input's gradient. With
-// a = w σ (x − μ) + b, σ the reciprocal deviation, N points and d = grad · leaky'(a):
-//     s = Σ d    t = Σ d (x − μ)    grad_bias = s    grad_weight = σ t
-//     grad_input = w σ (d − s / N − σ² (x − μ) t / N)
+// a = w ρ (x − μ) + b, ρ = rstd, N points and d = grad · leaky'(a):
+//     s = Σ d    t = Σ d (x − μ)    grad_bias = s    grad_weight = ρ t
+//     grad_input = w ρ (d − s / N − ρ² (x − μ) t / N)
 #include "norm/cpu/column_sums.h"
 #include "norm/cpu/kernels.h"
 
@@ -19,8 +19,8 @@ class Plane {
         grad_(p.grad + plane / p.channels * p.grad_example + plane % p.channels * p.points),
         input_(p.input + plane * p.points),
         mean_(p.mean[plane]),
-        deviation_(p.deviation[plane]),
-        scale_((p.weight != nullptr ? p.weight[plane % p.channels] : 1) * deviation_),
+        rstd_(p.rstd[plane]),
+        scale_((p.weight != nullptr ? p.weight[plane % p.channels] : 1) * rstd_),
         shift_(p.bias != nullptr ? p.bias[plane % p.channels] : 0) {}
 
   /// Σ d and Σ d (x − μ).
@@ -34,7 +34,7 @@ class Plane {
   void write(double plain, double centred, float* to) const {
     const double points = static_cast<double>(p_.points);
     const float constant = static_cast<float>(-scale_ * plain / points);
-    const float slant = static_cast<float>(-scale_ * (double{deviation_} * deviation_) * centred / points);
+    const float slant = static_cast<float>(-scale_ * (double{rstd_} * rstd_) * centred / points);
     const int64_t whole = p_.points / kLanes * kLanes;
     for (int64_t i = 0; i < whole; i += kLanes) {
       const V x = math::load<V>(input_ + i) - mean_;
@@ -77,7 +77,7 @@ class Plane {
   const float* grad_;
   const float* input_;
   float mean_;
-  float deviation_;
+  float rstd_;
   float scale_;
   float shift_;
 };
@@ -91,7 +91,7 @@ void instance_norm_backward(const InstanceNormGradient& p, int64_t first_plane, 
     plane.sum(plain, centred);
     plane.write(plain, centred, p.grad_input + i * p.points);
     p.grad_bias[i] = static_cast<float>(plain);
-    p.grad_weight[i] = static_cast<float>(centred * p.deviation[i]);
+    p.grad_weight[i] = static_cast<float>(centred * p.rstd[i]);
   }
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Nearest-neighbour doubling, and the sums of neighbours through which its gradient goes (see strided_conv.h).
+// Nearest-neighbour upsampling by two, and the sums of neighbours through which its gradient goes (see strided_conv.h).
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 namespace timm_ext::cpu {
 
 /// Planes [rows, columns], to be made two of twice as many rows and columns each.
-struct DoublingProblem {
+struct UpsamplingProblem {
   const float* from;
   float* to;
   int64_t rows;

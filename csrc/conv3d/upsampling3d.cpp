@@ -8,16 +8,16 @@
 
 namespace timm_ext {
 
-Tensor nearest_doubling3d(const Tensor& input) {
-  check_volume("nearest_doubling3d", "input", input, 5, input);
+Tensor upsample_nearest3d(const Tensor& input) {
+  check_volume("upsample_nearest3d", "input", input, 5, input);
   const int64_t rows = input.size(3), columns = input.size(4);
   const Tensor result = new_tensor(input, {input.size(0), input.size(1), 2 * input.size(2), 2 * rows, 2 * columns});
   if (result.numel() == 0) return result;
   const Tensor x = torch::stable::contiguous(input);
-  const cpu::DoublingProblem problem{static_cast<const float*>(x.const_data_ptr()),
-                                     static_cast<float*>(result.mutable_data_ptr()), rows, columns};
+  const cpu::UpsamplingProblem problem{static_cast<const float*>(x.const_data_ptr()),
+                                       static_cast<float*>(result.mutable_data_ptr()), rows, columns};
   torch::stable::parallel_for(0, x.numel() / (rows * columns), 1,
-                              [&](int64_t first, int64_t last) { cpu::double_planes(problem, first, last); });
+                              [&](int64_t first, int64_t last) { cpu::upsample_planes(problem, first, last); });
   return result;
 }
 
@@ -38,8 +38,8 @@ Tensor neighbour_sums3d(const Tensor& input) {
   return result;
 }
 
-void doubled_conv3d_weight_grad_square(const Tensor& acc, const Tensor& sums, const Tensor& input, double scale) {
-  constexpr const char* op = "doubled_conv3d_weight_grad_square_";
+void upsampled_conv3d_weight_grad_square(const Tensor& acc, const Tensor& sums, const Tensor& input, double scale) {
+  constexpr const char* op = "upsampled_conv3d_weight_grad_square_";
   check_volume(op, "acc", acc, 5, acc);
   check_volume(op, "sums", sums, 5, acc);
   check_volume(op, "input", input, 5, acc);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The lanes of vectors are points of the input, whose products with each tap are spread over rows, columns and planes
-// of the output afterwards. Compiled with fused multiply-add where there is one: the bits hang on the instruction set,
-// but not on the number of threads.
+// The lanes of vectors are points of the input, whose products with each tap are scattered over rows, columns and
+// planes of the output afterwards. Compiled with fused multiply-add where there is one: the bits hang on the
+// instruction set, but not on the number of threads.
 #include <cstring>
 
 #include "conv3d/cpu/kernels.h"
@@ -19,13 +19,13 @@ constexpr int64_t kPlaneTaps = 9;
 constexpr int64_t kPoints = 64;  // of which as many planes are taken together as have them
 
 /// Products of some outputs at some planes of the input, and where they go.
-class Spread {
+class Scatter {
  public:
   static int64_t elements(const StridedConvProblem& p) {
     return p.inputs * width(p) + held(p) * kPlaneTaps * kOutputs * width(p) + row_elements(p);
   }
 
-  Spread(const StridedConvProblem& p, float* memory)
+  Scatter(const StridedConvProblem& p, float* memory)
       : p_(p),
         plane_(p.small[1] * p.small[2]),
         width_(width(p)),
@@ -42,7 +42,7 @@ class Spread {
     output_ = p_.output + (example * p_.outputs + first_output) * p_.large_points();
     first_plane_ = 2 * first;
     last_plane_ = smaller_of(2 * last, p_.large[0]);
-    if (first > 0 && p_.doubled) run_group(first - 1, 1, 2, 3);
+    if (first > 0 && p_.upsampled) run_group(first - 1, 1, 2, 3);
     for (int64_t plane = first; plane < last; plane += group(p_)) {
       run_group(plane, smaller_of(group(p_), last - plane), 0, 3);
     }
@@ -75,7 +75,7 @@ class Spread {
         if (next == 0) make_products(count, tap, products_);
         from_ = products_ + tap * next + n * plane_;
         const int64_t outputs = smaller_of(kOutputs, p_.outputs - first_output_);
-        for (int64_t o = 0; o < outputs; ++o) spread_plane(plane + n, o, tap);
+        for (int64_t o = 0; o < outputs; ++o) scatter_plane(plane + n, o, tap);
       }
     }
   }
@@ -122,22 +122,22 @@ class Spread {
   }
 
   /// The products of one plane of the input at one plane of the kernel.
-  void spread_plane(int64_t plane, int64_t output, int64_t plane_tap) const {
+  void scatter_plane(int64_t plane, int64_t output, int64_t plane_tap) const {
     float* planes[2];  // of the output
     bool first[2];     // whether nothing was added to it before
     int64_t count = 0;
     const float bias = p_.bias != nullptr ? p_.bias[first_output_ + output] : 0;
     const int64_t odd = 2 * plane + plane_tap - 1;
-    for (int64_t d = odd; d <= odd + (p_.doubled ? 1 : 0); ++d) {
+    for (int64_t d = odd; d <= odd + (p_.upsampled ? 1 : 0); ++d) {
       if (d < first_plane_ || d >= last_plane_) continue;
       planes[count] = output_ + (output * p_.large[0] + d) * p_.large[1] * p_.large[2];
       first[count++] = comes_first(d, plane_tap);
     }
     for (int64_t row = 0; count > 0 && row < p_.large[1]; ++row) {
-      const Sources sources = p_.doubled ? sources_of<true>(output, row) : sources_of<false>(output, row);
+      const Sources sources = p_.upsampled ? sources_of<true>(output, row) : sources_of<false>(output, row);
       for (int64_t w = 0; w < p_.small[2]; w += kLanes) {
         V parts[2];
-        p_.doubled ? join<true>(sources, w, parts) : join<false>(sources, w, parts);
+        p_.upsampled ? join<true>(sources, w, parts) : join<false>(sources, w, parts);
         for (int64_t n = 0; n < count; ++n) write_parts(parts, first[n], bias, planes[n], 2 * w);
       }
       for (int64_t n = 0; n < count; ++n) planes[n] += p_.large[2];
@@ -145,7 +145,7 @@ class Spread {
   }
 
   bool comes_first(int64_t plane, int64_t plane_tap) const {
-    if (!p_.doubled) return plane_tap != 0;
+    if (!p_.upsampled) return plane_tap != 0;
     return plane_tap == (plane % 2 == 1 ? 1 : plane > 0 ? 2 : 0);
   }
 
@@ -160,7 +160,7 @@ class Spread {
     const float* rows[3][3];
   };
 
-  template <bool Doubled>
+  template <bool Upsampled>
   Sources sources_of(int64_t output, int64_t row) const {
     const int64_t half = row / 2;
     Sources sources;
@@ -168,7 +168,7 @@ class Spread {
       const auto at = [&](int64_t tap, int64_t of) { return row_at(output, tap, column, of); };
       const float*(&to)[3] = sources.rows[column];
       if (row % 2 == 0) {
-        to[0] = at(1, half), to[1] = Doubled ? at(2, half - 1) : zeros_, to[2] = at(0, half);
+        to[0] = at(1, half), to[1] = Upsampled ? at(2, half - 1) : zeros_, to[2] = at(0, half);
       } else {
         to[0] = at(2, half), to[1] = at(0, half + 1), to[2] = at(1, half);
       }
@@ -176,23 +176,23 @@ class Spread {
     return sources;
   }
 
-  /// Their sum from a column on; not doubled, of two of them.
-  template <bool Doubled>
+  /// Their sum from a column on; not upsampled, of two of them.
+  template <bool Upsampled>
   static V sum(const float* const (&rows)[3], int64_t column) {
     const V two = math::load<V>(rows[0] + column) + math::load<V>(rows[1] + column);
-    return Doubled ? two + math::load<V>(rows[2] + column) : two;
+    return Upsampled ? two + math::load<V>(rows[2] + column) : two;
   }
 
   /// Two vectors of a row of the output, of products from a column on.
-  template <bool Doubled>
+  template <bool Upsampled>
   void join(const Sources& sources, int64_t column, V (&to)[2]) const {
     const auto& [first, middle, last] = sources.rows;
-    const V next_first = math::join_lanes(sum<Doubled>(first, column + 1), V{}, p_.small[2] - 1 - column);
-    V even = sum<Doubled>(middle, column), odd = sum<Doubled>(last, column) + next_first;
-    if (Doubled) {
-      const V last_before = sum<Doubled>(last, column - 1);
+    const V next_first = math::join_lanes(sum<Upsampled>(first, column + 1), V{}, p_.small[2] - 1 - column);
+    V even = sum<Upsampled>(middle, column), odd = sum<Upsampled>(last, column) + next_first;
+    if (Upsampled) {
+      const V last_before = sum<Upsampled>(last, column - 1);
       odd += even;
-      even += sum<Doubled>(first, column) + (column > 0 ? last_before : math::join_lanes(V{}, last_before, 1));
+      even += sum<Upsampled>(first, column) + (column > 0 ? last_before : math::join_lanes(V{}, last_before, 1));
     }
     math::put_together(even, odd, to[0], to[1]);
   }
@@ -227,15 +227,15 @@ class Spread {
 
 }  // namespace
 
-void strided_spread(const StridedConvProblem& p, int64_t first_unit, int64_t last_unit) {
-  const Buffer<float> memory(Spread::elements(p));
-  Spread spread(p, memory.get());
-  const int64_t chunks = spread_chunks(p), blocks = strided_blocks(p.outputs);
+void strided_scatter(const StridedConvProblem& p, int64_t first_unit, int64_t last_unit) {
+  const Buffer<float> memory(Scatter::elements(p));
+  Scatter scatter(p, memory.get());
+  const int64_t chunks = scatter_chunks(p), blocks = strided_blocks(p.outputs);
   for (int64_t unit = first_unit; unit < last_unit; ++unit) {
     const int64_t first = unit % chunks * p.chunk, last = smaller_of(first + p.chunk, p.small[0]);
     const int64_t output = unit / chunks % blocks * kStridedOutputs;
     for (int64_t o = output; o < smaller_of(output + kStridedOutputs, p.outputs); o += kOutputs) {
-      spread.run(unit / chunks / blocks, o, first, last);
+      scatter.run(unit / chunks / blocks, o, first, last);
     }
   }
 }
