@@ -105,6 +105,13 @@ inline void check_dtype(const char* op, const char* name, const Tensor& tensor, 
                  dtype_name(tensor.scalar_type()), ")");
 }
 
+/// The elements of a float32 tensor; of none, null.
+inline const float* values_of(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
+inline const float* values_of(const std::optional<Tensor>& tensor) { return tensor ? values_of(*tensor) : nullptr; }
+
+/// Where those of a result go.
+inline float* room_of(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+
 /// The memory of a tensor from its first element to its last.
 struct Span {
   const char* begin;

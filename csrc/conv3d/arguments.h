@@ -84,8 +84,8 @@ inline void check_sums(const char* op, const Tensor& sums) {
 /// What a convolution of no input channels gives, [examples, outputs, ...]: the bias, or 0.
 inline void write_bias(const Tensor& result, const std::optional<Tensor>& bias) {
   const int64_t outputs = result.size(1), planes = result.size(0) * outputs, points = result.numel() / planes;
-  const auto* const values = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
-  auto* const to = static_cast<float*>(result.mutable_data_ptr());
+  const auto* const values = values_of(bias);
+  auto* const to = room_of(result);
   for (int64_t plane = 0; plane < planes; ++plane) {
     std::fill_n(to + plane * points, points, values != nullptr ? values[plane % outputs] : 0.0f);
   }

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "checks.h"
 #include "conv3d/cpu/kernels.h"
 #include "operators.h"
 
@@ -119,8 +120,8 @@ void square_packed(const ConvShape& shape, const Tensor& acc, const Group& first
                     exchanged ? taps : shape.inputs * taps,
                     exchanged ? shape.outputs * taps : taps,
                     scale,
-                    static_cast<float*>(packed.mutable_data_ptr()),
-                    static_cast<float*>(sums.mutable_data_ptr())};
+                    room_of(packed),
+                    room_of(sums)};
     for (int64_t first = 0; first < examples; first += at_a_time) {
       slabs ? work.run_slabs(first) : work.run(first, std::min(examples, first + at_a_time));
     }
@@ -131,7 +132,7 @@ void square_packed(const ConvShape& shape, const Tensor& acc, const Group& first
 Tensor transpose_grad(const cpu::SmallSquareProblem& p, const Tensor& like, const Group& group) {
   const int64_t points = p.points(), outputs = p.padded_outputs();
   const Tensor result = new_tensor(like, {p.examples * points * outputs});
-  auto* const to = static_cast<float*>(result.mutable_data_ptr());
+  auto* const to = room_of(result);
   std::fill_n(to, p.examples * points * outputs, 0.0f);
   for (int64_t b = 0; b < p.examples; ++b) {
     const float* from = group.grad + b * group.grad_example;
@@ -147,12 +148,12 @@ void square_few_points(const ConvShape& shape, const Tensor& acc, const Group& g
   cpu::SmallSquareProblem problem{&shape, nullptr, group.input, group.input_example, examples,
                                   0,      0,       nullptr,     group.accumulator,   scale};
   const Tensor grad = transpose_grad(problem, acc, group);
-  problem.grad = static_cast<const float*>(grad.const_data_ptr());
+  problem.grad = values_of(grad);
   const int64_t column = examples * problem.points() * problem.taps();  // of a channel
   const int64_t each = std::clamp<int64_t>(kNeighbourElements / column, 1, shape.inputs);
   problem.channels = each;
   const Tensor rows = new_tensor(acc, {examples * problem.points() * problem.width()});
-  problem.rows = static_cast<float*>(rows.mutable_data_ptr());
+  problem.rows = room_of(rows);
   for (; problem.first < shape.inputs; problem.first += each) {
     problem.channels = std::min(each, shape.inputs - problem.first);
     parallel_for(0, problem.channels, kChannelsPerThread,
@@ -166,12 +167,8 @@ void square_few_points(const ConvShape& shape, const Tensor& acc, const Group& g
 void square_on_cpu(const ConvShape& shape, const Tensor& acc, const Tensor& grad, const Tensor& input, int64_t groups,
                    float scale, bool exchanged) {
   const int64_t examples = grad.size(0);
-  const Group group{static_cast<const float*>(grad.const_data_ptr()),
-                    static_cast<const float*>(input.const_data_ptr()),
-                    grad.numel() / examples,
-                    input.numel() / examples,
-                    static_cast<float*>(acc.mutable_data_ptr()),
-                    acc.numel()};
+  const Group group{values_of(grad),          values_of(input), grad.numel() / examples,
+                    input.numel() / examples, room_of(acc),     acc.numel()};
   if (!exchanged && examples * shape.out[0] * shape.out[1] * shape.out[2] <= kFewPoints) {
     for (int64_t n = 0; n < groups; ++n) square_few_points(shape, acc, group.at(n, groups), examples, scale);
   } else {

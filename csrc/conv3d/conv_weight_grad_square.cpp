@@ -67,14 +67,9 @@ ConvShape shape_of(const Tensor& acc, const Tensor& grad, const Tensor& input, c
 void square_on_cuda(const ConvShape& shape, const Tensor& acc, const Tensor& grad, const Tensor& input, int64_t groups,
                     float scale) {
   launch_on_device_of(kOp, acc, [&](void* stream) {
-    const cuda::ConvSquareProblem problem{grad.const_data_ptr(),
-                                          input.const_data_ptr(),
-                                          static_cast<float*>(acc.mutable_data_ptr()),
-                                          shape,
-                                          groups,
-                                          grad.size(0),
-                                          *element_of(grad.scalar_type()),
-                                          scale};
+    const cuda::ConvSquareProblem problem{
+        grad.const_data_ptr(), input.const_data_ptr(),          room_of(acc), shape, groups,
+        grad.size(0),          *element_of(grad.scalar_type()), scale};
     TIMM_EXT_CHECK(cuda::conv_square_serves(problem), kOp, ": sizes must be within 32 bits on CUDA (got ",
                    list(grad.sizes()), " and ", list(input.sizes()), ")");
     const auto floats = static_cast<int64_t>(cuda::conv_square_workspace_bytes(problem) / sizeof(float));

@@ -44,14 +44,14 @@ Tensor prepare(const Way& way, const Tensor& weight) {
   const int64_t outputs = g.size(way.outputs_first ? 0 : 1), inputs = g.size(way.outputs_first ? 1 : 0);
   const int64_t blocks = cpu::strided_blocks(outputs), taps = cpu::kStridedTaps;
   const Tensor prepared = new_tensor(g, {blocks * cpu::strided_block_elements(inputs)});
-  const cpu::StridedWeights weights{static_cast<const float*>(g.const_data_ptr()),
+  const cpu::StridedWeights weights{values_of(g),
                                     outputs,
                                     inputs,
                                     way.outputs_first ? inputs * taps : taps,
                                     way.outputs_first ? taps : outputs * taps,
                                     way.mirrored,
                                     way.scatter,
-                                    static_cast<float*>(prepared.mutable_data_ptr())};
+                                    room_of(prepared)};
   parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) { cpu::strided_weights(weights, first, last); });
   return prepared;
 }
@@ -79,10 +79,10 @@ Tensor run(const Way& way, const Tensor& from, const Tensor& weight, const std::
                              {small[0], small[1], small[2]},
                              {large[0], large[1], large[2]},
                              way.upsampled,
-                             static_cast<const float*>(x.const_data_ptr()),
-                             static_cast<const float*>(prepared.const_data_ptr()),
-                             bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
-                             static_cast<float*>(result.mutable_data_ptr()),
+                             values_of(x),
+                             values_of(prepared),
+                             values_of(bias),
+                             room_of(result),
                              0};
   problem.chunk = chunk_of(problem);
   const auto kernel = way.scatter ? cpu::strided_scatter.chosen() : cpu::strided_gather.chosen();

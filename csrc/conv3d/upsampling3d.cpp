@@ -14,8 +14,7 @@ Tensor upsample_nearest3d(const Tensor& input) {
   const Tensor result = new_tensor(input, {input.size(0), input.size(1), 2 * input.size(2), 2 * rows, 2 * columns});
   if (result.numel() == 0) return result;
   const Tensor x = torch::stable::contiguous(input);
-  const cpu::UpsamplingProblem problem{static_cast<const float*>(x.const_data_ptr()),
-                                       static_cast<float*>(result.mutable_data_ptr()), rows, columns};
+  const cpu::UpsamplingProblem problem{values_of(x), room_of(result), rows, columns};
   torch::stable::parallel_for(0, x.numel() / (rows * columns), 1,
                               [&](int64_t first, int64_t last) { cpu::upsample_planes(problem, first, last); });
   return result;
@@ -30,9 +29,7 @@ Tensor neighbour_sums3d(const Tensor& input) {
   const Tensor result = new_tensor(input, {input.size(0), input.size(1), planes, input.size(3) + 1, input.size(4) + 1});
   if (result.numel() == 0) return result;
   const Tensor x = torch::stable::contiguous(input);
-  const cpu::NeighbourSumsProblem problem{static_cast<const float*>(x.const_data_ptr()),
-                                          static_cast<float*>(result.mutable_data_ptr()),
-                                          {input.size(2), input.size(3), input.size(4)}};
+  const cpu::NeighbourSumsProblem problem{values_of(x), room_of(result), {input.size(2), input.size(3), input.size(4)}};
   torch::stable::parallel_for(0, input.size(0) * input.size(1) * planes, 1,
                               [&](int64_t first, int64_t last) { cpu::neighbour_sums(problem, first, last); });
   return result;

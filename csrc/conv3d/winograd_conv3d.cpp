@@ -54,21 +54,13 @@ Tensor winograd_conv3d(const Tensor& input, const Tensor& weight, const std::opt
   const Tensor x = torch::stable::contiguous(input), g = torch::stable::contiguous(weight);
   const int64_t blocks = cpu::winograd_blocks(shape);
   const Tensor forms = new_tensor(x, {blocks * cpu::winograd_block_elements(shape)});
-  auto* const to = static_cast<float*>(forms.mutable_data_ptr());
+  auto* const to = room_of(forms);
   const int64_t taps = 9 * shape.kernel[2];
-  const cpu::WinogradWeights weights{&shape,
-                                     static_cast<const float*>(g.const_data_ptr()),
-                                     mirrored ? taps : shape.inputs * taps,
-                                     mirrored ? shape.outputs * taps : taps,
-                                     mirrored,
-                                     to};
+  const cpu::WinogradWeights weights{
+      &shape, values_of(g), mirrored ? taps : shape.inputs * taps, mirrored ? shape.outputs * taps : taps, mirrored,
+      to};
   parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) { cpu::winograd_weights(weights, first, last); });
-  const cpu::WinogradProblem problem{&shape,
-                                     static_cast<const float*>(x.const_data_ptr()),
-                                     to,
-                                     bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
-                                     static_cast<float*>(result.mutable_data_ptr()),
-                                     x.size(0)};
+  const cpu::WinogradProblem problem{&shape, values_of(x), to, values_of(bias), room_of(result), x.size(0)};
   parallel_for(0, cpu::winograd_units(problem), 1,
                [&](int64_t first, int64_t last) { cpu::winograd_conv(problem, first, last); });
   return result;

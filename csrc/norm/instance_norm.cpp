@@ -20,10 +20,6 @@ void check_vector(const char* op, const char* name, const Tensor& vector, int64_
                  " elements, contiguous, for input ", list(input.sizes()), " (got ", list(vector.sizes()), ")");
 }
 
-const float* data_of(const std::optional<Tensor>& vector) {
-  return vector ? static_cast<const float*>(vector->const_data_ptr()) : nullptr;
-}
-
 /// Whether the elements of each example lie side by side; examples may lie apart, as in a part of the channels.
 bool has_whole_examples(const Tensor& tensor) {
   int64_t step = 1;
@@ -50,15 +46,9 @@ std::tuple<Tensor, Tensor, Tensor> instance_norm(const Tensor& input, const std:
   const Tensor mean = new_tensor(input, {planes}), rstd = new_tensor(input, {planes});
   if (planes == 0) return {output, mean, rstd};
   const Tensor x = torch::stable::contiguous(input);
-  const cpu::InstanceNormProblem problem{static_cast<const float*>(x.const_data_ptr()),
-                                         data_of(weight),
-                                         data_of(bias),
-                                         static_cast<float*>(output.mutable_data_ptr()),
-                                         static_cast<float*>(mean.mutable_data_ptr()),
-                                         static_cast<float*>(rstd.mutable_data_ptr()),
-                                         epsilon,
-                                         channels,
-                                         input.numel() / planes};
+  const cpu::InstanceNormProblem problem{values_of(x),    values_of(weight), values_of(bias),
+                                         room_of(output), room_of(mean),     room_of(rstd),
+                                         epsilon,         channels,          input.numel() / planes};
   torch::stable::parallel_for(0, planes, 1,
                               [&](int64_t first, int64_t last) { cpu::instance_norm(problem, first, last); });
   return {output, mean, rstd};
@@ -85,19 +75,10 @@ std::tuple<Tensor, Tensor, Tensor> instance_norm_backward(const Tensor& grad, co
   if (planes == 0) return {below, for_weight, for_bias};
   const Tensor g = has_whole_examples(grad) ? grad : torch::stable::contiguous(grad);
   const Tensor x = torch::stable::contiguous(input);
-  const cpu::InstanceNormGradient problem{static_cast<const float*>(g.const_data_ptr()),
-                                          static_cast<const float*>(x.const_data_ptr()),
-                                          static_cast<const float*>(mean.const_data_ptr()),
-                                          static_cast<const float*>(rstd.const_data_ptr()),
-                                          data_of(weight),
-                                          data_of(bias),
-                                          static_cast<float*>(below.mutable_data_ptr()),
-                                          static_cast<float*>(for_weight.mutable_data_ptr()),
-                                          static_cast<float*>(for_bias.mutable_data_ptr()),
-                                          static_cast<float>(slope),
-                                          g.stride(0),
-                                          channels,
-                                          input.numel() / planes};
+  const cpu::InstanceNormGradient problem{
+      values_of(g),    values_of(x),   values_of(mean),       values_of(rstd),   values_of(weight),
+      values_of(bias), room_of(below), room_of(for_weight),   room_of(for_bias), static_cast<float>(slope),
+      g.stride(0),     channels,       input.numel() / planes};
   torch::stable::parallel_for(0, planes, 1,
                               [&](int64_t first, int64_t last) { cpu::instance_norm_backward(problem, first, last); });
   return {below, for_weight, for_bias};
