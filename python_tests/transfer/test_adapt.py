@@ -91,6 +91,8 @@ def test_warm_up_refuses_unknown_names(tmp_path):
         InputError, match=r"warm-up: expected names of the network's parameters \(got nothing\)"
     ):
         warm_up(small_network(), ["nothing"], Session(Data(Blobs(1)), settings(), tmp_path))
+    with pytest.raises(InputError, match=r"warm-up: expected names of the network's parameters \(got none\)"):
+        warm_up(small_network(), [], Session(Data(Blobs(1)), settings(), tmp_path))
 
 
 def test_the_pull_brings_logits_back_to_equal_ratios(tmp_path):

@@ -90,12 +90,14 @@ def warm_up(
         options: `specific_lr` is its rate, if given.
 
     Raises:
-        InputError: a name is not a parameter of the network, or settings of L2- or drop-transfer.
+        InputError: no name, or one that is no parameter of the network; or settings of L2- or drop-transfer.
     """
     session.settings.refuse_ties("warm-up")
     parameters = named_parameters(model)
-    if unknown := sorted(set(specific) - parameters.keys()):
-        raise InputError(f"warm-up: expected names of the network's parameters (got {listed(unknown)})")
+    unknown = sorted(set(specific) - parameters.keys())
+    if unknown or not specific:
+        got = listed(unknown) or "none"
+        raise InputError(f"warm-up: expected names of the network's parameters (got {got})")
     chosen = [parameter for name, parameter in parameters.items() if name in set(specific)]
     if options is not None and options.specific_lr is not None:
         session = replace(session, settings=replace(session.settings, lr=options.specific_lr))

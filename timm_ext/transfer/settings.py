@@ -1,4 +1,4 @@
-"""What a user sets of merging and of learning ratios; nothing heavy is imported here."""
+"""What a user sets of merging and of learning ratios; no trainer is loaded for it."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -26,7 +26,7 @@ class Recipe:
         mixing: how logits become ratios.
         anchor: the logits start at this for the first source and at its negative for the others.
         align: the channels of the sources are first brought into one order, whatever the merge says.
-        normalize: how the Fishers are scaled before merging; None as the arm has it.
+        normalize: how the Fishers are scaled before merging; None as the merge has it.
         transfer_norms: the norms are shared, too.
         unseen: for a target modality that a source never saw, the one whose weights it starts from; without
             a rule it starts from the target network's own.

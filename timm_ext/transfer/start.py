@@ -16,6 +16,8 @@ from timm_ext.transfer.arms import Adaptation, Arm, get_arm
 from timm_ext.transfer.settings import Recipe
 from timm_ext.transfer.sources import Sources
 
+_NOTHING_SHARED = Split((), ())
+
 
 def new_network(name: str, options: Mapping[str, Any], task: Task, seed: int) -> nn.Module:
     """Build a network for a task, its weights a function of the seed."""
@@ -28,9 +30,6 @@ def network_of(sources: Sources, task: Task, seed: int) -> nn.Module:
     """Build a target network of the sources' architecture for a task."""
     config = config_of(sources.networks[0])
     return new_network(config["name"], config["options"], task, seed)
-
-
-_NOTHING_SHARED = Split((), ())
 
 
 @dataclass(frozen=True)
