@@ -106,6 +106,14 @@ def test_holm_corrects_over_all_comparisons_made_together():
     assert rows["p_holm"].tolist() == holm(rows["p"]).tolist()
 
 
+def test_a_region_of_the_name_mean_is_a_region_like_others():
+    results = study_results()
+    named = replace(results, cases=results.cases.replace({"region": {"TC": "mean"}}))
+    one, other = make_tables(results), make_tables(named)
+    for name in ("dice", "comparisons", "regions", "region-comparisons"):
+        assert one[name].drop(columns="region").equals(other[name].drop(columns="region"))
+
+
 def test_a_table_without_rows_is_not_written(tmp_path):
     results = study_results()
     bare = replace(results, ratios=results.ratios[:0], forgetting=results.forgetting[:0])

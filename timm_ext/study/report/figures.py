@@ -10,7 +10,7 @@ import pandas as pd
 
 from timm_ext.errors import printable
 from timm_ext.study.report.results import RUN, Array, Example, Results
-from timm_ext.study.report.tables import MEAN, Tables
+from timm_ext.study.report.tables import Tables
 from timm_ext.study.report.wording import numbered
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def draw(results: Results, tables: Tables) -> dict[str, bytes]:
 def dice_by_region(results: Results) -> "Figure":
     """Test Dice per method: each run a point, their mean a bar; a panel for the mean and for each region."""
     (count,) = results.counts
-    names = [MEAN, *results.regions]
+    names = ["mean", *results.regions]
     figure, axes = new_figure(1, len(names), height=1.2 + 0.36 * len(results.methods), sharey=True)
     for row, method in enumerate(results.methods):
         dice = results.scores(count, method)
@@ -71,9 +71,9 @@ def dice_by_region(results: Results) -> "Figure":
 def dice_by_count(results: Results, tables: Tables) -> "Figure":
     """Mean test Dice of each method at each number of training cases, with its 95 % interval."""
     figure, (axis,) = new_figure(1, 1, height=4.8)
-    table = tables["dice"]
+    means = tables["dice"].groupby(["train_cases", "method"], sort=False).head(1)
     for row, (method, title) in enumerate(results.methods.items()):
-        rows = table[(table["method"] == method) & (table["region"] == MEAN)]
+        rows = means[means["method"] == method]
         reach = [rows["mean"] - rows["low"], rows["high"] - rows["mean"]]
         places = np.arange(len(rows)) + 0.7 * ((row + 0.5) / len(results.methods) - 0.5)
         style = {**style_of(row), "linestyle": "none"}

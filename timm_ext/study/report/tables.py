@@ -16,9 +16,6 @@ from timm_ext.files import atomic_write
 from timm_ext.study.report.results import METRICS, Array, Results
 from timm_ext.study.report.statistics import bootstrap_interval, compare, mean_spread
 
-MEAN = "mean"
-"""The region that stands for the mean over all of them."""
-
 Tables = dict[str, pd.DataFrame]
 
 
@@ -27,7 +24,7 @@ def make_tables(results: Results) -> Tables:
     single = [(metric, region) for metric in METRICS for region in results.regions]
     tables = {
         "dice": dice_table(results),
-        "comparisons": comparison_table(results, [("dice", MEAN)]),
+        "comparisons": comparison_table(results, [("dice", None)]),
         "regions": region_table(results),
         "region-comparisons": comparison_table(results, single),
         "stages": stage_table(results),
@@ -56,15 +53,15 @@ def dice_table(results: Results) -> pd.DataFrame:
     for count, method in _methods(results):
         dice = results.scores(count, method)
         runs = results.of(results.runs, count, method)
-        for region in (MEAN, *results.regions):
-            of_runs = dice.mean(axis=(2, 3)) if region == MEAN else _of(results, dice, region).mean(axis=2)
+        for region in (None, *results.regions):
+            of_runs = dice.mean(axis=(2, 3)) if region is None else _of(results, dice, region).mean(axis=2)
             mean, sd = mean_spread(of_runs)
             low, high = bootstrap_interval(_of(results, dice, region))
             rows.append(
                 {
                     **_named(results, method),
                     "train_cases": count,
-                    "region": region,
+                    "region": region or "mean",
                     "runs": of_runs.size,
                     "steps": round(runs["steps"].mean()),
                     "mean": mean,
@@ -91,12 +88,12 @@ def region_table(results: Results) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def comparison_table(results: Results, wanted: Sequence[tuple[str, str]]) -> pd.DataFrame:
+def comparison_table(results: Results, wanted: Sequence[tuple[str, str | None]]) -> pd.DataFrame:
     """Compare all pairs at every number of training cases, with Holm's correction over all rows.
 
     Args:
         results: of the study.
-        wanted: pairs of metric and region.
+        wanted: pairs of metric and region; None is the mean over regions.
 
     Returns:
         `a`, `b`, `train_cases`, `metric`, `region`, and what `statistics.compare` returns of a − b.
@@ -105,7 +102,7 @@ def comparison_table(results: Results, wanted: Sequence[tuple[str, str]]) -> pd.
     for metric, region in wanted:
         for count in results.counts:
             scores = {m: _of(results, results.scores(count, m, metric), region) for m in results.methods}
-            places += [(a, b, count, metric, region) for a, b in results.pairs]
+            places += [(a, b, count, metric, region or "mean") for a, b in results.pairs]
             differences += [scores[a] - scores[b] for a, b in results.pairs]
     told = pd.DataFrame(places, columns=["a", "b", "train_cases", "metric", "region"])
     return pd.concat([told, compare(differences)], axis=1)
@@ -140,7 +137,7 @@ def _named(results: Results, method: str) -> dict[str, Any]:
     return {"method": method, "title": results.methods[method]}
 
 
-def _of(results: Results, scores: Array, region: str) -> Array:
+def _of(results: Results, scores: Array, region: str | None) -> Array:
     """Return the scores `[draws, seeds, cases]` of one region, or their mean over all."""
-    chosen = scores.mean(axis=3) if region == MEAN else scores[..., results.regions.index(region)]
+    chosen = scores.mean(axis=3) if region is None else scores[..., results.regions.index(region)]
     return np.asarray(chosen)
