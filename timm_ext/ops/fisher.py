@@ -16,6 +16,7 @@ from timm_ext.ops.shapes import (
     is_contiguous,
     name_of,
     require,
+    same_shape,
     sizes_of,
 )
 
@@ -72,9 +73,8 @@ def _check_item(op: str, k: int, grad: Tensor, first: Tensor, i: int, acc: Tenso
         require(op, f"{name} must be on the device of grads[0]", places, tensor.device == first.device)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     check_dtype(op, f"acc[{i}]", acc, wide, f" for gradients of {got}")
-    same = acc.ndim == grad.ndim, *(a == b for a, b in zip(acc.shape, grad.shape, strict=False))
     shapes = f"{sizes_of(acc)} vs {sizes_of(grad)}"
-    require(op, f"acc[{i}] must have the shape of grads[{k}]", shapes, *same)
+    require(op, f"acc[{i}] must have the shape of grads[{k}]", shapes, *same_shape(acc, grad))
     strides = f"strides {list(acc.stride())}"
     require(op, f"acc[{i}] must be contiguous", strides, is_contiguous(acc))
 

@@ -10,7 +10,7 @@ from torch.library import register_kernel
 from timm_ext.ops import merge_formulas as formulas
 from timm_ext.ops.autograd import below_autograd, call, defined_by, nested, one_by_one, primals, register
 from timm_ext.ops.operands import fake_kernel
-from timm_ext.ops.shapes import check_dtype, empty, name_of, require, sizes_of
+from timm_ext.ops.shapes import check_dtype, empty, name_of, require, same_shape, sizes_of
 
 _ops = torch.ops.timm_ext
 
@@ -69,8 +69,7 @@ def _(grad: Tensor, logits: Tensor, mixing: str) -> Tensor:
     _check(logits, mixing)
     check_dtype("log_weights", "grad", grad, logits.dtype, " like logits")
     shapes = f"{sizes_of(grad)} vs {sizes_of(logits)}"
-    same = grad.ndim == 2, *(a == b for a, b in zip(grad.shape, logits.shape, strict=False))
-    require("log_weights", "grad must have the shape of logits", shapes, *same)
+    require("log_weights", "grad must have the shape of logits", shapes, *same_shape(grad, logits))
     return empty(logits, logits.shape)
 
 

@@ -22,10 +22,21 @@ from timm_ext.ops.operands import (
     traced,
     transformed,
 )
-from timm_ext.ops.shapes import are_known, check_dtype, empty, is_contiguous, name_of, require, sizes_of
+from timm_ext.ops.shapes import (
+    are_known,
+    check_dtype,
+    empty,
+    is_contiguous,
+    name_of,
+    require,
+    same_shape,
+    sizes_of,
+)
 
 Mixing = Literal["sigmoid", "softmax", "ratios"]
 MIXINGS: tuple[Mixing, ...] = ("sigmoid", "softmax", "ratios")
+
+_OP = "fused_merge"  # which its gradients are called in messages, too
 
 _ops = torch.ops.timm_ext
 _merge_out = Operator[None]("fused_merge.out")
@@ -301,9 +312,6 @@ def _(
     return grad_theta, grad_fisher
 
 
-_OP = "fused_merge"
-
-
 def _check_operands(theta: Tensor, fisher: Tensor | None, log_weight: Tensor, offsets: Tensor) -> None:
     fits = theta.ndim == 2 and theta.shape[0] >= 1
     require(_OP, "theta must be [T, P] with T >= 1", sizes_of(theta), fits)
@@ -313,8 +321,7 @@ def _check_operands(theta: Tensor, fisher: Tensor | None, log_weight: Tensor, of
     models, elements = theta.shape
     if fisher is not None:
         shapes = f"{sizes_of(fisher)} vs {sizes_of(theta)}"
-        same = fisher.ndim == 2, *(a == b for a, b in zip(fisher.shape, theta.shape, strict=False))
-        require(_OP, "fisher must have the shape of theta", shapes, *same)
+        require(_OP, "fisher must have the shape of theta", shapes, *same_shape(fisher, theta))
         check_dtype(_OP, "fisher", fisher, theta.dtype, " like theta")
         _check_rows_apart("fisher", fisher)
     fits = offsets.ndim == 1 and offsets.shape[0] >= 1

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from timm_ext.ops.operands import Operator, check_tensors
-from timm_ext.ops.shapes import check_dtype, empty, is_contiguous, require, sizes_of
+from timm_ext.ops.shapes import check_dtype, empty, is_contiguous, require, same_shape, sizes_of
 
 _Three = tuple[Tensor, Tensor, Tensor]
 
@@ -90,7 +90,7 @@ def _(
     op = _instance_norm_backward.name
     _check_input(op, input)
     check_dtype(op, "grad", grad, torch.float32)
-    same = grad.ndim == input.ndim, *(a == b for a, b in zip(grad.shape, input.shape, strict=False))
+    same = same_shape(grad, input)
     require(op, f"grad must have the shape of input, {sizes_of(input)}", sizes_of(grad), *same)
     rows = input.shape[:2]
     _check_vector(op, "mean", mean, rows[0] * rows[1], input)

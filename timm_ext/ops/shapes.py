@@ -44,6 +44,11 @@ def is_contiguous(tensor: Tensor) -> bool:
     return not are_known(tensor) or tensor.is_contiguous()
 
 
+def same_shape(one: Tensor, other: Tensor) -> tuple[Any, ...]:
+    """Return the conditions that two tensors have the same shape."""
+    return one.ndim == other.ndim, *(a == b for a, b in zip(one.shape, other.shape, strict=False))
+
+
 def sizes_of(tensor: Tensor) -> list[int]:
     """Return sizes as messages show them."""
     return list(tensor.shape)
