@@ -21,8 +21,8 @@
 
 namespace {
 
+using namespace timm_ext;
 using namespace timm_ext::test;
-namespace cuda = timm_ext::cuda;
 
 void must(int error, const char* what) {
   if (error == 0) return;
