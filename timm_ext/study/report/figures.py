@@ -193,8 +193,10 @@ def examples_figure(examples: Sequence[Example], labels: Mapping[int, str]) -> "
     for row, example in enumerate(examples):
         _draw_example(example, axes[row * len(titles) : (row + 1) * len(titles)], numbers)
     for axis, title in zip(axes, titles, strict=False):
-        axis.set_title("\n".join(textwrap.wrap(title, 16)), fontsize=9)
-    handles = [Patch(color=_label_colour(index), label=labels[n]) for index, n in enumerate(numbers)]
+        axis.set_title("\n".join(textwrap.wrap(printable(title), 16)), fontsize=9)
+    handles = [
+        Patch(color=_label_colour(index), label=printable(labels[n])) for index, n in enumerate(numbers)
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     return figure
 
