@@ -32,11 +32,12 @@ from torch.profiler import ProfilerActivity, profile
 from timm_ext.documents import read_json
 from timm_ext.files import write_json
 from timm_ext.fisher import Fisher, FisherKind
+from timm_ext.layout import Layout
 from timm_ext.merging import Bank, MergedModel
 from timm_ext.networks import build_network
 from timm_ext.networks.registry import heads_of
 from timm_ext.ops import reference
-from timm_ext.parameters import Layout, named_parameters, split_parameters
+from timm_ext.parameters import named_parameters, split_parameters
 from timm_ext.system.environment import environment
 from timm_ext.training.device import keep_freed_memory, reproducible
 from timm_ext.training.objective import soft_dice_loss

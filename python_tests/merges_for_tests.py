@@ -5,10 +5,11 @@ from pathlib import Path
 
 import torch
 
+from timm_ext.layout import Layout
 from timm_ext.merging import Bank, MergedModel
 from timm_ext.networks.registry import build_network, heads_of
 from timm_ext.networks.reset import reset_specific
-from timm_ext.parameters import Layout, named_parameters, split_parameters
+from timm_ext.parameters import named_parameters, split_parameters
 
 sys.path.insert(0, str(Path(__file__).parent / "training"))
 from examples_for_tests import Blobs, small_network

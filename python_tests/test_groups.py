@@ -8,7 +8,8 @@ from torch import nn
 
 from timm_ext.errors import InputError
 from timm_ext.groups import GRANULARITIES, Groups, make_groups
-from timm_ext.parameters import Entry, Layout, named_parameters
+from timm_ext.layout import Entry, Layout
+from timm_ext.parameters import named_parameters
 
 
 def layout_of(model: nn.Module) -> Layout:

@@ -11,7 +11,7 @@ import timm_ext
 PACKAGE = Path(timm_ext.__file__).parent
 
 BASE = {"errors", "files", "system", "documents", "vocabulary"}
-MODEL = {"modes", "parameters", "groups", "storage", "checkpoint", "networks"}
+MODEL = {"modes", "parameters", "layout", "groups", "storage", "checkpoint", "networks"}
 MERGE = {"ops", "fisher", "merging"}
 WORK = {"data", "training", "inference", "metrics"}
 
@@ -28,10 +28,11 @@ ALLOWED = {
     "modes": set(),
     "ops": {"errors"},
     "parameters": BASE,
-    "groups": BASE | {"parameters"},
+    "layout": BASE | {"parameters"},
+    "groups": BASE | {"parameters", "layout"},
     "storage": BASE,
     "checkpoint": BASE | {"storage"},
-    "networks": BASE | {"modes", "parameters", "storage", "checkpoint"},
+    "networks": BASE | {"modes", "parameters", "layout", "storage", "checkpoint"},
     "fisher": BASE | {"ops", "modes", "parameters", "checkpoint"},
     "merging": BASE | {"ops", "fisher"} | MODEL,
     "data": BASE,
@@ -70,6 +71,7 @@ LIGHT = {
     "ops",
     "modes",
     "parameters",
+    "layout",
     "groups",
 }
 

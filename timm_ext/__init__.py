@@ -33,9 +33,10 @@ if TYPE_CHECKING:
     from timm_ext.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
     from timm_ext.fisher import Fisher, FisherAccumulator, estimate_fisher
     from timm_ext.groups import Groups, make_groups
+    from timm_ext.layout import Layout
     from timm_ext.merging import Bank, MergedModel
     from timm_ext.networks import build_network
-    from timm_ext.parameters import Layout, split_parameters
+    from timm_ext.parameters import split_parameters
 
 _MODULE_OF = {
     "Bank": "merging",
@@ -43,7 +44,7 @@ _MODULE_OF = {
     "Fisher": "fisher",
     "FisherAccumulator": "fisher",
     "Groups": "groups",
-    "Layout": "parameters",
+    "Layout": "layout",
     "MergedModel": "merging",
     "build_network": "networks",
     "estimate_fisher": "fisher",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from timm_ext.errors import InputError
-from timm_ext.parameters import Entry, Layout
+from timm_ext.layout import Entry, Layout
 
 Granularity = Literal["model", "layer", "filter", "kernel", "element"]
 GRANULARITIES: tuple[Granularity, ...] = ("model", "layer", "filter", "kernel", "element")

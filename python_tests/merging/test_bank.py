@@ -10,9 +10,9 @@ from torch import Tensor
 import timm_ext
 from timm_ext.checkpoint import describe, save_checkpoint
 from timm_ext.errors import InputError
+from timm_ext.layout import Layout
 from timm_ext.merging.bank import Bank
 from timm_ext.ops import reference
-from timm_ext.parameters import Layout
 
 NAN, INF = float("nan"), float("inf")
 

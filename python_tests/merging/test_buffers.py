@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from timm_ext.errors import InputError
 from timm_ext.fisher.result import Fisher, FisherKind
+from timm_ext.layout import Layout
 from timm_ext.merging import (
     Bank,
     MergedModel,
@@ -23,7 +24,7 @@ from timm_ext.merging.buffers import ratios_beside, weighted_mean
 from timm_ext.merging.mixing import logits_of
 from timm_ext.networks import heads_of
 from timm_ext.networks.channel_trace import trace_channels
-from timm_ext.parameters import Layout, buffer_owners, named_parameters, split_parameters
+from timm_ext.parameters import buffer_owners, named_parameters, split_parameters
 
 STATISTICS = ("running_mean", "running_var")
 

@@ -3,11 +3,12 @@ import torch
 from torch import Tensor, nn
 
 from timm_ext.errors import InputError
+from timm_ext.layout import Layout
 from timm_ext.merging.bank import Bank
 from timm_ext.merging.initialise import assemble_bank, build_initialisation
 from timm_ext.merging.merge import get_merge, merges
 from timm_ext.merging.merged_model import MergedModel
-from timm_ext.parameters import Layout, split_parameters
+from timm_ext.parameters import split_parameters
 
 
 class FisherStub:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from timm_ext.errors import InputError
 from timm_ext.groups import GRANULARITIES, make_groups
+from timm_ext.layout import Layout
 from timm_ext.merging.bank import Bank
 from timm_ext.merging.merged_model import MergedModel
 from timm_ext.merging.mixing import logits_of
-from timm_ext.parameters import Layout, named_parameters, split_parameters
+from timm_ext.parameters import named_parameters, split_parameters
 
 
 class Net(nn.Module):

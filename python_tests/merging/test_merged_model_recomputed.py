@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
+from timm_ext.layout import Layout
 from timm_ext.merging import Bank, MergedModel
-from timm_ext.parameters import Layout, split_parameters
+from timm_ext.parameters import split_parameters
 
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 

@@ -5,10 +5,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from timm_ext.errors import InputError
+from timm_ext.layout import Layout
 from timm_ext.merging.bank import Bank
 from timm_ext.merging.merged_model import MergedModel
 from timm_ext.merging.mixing import anchored_logits, logits_of, merge_planes, ratios_of, squared_departure
-from timm_ext.parameters import Layout
 
 
 def planes(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from timm_ext.fisher import Fisher, estimate_fisher
+from timm_ext.layout import Layout
 from timm_ext.merging import Bank, MergedModel, assemble_bank
-from timm_ext.parameters import Layout, split_parameters
+from timm_ext.parameters import split_parameters
 from timm_ext.storage.state_dicts import names_among
 
 Wrap = Callable[[nn.Module], nn.Module]

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from timm_ext.errors import InputError
+from timm_ext.layout import Layout
 from timm_ext.merging import Bank, MergedModel
 from timm_ext.networks import build_network, heads_of
-from timm_ext.parameters import Layout, split_parameters
+from timm_ext.parameters import split_parameters
 from timm_ext.training.examples import Data
 from timm_ext.training.norms import check_norms, refuse_single_values
 from timm_ext.training.trainer import Trainer

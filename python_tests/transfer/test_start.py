@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from timm_ext.errors import InputError
+from timm_ext.layout import Layout
 from timm_ext.merging import Bank, MergedModel, logits_of
 from timm_ext.merging.merge import MEAN
-from timm_ext.parameters import Layout
 from timm_ext.transfer.arms import Adaptation, Arm, arms
 from timm_ext.transfer.settings import Recipe
 from timm_ext.transfer.start import initialise

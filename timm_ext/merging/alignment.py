@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from timm_ext.layout import check_compatible
 from timm_ext.merging.modalities import fit_to_target
 from timm_ext.networks.channel_trace import trace_channels
 from timm_ext.networks.channels import ChannelAxis, ChannelGroup, ChannelMap
-from timm_ext.parameters import check_compatible, matches, named_parameters
+from timm_ext.parameters import matches, named_parameters
 
 if TYPE_CHECKING:
     from timm_ext.fisher.result import Fisher

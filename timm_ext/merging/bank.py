@@ -11,9 +11,9 @@ from torch import Tensor
 from timm_ext.checkpoint import load_checkpoint, non_finite, save_checkpoint
 from timm_ext.documents import validated
 from timm_ext.errors import InputError, lines_of, listed, shown
+from timm_ext.layout import Entry, Layout, compatibility_report
 from timm_ext.merging.buffers import Buffers
 from timm_ext.ops._library import prefer_huge_pages
-from timm_ext.parameters import Entry, Layout, compatibility_report
 from timm_ext.storage.state_dicts import names_among
 
 if TYPE_CHECKING:

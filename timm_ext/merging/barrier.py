@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from timm_ext.errors import InputError
+from timm_ext.layout import check_compatible
 from timm_ext.modes import evaluating
-from timm_ext.parameters import check_compatible, named_parameters
+from timm_ext.parameters import named_parameters
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from timm_ext.checkpoint import non_finite
 from timm_ext.errors import InputError, lines_of
+from timm_ext.layout import Entry, Layout
 from timm_ext.ops.merge import fused_merge
-from timm_ext.parameters import Entry, Layout
 
 _COUNTER = "num_batches_tracked"
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from timm_ext.layout import check_compatible
 from timm_ext.merging.buffers import Buffers, set_buffers
-from timm_ext.parameters import check_compatible, named_parameters, parameter_aliases
+from timm_ext.parameters import named_parameters, parameter_aliases
 
 
 class LogitEnsemble(nn.Module):

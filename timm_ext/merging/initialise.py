@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from timm_ext.errors import InputError
+from timm_ext.layout import Layout, check_compatible
 from timm_ext.merging.bank import Bank, under_names
 from timm_ext.merging.buffers import check_buffers, set_buffers
 from timm_ext.merging.merge import Merge, get_merge
 from timm_ext.merging.modalities import fit_to_target
-from timm_ext.parameters import Layout, Split, check_compatible, named_parameters, parameter_aliases
+from timm_ext.parameters import Split, named_parameters, parameter_aliases
 
 if TYPE_CHECKING:
     from timm_ext.fisher.result import Fisher

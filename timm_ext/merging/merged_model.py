@@ -11,10 +11,11 @@ from torch.autograd import forward_ad
 
 from timm_ext.errors import InputError
 from timm_ext.groups import Granularity, make_groups
+from timm_ext.layout import check_compatible
 from timm_ext.merging.bank import Bank
 from timm_ext.merging.buffers import check_buffers, holds_buffers, ratios_beside, set_buffers
 from timm_ext.merging.mixing import Mixing, merge_planes, ratios_of, starting_logits
-from timm_ext.parameters import buffer_owners, check_compatible, named_parameters, parameter_aliases
+from timm_ext.parameters import buffer_owners, named_parameters, parameter_aliases
 
 _MOST_LISTED = 10_000  # logits of more groups than this stay out of a file's metadata
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from timm_ext.errors import InputError, lines_of, shown
-from timm_ext.parameters import compatibility_report
+from timm_ext.layout import compatibility_report
 
 
 def check_tensors(

@@ -8,7 +8,8 @@ from torch.func import functional_call
 
 from timm_ext.data.noise import keyed_generator
 from timm_ext.errors import InputError, listed
-from timm_ext.parameters import Entry, Layout, named_parameters
+from timm_ext.layout import Entry, Layout
+from timm_ext.parameters import named_parameters
 from timm_ext.training.settings import TrainSettings
 
 

@@ -15,10 +15,11 @@ from torch import Tensor
 from timm_ext.checkpoint import load_checkpoint, save_checkpoint
 from timm_ext.cli.common import task_of
 from timm_ext.data.tasks import get_task, task_to_dict
+from timm_ext.layout import Layout
 from timm_ext.merging.bank import Bank
 from timm_ext.merging.streaming.merge import merge_checkpoints
 from timm_ext.networks import build_network, load_network, save_network
-from timm_ext.parameters import Layout, split_parameters
+from timm_ext.parameters import split_parameters
 
 OPTIONS = {"channels": [2, 4], "strides": [2], "num_res_units": 1, "norm": "batch"}
 NETWORK = {"name": "monai.UNet", "in_channels": 2, "out_channels": 7, "options": OPTIONS}
