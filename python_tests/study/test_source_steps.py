@@ -8,6 +8,13 @@ def ties_of(step):
     return {name: getattr(step.train, name) for name in ("l2_transfer", "drop_transfer")}
 
 
+def test_a_fisher_takes_the_batches_of_the_plan_unless_it_has_its_own():
+    plain, own = study_of(batch_size=3), study_of(fisher={"batch_size": 5, "labels": "true"})
+    assert [step.fisher.batch_size for step in plain.fishers] == [3, 3]
+    assert [step.fisher.batch_size for step in own.fishers] == [5, 5]
+    assert own.fishers[0].fisher.labels == "true"
+
+
 def test_independent_sources_start_from_their_own_seed():
     chained, apart = (study_of(chain=chain).models for chain in (True, False))
     assert "parent" in chained[1].needs

@@ -52,6 +52,7 @@ def test_fractions_are_of_the_pool():
         ({"fractions": (0.01,), "pool": 9}, r"train_cases: must be at least 1 \(got 0\)"),
         ({"pool": 3}, r"train_cases: expected at most the 3 available training cases \(got 4\)"),
         ({"size": (4096,) * 3}, r"size: a batch of 2 .*: expected at most .* of memory"),
+        ({"source_tasks": ("nothing", "brats")}, r"task: expected one of .*nothing"),
         ({"adapt_steps": 100}, r"adapt_steps must be less than steps 100 \(got 100\)"),
         ({"train": {"drop_transfer": 2.0}}, "drop_transfer: expected a finite number .* less than 1"),
     ],

@@ -47,7 +47,6 @@ _KNOWN = {
     "train": _TRAIN,
     "adapt_train": _TRAIN - {*TIES},
     "adapt": _ADAPT - {"logit_lr"},
-    "fisher": {"likelihood", "labels", "samples", "seed", "strict", "precision", "batch_size"},
     "method_train": _TRAIN,
     "method_adapt": _ADAPT,
     "method_merge": {"granularity", "mixing", "anchor", "normalize", "unseen"},
@@ -82,6 +81,20 @@ class Budget(NamedTuple):
     source: int
     run: int
     adapt: int
+
+
+class FisherOptions(BaseModel):
+    """Arguments of `estimate_fisher`; without a batch size that of the plan holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    likelihood: Literal["bernoulli", "categorical", "dice"] = "bernoulli"
+    labels: Literal["sampled", "true"] = "sampled"
+    samples: Cases = 1
+    seed: Seed = 0
+    strict: bool = True
+    precision: Literal["ieee", "tf32", "bf16-mixed", "16-mixed"] = "ieee"
+    batch_size: Batch | None = None
 
 
 class StudyPlan(BaseModel):
@@ -130,7 +143,7 @@ class StudyPlan(BaseModel):
         method_merge: fields of `Recipe` for single methods that learn ratios, by name: `granularity`,
             `mixing`, `anchor`, `normalize` and `unseen`.
         validate_every: steps between validations; None is once an epoch.
-        fisher: arguments of `estimate_fisher`.
+        fisher: how the Fishers are estimated.
         data_seed: of the generated cases, and of which cases on disk are for what.
         source_seed: of the source networks.
         accelerator: `cpu`, `cuda`, `auto`, … (Lightning Fabric).
@@ -192,7 +205,7 @@ class StudyPlan(BaseModel):
     method_adapt: dict[str, Values] = {}
     method_merge: dict[str, Values] = {}
     validate_every: Steps | None = 20
-    fisher: Values = {"labels": "sampled", "samples": 1}
+    fisher: FisherOptions = FisherOptions()
     data_seed: Seed = 0
     source_seed: Seed = 0
     accelerator: str = "cpu"

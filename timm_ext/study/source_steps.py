@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
 from timm_ext.data.tasks import get_task, joint_task, task_to_dict
 from timm_ext.merging.merge import Merge
@@ -94,12 +93,12 @@ class SourceSteps:
 
     def _fisher(self, number: int, model: Step) -> Step:
         plan = self._plan
-        fisher: dict[str, Any] = {"batch_size": plan.batch_size, **plan.fisher}
+        batch_size = plan.fisher.batch_size or plan.batch_size
         return EstimateFisher(
             name=f"fisher-M{number}",
             task=plan.source_tasks[number - 1],
             prepare=plan.preparation,
-            fisher=fisher,
+            fisher=plan.fisher.model_copy(update={"batch_size": batch_size}),
             accelerator=plan.accelerator,
             needs={"model": model, "train": self._cases[number - 1]["train"]},
             cost=plan.source_cases * self._costs.step,

@@ -87,7 +87,8 @@ def make_study(plan: StudyPlan, step_seconds: float | None = None) -> Study:
         InputError: settings that do not fit together, or data that cannot be read or are too few; before
             anything is computed.
     """
-    channels = len(get_task(plan.target_task).modalities) + _LEAST_CHANNELS
+    *_, target = (get_task(name) for name in (*plan.source_tasks, plan.target_task))
+    channels = len(target.modalities) + _LEAST_CHANNELS
     needed = 4 * plan.batch_size * channels * prod(plan.size)
     size = " × ".join(map(str, plan.size))
     check_memory(needed, f"size: a batch of {plan.batch_size} images of {size} voxels")

@@ -10,6 +10,7 @@ from timm_ext.fisher import Fisher, estimate_fisher
 from timm_ext.merging import MergedModel
 from timm_ext.networks.io import load_network, save_network
 from timm_ext.study.outcomes import FISHER, INITIAL, NETWORK
+from timm_ext.study.plan import FisherOptions
 from timm_ext.study.step import Context
 from timm_ext.study.steps import sources as module
 from timm_ext.study.steps.network_step import Network
@@ -98,9 +99,8 @@ def test_a_source_fisher_is_of_the_prepared_images_as_they_are(
 ) -> None:
     task = sources.tasks[0]
     save_network(tmp_path / NETWORK, sources.networks[0], task=task_to_dict(task))
-    step = EstimateFisher(
-        name="fisher", task=task.name, prepare=PREPARE, fisher={"seed": 3}, accelerator="cpu"
-    )
+    options = FisherOptions(seed=3, batch_size=1)
+    step = EstimateFisher(name="fisher", task=task.name, prepare=PREPARE, fisher=options, accelerator="cpu")
     made = context(tmp_path / "fisher")
     step.run({"model": tmp_path, "train": cases}, made)
     (case,) = step.prepared(cases, task)

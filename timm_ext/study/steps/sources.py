@@ -20,6 +20,7 @@ from timm_ext.networks.registry import input_layers_of
 from timm_ext.parameters import named_parameters
 from timm_ext.study.arms import arm_of
 from timm_ext.study.outcomes import FISHER, INITIAL, NETWORK
+from timm_ext.study.plan import FisherOptions
 from timm_ext.study.step import Context, Inputs
 from timm_ext.study.steps.network_step import (
     CaseStep,
@@ -79,13 +80,13 @@ class EstimateFisher(NetworkStep):
     """Estimates the Fisher of a source network, `model`, on its training cases, `train`.
 
     Attributes:
-        fisher: arguments of `estimate_fisher`.
+        fisher: how, with a batch size.
         accelerator: where.
     """
 
     kind: ClassVar[str] = "estimate Fishers"
 
-    fisher: dict[str, Any]
+    fisher: FisherOptions
     accelerator: str
 
     def run(self, inputs: Inputs, context: Context) -> dict[str, Any]:
@@ -93,13 +94,13 @@ class EstimateFisher(NetworkStep):
         task = self.settled_task(inputs)
         model, checkpoint = load_network(inputs["model"] / NETWORK)
         data = CaseDataset(self.prepared(inputs["train"], task), task, in_memory=True)
-        begun = context.folder / "partial"
-        fisher = estimate_fisher(placed(model, self.accelerator), data, **self.fisher, partial=begun)
+        begun, options = context.folder / "partial", self.fisher.model_dump()
+        fisher = estimate_fisher(placed(model, self.accelerator), data, **options, partial=begun)
         fisher.save(
             context.folder / FISHER,
             network_sha256=checkpoint.sha256,
             task=task_to_dict(task),
-            settings=self.fisher,
+            settings=options,
         )
         remove_partial(begun)
         return {"examples": fisher.count, "kind": fisher.kind.value}
