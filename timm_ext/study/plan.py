@@ -69,7 +69,7 @@ def _absolute(path: str) -> str:
 Values = dict[str, Any]
 HeldOut = Annotated[int, whole(0, MOST_CASES)]
 Edge = Annotated[int, whole(8, MOST_EDGE)]
-Folder = Annotated[str, AfterValidator(_absolute)]
+DataPath = Annotated[str, AfterValidator(_absolute)]
 Once = AfterValidator(_listed_once)
 Names = Annotated[tuple[str, ...], Once]
 Seeds = Annotated[tuple[Seed, ...], Once]
@@ -169,9 +169,9 @@ class StudyPlan(BaseModel):
     pool: Cases | None = None
     draws: Annotated[Seeds, Field(min_length=1)] = (0,)
     seeds: Annotated[Seeds, Field(min_length=1)] = (0, 1, 2)
-    source: Folder = PHANTOM
-    source_data: tuple[Folder, ...] = ()
-    target_data: Folder | None = None
+    source: DataPath = PHANTOM
+    source_data: tuple[DataPath, ...] = ()
+    target_data: DataPath | None = None
     source_tasks: Annotated[tuple[str, ...], Field(min_length=1, max_length=_MOST_LISTED)] = (
         "parcellation-1-7",
         "parcellation-8-14",
