@@ -10,7 +10,7 @@ import timm_ext
 
 PACKAGE = Path(timm_ext.__file__).parent
 
-BASE = {"errors", "files", "system", "documents", "vocabulary"}
+BASE = {"_moved", "errors", "files", "system", "documents", "vocabulary"}
 MODEL = {"modes", "parameters", "layout", "groups", "storage", "checkpoint", "networks"}
 MERGE = {"ops", "fisher", "merging"}
 WORK = {"data", "training", "inference", "metrics"}
@@ -26,7 +26,7 @@ ALLOWED = {
     "documents": {"errors", "files"},
     "vocabulary": {"errors"},
     "modes": set(),
-    "ops": {"errors"},
+    "ops": {"_moved", "errors"},
     "parameters": BASE,
     "layout": BASE | {"parameters"},
     "groups": BASE | {"parameters", "layout"},

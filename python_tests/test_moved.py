@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 
 import timm_ext
-from timm_ext._moved import MOVED
+from timm_ext._moved import MOVED, MOVED_NAMES
 
 
 @pytest.mark.parametrize("old", MOVED)
@@ -32,10 +32,21 @@ def test_what_was_never_there_is_missing() -> None:
         _ = moved.nothing
 
 
-def test_the_operators_are_found_where_they_were() -> None:
-    with pytest.warns(DeprecationWarning, match=r"fused_merge has moved to timm_ext\.ops\.merge"):
-        from timm_ext.ops import fused_merge
-    assert fused_merge is timm_ext.fused_merge
+@pytest.mark.parametrize(
+    ("module", "name"), [(m, name) for m, names in MOVED_NAMES.items() for name in names]
+)
+def test_a_name_that_left_a_module_is_found_from_there(module: str, name: str) -> None:
+    place, now = MOVED_NAMES[module][name]
+    with pytest.warns(
+        DeprecationWarning, match=f"timm_ext.{module}.{name} has moved to timm_ext.{place}.{now}"
+    ):
+        found = getattr(import_module(f"timm_ext.{module}"), name)
+    assert found is getattr(import_module(f"timm_ext.{place}"), now)
+
+
+def test_a_name_that_a_module_never_had_is_missing() -> None:
+    with pytest.raises(AttributeError, match=r"'timm_ext\.ops' has no attribute 'nothing'"):
+        _ = timm_ext.ops.nothing
 
 
 def test_the_warning_names_the_line_that_imports(tmp_path) -> None:

@@ -1,8 +1,8 @@
-"""Old names of modules, which work through one release and warn."""
+"""Old names of modules and of what they held, which work through one release and warn."""
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -32,10 +32,12 @@ MOVED: dict[str, tuple[str, ...]] = {
     "memory": ("ops.memory",),
     "merging.blocks": ("merging.streaming.blocks",),
     "merging.companions": ("merging.streaming.companions",),
+    "merging.methods": ("merging.merge", "transfer.arms"),
     "merging.shards": ("merging.streaming.shards",),
     "merging.streamed": ("merging.streaming.merge",),
     "metadata": ("storage.metadata",),
     "modality_names": ("vocabulary.modalities",),
+    "operands": ("ops.operands",),
     "processes": ("system.processes",),
     "reference": ("ops.reference",),
     "region_names": ("vocabulary.regions",),
@@ -48,6 +50,38 @@ MOVED: dict[str, tuple[str, ...]] = {
     "training.stages": ("transfer.adapt", "transfer.tune", "transfer.session"),
     "training.transfer": ("training.ties",),
 }
+
+# Names that left a module which is still there: the module that has them now, and their name in it.
+MOVED_NAMES: dict[str, dict[str, tuple[str, str]]] = {
+    "merging": {"Method": ("transfer.arms", "Arm"), "get_method": ("transfer.arms", "get_arm")},
+    "ops": {
+        "MIXINGS": ("ops.merge", "MIXINGS"),
+        "conv_weight_grad_square_": ("ops.fisher", "conv_weight_grad_square_"),
+        "fused_merge": ("ops.merge", "fused_merge"),
+        "ratios": ("ops.merge", "ratios"),
+        "sample_labels": ("ops.fisher", "sample_labels"),
+        "square_accumulate_": ("ops.fisher", "square_accumulate_"),
+    },
+    "parameters": {
+        name: ("layout", name) for name in ("Entry", "Layout", "check_compatible", "compatibility_report")
+    },
+    "training.settings": {"AdaptSettings": ("transfer.settings", "AdaptSettings")},
+}
+
+
+def names_before(module: str) -> Callable[[str], Any]:
+    """Return the `__getattr__` of a module that lets the names which left it work, with a warning."""
+
+    def get(name: str) -> Any:
+        moved = MOVED_NAMES[module.removeprefix("timm_ext.")]
+        if name not in moved:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        place, now = moved[name]
+        told = f"{module}.{name} has moved to timm_ext.{place}.{now}"
+        warnings.warn(told, DeprecationWarning, stacklevel=2)
+        return getattr(import_module(f"timm_ext.{place}"), now)
+
+    return get
 
 
 class _Moved(ModuleType):

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from timm_ext._moved import names_before
 from timm_ext.errors import InputError, listed
 
 _NORMS = (
@@ -201,3 +202,6 @@ def is_norm(module: nn.Module) -> bool:
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """Tell whether a shell pattern fits a name; one that ends in a dot stands for all names below."""
     return any(fnmatchcase(name, p + "*" if p.endswith(".") else p) for p in patterns)
+
+
+__getattr__ = names_before(__name__)

@@ -1,5 +1,6 @@
 """Merging of source models: the bank, the merged model, and the table of merges."""
 
+from timm_ext._moved import names_before
 from timm_ext.merging.alignment import Alignment, align, align_to_first
 from timm_ext.merging.bank import Bank, FisherStorage, Normalization
 from timm_ext.merging.barrier import LossPath, loss_along_merge
@@ -41,3 +42,5 @@ __all__ = [
     "uniform_soup",
     "unseen_modalities",
 ]
+
+__getattr__ = names_before(__name__)

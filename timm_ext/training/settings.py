@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from timm_ext._moved import names_before
 from timm_ext.documents.bounds import MOST_WORKERS
 from timm_ext.documents.fields import (
     Batch,
@@ -148,3 +149,6 @@ def check_facts(saved: dict[str, Any], now: dict[str, Any], where: object) -> No
         raise InputError(
             f"{where}: cannot be resumed with other settings: {listed(differing, separator='; ')}"
         )
+
+
+__getattr__ = names_before(__name__)
