@@ -1,14 +1,13 @@
-from dataclasses import asdict
-
 import numpy as np
 import pytest
 import torch
 
-from timm_ext.data.augment import AugmentSettings, Draw, Intensity, apply, draw, recolour, warp
+from timm_ext.data.augment import AugmentSettings, augmented
 from timm_ext.errors import InputError
 
-ALWAYS = AugmentSettings(flip=1, flip_axes=(0, 1, 2), affine=1, intensity=1)
 UNIT = (1.0, 1.0, 1.0)
+OFF = {"flip": 0, "affine": 0, "intensity": 0}
+SHADES = {**OFF, "intensity": 1, "gamma": 0, "gain": 0, "shift": 0, "noise": 0}
 
 
 def sample(shape=(2, 7, 8, 9), seed=0):
@@ -19,136 +18,115 @@ def sample(shape=(2, 7, 8, 9), seed=0):
     return image, label
 
 
-def same_draw(first, second):
-    return (
-        first.flips == second.flips
-        and np.array_equal(first.matrix, second.matrix)
-        and [asdict(one) for one in first.intensities] == [asdict(one) for one in second.intensities]
-    )
+def ball(shape, spacing, radius):
+    """A ball about the centre, its radius in mm."""
+    axes = [(torch.arange(n) - (n - 1) / 2) * step for n, step in zip(shape, spacing, strict=True)]
+    squares = torch.meshgrid(*[axis**2 for axis in axes], indexing="ij")
+    return sum(squares) <= radius**2
 
 
-def test_draws_depend_on_the_generator_alone():
-    draws = [draw(ALWAYS, 2, np.random.default_rng(seed)) for seed in (0, 0, 1)]
-    assert same_draw(draws[0], draws[1])
-    assert not same_draw(draws[0], draws[2])
+def shaded(channel, seed=0, **settings):
+    label = torch.zeros(channel.shape, dtype=torch.uint8)
+    return augmented(channel[None], label, UNIT, AugmentSettings(**{**SHADES, **settings}), seed)[0][0]
 
 
-def test_nothing_is_drawn_at_probability_zero():
-    change = draw(AugmentSettings(flip=0, affine=0, intensity=0), 2, np.random.default_rng(0))
-    assert change.flips == ()
-    assert change.matrix is None
-    assert change.intensities == (None, None)
-    image, label = sample()
-    assert apply(change, image, label, UNIT)[0] is image
-
-
-def test_drawn_values_stay_in_their_ranges():
-    for seed in range(50):
-        change = draw(
-            AugmentSettings(affine=1, intensity=1, rotate=15, scale=0.2), 1, np.random.default_rng(seed)
-        )
-        scale = np.cbrt(np.linalg.det(change.matrix))
-        assert 1 / 1.2 <= scale <= 1 / 0.8
-        assert np.allclose(change.matrix @ change.matrix.T, scale**2 * np.eye(3))
-        (intensity,) = change.intensities
-        assert abs(np.log(intensity.gamma)) <= 0.2
-        assert 0.9 <= intensity.gain <= 1.1
-        assert abs(intensity.shift) <= 0.1
-        assert 0 <= intensity.noise <= 0.05
-
-
-def test_apply_is_pure():
+def test_a_sample_is_a_function_of_its_seed():
     image, label = sample()
     copies = image.clone(), label.clone()
-    change = draw(ALWAYS, 2, np.random.default_rng(3))
-    first, second = apply(change, image, label, UNIT), apply(change, image, label, UNIT)
+    settings = AugmentSettings(flip=1, flip_axes=(0, 1, 2), affine=1, intensity=1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    first = augmented(image, label, UNIT, settings, 3)
+    between = augmented(image, label, UNIT, settings, 4)
+    again = augmented(image, label, UNIT, settings, 3)
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], between[0])
     assert torch.equal(image, copies[0])
     assert torch.equal(label, copies[1])
-    assert torch.equal(first[0], second[0])
-    assert torch.equal(first[1], second[1])
-    assert not torch.equal(first[0], image)
-    assert first[1].dtype == torch.uint8
+    assert type(first[0]) is torch.Tensor
+    assert (first[0].dtype, first[1].dtype) == (torch.float32, torch.uint8)
+
+
+def test_nothing_changes_at_probability_zero():
+    image, label = sample()
+    same, still = augmented(image, label, UNIT, AugmentSettings(**OFF), 0)
+    assert torch.equal(same, image)
+    assert torch.equal(still, label)
 
 
 def test_flips_by_hand():
     image = torch.arange(8.0).reshape(1, 2, 2, 2)
     label = torch.arange(8, dtype=torch.uint8).reshape(2, 2, 2)
-    flipped, moved = apply(Draw(flips=(0, 2)), image, label, UNIT)
+    settings = AugmentSettings(**{**OFF, "flip": 1, "flip_axes": (0, 2)})
+    flipped, moved = augmented(image, label, UNIT, settings, 0)
     assert flipped.flatten().tolist() == [5, 4, 7, 6, 1, 0, 3, 2]
     assert moved.flatten().tolist() == [5, 4, 7, 6, 1, 0, 3, 2]
 
 
-@pytest.mark.parametrize("mode", ["bilinear", "nearest"])
-def test_identity_matrix_leaves_the_image(mode):
-    image, _ = sample((2, 5, 6, 7))
-    assert torch.allclose(warp(image, np.eye(3), (1.0, 2.0, 3.0), mode), image, atol=1e-5)
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_turned_keeps_its_shape_in_mm(seed):
+    spacing = (1.0, 2.0, 3.0)
+    label = ball((31, 17, 13), spacing, 13.0).to(torch.uint8)
+    settings = AugmentSettings(**{**OFF, "affine": 1, "rotate": 45.0, "scale": 0})
+    image, turned = augmented(label[None].float(), label, spacing, settings, seed)
+    assert 2 * (turned * label).sum() / (turned.sum() + label.sum()) > 0.9
+    assert ((image[0] > 0.5) == (turned == 1)).float().mean() > 0.98
 
 
-@pytest.mark.parametrize(("axis", "plane"), [(0, (2, 3)), (1, (1, 3)), (2, (1, 2))])
-def test_quarter_turn_of_a_cube(axis, plane):
-    image, _ = sample((1, 6, 6, 6))
-    first, second = (other for other in range(3) if other != axis)
-    turn = np.zeros((3, 3))
-    turn[axis, axis] = turn[second, first] = 1
-    turn[first, second] = -1  # the output at (first, second) is the input at (-second, first)
-    assert torch.allclose(warp(image, turn, UNIT, "bilinear"), torch.rot90(image, -1, plane), atol=1e-5)
+def test_sizes_change_within_their_bounds():
+    label = ball((32, 32, 32), UNIT, 10.0).to(torch.uint8)
+    settings = AugmentSettings(**{**OFF, "affine": 1, "rotate": 0, "scale": 0.2})
+    sizes = {
+        int(augmented(label[None].float(), label, UNIT, settings, seed)[1].sum()) / int(label.sum())
+        for seed in range(20)
+    }
+    assert 0.5 < min(sizes) < 0.9
+    assert 1.1 < max(sizes) < 2.0
 
 
-def test_quarter_turn_heeds_the_spacing():
-    image = torch.zeros(1, 9, 5, 3)
-    image[0, 6, 2, 1] = 1  # 2 mm from the centre along D, a voxel of 1 × 2 × 1 mm
-    turn = np.array([[0.0, 1, 0], [-1, 0, 0], [0, 0, 1]])
-    turned = warp(image, turn, (1.0, 2.0, 1.0), "bilinear")
-    expected = torch.zeros(1, 9, 5, 3)
-    expected[0, 3:6, 3, 1] = torch.tensor([0.5, 1.0, 0.5])  # 2 mm along H is one voxel
-    assert torch.allclose(turned, expected, atol=1e-6)
-
-
-def test_doubling_halves_the_positions():
-    image = torch.arange(-4.0, 5.0).reshape(1, 9, 1, 1).expand(1, 9, 3, 3)
-    larger = warp(image, np.eye(3) / 2, UNIT, "bilinear")
-    assert torch.allclose(larger[0, :, 1, 1], torch.arange(-4.0, 5.0) / 2, atol=1e-6)
-
-
-def test_zeros_come_in_from_outside():
-    smaller = warp(torch.ones(1, 9, 9, 9), np.eye(3) * 3, UNIT, "nearest")
-    assert smaller.sum() == 27
-
-
-def test_label_moves_with_the_image():
-    label = torch.zeros(12, 12, 12, dtype=torch.uint8)
-    label[3:8, 4:9, 2:9] = 4
-    change = Draw(matrix=draw(ALWAYS, 1, np.random.default_rng(1)).matrix)
-    image, moved = apply(change, (label == 4).float()[None], label, UNIT)
+def test_the_label_moves_with_the_image_and_zeros_come_in_from_outside():
+    label = torch.full((12, 12, 12), 4, dtype=torch.uint8)
+    settings = AugmentSettings(flip=1, flip_axes=(0, 1, 2), affine=1, rotate=40, intensity=0)
+    image, moved = augmented((label == 4).float()[None], label, UNIT, settings, 1)
     assert set(moved.unique().tolist()) == {0, 4}
     assert ((image[0] > 0.5) == (moved == 4)).float().mean() > 0.98
 
 
-def test_recolour_by_hand():
-    channel = torch.tensor([0.0, 2.0, 4.0, 6.0])
-    assert recolour(channel, Intensity(gain=0.5, shift=1.0)).tolist() == [0.0, 5.0, 6.0, 7.0]
-    assert torch.allclose(recolour(channel, Intensity(gamma=2.0)), torch.tensor([0.0, 2.0, 3.0, 6.0]))
+def test_contrast_and_brightness_change_in_units_of_the_foreground():
+    channel = torch.tensor([0.0, 2.0, 4.0, 9.0]).reshape(4, 1, 1)
+    values = channel[1:].flatten()
+    for seed in range(20):
+        changed = shaded(channel, seed, gain=0.1).flatten()
+        gains = (changed[1:] - values.mean()) / (values - values.mean())
+        assert torch.allclose(gains, gains[0].expand(3), atol=1e-5)
+        assert 0.9 - 1e-5 <= gains[0] <= 1.1 + 1e-5
+        shift = (shaded(channel, seed, shift=0.2).flatten()[1:] - values) / values.std()
+        assert torch.allclose(shift, shift[0].expand(3), atol=1e-5)
+        assert abs(shift[0]) <= 0.2 + 1e-5
+        power = shaded(channel, seed, gamma=0.5).flatten()[1:]
+        assert torch.allclose(power[[0, 2]], values[[0, 2]], atol=1e-4)
+        assert 9 * (2 / 7) ** np.exp(0.5) < power[1] < 9
 
 
-def test_noise_has_the_drawn_strength():
-    channel = torch.randn(40, 40, 40, generator=torch.Generator().manual_seed(0)) * 3 + 10
-    noise = recolour(channel, Intensity(noise=0.1, noise_seed=7)) - channel
-    assert abs(noise.std().item() - 0.3) < 0.01
-    assert not torch.equal(recolour(channel, Intensity(noise=0.1, noise_seed=8)) - channel, noise)
+def test_noise_is_in_units_of_the_foreground():
+    channel = torch.randn(30, 30, 30, generator=torch.Generator().manual_seed(0)) * 3 + 10
+    strengths = [(shaded(channel, seed, noise=0.1) - channel).std().item() for seed in range(8)]
+    assert 0 < min(strengths) < 0.15 < max(strengths) < 0.3
+    assert not torch.equal(shaded(channel, 0, noise=0.1), shaded(channel, 1, noise=0.1))
 
 
 def test_background_stays_zero():
     image, label = sample()
-    change = Draw(intensities=draw(ALWAYS, 2, np.random.default_rng(0)).intensities)
-    changed, _ = apply(change, image, label, UNIT)
+    changed, _ = augmented(image, label, UNIT, AugmentSettings(flip=0, affine=0, intensity=1), 0)
     assert not changed[:, :2].any()
     assert (changed[:, 2:] != image[:, 2:]).all()
 
 
 @pytest.mark.parametrize("values", [[0.0, 0.0], [0.0, 3.0], [2.0, 2.0]])
 def test_channels_without_spread_are_left(values):
-    channel = torch.tensor(values)
-    assert torch.equal(recolour(channel, Intensity(gain=2.0, noise=0.1)), channel)
+    channel = torch.tensor(values).reshape(2, 1, 1)
+    assert torch.equal(shaded(channel, gain=0.5, noise=0.1), channel)
 
 
 @pytest.mark.parametrize(

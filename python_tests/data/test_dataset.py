@@ -4,7 +4,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from timm_ext.data.augment import AugmentSettings
 from timm_ext.data.dataset import CaseDataset, collate
@@ -12,6 +11,8 @@ from timm_ext.data.formats.cases import Case
 from timm_ext.data.prepare import PrepareSettings, prepare_cases
 from timm_ext.data.tasks import task_from_dict
 from timm_ext.errors import InputError
+from timm_ext.training.examples import BatchOrder, training_batches
+from timm_ext.training.settings import TrainSettings
 
 TASK = task_from_dict({"name": "pair", "modalities": ["T1"], "regions": {"both": [1, 2], "core": [1]}})
 SHAPE = (12, 10, 8)
@@ -79,15 +80,22 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index(tmp_path):
     assert equal(first[0], again.sample(0, epoch=0))
 
 
-def test_processes_that_load_make_the_same_samples(tmp_path):
+def test_samples_depend_neither_on_workers_nor_on_where_a_run_goes_on(tmp_path):
     data = CaseDataset(make(tmp_path), TASK, patch=(4, 4, 4), augment=AugmentSettings(affine=1, intensity=1))
-    for workers in (0, 2):
-        (batch,) = DataLoader(data, batch_size=2, num_workers=workers, collate_fn=collate)
-        assert batch["id"] == ["c0", "c1"]
-        assert batch["image"].shape == (2, 1, 4, 4, 4)
-        assert batch["target"].shape == (2, 2, 4, 4, 4)
-        for row in range(2):
-            assert torch.equal(batch["image"][row], data.sample(row, epoch=0)["image"])
+    settings = TrainSettings(steps=4, batch_size=2)
+
+    def batches(first, workers):
+        return list(training_batches(data, BatchOrder(len(data), settings, range(first, 4)), workers))
+
+    whole = batches(0, 0)
+    for first, workers in ((0, 2), (2, 0), (2, 2)):
+        for batch, other in zip(whole[first:], batches(first, workers), strict=True):
+            assert batch["id"] == other["id"]
+            assert batch["image"].shape == (2, 1, 4, 4, 4)
+            assert batch["target"].shape == (2, 2, 4, 4, 4)
+            assert torch.equal(batch["image"], other["image"])
+            assert torch.equal(batch["target"], other["target"])
+    assert not torch.equal(whole[0]["image"].sort(0)[0], whole[1]["image"].sort(0)[0])
 
 
 def test_foreground_patches_hold_every_region_in_turn(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from timm_ext.data.augment import AugmentSettings, apply, draw
+from timm_ext.data.augment import AugmentSettings, augmented
 from timm_ext.data.grid import Triple, crop_or_pad
 from timm_ext.data.prepare import Prepared
 from timm_ext.data.tasks import Labels, Task
@@ -104,8 +104,8 @@ class CaseDataset(Dataset[Sample]):
             image, label = crop_or_pad(image, start, self.patch), crop_or_pad(label, start, self.patch)
         pixels, labels = torch.from_numpy(image.copy()), torch.from_numpy(label.copy())
         if self.augment is not None:
-            change = draw(self.augment, len(pixels), generator)
-            pixels, labels = apply(change, pixels, labels, spacing_of(case.affine))
+            seed = int(generator.integers(2**32))
+            pixels, labels = augmented(pixels, labels, spacing_of(case.affine), self.augment, seed)
         target = torch.from_numpy(self.task.targets(labels.numpy())).float()
         return Sample(id=name, image=pixels.contiguous(), target=target)
 
@@ -120,7 +120,7 @@ class CaseDataset(Dataset[Sample]):
             "patch": None if self.patch is None else list(self.patch),
             "samples_per_case": self.samples_per_case,
             "foreground": self.foreground,
-            "augment": None if self.augment is None else repr(self.augment),
+            "augment": None if self.augment is None else f"MONAI {self.augment!r}",
             "seed": self.seed,
         }
 
