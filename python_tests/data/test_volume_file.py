@@ -1,6 +1,5 @@
 import gzip
 import struct
-import threading
 import tracemalloc
 
 import nibabel as nib
@@ -384,35 +383,3 @@ def test_several_volumes_of_one_file_are_read_in_one_pass(tmp_path, name, monkey
     assert [np.array_equal(v.data, LABELS + n) for v, n in zip(volumes, (2, 0), strict=True)] == [True, True]
     assert volumes[0].data.base is None
     assert opened == [1]
-
-
-@pytest.mark.parametrize(("unit", "length"), [("meter", 0.002), ("micron", 2000.0), ("mm", 2.0), (0, 2.0)])
-def test_lengths_in_other_units_become_millimetres(tmp_path, unit, length):
-    affine = np.diag([length, length, length, 1.0])
-    affine[:3, 3] = -5 * length
-    image = nib.Nifti1Image(LABELS, affine)
-    image.set_qform(affine, code=1)
-    image.header.set_xyzt_units(unit, "sec")
-    nib.save(image, tmp_path / "a.nii")
-    volume = read_volume(tmp_path / "a.nii")
-    np.testing.assert_allclose(volume.affine, [[2, 0, 0, -10], [0, 2, 0, -10], [0, 0, 2, -10], [0, 0, 0, 1]])
-    write_nifti(tmp_path / "b.nii", volume, like=tmp_path / "a.nii")
-    written = nib.load(tmp_path / "b.nii")
-    np.testing.assert_allclose(written.affine, volume.affine)
-    np.testing.assert_allclose(written.get_qform(), volume.affine, atol=1e-5)
-    assert written.header.get_xyzt_units()[0] == ("unknown" if unit == 0 else "mm")
-
-
-def test_a_file_without_sform_and_qform_is_told_once(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(volume_file, "_TOLD", threading.Event())
-    image = nib.Nifti1Image(LABELS, None)
-    image.header.set_zooms((2, 3, 4))
-    for name in ("a.nii", "b.nii"):
-        nib.save(image, tmp_path / name)
-        assert read_volume(tmp_path / name).spacing == (2, 3, 4)
-    told = capsys.readouterr().err
-    assert told.count("no sform and no qform") == 1
-    assert str(tmp_path / "a.nii") in told
-    monkeypatch.setattr(volume_file, "_TOLD", threading.Event())
-    read_volume(saved(tmp_path / "c.nii"))
-    assert capsys.readouterr().err == ""
