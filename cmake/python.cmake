@@ -10,6 +10,7 @@ add_library(timm_ext MODULE
   csrc/conv3d/small_conv3d.cpp
   csrc/conv3d/strided_conv3d.cpp
   csrc/conv3d/upsampling3d.cpp
+  csrc/conv3d/weight_gradient.cpp
   csrc/conv3d/winograd_conv3d.cpp
   csrc/fisher/sample_labels.cpp
   csrc/fisher/square_accumulate.cpp

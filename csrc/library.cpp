@@ -60,6 +60,13 @@ STABLE_TORCH_LIBRARY(timm_ext, m) {
       "conv_weight_grad_square_(Tensor(a!) acc, Tensor grad, Tensor input, int[] stride, int[] padding, int[] dilation,"
       " int groups, float scale) -> ()");
 
+  // The gradient [O, I / groups, ...] with respect to the weight of a convolution of input [B, I, D, H, W] to an output
+  // whose gradient is grad [B, O, D', H', W'], kernel being the weight's last three sizes: Σ_b G_b of the above.
+  // float32, on the CPU only; its bits depend on the instruction set (fused multiply-add).
+  m.def(
+      "conv3d_weight_gradient(Tensor grad, Tensor input, int[] kernel, int[] stride, int[] padding, int[] dilation,"
+      " int groups) -> Tensor");
+
   // (labels, scores): labels drawn from logits [B, K, ...], float32 or float64, and the gradient of their
   // log-likelihood with respect to the logits, of the logits' shape:
   //     bernoulli: label[b, r, v] = [u < σ(z)], score = label - σ(z); labels have the logits' shape
@@ -141,6 +148,7 @@ STABLE_TORCH_LIBRARY(timm_ext, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(timm_ext, CPU, m) {
   TIMM_EXT_REGISTER_BOTH_DEVICES(m);
+  m.impl("conv3d_weight_gradient", TIMM_EXT_BOX(conv3d_weight_gradient));
   m.impl("instance_norm", TIMM_EXT_BOX(instance_norm));
   m.impl("instance_norm_backward", TIMM_EXT_BOX(instance_norm_backward));
   m.impl("log_weights", TIMM_EXT_BOX(log_weights));

@@ -27,6 +27,9 @@ std::tuple<Tensor, Tensor> fused_merge_backward_planes(const Tensor& grad, const
 Tensor log_weights(const Tensor& logits, const std::string& mixing);
 Tensor log_weights_backward(const Tensor& grad, const Tensor& logits, const std::string& mixing);
 
+Tensor conv3d_weight_gradient(const Tensor& grad, const Tensor& input, std::vector<int64_t> kernel,
+                              std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                              int64_t groups);
 void conv_weight_grad_square(const Tensor& acc, const Tensor& grad, const Tensor& input, std::vector<int64_t> stride,
                              std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, double scale);
 std::tuple<Tensor, Tensor> sample_labels(const Tensor& logits, const Tensor& keys, const std::string& likelihood,

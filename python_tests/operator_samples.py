@@ -199,6 +199,23 @@ SAMPLES: dict[str, Sample] = {
     "upsample_nearest3d": Sample(
         upsampled.upsample_nearest3d, reference.upsample_nearest3d, [lambda: (drawn(2, 3, 2, 5, 3),)]
     ),
+    "conv3d_weight_gradient": Sample(
+        conv3d.conv3d_weight_gradient,
+        reference.conv3d_weight_gradient,
+        [
+            lambda: (drawn(2, 4, 6, 7, 6), drawn(2, 3, 6, 7, 6), [3] * 3, [1] * 3, [1] * 3, [1] * 3, 1),
+            lambda: (
+                drawn(2, 4, 3, 3, 4),
+                drawn(2, 6, 4, 5, 6),
+                [2, 3, 3],
+                [2, 1, 1],
+                [1, 1, 0],
+                [1, 2, 1],
+                2,
+            ),
+            lambda: (drawn(2, 9, 1, 2, 2), drawn(2, 5, 1, 2, 2), [3] * 3, [1] * 3, [1] * 3, [1] * 3, 1),
+        ],
+    ),
     "small_conv3d": Sample(
         conv3d.small_conv3d,
         reference.small_conv3d,

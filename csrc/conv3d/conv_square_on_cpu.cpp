@@ -53,6 +53,7 @@ struct Work {
   float scale;
   float* packed;  // of as many examples as go together
   float* sums;    // over slabs
+  bool squared;
 
   /// The examples [first, last), packed and squared.
   void run(int64_t first, int64_t last) const {
@@ -61,15 +62,16 @@ struct Work {
     for_units(cpu::conv_square, problem, conv_square_units(problem));
   }
 
-  /// An example that takes several slabs.
-  void run_slabs(int64_t example) const {
-    std::fill_n(sums, conv_sums_elements(layout, shape), 0.0f);
+  /// One of the examples, that takes several slabs; not squared, the last one brings the sum of all.
+  void run_slabs(int64_t example, int64_t examples) const {
+    if (squared || example == 0) std::fill_n(sums, conv_sums_elements(layout, shape), 0.0f);
     for (int64_t slab = 0; slab < layout.grad_rows(); slab += layout.slab) {
       const int64_t last = std::min(slab + layout.slab, layout.grad_rows());
       const cpu::ConvSquareProblem problem = problem_of(1, last - slab);
       pack(example, problem, 0, slab);
       for_units(cpu::conv_square_add, problem, conv_square_add_units(problem));
     }
+    if (!squared && example + 1 < examples) return;
     const cpu::ConvSquareProblem problem = problem_of(1, 0);
     for_units(cpu::conv_square_sums, problem, conv_square_units(problem));
   }
@@ -77,8 +79,8 @@ struct Work {
  private:
   cpu::ConvSquareProblem problem_of(int64_t examples, int64_t rows) const {
     const float* const input_packed = packed + examples * layout.grad_elements(shape);
-    return {&shape, &layout, layout.taps.data(), packed,      input_packed, examples,
-            rows,   sums,    group.accumulator,  output_step, input_step,   scale};
+    return {&shape, &layout,           layout.taps.data(), packed,     input_packed, examples, rows,
+            sums,   group.accumulator, output_step,        input_step, scale,        squared};
   }
 
   /// Packs the rows of an example from `slab` on.
@@ -104,7 +106,7 @@ struct Work {
 };
 
 void square_packed(const ConvShape& shape, const Tensor& acc, const Group& first_group, int64_t groups,
-                   int64_t examples, float scale, bool exchanged) {
+                   int64_t examples, float scale, bool exchanged, bool squared) {
   const ConvLayout layout(shape, torch::stable::get_num_threads(), exchanged);
   const bool slabs = layout.group < layout.grad_rows();
   const int64_t each = layout.grad_elements(shape) + layout.input_elements();
@@ -121,9 +123,10 @@ void square_packed(const ConvShape& shape, const Tensor& acc, const Group& first
                     exchanged ? shape.outputs * taps : taps,
                     scale,
                     room_of(packed),
-                    room_of(sums)};
+                    room_of(sums),
+                    squared};
     for (int64_t first = 0; first < examples; first += at_a_time) {
-      slabs ? work.run_slabs(first) : work.run(first, std::min(examples, first + at_a_time));
+      slabs ? work.run_slabs(first, examples) : work.run(first, std::min(examples, first + at_a_time));
     }
   }
 }
@@ -144,9 +147,10 @@ Tensor transpose_grad(const cpu::SmallSquareProblem& p, const Tensor& like, cons
 }
 
 /// Of few points: in the accumulator's order, some channels of the input at a time.
-void square_few_points(const ConvShape& shape, const Tensor& acc, const Group& group, int64_t examples, float scale) {
-  cpu::SmallSquareProblem problem{&shape, nullptr, group.input, group.input_example, examples,
-                                  0,      0,       nullptr,     group.accumulator,   scale};
+void square_few_points(const ConvShape& shape, const Tensor& acc, const Group& group, int64_t examples, float scale,
+                       bool squared) {
+  cpu::SmallSquareProblem problem{
+      &shape, nullptr, group.input, group.input_example, examples, 0, 0, nullptr, group.accumulator, scale, squared};
   const Tensor grad = transpose_grad(problem, acc, group);
   problem.grad = values_of(grad);
   const int64_t column = examples * problem.points() * problem.taps();  // of a channel
@@ -165,14 +169,14 @@ void square_few_points(const ConvShape& shape, const Tensor& acc, const Group& g
 }  // namespace
 
 void square_on_cpu(const ConvShape& shape, const Tensor& acc, const Tensor& grad, const Tensor& input, int64_t groups,
-                   float scale, bool exchanged) {
+                   float scale, bool exchanged, bool squared) {
   const int64_t examples = grad.size(0);
   const Group group{values_of(grad),          values_of(input), grad.numel() / examples,
                     input.numel() / examples, room_of(acc),     acc.numel()};
   if (!exchanged && examples * shape.out[0] * shape.out[1] * shape.out[2] <= kFewPoints) {
-    for (int64_t n = 0; n < groups; ++n) square_few_points(shape, acc, group.at(n, groups), examples, scale);
+    for (int64_t n = 0; n < groups; ++n) square_few_points(shape, acc, group.at(n, groups), examples, scale, squared);
   } else {
-    square_packed(shape, acc, group, groups, examples, scale, exchanged);
+    square_packed(shape, acc, group, groups, examples, scale, exchanged, squared);
   }
 }
 

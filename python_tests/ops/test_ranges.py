@@ -49,7 +49,18 @@ def square(**changes: object) -> Tensor:
     return acc
 
 
+def weight_gradient(**changes: object) -> Tensor:
+    arguments: dict[str, object] = {"stride": ONES, "padding": NONE, "dilation": ONES, **changes}
+    kernel = arguments.pop("kernel", [2, 2, 2])
+    grad, input = torch.ones(1, 3, 2, 2, 2), torch.ones(1, 2, 4, 4, 4)
+    return layer_ops.conv3d_weight_gradient(grad, input, kernel, **arguments)
+
+
 CALLS: list[tuple[str, Callable[..., Tensor], str]] = [
+    ("conv3d_weight_gradient", weight_gradient, "kernel"),
+    ("conv3d_weight_gradient", weight_gradient, "stride"),
+    ("conv3d_weight_gradient", weight_gradient, "padding"),
+    ("conv3d_weight_gradient", weight_gradient, "dilation"),
     ("small_conv3d", small, "stride"),
     ("small_conv3d", small, "padding"),
     ("small_conv3d", small, "dilation"),
@@ -92,6 +103,7 @@ def test_paddings_whose_product_is_beyond_all_volumes(power: int, place: str) ->
         ("small_conv3d", small),
         ("winograd_conv3d", winograd),
         ("conv_weight_grad_square_", square),
+        ("conv3d_weight_gradient", weight_gradient),
     ):
         refused = pytest.raises(RuntimeError, match=rf"^{op}: input with its padding must hold at most")
         with torch.device(place), refused:
@@ -126,6 +138,8 @@ def test_groups_that_do_not_divide(groups: int, place: str) -> None:
         pytest.raises(RuntimeError, match="conv_weight_grad_square_: groups must divide"),
     ):
         square(groups=groups)
+    with torch.device(place), pytest.raises(RuntimeError, match="conv3d_weight_gradient: groups must divide"):
+        weight_gradient(groups=groups)
 
 
 def test_groups_of_no_channels() -> None:
@@ -151,6 +165,14 @@ HUGE = 2**62
 EMPTY_BUT_HUGE: list[Callable[[], object]] = [
     lambda: upsampled_ops.upsample_nearest3d(torch.empty(0, 1, HUGE, 1, 1)),
     lambda: upsampled_ops.neighbour_sums3d(torch.empty(0, 1, 1, 1, HUGE)),
+    lambda: layer_ops.conv3d_weight_gradient(
+        torch.ones(0, 1, 1, 1, 1),
+        torch.empty(0, 1, 1, 1, HUGE),
+        ONES,
+        stride=ONES,
+        padding=NONE,
+        dilation=ONES,
+    ),
     lambda: upsampled_ops.upsampled_conv3d(torch.empty(0, 1, 1, 1, HUGE), torch.ones(1, 1, 3, 3, 3)),
     lambda: layer_ops.winograd_conv3d(torch.empty(0, 1, 1, 1, HUGE), torch.ones(1, 1, 3, 3, 3), padding=ONES),
     lambda: layer_ops.small_conv3d(

@@ -22,9 +22,78 @@ from timm_ext.ops.shapes import (
     sizes_of,
 )
 
+_conv3d_weight_gradient = Operator[Tensor]("conv3d_weight_gradient")
 _small_conv3d = Operator[Tensor]("small_conv3d")
 _strided_conv3d_input_gradient = Operator[Tensor]("strided_conv3d_input_gradient")
 _winograd_conv3d = Operator[Tensor]("winograd_conv3d")
+
+
+def conv3d_weight_gradient(
+    grad: Tensor,
+    input: Tensor,
+    kernel: Sequence[int],
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+) -> Tensor:
+    """Return the gradient of a convolution's weight, summed over the batch.
+
+    With `grad` and `input` exchanged that of a transposed convolution.
+
+    Args:
+        grad: of the output, `[B, O, D', H', W']` float32; sizes may be smaller than the output's.
+        input: `[B, I, D, H, W]` float32.
+        kernel: sizes of the weight.
+        stride: of each axis.
+        padding: zeros on both sides of each axis.
+        dilation: of each axis.
+        groups: of the convolution.
+
+    Returns:
+        `[O, I / groups, *kernel]`.
+    """
+    check_tensors(grad=grad, input=input)
+    sizes = integers("kernel", kernel)
+    numbers = integers("stride", stride), integers("padding", padding), integers("dilation", dilation)
+    (whole,) = integers("groups", [groups])
+    return _conv3d_weight_gradient(grad, input, sizes, *numbers, whole)
+
+
+@_conv3d_weight_gradient.fake
+def _(
+    grad: Tensor,
+    input: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    op = _conv3d_weight_gradient.name
+    check_volume(op, "input", input)
+    check_volume(op, "grad", grad)
+    check_numbers(op, "kernel", kernel, 3, 1)
+    check_numbers(op, "stride", stride, 3, 1)
+    check_numbers(op, "padding", padding, 3, 0)
+    check_numbers(op, "dilation", dilation, 3, 1)
+    examples, outputs = grad.shape[:2]
+    got = f"{sizes_of(grad)} and {sizes_of(input)}"
+    require(op, "grad and input must be [B, O, ...] and [B, I, ...]", got, examples == input.shape[0])
+    channels = f"{outputs} and {input.shape[1]}"
+    divisible = groups >= 1 and outputs % groups == 0 and input.shape[1] % groups == 0
+    require(op, f"groups must divide the channels of grad and input, {channels}", groups, divisible)
+    axes = zip(grad.shape[2:], input.shape[2:], kernel, stride, padding, dilation, strict=True)
+    reached = [
+        (out - 1) * step + (size - 1) * gap + 1 <= whole + 2 * pad
+        for out, whole, size, step, pad, gap in axes
+    ]
+    larger = f"{sizes_of(grad)} for input {sizes_of(input)}"
+    require(op, "grad must have no larger sizes than the output", larger, *reached)
+    inputs = input.shape[1] // groups
+    check_padded(op, input.shape[2:], padding, (inputs, outputs // groups), examples)
+    return empty(input, (outputs, inputs, *kernel))
 
 
 def small_conv3d(

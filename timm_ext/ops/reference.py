@@ -129,6 +129,24 @@ def conv_weight_grad_square_(
         acc += scale * weight_grad.square()
 
 
+def conv3d_weight_gradient(
+    grad: Tensor,
+    input: Tensor,
+    kernel: Sequence[int],
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+) -> Tensor:
+    """Return the gradient of a convolution's weight `[O, I / groups, *kernel]`."""
+    weight = input.new_empty(grad.shape[1], input.shape[1] // groups, *kernel)
+    around = stride, padding, dilation, False, [0] * 3, groups
+    mask = False, True, False
+    result: Tensor = torch.ops.aten.convolution_backward(grad, input, weight, None, *around, mask)[1]
+    return result
+
+
 def small_conv3d(
     input: Tensor,
     weight: Tensor,

@@ -18,7 +18,7 @@ struct KernelPlanes {
   int64_t count;
 };
 
-/// Whole examples, their squares added up before they are written.
+/// Whole examples, their squares, or they themselves, added up before they are written.
 struct SquareExamples {
   const ConvSquareProblem& p;
   KernelPlanes planes;
@@ -30,15 +30,16 @@ struct SquareExamples {
     const int64_t columns = s.kernel[2], plane = s.kernel[1] * columns;
     const int64_t plane_taps = p.layout->row_taps * columns;
     const int64_t taps = (p.layout->pairs ? p.layout->plane_taps : 1) * plane_taps;
-    V* const squares = memory + taps * B::kSums;
+    V* const totals = memory + taps * B::kSums;
     std::memset(static_cast<void*>(memory), 0, (taps + planes.count * plane) * B::kSums * sizeof(V));
     const Block<B> block(p, first_value, first_input);
     for (int64_t b = 0; b < p.examples; ++b) {
       block.add_taps(b, planes.first * plane_taps, planes.first * plane_taps + taps, memory);
+      if (!p.squared && b + 1 < p.examples) continue;
       if (p.layout->pairs) block.combine(memory);
-      block.square(memory, planes.count, squares);
+      block.take(memory, planes.count, totals);
     }
-    for (int64_t d = 0; d < planes.count; ++d) block.write(squares + d * plane * B::kSums, planes.first + d);
+    for (int64_t d = 0; d < planes.count; ++d) block.write(totals + d * plane * B::kSums, planes.first + d);
   }
 
   static int64_t vectors(const ConvSquareProblem& p) {
@@ -80,7 +81,7 @@ struct SquareSums {
     V* const sums = slab_sums<B>(p, first_value, first_input);
     const Block<B> block(p, first_value, first_input);
     block.combine(sums);
-    block.square(sums, planes, memory);
+    block.take(sums, planes, memory);
     for (int64_t d = 0; d < planes; ++d) block.write(memory + d * plane, d);
   }
 

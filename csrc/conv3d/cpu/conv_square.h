@@ -96,7 +96,7 @@ void pack_grad(const ConvShape&, const ConvLayout&, WriteForms, const float* gra
 void pack_input(const ConvShape&, const ConvLayout&, WriteForms, const float* input, float* packed, int64_t slab,
                 int64_t first_row, int64_t last_row);
 
-/// accumulator[o, i, tap] += scale Σ_b (Σ_points grad · input)².
+/// accumulator[o, i, tap] += scale Σ_b (Σ_points grad · input)², or += scale Σ_b Σ_points grad · input.
 struct ConvSquareProblem {
   const ConvShape* shape;
   const ConvLayout* layout;  // the kernels leave its vector alone: see cpu/buffer.h
@@ -105,11 +105,12 @@ struct ConvSquareProblem {
   const float* input;  // [examples, layout.input_elements]
   int64_t examples;    // one, where it takes several slabs
   int64_t rows;        // of the slab
-  float* sums;         // of one example over its slabs, [conv_sums_elements], aligned, 0 at first
+  float* sums;         // of one example, or of all, over slabs, [conv_sums_elements], aligned, 0 at first
   float* accumulator;
   int64_t output_step;  // of the accumulator, whose taps lie side by side
   int64_t input_step;
   float scale;
+  bool squared = true;  // each example's gradient; else they are added up
 };
 
 /// Elements of the sums.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// One block of outputs × inputs: its sums over rows of points, and their squares.
+// One block of outputs × inputs: its sums over rows of points, and their squares or sums over examples.
 #pragma once
 
 #include "conv3d/cpu/conv_square_rows.h"
@@ -60,21 +60,13 @@ class Block {
     combine_four(sums, kForms * row);
   }
 
-  /// squares[planes, rows, columns] += sums², sums = 0.
-  void square(V* sums, int64_t planes, V* squares) const {
-    const int64_t rows = p_.shape->kernel[1], columns = p_.shape->kernel[2];
-    for (int64_t d = 0; d < planes; ++d) {
-      for (int64_t k = 0; k < rows * columns * B::kSums; ++k, ++squares) {
-        V& from = sums[d * p_.layout->row_taps * columns * B::kSums + k];
-        const V sum = B::kHalves ? math::pair_sums(from) : from;
-        *squares += sum * sum;
-        from = V{};
-      }
-    }
+  /// totals[planes, rows, columns] += sums² or sums, sums = 0.
+  void take(V* sums, int64_t planes, V* totals) const {
+    p_.squared ? take_as<true>(sums, planes, totals) : take_as<false>(sums, planes, totals);
   }
 
-  /// Adds the squares at a plane of the kernel, [taps, inputs, vectors · lanes], to the accumulator.
-  void write(const V* squares, int64_t plane) const {
+  /// Adds the totals at a plane of the kernel, [taps, inputs, vectors · lanes], to the accumulator.
+  void write(const V* totals, int64_t plane) const {
     const ConvShape& s = *p_.shape;
     const int64_t taps = s.kernel[1] * s.kernel[2];
     constexpr int64_t halves = B::kHalves ? 2 : 1;
@@ -84,7 +76,7 @@ class Block {
       const int64_t outputs = output + 4 / halves < s.outputs ? 4 / halves : s.outputs - output;
       float* const to = p_.accumulator + output * p_.output_step + first_input_ * p_.input_step + plane * taps;
       for (int64_t i = 0; i < inputs; ++i) {
-        const float* const from = reinterpret_cast<const float*>(squares + i * B::kVectors) + lane;
+        const float* const from = reinterpret_cast<const float*>(totals + i * B::kVectors) + lane;
         for (int64_t tap = 0; tap < taps; tap += 4) {
           const int64_t count = tap + 4 < taps ? 4 : taps - tap;
           math::FloatQuad four[4] = {};
@@ -101,6 +93,23 @@ class Block {
   }
 
  private:
+  template <bool Squared>
+  void take_as(V* sums, int64_t planes, V* totals) const {
+    const int64_t rows = p_.shape->kernel[1], columns = p_.shape->kernel[2];
+    for (int64_t d = 0; d < planes; ++d) {
+      for (int64_t k = 0; k < rows * columns * B::kSums; ++k, ++totals) {
+        V& from = sums[d * p_.layout->row_taps * columns * B::kSums + k];
+        const V sum = B::kHalves ? math::pair_sums(from) : from;
+        if constexpr (Squared) {
+          *totals += sum * sum;
+        } else {
+          *totals += sum;
+        }
+        from = V{};
+      }
+    }
+  }
+
   /// to[taps, inputs, vectors] += Σ grad · input over rows, from a tap on.
   void add_products(int64_t example, const ConvTap& tap, int64_t first_row, int64_t last_row, V* to) const {
     const ConvShape& s = *p_.shape;

@@ -75,22 +75,23 @@ class Block {
         accumulator_(p.accumulator + first * step_ + p.first * p.taps()) {}
 
   void add() const {
-    const int64_t points = p_.points(), width = p_.width(), weights = p_.channels * p_.taps();
+    const int64_t points = p_.squared ? p_.points() : p_.examples * p_.points();  // whose products are one sum
+    const int64_t width = p_.width(), weights = p_.channels * p_.taps();
     for (int64_t w = 0; w < weights; w += 2 * kLanes) {
       for (int64_t o = 0; o < outputs_; ++o) {
         __builtin_prefetch(accumulator_ + o * step_ + w + kAhead, 1);
         __builtin_prefetch(accumulator_ + o * step_ + w + kAhead + kLanes, 1);
       }
-      for (int64_t b = 0; b < p_.examples; ++b) {
-        const float* const grad = p_.grad + b * points * p_.padded_outputs() + first_;
-        add_example(grad, p_.rows + b * points * width + w, w, weights - w);
+      for (int64_t point = 0; point < p_.examples * p_.points(); point += points) {
+        const float* const grad = p_.grad + point * p_.padded_outputs() + first_;
+        add_points(points, grad, p_.rows + point * width + w, w, weights - w);
       }
     }
   }
 
  private:
-  void add_example(const float* grad, const float* rows, int64_t place, int64_t weights) const {
-    const int64_t points = p_.points(), width = p_.width(), outputs = p_.padded_outputs();
+  void add_points(int64_t points, const float* grad, const float* rows, int64_t place, int64_t weights) const {
+    const int64_t width = p_.width(), outputs = p_.padded_outputs();
     V sums[kOutputs][2] = {};
     add_products(
         points, [&](int64_t point, int o) { return math::broadcast(grad + point * outputs + o); },
@@ -98,16 +99,16 @@ class Block {
     for (int o = 0; o < kOutputs; ++o) {
       if (o == outputs_) return;
       float* const to = accumulator_ + o * step_ + place;
-      add_square(sums[o][0], to, weights);
-      add_square(sums[o][1], to + kLanes, weights - kLanes);
+      add_scaled(p_.squared ? sums[o][0] * sums[o][0] : sums[o][0], to, weights);
+      add_scaled(p_.squared ? sums[o][1] * sums[o][1] : sums[o][1], to + kLanes, weights - kLanes);
     }
   }
 
-  void add_square(V gradient, float* to, int64_t count) const {
+  void add_scaled(V values, float* to, int64_t count) const {
     if (count >= kLanes) {
-      math::store(to, math::load<V>(to) + p_.scale * (gradient * gradient));
+      math::store(to, math::load<V>(to) + p_.scale * values);
     } else {
-      for (int64_t k = 0; k < count; ++k) to[k] += p_.scale * (gradient[k] * gradient[k]);
+      for (int64_t k = 0; k < count; ++k) to[k] += p_.scale * values[k];
     }
   }
 

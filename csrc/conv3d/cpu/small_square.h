@@ -26,6 +26,7 @@ struct SmallSquareProblem {
   float* rows;         // [examples, points, width]
   float* accumulator;  // [outputs, inputs, taps]
   float scale;
+  bool squared = true;  // each example's gradient; else they are added up
 
   TIMM_EXT_FN int64_t points() const { return shape->out[0] * shape->out[1] * shape->out[2]; }
   TIMM_EXT_FN int64_t taps() const { return shape->kernel[0] * shape->kernel[1] * shape->kernel[2]; }

@@ -121,6 +121,14 @@ def squares(rng: random.Random, folder: Path) -> Outcome:
     if batch:
         reference.conv_weight_grad_square_(wide, grad.double(), input.double(), **geometry)
     assert_near(result, wide, wide.amax())
+    if axes == 3:
+        sum_of = clear(
+            lambda: conv3d.conv3d_weight_gradient(view(rng, grad), view(rng, input), kernel, **geometry)
+        )
+        wide = [grad.double(), input.double()]
+        expected = reference.conv3d_weight_gradient(*wide, kernel, **geometry)
+        most = reference.conv3d_weight_gradient(*(v.abs() for v in wide), kernel, **geometry)
+        assert_near(sum_of, expected, most.amax())
     return Outcome.RIGHT
 
 
