@@ -5,7 +5,7 @@
 
 Layers: all 3³ convolutions of `isensee2017` on 4 × edge³ images, equal ones once. Rivals: the operator; the
 weight gradient of each example with `square_accumulate_` for all of them at once; and what the Fisher chooses
-(on CUDA by `timm_ext.fisher.fused.prefers_fused`). All are float32 in IEEE arithmetic and are checked against
+(on CUDA by `timm_ext.layers.fused.prefers_fused`). All are float32 in IEEE arithmetic and are checked against
 one another before they are timed; they take turns, and medians count.
 """
 
@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from benchmarks.machine import environment, median_ratio, milliseconds
 from timm_ext.files import write_json
-from timm_ext.fisher import fused
-from timm_ext.fisher.convolution import Geometry
-from timm_ext.fisher.gradients import ConvolutionWeightGradients, ExampleGradients
 from timm_ext.fisher.precision import precise
+from timm_ext.layers import fused
+from timm_ext.layers.convolution import Geometry
+from timm_ext.layers.gradients import ConvolutionWeightGradients, ExampleGradients
 from timm_ext.networks import build_network
 from timm_ext.ops.fisher import conv_weight_grad_square_
 

@@ -24,7 +24,7 @@ from torch.nn import functional
 from benchmarks.conv_square import Layer, layers
 from benchmarks.machine import environment, median_ratio, milliseconds
 from timm_ext.files import write_json
-from timm_ext.fisher.convolution import Geometry, forward_way, gradient_way, upsampled_gradient
+from timm_ext.layers.convolution import Geometry, forward_way, gradient_way, upsampled_gradient
 from timm_ext.ops.upsampled_conv3d import neighbour_sums3d, upsampled_conv3d
 
 ERROR_BOUND = 1e-5  # of the largest element

@@ -12,7 +12,7 @@ PACKAGE = Path(timm_ext.__file__).parent
 
 BASE = {"_moved", "errors", "files", "system", "documents", "vocabulary"}
 MODEL = {"modes", "parameters", "layout", "groups", "storage", "checkpoint", "networks"}
-MERGE = {"ops", "fisher", "merging"}
+MERGE = {"ops", "layers", "fisher", "merging"}
 WORK = {"data", "training", "inference", "metrics"}
 
 # What each module or package of timm_ext may import from timm_ext. A name may always import itself.
@@ -27,13 +27,14 @@ ALLOWED = {
     "vocabulary": {"errors"},
     "modes": set(),
     "ops": {"_moved", "errors"},
+    "layers": {"errors", "ops"},
     "parameters": BASE,
     "layout": BASE | {"parameters"},
     "groups": BASE | {"parameters", "layout"},
     "storage": BASE,
     "checkpoint": BASE | {"storage"},
     "networks": BASE | {"modes", "parameters", "layout", "storage", "checkpoint"},
-    "fisher": BASE | {"ops", "modes", "parameters", "checkpoint"},
+    "fisher": BASE | {"ops", "layers", "modes", "parameters", "checkpoint"},
     "merging": BASE | {"ops", "fisher"} | MODEL,
     "data": BASE,
     "synthesis": BASE | {"data"},
@@ -69,6 +70,7 @@ LIGHT = {
     "system",
     "vocabulary",
     "ops",
+    "layers",
     "modes",
     "parameters",
     "layout",

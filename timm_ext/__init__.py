@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from timm_ext.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
     from timm_ext.fisher import Fisher, FisherAccumulator, estimate_fisher
     from timm_ext.groups import Groups, make_groups
+    from timm_ext.layers import fast_layers
     from timm_ext.layout import Layout
     from timm_ext.merging import Bank, MergedModel
     from timm_ext.networks import build_network
@@ -48,6 +49,7 @@ _MODULE_OF = {
     "MergedModel": "merging",
     "build_network": "networks",
     "estimate_fisher": "fisher",
+    "fast_layers": "layers",
     "load_checkpoint": "checkpoint",
     "make_groups": "groups",
     "save_checkpoint": "checkpoint",
@@ -68,6 +70,7 @@ __all__ = [
     "build_network",
     "conv_weight_grad_square_",
     "estimate_fisher",
+    "fast_layers",
     "fused_merge",
     "load_checkpoint",
     "make_groups",

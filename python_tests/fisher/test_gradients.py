@@ -5,8 +5,10 @@ import weakref
 import pytest
 import torch
 
-from timm_ext.fisher import gradients
-from timm_ext.fisher.gradients import ExampleGradients, SquareSums
+from timm_ext.fisher import squares
+from timm_ext.fisher.squares import SquareSums
+from timm_ext.layers import gradients
+from timm_ext.layers.gradients import ExampleGradients
 
 ELEMENTS = 1000
 BYTES = 8 * ELEMENTS
@@ -19,7 +21,8 @@ class Recorded:
         self.values = torch.randn(7, ELEMENTS, dtype=torch.float64)
         self.launches: list[int] = []
         self._square = gradients.square_accumulate_
-        monkeypatch.setattr(gradients, "square_accumulate_", self._record)
+        for module in (gradients, squares):
+            monkeypatch.setattr(module, "square_accumulate_", self._record)
 
     def _record(self, acc, grads, scale):
         self.launches.append(len(grads))

@@ -9,8 +9,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from timm_ext.fisher import FisherAccumulator
-from timm_ext.fisher.nodes import Tape, UpsampleNode
 from timm_ext.fisher.rules import Rules
+from timm_ext.fisher.tape import Tape
+from timm_ext.layers.nodes import UpsampleNode
 
 
 class Layers(nn.Module):

@@ -12,7 +12,6 @@ from torch import Tensor, distributed, nn
 from timm_ext.errors import InputError, listed
 from timm_ext.fisher.batch import applied, check_labels, check_surroundings, checked_batch
 from timm_ext.fisher.fallback import square_examples_one_by_one
-from timm_ext.fisher.gradients import SquareSums
 from timm_ext.fisher.graph import Graph, hides_layers, read_graph
 from timm_ext.fisher.likelihoods import (
     Likelihood,
@@ -24,12 +23,13 @@ from timm_ext.fisher.likelihoods import (
 )
 from timm_ext.fisher.micro_batch import MicroBatch, check_micro_batch, micro_batches
 from timm_ext.fisher.model import examine_model, no_randomness
-from timm_ext.fisher.nodes import Tape
 from timm_ext.fisher.partial import Partial
 from timm_ext.fisher.precision import autocast, check_precision, precise, tolerance
 from timm_ext.fisher.reduction import Share, add_over_ranks, gather
 from timm_ext.fisher.result import Fisher, FisherKind, unused_note
 from timm_ext.fisher.rules import Rules, close_modes, open_modes, run_backward
+from timm_ext.fisher.squares import SquareSums
+from timm_ext.fisher.tape import Tape
 from timm_ext.fisher.unused import cut_off
 from timm_ext.fisher.unwrap import bare_network, plain, uncompiled
 from timm_ext.modes import evaluating

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from timm_ext.errors import InputError
-from timm_ext.fisher.nodes import Call
+from timm_ext.fisher.tape import Call
 
 _REENTRANT = "CheckpointFunctionBackward"  # of PyTorch, fairscale and DeepSpeed
 

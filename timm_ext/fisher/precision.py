@@ -53,12 +53,6 @@ def precise(precision: str, device: torch.device) -> Iterator[None]:
             backend.fp32_precision = value
 
 
-def products_are_ieee() -> bool:
-    """Tell whether cuDNN convolves float32 in IEEE arithmetic, as `precise` sets it but for `tf32`."""
-    cudnn: Any = torch.backends.cudnn
-    return bool(cudnn.conv.fp32_precision == "ieee")
-
-
 @contextmanager
 def autocast(precision: str, device: torch.device) -> Iterator[None]:
     """Run a forward under autocast where the precision is a mixed one."""

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from timm_ext.fisher import FisherAccumulator, fused
+from timm_ext.fisher import FisherAccumulator
 from timm_ext.fisher.precision import precise
+from timm_ext.layers import fused
 
 
 def columns(inputs: int) -> int:

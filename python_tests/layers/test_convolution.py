@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from timm_ext.fisher.convolution import Geometry, forward_way, gradient_way, upsampled_gradient
+from timm_ext.layers.convolution import Geometry, forward_way, gradient_way, upsampled_gradient
 from timm_ext.ops.upsampled_conv3d import neighbour_sums3d
 
 CASES = [

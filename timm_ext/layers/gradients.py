@@ -1,19 +1,17 @@
-"""Gradients of one parameter for each example of a batch, made one example at a time and squared at once."""
+"""Gradients of one parameter from one use of it: summed over the batch, or squared example by example."""
 
-from collections.abc import Callable, Mapping
-from itertools import chain
+from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from timm_ext.fisher import fused
-from timm_ext.fisher.convolution import Geometry
+from timm_ext.layers import fused
+from timm_ext.layers.convolution import Geometry
+from timm_ext.ops.conv3d import conv3d_weight_gradient
 from timm_ext.ops.fisher import conv_weight_grad_square_, square_accumulate_
 from timm_ext.ops.upsampled_conv3d import upsampled_conv3d_weight_grad_square_
 
 HELD_BYTES = 32 << 20  # of the gradients that wait to be squared in one launch
 _STRIDED = Geometry((2, 2, 2), (0, 0, 0), (1, 1, 1), False, (0, 0, 0), 1)
-_SMALL = 4096  # elements of a parameter whose gradients wait for others': one launch squares them all
 
 
 class ExampleGradients:
@@ -35,6 +33,13 @@ class ExampleGradients:
         for first in range(0, self.count, step):
             indices = range(first, min(first + step, self.count))
             square_accumulate_([accumulator], [self.example(index).contiguous() for index in indices], scale)
+
+    def sum(self) -> Tensor:
+        """Return Σ_b g_b, one example after another."""
+        total = self.example(0)
+        for index in range(1, self.count):
+            total = total + self.example(index)
+        return total
 
 
 class LinearWeightGradients(ExampleGradients):
@@ -60,6 +65,10 @@ class LinearWeightGradients(ExampleGradients):
         grads = self._grads[:, 0].to(accumulator.dtype).square()
         accumulator.addmm_(grads.T, self._inputs[:, 0].to(accumulator.dtype).square(), alpha=scale)
 
+    def sum(self) -> Tensor:
+        """Return Σ_b g_b in one product."""
+        return self._grads.flatten(0, 1).T @ self._inputs.flatten(0, 1)
+
 
 class ConvolutionWeightGradients(ExampleGradients):
     """Weight gradients of a convolution, `[B, C, ...]` to `[B, O, ...]`; the weight is read for its shape."""
@@ -69,7 +78,7 @@ class ConvolutionWeightGradients(ExampleGradients):
             part = slice(index, index + 1)
             return geometry.weight_gradient(grad[part], input[part], weight)
 
-        self._input, self._grad, self._geometry = input, grad, geometry
+        self._input, self._grad, self._weight, self._geometry = input, grad, weight, geometry
         super().__init__(len(input), example)
 
     def square_into(self, accumulator: Tensor, scale: float) -> None:
@@ -89,6 +98,10 @@ class ConvolutionWeightGradients(ExampleGradients):
             groups=geometry.groups,
             scale=scale,
         )
+
+    def sum(self) -> Tensor:
+        """Return Σ_b g_b in one pass over the batch."""
+        return self._geometry.summed_weight_gradient(self._grad, self._input, self._weight)
 
 
 class UpsampledConvolutionWeightGradients(ExampleGradients):
@@ -112,55 +125,9 @@ class UpsampledConvolutionWeightGradients(ExampleGradients):
         """Use the fused kernel."""
         upsampled_conv3d_weight_grad_square_(accumulator, self._sums, self._input, scale)
 
-
-class SquareSums:
-    """Adds the squares of per-example gradients to accumulators, summing over a parameter's uses first.
-
-    Args:
-        accumulators: by parameter name, float32 or float64.
-        uses: how often the forward used each parameter that is wanted; others are ignored.
-        scale: factor of every square.
-    """
-
-    def __init__(self, accumulators: Mapping[str, Tensor], uses: Mapping[str, int], scale: float):
-        self._accumulators = accumulators
-        self._uses = uses
-        self._scale = scale
-        self._pending: dict[str, list[ExampleGradients]] = {}
-        self._small: dict[torch.dtype, list[tuple[Tensor, list[Tensor]]]] = {}
-
-    def wants(self, name: str | None) -> bool:
-        """Tell whether this parameter's gradients are needed at all."""
-        return name is not None and name in self._uses
-
-    def deposit(self, name: str, gradients: ExampleGradients) -> None:
-        """Square the gradients once all uses of the parameter have left theirs."""
-        parts = self._pending.setdefault(name, [])
-        parts.append(gradients)
-        if len(parts) == self._uses[name]:
-            self._square(name)
-
-    def finish(self) -> None:
-        """Square small gradients and incomplete ones: a use that the backward did not reach adds nothing."""
-        for name in list(self._pending):
-            self._square(name)
-        for waiting in self._small.values():
-            examples = zip(*(gradients for _, gradients in waiting), strict=True)
-            square_accumulate_([sums for sums, _ in waiting], list(chain(*examples)), self._scale)
-        self._small.clear()
-
-    def _square(self, name: str) -> None:
-        parts = self._pending.pop(name)
-        whole = parts[0]
-        if len(parts) > 1:
-            whole = ExampleGradients(whole.count, lambda index: _add([p.example(index) for p in parts]))
-        accumulator = self._accumulators[name]
-        if type(whole) is ExampleGradients and accumulator.numel() <= _SMALL:
-            gradients = [whole.example(index) for index in range(whole.count)]
-            self._small.setdefault(gradients[0].dtype, []).append((accumulator, gradients))
-        else:
-            whole.square_into(accumulator, self._scale)
-
-
-def _add(tensors: list[Tensor]) -> Tensor:
-    return torch.stack(tensors).sum(0)
+    def sum(self) -> Tensor:
+        """Return Σ_b g_b in one pass over the batch."""
+        exchanged = conv3d_weight_gradient(
+            self._input, self._sums, (3, 3, 3), stride=(2, 2, 2), padding=(0, 0, 0), dilation=(1, 1, 1)
+        )
+        return exchanged.transpose(0, 1).flip(2, 3, 4)

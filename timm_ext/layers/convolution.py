@@ -15,7 +15,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from timm_ext.ops.conv3d import small_conv3d, strided_conv3d_input_gradient, winograd_conv3d
+from timm_ext.ops.conv3d import (
+    conv3d_weight_gradient,
+    small_conv3d,
+    strided_conv3d_input_gradient,
+    winograd_conv3d,
+)
 from timm_ext.ops.memory import new_tensor
 from timm_ext.ops.upsampled_conv3d import upsampled_conv3d_input_gradient
 
@@ -104,6 +109,21 @@ class Geometry:
         if len(grad) == 1 and self.pointwise(weight):
             return (grad[0].flatten(1) @ input[0].flatten(1).T).view(weight.shape)
         return self._backward(grad, input, weight, (False, True, False))[1]
+
+    def summed_weight_gradient(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+        """Return the same for a whole batch, by our operator in float32 on the CPU."""
+        if weight.dim() != 5 or not _single_on_cpu(input, weight):
+            return self._backward(grad, input, weight, (False, True, False))[1]
+        grad, input = (input, grad) if self.transposed else (grad, input)
+        return conv3d_weight_gradient(
+            grad,
+            input,
+            weight.shape[2:],
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
 
     def reach(self, weight: Sizes) -> list[int]:
         """Return how far apart on each axis the first and last tap of a weight `[O, I, ...]` lie."""

@@ -4,11 +4,10 @@ The others go by the library that the framework uses, one example at a time, and
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
-
-from timm_ext.fisher.precision import products_are_ieee
 
 # Modelled for an H100 or H200, not measured: 33 TFLOP/s, half of what float32 allows, for cuDNN on tiles that
 # are full, 25 for the fused kernel, which also brings its operands into shared memory; tensor cores cost next
@@ -58,3 +57,9 @@ def prefers_fused(groups: int, outputs: int, columns: int, points: int, *, half:
     if half:
         return flops <= _SMALL_FLOPS_HALF
     return outputs <= _SKINNY_OUTPUTS or flops <= _SMALL_FLOPS
+
+
+def products_are_ieee() -> bool:
+    """Tell whether cuDNN convolves float32 in IEEE arithmetic."""
+    cudnn: Any = torch.backends.cudnn
+    return bool(cudnn.conv.fp32_precision == "ieee")

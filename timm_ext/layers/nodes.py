@@ -1,12 +1,11 @@
-"""Nodes of the autograd graph that leave per-example gradients of their parameters behind.
+"""Nodes of the autograd graph: layers whose call decides what becomes of their parameters' gradients.
 
-A node keeps the input of its layer. When the gradient of the layer's output arrives, it hands the per-example
-gradients on, frees the input and passes the input's gradient down.
+A node keeps the input of its layer. When the gradient of the layer's output arrives, it offers the call the
+gradients of the parameters, example by example or as a sum, and passes the input's gradient down.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
@@ -14,108 +13,43 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from timm_ext.fisher.convolution import Geometry, upsampled_gradient
-from timm_ext.fisher.gradients import (
+from timm_ext.errors import InputError
+from timm_ext.layers.convolution import Geometry, upsampled_gradient
+from timm_ext.layers.gradients import (
     ConvolutionWeightGradients,
     ExampleGradients,
     LinearWeightGradients,
-    SquareSums,
     UpsampledConvolutionWeightGradients,
 )
+from timm_ext.layers.tape import Call
 from timm_ext.ops.norm import instance_norm, instance_norm_backward
 from timm_ext.ops.upsampled_conv3d import neighbour_sums3d, upsample_nearest3d, upsampled_conv3d
 
-
-class Tape:
-    """What the rules need to know of one batch.
-
-    Args:
-        batch: number of examples B.
-        names: parameter name by the `id` of each tracked parameter.
-        device: where the anchor lives, a scalar that makes every node part of the graph.
-
-    Attributes:
-        squares: where the backward leaves its per-example gradients; set before it runs.
-        refused: parameters used where the first axis is not the batch; they need the fallback.
-        normalised: the norm that ran last, while no other function has been called since.
-        upsampled: output and input of the nearest-neighbour upsampling that ran last, likewise.
-    """
-
-    def __init__(self, batch: int, names: dict[int, str], device: torch.device, refused: set[str]):
-        self.batch = batch
-        self.names = names
-        self.anchor = torch.zeros((), device=device, requires_grad=True)
-        self.refused = refused
-        self.squares: SquareSums | None = None
-        self.normalised: Call | None = None
-        self.upsampled: tuple[Tensor, Tensor] | None = None
-
-    def forget(self) -> None:
-        """Take notice that another function was called."""
-        self.normalised = self.upsampled = None
-
-    def claim(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> "Call | None":
-        """Return the call to record, or None where the function must run as it is."""
-        self.forget()
-        call = Call(self, self.names.get(id(weight)), self.names.get(id(bias)))
-        whole = input.dim() > 0 and input.shape[0] == self.batch
-        if not whole:
-            self.refused.update(call.names)
-        if not whole or not self.refused.isdisjoint(call.names) or not torch.is_grad_enabled():
-            return None
-        return None if _is_foreign(weight, call.weight) or _is_foreign(bias, call.bias) else call
+Gradients = tuple[Tensor | None, ...]
 
 
-@dataclass
-class Call:
-    """One use of parameters in a forward.
+def _unseen(back: Callable[..., Gradients]) -> Callable[..., Gradients]:
+    """Make a backward of a function of ctx, the gradient and what was saved.
 
-    Attributes:
-        rule: the word of the coverage report.
-        invariant: whether adding a constant to a channel of the input leaves the output as it is.
-        shifts: whether the bias adds one constant to each channel of each example.
-    """
-
-    tape: Tape
-    weight: str | None
-    bias: str | None
-    rule: str = ""
-    invariant: bool = False
-    shifts: bool = False
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the parameters used."""
-        return [name for name in (self.weight, self.bias) if name is not None]
-
-    def leave(self, weight: Callable[[], ExampleGradients], bias: Callable[[], Tensor]) -> None:
-        """Hand on the gradients that are wanted.
-
-        Args:
-            weight: makes the per-example gradients of the weight.
-            bias: makes those of the bias as one tensor `[B, *bias.shape]`.
-        """
-        squares = self.tape.squares
-        assert squares is not None, "the backward runs only after the graph was read"
-        if self.weight is not None and squares.wants(self.weight):
-            squares.deposit(self.weight, weight())
-        if self.bias is not None and squares.wants(self.bias):
-            rows = bias()
-            squares.deposit(self.bias, ExampleGradients(len(rows), rows.__getitem__))
-
-
-def _unseen(back: Callable[..., Tensor | None]) -> Callable[..., tuple[Tensor | None, ...]]:
-    """Make a backward of a function of ctx, the gradient and what was saved that returns the input's.
-
-    No mode sees its calls: the rules have nothing to record there, and each costs. Saved tensors are unpacked
+    It returns the gradients of input, anchor, weight and bias, or of the first of these. No mode sees its
+    calls: the rules have nothing to record there, and each costs. Saved tensors are unpacked
     before: for a checkpointed layer that runs its forward, under the rules.
+
+    Raises:
+        InputError: the gradient is to be differentiated.
     """
 
     @wraps(back)
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        if torch.is_grad_enabled():
+            raise InputError(
+                "backward: expected first derivatives only (got create_graph=True; for second ones run the "
+                "forward outside of timm_ext.fast_layers)"
+            )
         saved = ctx.saved_tensors
         with torch._C.DisableTorchFunction():
-            return (back(ctx, grad, *saved), *[None] * (len(ctx.needs_input_grad) - 1))
+            gradients = back(ctx, grad, *saved)
+        return (*gradients, *[None] * (len(ctx.needs_input_grad) - len(gradients)))
 
     return backward
 
@@ -134,13 +68,15 @@ class ConvolutionNode(torch.autograd.Function):
 
     @staticmethod
     @_unseen
-    def backward(ctx: Any, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor | None:
-        """Leave the parameters' gradients with the call, return the input's."""
-        ctx.call.leave(
+    def backward(ctx: Any, grad: Tensor, input: Tensor, weight: Tensor) -> Gradients:
+        """Return the input's gradient and what the call makes of the parameters'."""
+        parameters = ctx.call.leave(
+            ctx.needs_input_grad[2:4],
             lambda: ConvolutionWeightGradients(input, grad, weight, ctx.geometry),
-            lambda: grad.flatten(2).sum(2, dtype=_wide(grad)),
+            lambda: _channel_sums(grad),
         )
-        return ctx.geometry.input_gradient(grad, input, weight) if ctx.needs_input_grad[0] else None
+        below = ctx.geometry.input_gradient(grad, input, weight) if ctx.needs_input_grad[0] else None
+        return below, None, *parameters
 
 
 class UpsampledConvolutionNode(torch.autograd.Function):
@@ -160,14 +96,16 @@ class UpsampledConvolutionNode(torch.autograd.Function):
 
     @staticmethod
     @_unseen
-    def backward(ctx: Any, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor | None:
-        """Leave the parameters' gradients with the call, return the input's."""
+    def backward(ctx: Any, grad: Tensor, input: Tensor, weight: Tensor) -> Gradients:
+        """Return the input's gradient and what the call makes of the parameters'."""
         sums = neighbour_sums3d(grad)
-        ctx.call.leave(
+        parameters = ctx.call.leave(
+            ctx.needs_input_grad[2:4],
             lambda: UpsampledConvolutionWeightGradients(input, sums),
-            lambda: grad.flatten(2).sum(2, dtype=_wide(grad)),
+            lambda: _channel_sums(grad),
         )
-        return upsampled_gradient(sums, weight) if ctx.needs_input_grad[0] else None
+        below = upsampled_gradient(sums, weight) if ctx.needs_input_grad[0] else None
+        return below, None, *parameters
 
 
 class UpsampleNode(torch.autograd.Function):
@@ -181,10 +119,9 @@ class UpsampleNode(torch.autograd.Function):
 
     @staticmethod
     @_unseen
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
         """Return the input's gradient."""
-        below: Tensor = torch.ops.aten.upsample_nearest3d_backward(grad, grad.shape[2:], ctx.sizes)
-        return below
+        return (torch.ops.aten.upsample_nearest3d_backward(grad, grad.shape[2:], ctx.sizes),)
 
 
 class LinearNode(torch.autograd.Function):
@@ -201,13 +138,14 @@ class LinearNode(torch.autograd.Function):
 
     @staticmethod
     @_unseen
-    def backward(ctx: Any, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor | None:
-        """Leave the parameters' gradients with the call, return the input's."""
-        ctx.call.leave(
+    def backward(ctx: Any, grad: Tensor, input: Tensor, weight: Tensor) -> Gradients:
+        """Return the input's gradient and what the call makes of the parameters'."""
+        parameters = ctx.call.leave(
+            ctx.needs_input_grad[2:4],
             lambda: LinearWeightGradients(input, grad),
             lambda: grad.reshape(len(grad), -1, grad.shape[-1]).sum(1, dtype=_wide(grad)),
         )
-        return grad @ weight if ctx.needs_input_grad[0] else None
+        return grad @ weight if ctx.needs_input_grad[0] else None, None, *parameters
 
 
 class GroupNormNode(torch.autograd.Function):
@@ -263,23 +201,24 @@ class GroupNormNode(torch.autograd.Function):
         rstd: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-    ) -> Tensor | None:
-        """Leave the parameters' gradients with the call, return the input's."""
+    ) -> Gradients:
+        """Return the input's gradient and what the call makes of the parameters'."""
         grad, batch = grad.to(input.dtype), input.shape[0]
         if ctx.fused:
             below, for_weight, for_bias = instance_norm_backward(
                 grad, input, mean, rstd, weight, bias, slope=ctx.slope
             )
         else:
-            mask = (ctx.needs_input_grad[0], ctx.call.weight is not None, ctx.call.bias is not None)
+            mask = (ctx.needs_input_grad[0], weight is not None, bias is not None)
             below, for_weight, for_bias = torch.ops.aten.native_group_norm_backward(
                 grad.contiguous(), input, mean, rstd, weight, *ctx.sizes, mask
             )
-        ctx.call.leave(
+        parameters = ctx.call.leave(
+            ctx.needs_input_grad[2:4],
             lambda: ExampleGradients(batch, for_weight.view(batch, -1).__getitem__),
             lambda: for_bias.view(batch, -1),
         )
-        return below.to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        return below.to(ctx.dtype) if ctx.needs_input_grad[0] else None, None, *parameters
 
 
 class AffineNode(torch.autograd.Function):
@@ -297,28 +236,34 @@ class AffineNode(torch.autograd.Function):
 
     @staticmethod
     @_unseen
-    def backward(ctx: Any, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor | None:
-        """Leave the parameters' gradients with the call, return the input's."""
+    def backward(ctx: Any, grad: Tensor, input: Tensor, weight: Tensor) -> Gradients:
+        """Return the input's gradient and what the call makes of the parameters'."""
         own = range(ctx.axis, ctx.axis + weight.dim())
         others = [axis - 1 for axis in range(1, input.dim()) if axis not in own]
 
         def reduce(one: Tensor) -> Tensor:
             return one.sum(others, dtype=_wide(one)) if others else one
 
-        ctx.call.leave(
+        parameters = ctx.call.leave(
+            ctx.needs_input_grad[2:4],
             lambda: ExampleGradients(len(input), lambda index: reduce(grad[index] * input[index])),
             lambda: grad.sum([axis + 1 for axis in others], dtype=_wide(grad)) if others else grad,
         )
-        return grad * _aligned(weight, input, ctx.axis) if ctx.needs_input_grad[0] else None
-
-
-def _is_foreign(parameter: Tensor | None, name: str | None) -> bool:
-    return parameter is not None and name is None and parameter.requires_grad
+        below = grad * _aligned(weight, input, ctx.axis) if ctx.needs_input_grad[0] else None
+        return below, None, *parameters
 
 
 def _aligned(parameter: Tensor, input: Tensor, axis: int) -> Tensor:
     behind = input.dim() - axis - parameter.dim()
     return parameter.reshape(*parameter.shape, *[1] * behind)
+
+
+def _channel_sums(grad: Tensor) -> Tensor:
+    """Return the sums over the points of each channel, `[B, C]`."""
+    points = grad.flatten(2)
+    if points.shape[:2] == (1, 1):  # a single sum would be divided among threads, which changes its bits
+        points = points.expand(2, -1, -1)
+    return points.sum(2, dtype=_wide(grad))[: len(grad)]
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
