@@ -56,12 +56,12 @@ def faults(sources: Mapping[str, str]) -> list[str]:
         allowed = {unit} | {part.replace("*", family) for part in ALLOWED.get(row, set())}
         if row not in ALLOWED:
             found.append(f"{file}: give {unit} a place in the table")
-        for quoted in re.findall(r'^\s*#\s*include\s+"([^"]+)"', text, re.MULTILINE):
-            if quoted not in sources:
-                found.append(f"{file} includes {quoted}, which is no path below csrc")
-            elif unit_of(quoted) not in allowed:
-                found.append(f"{file} includes {quoted}")
-        for system in re.findall(r"^\s*#\s*include\s+<([^>]+)>", text, re.MULTILINE):
+        for mark, included in re.findall(r'^\s*#\s*include\s*(["<])([^">]+)[">]', text, re.MULTILINE):
+            if mark == '"' and included not in sources:
+                found.append(f"{file} includes {included}, which is no path below csrc")
+            elif included in sources and unit_of(included) not in allowed:
+                found.append(f"{file} includes {included}")
+        for system in re.findall(r"^\s*#\s*include\s*<([^>]+)>", text, re.MULTILINE):
             if system.startswith("torch/") and row not in SEES_TORCH:
                 found.append(f"{file} includes {system}")
             if system.startswith("cuda") and row not in SEES_CUDA:
@@ -111,6 +111,7 @@ def test_a_wrong_include_is_found(file: str, included: str) -> None:
         ("merge/cpu/forward.cpp", "#include <cuda_runtime.h>"),
         ("merge/cuda/forward.cu", "#include <torch/csrc/stable/tensor.h>"),
         ("merge/cpu/forward.cpp", '  # include "view.h"'),
+        ("merge/cuda/forward.cu", "#include <merge/cpu/view.h>"),
         ("attic/forward.cpp", ""),
     ],
 )

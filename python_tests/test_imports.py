@@ -88,14 +88,22 @@ def unit_of(module: Path) -> str:
 
 def imported_names(module: Path, *, top_level: bool = False) -> Iterator[str]:
     """Yield the dotted names of the import statements of a file."""
-    tree = ast.parse((PACKAGE / module).with_suffix(".py").read_text())
+    yield from names_in((PACKAGE / module).with_suffix(".py").read_text(), module, top_level=top_level)
+
+
+def names_in(text: str, module: Path, *, top_level: bool = False) -> Iterator[str]:
+    """Yield the dotted names that the text of a module imports."""
+    tree = ast.parse(text)
     for node in tree.body if top_level else ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             if node.level > 0:
-                base = ["timm_ext", *module.parts[: len(module.parts) - node.level]]
-                yield ".".join([*base, *([node.module] if node.module else [])])
+                base = ".".join(["timm_ext", *module.parts[: len(module.parts) - node.level]])
+                if node.module:
+                    yield f"{base}.{node.module}"
+                else:
+                    yield from (f"{base}.{alias.name}" for alias in node.names)
             elif node.module == "timm_ext":
                 yield from (f"timm_ext.{alias.name}" for alias in node.names)
             else:
@@ -105,6 +113,22 @@ def imported_names(module: Path, *, top_level: bool = False) -> Iterator[str]:
 def own_units(module: Path) -> set[str]:
     names = (name.split(".") for name in imported_names(module))
     return {parts[1] for parts in names if parts[0] == "timm_ext" and len(parts) > 1}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import timm_ext.study",
+        "import timm_ext.study.plan as plan",
+        "from timm_ext import study",
+        "from timm_ext.study import plan",
+        "from .. import study",
+        "from ..study.plan import StudyPlan",
+        "def late():\n    from .. import study",
+    ],
+)
+def test_every_way_to_import_is_seen(text: str) -> None:
+    assert {name.split(".")[1] for name in names_in(text, Path("transfer/tune"))} == {"study"}
 
 
 @every_module

@@ -12,7 +12,6 @@ from typing import Any
 # Where what a module held is now; a module that was divided names several.
 MOVED: dict[str, tuple[str, ...]] = {
     "_library": ("ops._library",),
-    "bounds": ("documents.bounds",),
     "data.anatomy": ("synthesis.anatomy",),
     "data.case_arrays": ("data.preprocess",),
     "data.dataset_json": ("data.formats.dataset_json",),
@@ -41,7 +40,6 @@ MOVED: dict[str, tuple[str, ...]] = {
     "merging.streamed": ("merging.streaming.merge",),
     "metadata": ("storage.metadata",),
     "modality_names": ("vocabulary.modalities",),
-    "operands": ("ops.operands",),
     "processes": ("system.processes",),
     "reference": ("ops.reference",),
     "region_names": ("vocabulary.regions",),
@@ -51,12 +49,21 @@ MOVED: dict[str, tuple[str, ...]] = {
     "terminal": ("system.terminal",),
     "torch_files": ("storage.torch_files",),
     "training.losses": ("training.objective",),
-    "training.stages": ("transfer.adapt", "transfer.tune", "transfer.session"),
     "training.transfer": ("training.ties",),
 }
 
-# Names that left a module which is still there: the module that has them now, and their name in it.
+# Names that left a module or were given another: the module that has them now, and their name in it.
 MOVED_NAMES: dict[str, dict[str, tuple[str, str]]] = {
+    "doubling_ops": {
+        "doubled_conv3d": ("ops.upsampled_conv3d", "upsampled_conv3d"),
+        "doubled_conv3d_input_gradient": ("ops.upsampled_conv3d", "upsampled_conv3d_input_gradient"),
+        "doubled_conv3d_weight_grad_square_": (
+            "ops.upsampled_conv3d",
+            "upsampled_conv3d_weight_grad_square_",
+        ),
+        "nearest_doubling3d": ("ops.upsampled_conv3d", "upsample_nearest3d"),
+    },
+    "merging.methods": {"Method": ("transfer.arms", "Arm"), "get_method": ("transfer.arms", "get_arm")},
     "merging": {"Method": ("transfer.arms", "Arm"), "get_method": ("transfer.arms", "get_arm")},
     "ops": {
         "MIXINGS": ("ops.merge", "MIXINGS"),
@@ -93,6 +100,8 @@ class _Moved(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("__"):
+            if name in MOVED_NAMES.get(self.__name__.removeprefix("timm_ext."), ()):
+                return names_before(self.__name__)(name)
             for place in self.__dict__["_places"]:
                 if hasattr(module := import_module(f"timm_ext.{place}"), name):
                     return getattr(module, name)
