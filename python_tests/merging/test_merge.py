@@ -61,28 +61,32 @@ def test_values_by_hand(name: str, shared: list[float]) -> None:
     assert all(p.requires_grad for p in made.parameters())
 
 
-def test_the_table() -> None:
-    table = merges(1, 2)
-    assert tuple(table) == (
-        "scratch",
-        "transfer-1",
-        "transfer-2",
-        "mean-imm",
-        "mode-imm",
-        "mode-imm-normalized",
-        "mean-aligned",
-        "mode-imm-aligned",
-    )
-    for name, merge in table.items():
+def test_every_merge_has_its_name_a_title_and_a_source() -> None:
+    for name, merge in merges(1, 2).items():
         assert get_merge(name) is merge
         assert merge.name == name
         assert merge.title
         assert merge.paper
-        assert merge.needs_fisher == name.startswith("mode")
-        assert merge.aligned == name.endswith("-aligned")
-        assert (merge.normalize == "tensor") == name.endswith("-normalized")
-        assert merge.models == {"scratch": 0, "transfer-2": 2}.get(name, 1)
-        assert not merge.transfer_norms
+
+
+# Fishers, least number of models, alignment, scaling of Fishers.
+FACTS = {
+    "scratch": (False, 0, False, None),
+    "transfer-1": (False, 1, False, None),
+    "transfer-2": (False, 2, False, None),
+    "mean-imm": (False, 1, False, None),
+    "mode-imm": (True, 1, False, None),
+    "mode-imm-normalized": (True, 1, False, "tensor"),
+    "mean-aligned": (False, 1, True, None),
+    "mode-imm-aligned": (True, 1, True, None),
+}
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_what_a_merge_needs(name: str) -> None:
+    merge = get_merge(name)
+    assert (merge.needs_fisher, merge.models, merge.aligned, merge.normalize) == FACTS[name]
+    assert not merge.transfer_norms
 
 
 @pytest.mark.parametrize(

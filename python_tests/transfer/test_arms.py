@@ -1,71 +1,92 @@
+import re
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from timm_ext.errors import InputError
-from timm_ext.merging.merge import MEAN, MODE, merges
+from timm_ext.merging.merge import (
+    MEAN,
+    MEAN_ALIGNED,
+    MODE,
+    MODE_ALIGNED,
+    MODE_NORMALIZED,
+    SCRATCH,
+    Merge,
+    merges,
+    transfer,
+)
 from timm_ext.transfer.arms import Adaptation, Arm, FineTuning, arms, beyond, get_arm
 
-
-def test_names_for_two_models() -> None:
-    assert tuple(arms(1, 2)) == (
-        "scratch",
-        "transfer-1",
-        "transfer-2",
-        "transfer-1-probe",
-        "transfer-2-probe",
-        "transfer-1-l2",
-        "transfer-2-l2",
-        "transfer-1-drop",
-        "transfer-2-drop",
-        "mean-imm",
-        "mode-imm",
-        "mode-imm-normalized",
-        "mean-imm-probe",
-        "imm-warmup",
-        "t-imm",
-        "t-imm-extra",
-        "t-imm-norms",
-        "t-imm-filter",
-        "t-imm-kernel",
-        "t-imm-normalized",
-        "t-imm-annealed",
-        "medmerge",
-        "mean-aligned",
-        "mode-imm-aligned",
-        "medmerge-aligned",
-    )
-    assert all(get_arm(name) == arm for name, arm in arms(1, 2, 3, 12).items())
-    assert all(arm.name == name for name, arm in arms(1, 2).items())
+# What each arm beyond a merge is made of; a transfer stands for those of all numbers.
+MADE_OF: dict[str, tuple[Merge, Adaptation | None, FineTuning]] = {
+    "transfer-2-probe": (transfer(2), Adaptation(ratios=False), FineTuning()),
+    "transfer-2-l2": (transfer(2), None, FineTuning(l2_transfer=1e-2)),
+    "transfer-2-drop": (transfer(2), None, FineTuning(drop_transfer=0.5)),
+    "mean-imm-probe": (MEAN, Adaptation(ratios=False), FineTuning()),
+    "imm-warmup": (MODE, Adaptation(ratios=False), FineTuning()),
+    "t-imm": (MODE, Adaptation(), FineTuning()),
+    "t-imm-extra": (MODE, Adaptation(extra_steps=True), FineTuning()),
+    "t-imm-norms": (replace(MODE, transfer_norms=True), Adaptation(), FineTuning()),
+    "t-imm-filter": (MODE, Adaptation(granularity="filter"), FineTuning()),
+    "t-imm-kernel": (MODE, Adaptation(granularity="kernel"), FineTuning()),
+    "t-imm-normalized": (MODE_NORMALIZED, Adaptation(), FineTuning()),
+    "t-imm-annealed": (MODE, None, FineTuning(weight_pull=1e-2)),
+    "medmerge": (MEAN, Adaptation(granularity="kernel"), FineTuning()),
+    "medmerge-aligned": (MEAN_ALIGNED, Adaptation(granularity="kernel"), FineTuning()),
+}
 
 
-def test_every_arm_says_what_it_is() -> None:
-    table = arms(1, 2)
+@pytest.mark.parametrize("name", MADE_OF)
+def test_what_an_arm_is_made_of(name: str) -> None:
+    arm = get_arm(name)
+    assert (arm.merge, arm.adaptation, arm.tuning) == MADE_OF[name]
+    learned = name.startswith(("t-imm", "medmerge"))
+    assert arm.learns_ratios == learned
+    assert arm.learns == (learned or name.endswith("-probe") or name == "imm-warmup")
+
+
+def test_every_arm_has_its_name_a_title_and_a_source() -> None:
+    table = arms(1, 2, 3, 12)
+    assert len({arm.title for arm in table.values()}) == len(table)
     for name, arm in table.items():
-        assert arm.title
+        assert get_arm(name) == arm
+        assert arm.name == name
         assert arm.paper
-        assert arm.merge.needs_fisher == ("imm" in name and not name.startswith("mean"))
-        assert arm.merge.aligned == name.endswith("-aligned")
-        assert arm.merge.transfer_norms == (name == "t-imm-norms")
-        assert (arm.merge.normalize == "tensor") == name.endswith("-normalized")
-        assert ("l2_transfer" in arm.tuning.ties()) == name.endswith("-l2")
-        assert ("drop_transfer" in arm.tuning.ties()) == name.endswith("-drop")
-        assert (arm.tuning.weight_pull > 0) == (name == "t-imm-annealed")
-        warm_up = name.endswith("-probe") or name == "imm-warmup"
-        assert (arm.adaptation is not None and not arm.adaptation.ratios) == warm_up
-        assert arm.learns == (arm.learns_ratios or warm_up)
-    adapted = {
-        name: arm.adaptation for name, arm in table.items() if arm.adaptation and arm.adaptation.ratios
-    }
-    assert adapted == {
-        "t-imm": Adaptation(),
-        "t-imm-extra": Adaptation(extra_steps=True),
-        "t-imm-norms": Adaptation(),
-        "t-imm-filter": Adaptation(granularity="filter"),
-        "t-imm-kernel": Adaptation(granularity="kernel"),
-        "t-imm-normalized": Adaptation(),
-        "medmerge": Adaptation(granularity="kernel"),
-        "medmerge-aligned": Adaptation(granularity="kernel"),
-    }
-    assert {n for n, arm in table.items() if arm.learns_ratios} == {*adapted, "t-imm-annealed"}
+
+
+def test_the_page_of_methods_names_every_one() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    cells = " ".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
+    told = set(re.findall(r"`(.+?)`", cells))
+    missing = {*arms(1), *beyond(1)} - told
+    assert not missing, f"docs/methods.md: give a place in its table to {', '.join(sorted(missing))}"
+    unknown = told - {*arms(1, 2), *beyond(1, 2)}
+    assert not unknown, f"docs/methods.md: there is no {', '.join(sorted(unknown))}"
+
+
+FIRST = replace(transfer(1), name="x", title="X", paper="a paper")
+
+
+@pytest.mark.parametrize(
+    "merge", [transfer(1), SCRATCH, FIRST, replace(MODE, name="odd", needs_fisher=False)]
+)
+@pytest.mark.parametrize(
+    ("adaptation", "tuning"), [(Adaptation(), FineTuning()), (None, FineTuning(weight_pull=1e-2))]
+)
+def test_ratios_are_learned_over_uniform_merges_alone(
+    merge: Merge, adaptation: Adaptation | None, tuning: FineTuning
+) -> None:
+    told = f"^a: expected a merge of all sources with equal ratios, .* \\(got {merge.name}\\)$"
+    with pytest.raises(InputError, match=told):
+        Arm("a", "A", "a paper", merge, adaptation, tuning)
+    Arm("a", "A", "a paper", merge, Adaptation(ratios=False), FineTuning(l2_transfer=1.0))
+
+
+def test_uniform_merges_are_those_of_all_sources() -> None:
+    uniform = (MEAN, MODE, MODE_NORMALIZED, MEAN_ALIGNED, MODE_ALIGNED, replace(MODE, transfer_norms=True))
+    assert all(merge.uniform for merge in uniform)
+    assert not any(merge.uniform for merge in (SCRATCH, transfer(1), transfer(2)))
 
 
 def test_a_merge_alone_is_an_arm_of_its_name() -> None:

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from timm_ext.errors import InputError
 from timm_ext.layout import Layout
 from timm_ext.merging import Bank, MergedModel, logits_of
-from timm_ext.merging.merge import MEAN
-from timm_ext.transfer.arms import Adaptation, Arm, arms
+from timm_ext.merging.merge import MEAN, Merge
+from timm_ext.transfer.arms import Adaptation, Arm, arms, get_arm
 from timm_ext.transfer.settings import Recipe
 from timm_ext.transfer.start import initialise
 
@@ -107,6 +107,15 @@ def test_a_new_arm_is_one_line() -> None:
     assert isinstance(made, MergedModel)
     assert made.granularity == "kernel"
     assert values(made.fold()) == [4, 20, 9, 9]
+
+
+def test_a_new_merge_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    largest = Merge("largest", "Largest", "a paper: θ* = max θ_t", lambda bank: bank.theta.amax(0))
+    monkeypatch.setattr("timm_ext.merging.merge.MERGES", (MEAN, largest))
+    assert get_arm("largest") == Arm.of(largest)
+    assert values(initialise("largest", network(), bank())) == [6, 30, 9, 9]
+    with pytest.raises(InputError, match=r"^x: expected a merge of all sources .* \(got largest\)$"):
+        Arm("x", "X", "a paper", largest, Adaptation())
 
 
 def convolutions() -> tuple[nn.Module, Bank]:

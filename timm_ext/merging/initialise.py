@@ -96,6 +96,8 @@ def _one_each(
 def build_initialisation(merge: Merge | str, network: nn.Module, bank: Bank | None) -> nn.Module:
     """Return a copy of the target network with the merged shared weights, and the buffers beside them.
 
+    For a merge alone, from a bank; `timm_ext.transfer.start.initialise` takes any arm.
+
     Args:
         merge: or its name, see `get_merge`.
         network: the target network, whose task-specific parameters are initialised; it is not changed.

@@ -45,6 +45,16 @@ class Merge:
     normalize: Normalization | None = None
     transfer_norms: bool = False
 
+    @property
+    def uniform(self) -> bool:
+        """Whether it is a `MergedModel` of equal ratios, in whose place others may be learned."""
+        weights = self.weights
+        return (
+            isinstance(weights, partial)
+            and weights.func is uniform_merge
+            and weights.keywords == {"with_fisher": self.needs_fisher}
+        )
+
 
 def uniform_merge(bank: Bank, *, with_fisher: bool) -> Tensor:
     """Return the merge `[P]` with equal ratios.

@@ -11,11 +11,10 @@ from timm_ext.merging.merge import (
     MEAN,
     MEAN_ALIGNED,
     MODE,
-    MODE_ALIGNED,
     MODE_NORMALIZED,
-    SCRATCH,
     Merge,
     look_up,
+    merges,
     transfer,
 )
 
@@ -78,9 +77,13 @@ class Arm:
         name: in commands and files.
         title: in tables and figures.
         paper: source, and the equation.
-        merge: of the source models; where ratios are learned, what they start from, equal ratios.
+        merge: of the source models. Where ratios are learned, equal ratios are what they start from, so
+            that it must be one of those (`Merge.uniform`): all sources, with or without Fishers.
         adaptation: None goes from the merge to fine-tuning.
         tuning: of the whole network.
+
+    Raises:
+        InputError: ratios are to be learned over another merge.
     """
 
     name: str
@@ -89,6 +92,13 @@ class Arm:
     merge: Merge
     adaptation: Adaptation | None = None
     tuning: FineTuning = field(default_factory=FineTuning)
+
+    def __post_init__(self) -> None:
+        if self.learns_ratios and not self.merge.uniform:
+            raise InputError(
+                f"{self.name}: expected a merge of all sources with equal ratios, such as mean-imm or "
+                f"mode-imm, where ratios are learned (got {self.merge.name})"
+            )
 
     @classmethod
     def of(cls, merge: Merge) -> "Arm":
@@ -111,9 +121,6 @@ RATIOS = Adaptation()
 RATIOS_BY_KERNEL = Adaptation(granularity="kernel")
 
 ARMS: tuple[Arm, ...] = (
-    Arm.of(MEAN),
-    Arm.of(MODE),
-    Arm.of(MODE_NORMALIZED),
     Arm(
         "mean-imm-probe",
         "Mean-IMM, linear probe first",
@@ -178,8 +185,6 @@ ARMS: tuple[Arm, ...] = (
         MEAN,
         RATIOS_BY_KERNEL,
     ),
-    Arm.of(MEAN_ALIGNED),
-    Arm.of(MODE_ALIGNED),
     Arm(
         "medmerge-aligned",
         "MedMerge, aligned",
@@ -188,14 +193,13 @@ ARMS: tuple[Arm, ...] = (
         RATIOS_BY_KERNEL,
     ),
 )
-"""All arms but that from scratch and those of `transfers`."""
+"""All arms that are more than a merge, but those of `transfers`."""
 
 
 def transfers(number: int) -> tuple[Arm, ...]:
-    """Return the arms that start from source model `number` alone, counted from 1."""
+    """Return the arms that do more than start from source model `number` alone, counted from 1."""
     one = transfer(number)
     return (
-        Arm.of(one),
         Arm(
             f"{one.name}-probe",
             f"{one.title}, linear probe first",
@@ -221,9 +225,9 @@ def transfers(number: int) -> tuple[Arm, ...]:
 
 
 def arms(*numbers: int) -> dict[str, Arm]:
-    """Return the arms by name, with the transfers from the source models of these numbers, by kind."""
+    """Return the arms by name, each merge alone first, with the transfers from models of these numbers."""
     kinds = zip(*map(transfers, numbers), strict=True)
-    rows = (Arm.of(SCRATCH), *(arm for kind in kinds for arm in kind), *ARMS)
+    rows = (*map(Arm.of, merges(*numbers).values()), *(arm for kind in kinds for arm in kind), *ARMS)
     return {arm.name: arm for arm in rows}
 
 

@@ -56,6 +56,8 @@ def start_from(
 ) -> Start:
     """Initialise a target network as an arm does; its task-specific parameters stay as they are.
 
+    From source networks, whose bank is made as arm and recipe want it; all commands and studies start here.
+
     Args:
         arm: or its name.
         target: freshly built for the task; it is not changed.
@@ -90,7 +92,7 @@ def initialise(
     recipe: Recipe | None = None,
     initial_logits: Tensor | None = None,
 ) -> nn.Module:
-    """Return a copy of a network as the arm starts from it.
+    """Return a copy of a network as the arm starts from it, where the bank is made already.
 
     Args:
         arm: or its name.
