@@ -4,7 +4,7 @@ from typing import Any
 
 from timm_ext.documents import validated
 from timm_ext.study.plan import StudyPlan
-from timm_ext.study.run_steps import Run
+from timm_ext.study.schedule.runs import Run
 from timm_ext.study.study import Study, make_study
 
 

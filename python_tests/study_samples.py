@@ -72,4 +72,4 @@ def _cases(runs, leads, noise):
             for region in REGIONS:
                 value = dice + leads[run[0]] + generator.normal(0, noise)
                 rows.append([*run, case, region, value, 10 * value])
-    return pd.DataFrame(rows, columns=[*RUN, "case", "region", "dice", "hd95"])
+    return pd.DataFrame(rows, columns=[*RUN, "case", "region", "dice", "hd95_mm"])

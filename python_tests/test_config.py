@@ -77,6 +77,10 @@ def test_bad_file(tmp_path, text, message):
     ("override", "message"),
     [
         ("train.stepz=4", r"--set: unknown field train\.stepz"),
+        (
+            "adapt.steps=3",
+            r"--set: unknown field adapt\.steps \(expected one of [^;]*; there is train\.steps\)$",
+        ),
         ("train", "--set: expected section.field=value"),
         ("train.lr.more=4", "--set"),
         ("train.lr=[1", "--set train.lr: expected YAML of plain values"),

@@ -48,6 +48,19 @@ def test_progress_bars_take_names_as_they_are(capsys):
     assert "\x1b[31m\nb" not in out.getvalue()
 
 
+def test_the_time_taken_stands_apart_from_the_time_left():
+    now = [0.0]
+    console = Console(file=(out := io.StringIO()), width=200, force_terminal=True)
+    with make_progress(console=console, get_time=lambda: now[0], auto_refresh=False) as bar:
+        row = bar.add_task("training", total=100)
+        bar.refresh()
+        for now[0] in (2.0, 4.0):
+            bar.update(row, advance=10)
+        bar.refresh()
+    assert "0:00:00, left -:--:--" in out.getvalue()
+    assert "0:00:04, left 0:00:16" in out.getvalue()
+
+
 def test_a_stream_without_the_characters_gets_the_closest_ones():
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     accept_any_text(stream)

@@ -204,7 +204,7 @@ def tell_plan(settings: "RunSettings", plan: "TrainingPlan", parts: "Parts", mod
     import torch
 
     from timm_ext.planning import step_seconds, this_machine
-    from timm_ext.planning.budget import GIB
+    from timm_ext.system.machine import size_told
 
     train, count = settings.train, len(parts[0])
     machine = this_machine(train.accelerator, train.devices)
@@ -223,7 +223,7 @@ def tell_plan(settings: "RunSettings", plan: "TrainingPlan", parts: "Parts", mod
         + (f" with {depth} levels" if depth else ""),
         f"at most {steps} steps, " + (f"validation every {every}" if parts[1] else "no validation"),
     ]
-    taken = f"about {plan.step_bytes / GIB:.1f} GiB"
+    taken = f"about {size_told(plan.step_bytes)}"
     if machine.devices == 1:
         device = torch.device("cuda" if machine.kind == "gpu" else "cpu")
         batch = (plan.batch_size, plan.network["in_channels"], *plan.size)

@@ -24,13 +24,13 @@ def merge_as_they_are(
     Raises:
         InputError: as for `merge_checkpoints`, or ratios or size cannot be read.
     """
-    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import DownloadColumn, TransferSpeedColumn
 
     from timm_ext.merging.streaming.merge import merge_checkpoints
 
     numbers = _parse_ratios(ratios)
     size = None if shard_size is None else _parse_size(shard_size)
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (DownloadColumn(), TransferSpeedColumn())
     begin = time.perf_counter()
     console = make_console(stderr=True)
     with make_progress(*columns, console=console, disable=not console.is_terminal) as bar:

@@ -281,6 +281,12 @@ def refusal(
     more = f" (and {left} more)" if left else ""
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         expected = listed(_field_names(kind, location[:-1]), most=100)
+        found = [
+            f"{part}.{location[-1]}"
+            for part, inner in _fields_of(kind).items()
+            if location[-1] in _fields_of(inner)
+        ]
+        expected += f"; there is {listed(found)}" if found else ""
         return InputError(
             f"{lines.get(known, default)}: unknown field {name} (expected one of {expected}){more}"
         )

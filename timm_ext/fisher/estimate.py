@@ -156,10 +156,10 @@ def _bar(total: int | None, *, show: bool) -> Iterator[Any]:
     if not show:
         yield lambda: None
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
+    from rich.progress import MofNCompleteColumn
 
     from timm_ext.system.terminal import make_progress
 
-    with make_progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+    with make_progress(MofNCompleteColumn()) as bar:
         task = bar.add_task("Fisher", total=total)
         yield lambda: bar.advance(task)

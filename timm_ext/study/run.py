@@ -89,7 +89,7 @@ def finish_steps(
     Raises:
         InputError: steps failed; they are listed, and all that does not need them is done.
     """
-    with step_bars(steps, folder, console) as listener:
+    with step_bars(steps, folder, console, workers) as listener:
         ending = run_steps(
             steps, folder, workers=workers, listener=listener, facts={"environment": facts}, retry=retry
         )

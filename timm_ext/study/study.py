@@ -7,11 +7,11 @@ from math import prod
 
 from timm_ext.data.tasks import get_task
 from timm_ext.study.arms import JointTransfer, get_row
-from timm_ext.study.cases import Cases, train_case_numbers
 from timm_ext.study.cost import Costs
 from timm_ext.study.plan import StudyPlan
-from timm_ext.study.run_steps import Run, RunSteps
-from timm_ext.study.source_steps import SourceSteps
+from timm_ext.study.schedule.cases import Cases, train_case_numbers
+from timm_ext.study.schedule.runs import Run, RunSteps
+from timm_ext.study.schedule.sources import SourceSteps
 from timm_ext.study.step import Step, with_needs
 from timm_ext.study.steps.network_step import TrainingStep
 from timm_ext.study.steps.sources import ScoreMerges

@@ -49,7 +49,7 @@ def check_memory(needed: int, what: str, *, available: int | None = None) -> Non
     there = available_memory() if available is None else available
     if needed > there:
         raise InputError(
-            f"{what}: expected at most {_size(there)} of memory, which is free (got {_size(needed)})"
+            f"{what}: expected at most {size_told(there)} of memory, which is free (got {size_told(needed)})"
         )
 
 
@@ -92,7 +92,8 @@ def _of_limits() -> float:
     return left
 
 
-def _size(count: int) -> str:
+def size_told(count: int) -> str:
+    """Return a number of bytes for readers."""
     for unit, bits in (("PiB", 50), ("GiB", 30), ("MiB", 20)):
         if count >= 1 << bits:
             return f"{count / (1 << bits):,.1f} {unit}"

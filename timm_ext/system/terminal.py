@@ -3,13 +3,15 @@
 import codecs
 import sys
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from typing import IO, TYPE_CHECKING, Any
 
 from timm_ext.errors import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress, ProgressColumn, TaskID
+    from rich.progress import Progress, ProgressColumn, Task, TaskID
+    from rich.text import Text
 
 _IN_ASCII = {
     "±": "+-",
@@ -82,22 +84,38 @@ def show_table(
 
 
 def make_progress(*columns: "ProgressColumn", console: "Console | None" = None, **options: Any) -> "Progress":
-    """Return progress bars, each headed by its description as it is.
+    """Return progress bars, each headed by its description as it is, with the time taken and left at its end.
+
+    The time left is a task's field `left` in seconds, or what its speed gives where it has none.
 
     Args:
-        *columns: behind the description; by default bar, percentage and time left.
+        *columns: between bar and times; by default the percentage.
         console: where to; by default standard output.
         **options: of `rich.progress.Progress`.
     """
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn
+    from rich.text import Text
 
     class Bars(Progress):
         def add_task(self, description: str, *arguments: Any, **fields: Any) -> "TaskID":
             return super().add_task(printable(description), *arguments, **fields)
 
-    usual = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    class Times(ProgressColumn):
+        max_refresh = 0.5
+
+        def render(self, task: "Task") -> "Text":
+            taken = task.finished_time if task.finished else task.elapsed
+            left = task.fields.get("left", task.time_remaining)
+            return Text(f"{clock(taken)}, left {clock(left)}", "progress.remaining")
+
     head = TextColumn("{task.description}", markup=False)
-    return Bars(head, *(columns or usual), console=console or make_console(), **options)
+    middle = columns or (TaskProgressColumn(),)
+    return Bars(head, BarColumn(), *middle, Times(), console=console or make_console(), **options)
+
+
+def clock(seconds: float | None) -> str:
+    """Return a duration as `h:mm:ss`, dashes for an unknown one."""
+    return "-:--:--" if seconds is None else str(timedelta(seconds=round(seconds)))
 
 
 def _in_ascii(error: UnicodeError) -> tuple[str, int]:

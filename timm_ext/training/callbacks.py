@@ -1,13 +1,12 @@
 """What watches a run: its progress on the terminal or elsewhere, and values that are noted on the way."""
 
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, TextColumn
 from torch import Tensor
 
 from timm_ext.errors import InputError, listed
-from timm_ext.system.terminal import make_progress, say
+from timm_ext.system.terminal import clock, make_progress, say
 from timm_ext.training.device import is_first_process
 from timm_ext.training.log import Row
 
@@ -110,12 +109,8 @@ class ProgressBar(Callback):
     def on_start(self, step: int, total: int) -> None:
         """Show the bar."""
         self._bar = make_progress(
-            BarColumn(),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]}  Dice {task.fields[dice]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
             speed_estimate_period=_SPEED_OVER,
             disable=not is_first_process(),
         )
@@ -142,8 +137,6 @@ class ProgressBar(Callback):
 
     def _say(self, loss: float, dice: float) -> None:
         task = self._bar.tasks[self._task]
-        left = (
-            "" if task.time_remaining is None else f", {timedelta(seconds=round(task.time_remaining))} left"
-        )
+        left = "" if task.time_remaining is None else f", {clock(task.time_remaining)} left"
         done = f"{task.completed:.0f} of {task.total:.0f} steps"
         say(f"{self._title}: {done}, loss {loss:.3f}, Dice {dice:.3f}{left}")

@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -42,8 +43,9 @@ def test_page_asks_for_nothing_outside_itself(folder, page):
     sources = [a[key] for _, a in page.tags for key in ("src", "href", "srcset", "data") if key in a]
     assert sum(source.startswith("data:image/png;base64,") for source in sources) == 5
     anchors = {a["id"] for _, a in page.tags if "id" in a}
-    others = {source for source in sources if not source.startswith("data:")}
+    others = {source for source in sources if not source.startswith(("data:", "tables/"))}
     assert others == {f"#{anchor}" for anchor in anchors}
+    assert all((folder / source).is_file() for source in sources if source.startswith("tables/"))
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
     style = re.search("<style>(.*)</style>", (folder / "report.html").read_text(), re.S)[1]
     assert "url(" not in style
@@ -57,6 +59,11 @@ def test_page_is_accessible(page):
     assert all(len(a["alt"]) > 30 for a in images)
     assert tags.count("figcaption") == len(images) == 5
     assert tags.count("caption") == tags.count("table") >= 5
+    tables = re.findall(r"tables/[a-z-]+\.csv", page.text)
+    assert tables == [a["href"] for tag, a in page.tags if tag == "a" and a["href"].startswith("tables/")]
+    captioned = tags.count("caption") + tags.count("figcaption")
+    assert len(tables) == captioned + tables.count("tables/region-comparisons.csv")
+    assert {"tables/curves.csv", "tables/ratios.csv", "tables/cases.csv"} < set(tables)
     assert all("scope" in a for tag, a in page.tags if tag == "th")
     assert tags.count("h1") == 1
 
@@ -92,6 +99,24 @@ def test_several_numbers_of_cases_stand_side_by_side(tmp_path):
     assert "N = 4" in text
     assert "N = 8" in text
     assert "against “SCRATCH” with 4 training cases (95 % interval" in text
+
+
+def test_the_alternative_text_keeps_small_dice(tmp_path):
+    results = study_results((4,))
+    page = Page(write_report(replace(results, cases=results.cases.assign(dice=0.00042)), tmp_path))
+    (text,) = (a["alt"] for tag, a in page.tags if tag == "img" and "Dot plot" in a["alt"])
+    assert text.count(": 0.00042") == 3
+
+
+def test_the_examples_say_which_initialisations_they_show(tmp_path):
+    results = study_results((4,))
+    (example,) = results.examples
+    assert "Of the initialisations one of each kind" in Page(write_report(results, tmp_path)).text
+    every = dict.fromkeys(results.methods.values())
+    whole = replace(example, predictions=dict.fromkeys(every, example.truth), dice=dict.fromkeys(every, 0.5))
+    shown = Page(write_report(replace(results, examples=(whole,)), tmp_path)).text
+    assert "All initialisations are shown." in shown
+    assert "one of each kind" not in shown
 
 
 def test_names_are_taken_as_they_are(tmp_path):

@@ -18,11 +18,11 @@ def test_an_undefined_distance_is_the_diagonal_of_the_scan():
     results = study_results()
     cases = results.cases.copy()
     lost = (cases["case"] == "case-05") & (cases["region"] == "TC") & (cases["draw"] == 0)
-    cases.loc[lost & (cases["seed"] == 0) & (cases["method"] == "scratch"), "hd95"] = np.nan
-    distances = replace(results, cases=cases).scores(4, "scratch", "hd95")
+    cases.loc[lost & (cases["seed"] == 0) & (cases["method"] == "scratch"), "hd95_mm"] = np.nan
+    distances = replace(results, cases=cases).scores(4, "scratch", "hd95_mm")
     assert distances[0, 0, 5, 1] == 105.0
     assert np.isfinite(distances).all()
-    assert results.scores(4, "scratch", "hd95")[0, 0, 5, 1] < 10
+    assert results.scores(4, "scratch", "hd95_mm")[0, 0, 5, 1] < 10
 
 
 def test_each_pair_is_compared_once():

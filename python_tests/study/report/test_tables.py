@@ -49,8 +49,8 @@ def test_the_other_tables_are_those_of_the_results(folder):
     ratio = table(folder, "ratios")[1]
     assert (ratio["layer"], ratio["source"], ratio["ratio"]) == ("conv1", "M2", "0.5")
     regions = table(folder, "regions")
-    assert (regions[-1]["metric"], regions[-1]["region"]) == ("hd95", "ET")
-    assert float(regions[-1]["mean"]) == results.scores(8, "t-imm", "hd95")[..., 2].mean()
+    assert (regions[-1]["metric"], regions[-1]["region"]) == ("hd95_mm", "ET")
+    assert float(regions[-1]["mean"]) == results.scores(8, "t-imm", "hd95_mm")[..., 2].mean()
     assert table(folder, "stages")[0] == {
         "stage": "M1: task 1",
         "train_cases": "",
@@ -101,7 +101,7 @@ def test_comparisons_are_those_of_the_statistics(folder):
 
 
 def test_holm_corrects_over_all_comparisons_made_together():
-    rows = comparison_table(study_results(), [("dice", "WT"), ("hd95", "WT")])
+    rows = comparison_table(study_results(), [("dice", "WT"), ("hd95_mm", "WT")])
     assert len(rows) == 2 * 2 * 3
     assert rows["p_holm"].tolist() == holm(rows["p"]).tolist()
 

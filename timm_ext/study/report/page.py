@@ -64,7 +64,7 @@ def render(results: Results, tables: Tables, drawn: Mapping[str, bytes]) -> str:
         "p_value": lambda value: "< 0.001" if value < 0.001 else _number(value),
         "range": _range,
         "spread": _spread,
-        "told": lambda row: f"{row.title}, {numbered(row.train_cases, 'case')}: {row.mean:.2f}",
+        "told": lambda row: f"{row.title}, {numbered(row.train_cases, 'case')}: {row.mean:.3g}",
     }
     return environment.get_template(TEMPLATE).render(
         results=results,

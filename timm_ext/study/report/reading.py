@@ -32,7 +32,7 @@ from timm_ext.study.outcomes import (
 from timm_ext.study.records import Folder
 from timm_ext.study.report.facts import notes_of, study_facts
 from timm_ext.study.report.results import RUN, Example, Results
-from timm_ext.study.run_steps import Run
+from timm_ext.study.schedule.runs import Run
 from timm_ext.study.step import Step
 from timm_ext.study.steps.network_step import TrainingStep
 from timm_ext.study.study import Remembered, Study
@@ -122,8 +122,8 @@ class _Reader:
                 for case in cases
                 for region in task.region_names
             ]
-        columns = [*RUN, "case", "region", "dice", "hd95"]
-        return pd.DataFrame(rows, columns=columns).astype({"dice": float, "hd95": float})
+        columns = [*RUN, "case", "region", "dice", "hd95_mm"]
+        return pd.DataFrame(rows, columns=columns).astype({"dice": float, "hd95_mm": float})
 
     def _check(self, run: Run, scores: Scores, cases: Sequence[str], task: Task) -> None:
         regions = set(task.region_names)

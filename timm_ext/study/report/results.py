@@ -15,7 +15,7 @@ Array = NDArray[np.float64]
 RUN = ["method", "train_cases", "draw", "seed"]
 """Columns that tell the runs of a study apart."""
 
-METRICS = ("dice", "hd95")
+METRICS = ("dice", "hd95_mm")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Results:
         methods: titles of the methods by name, in the order of the tables.
         longer: the methods that took more than the others' number of optimiser steps.
         references: the methods that the others are compared with; none compares all pairs.
-        cases: `RUN`, `case`, `region`, `dice`, `hd95` of every test case and region; HD95 in mm, NaN where
+        cases: `RUN`, `case`, `region`, `dice`, `hd95_mm` of every test case and region; HD95 in mm, NaN where
             one of prediction and truth is empty.
         diagonals: of the test cases' scans in mm, by case.
         runs: `RUN`, `steps` of the optimiser and `seconds` of computing, adaptation included.
@@ -133,7 +133,7 @@ class Results:
         shape = len(self.draws), len(self.seeds), len(self.test_cases), len(self.regions)
         values: Array = self._parts[count, method][metric].to_numpy(dtype=np.float64).reshape(shape)
         diagonals = self.diagonals[list(self.test_cases)].to_numpy()[:, None]
-        return np.where(np.isnan(values), diagonals, values) if metric == "hd95" else values
+        return np.where(np.isnan(values), diagonals, values) if metric == "hd95_mm" else values
 
     def of(self, frame: pd.DataFrame, count: int, method: str) -> pd.DataFrame:
         """Return the rows of one method at one number of training cases."""

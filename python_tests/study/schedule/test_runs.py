@@ -2,7 +2,7 @@ import pytest
 from study_plans import plan_of, run_of, study_of
 
 from timm_ext.errors import InputError
-from timm_ext.study.run_steps import adapt_settings
+from timm_ext.study.schedule.runs import adapt_settings
 from timm_ext.transfer.arms import get_arm
 from timm_ext.transfer.settings import AdaptSettings, Recipe
 

@@ -8,7 +8,7 @@ from timm_ext.merging.merge import transfer
 from timm_ext.study.arms import Combination, JointTransfer, Row, get_row
 from timm_ext.study.cost import Costs
 from timm_ext.study.plan import Budget, StudyPlan
-from timm_ext.study.source_steps import SourceSteps
+from timm_ext.study.schedule.sources import SourceSteps
 from timm_ext.study.step import Step
 from timm_ext.study.steps.network_step import Network, TrainingStep
 from timm_ext.study.steps.runs import Adapt, CombineAndTest, TuneAndTest

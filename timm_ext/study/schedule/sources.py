@@ -6,9 +6,9 @@ from functools import cached_property
 from timm_ext.data.tasks import get_task, joint_task, task_to_dict
 from timm_ext.merging.merge import Merge
 from timm_ext.study.arms import JointTransfer
-from timm_ext.study.cases import Cases
 from timm_ext.study.cost import Costs
 from timm_ext.study.plan import StudyPlan
+from timm_ext.study.schedule.cases import Cases
 from timm_ext.study.step import Step
 from timm_ext.study.steps.network_step import Network
 from timm_ext.study.steps.sources import EstimateFisher, TrainSource

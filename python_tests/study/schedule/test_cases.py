@@ -4,7 +4,7 @@ import pytest
 from study_plans import plan_of
 
 from timm_ext.errors import InputError
-from timm_ext.study.cases import Cases, split_subjects, train_case_numbers
+from timm_ext.study.schedule.cases import Cases, split_subjects, train_case_numbers
 
 MODALITIES = {"brats": ("T1", "T1c", "T2", "FLAIR"), "parcellation": ("T1", "T2")}
 
