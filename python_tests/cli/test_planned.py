@@ -1,6 +1,7 @@
 """Defaults fit the data: what is planned, noted, used again and reproduced."""
 
 import json
+import re
 
 import nibabel as nib
 import numpy as np
@@ -49,6 +50,7 @@ def test_defaults_train_on_brains_of_different_size(heads, tmp_path, capsys):
     told = capsys.readouterr().out
     assert "Voxels of 6 mm, those of all cases" in told
     assert "Plan for 2 training and 1 validation cases" in told
+    assert re.search(r"about [1-9][0-9.]* MiB, ", told)
     assert "isensee2017 with 3 levels" in told
     assert "a step" in told
     assert "training: 3 of 3 steps, loss 0." in told
