@@ -44,7 +44,7 @@ ALLOWED = {
     "transfer": BASE | MODEL | MERGE | WORK,
     "planning": BASE | {"data", "inference", "networks"},
     "study": BASE | MODEL | MERGE | WORK | {"synthesis", "transfer", "planning"},
-    "config": BASE | {"data", "inference", "training", "transfer"},
+    "config": BASE | {"data", "fisher", "inference", "training", "transfer"},
     "cli": BASE | MODEL | MERGE | WORK | {"synthesis", "transfer", "config", "planning", "study"},
 }
 

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import (
@@ -19,9 +19,10 @@ from pydantic import (
 
 from timm_ext.data.prepare import PrepareSettings
 from timm_ext.documents import Location, parse_yaml, read_yaml, validated
-from timm_ext.documents.fields import Batch, Cases, Edges, Seed
+from timm_ext.documents.fields import Cases, Edges
 from timm_ext.errors import InputError, printable, shown
 from timm_ext.files import atomic_write
+from timm_ext.fisher.settings import EstimateSettings
 from timm_ext.inference import PredictSettings
 from timm_ext.training.settings import TrainSettings
 from timm_ext.transfer.settings import AdaptSettings, Recipe
@@ -69,28 +70,16 @@ class NetworkSettings(Section):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
-class FisherSettings(Section):
-    """How the Fisher information is estimated.
+class FisherSettings(Section, EstimateSettings):
+    """How the Fisher information is estimated, and of which examples.
 
     Attributes:
-        likelihood: what the outputs mean.
-        labels: drawn from the model's own output, or those of the label files (the empirical Fisher).
-        samples: label draws per example.
-        seed: of the draws.
-        batch_size: examples per pass, of one size where more than one; does not change the result.
         patch: edges in voxels of the patches that are the examples, or None for whole volumes.
         patches: of each case, half of them on voxels of a region, as in training; drawn with `seed`.
-        strict: refuse frozen and tied parameters.
     """
 
-    likelihood: Literal["bernoulli", "categorical", "dice"] = "bernoulli"
-    labels: Literal["sampled", "true"] = "sampled"
-    samples: Cases = 1
-    seed: Seed = 0
-    batch_size: Batch = 1
     patch: Edges | None = None
     patches: Cases = 4
-    strict: bool = True
 
 
 class RunSettings(Section):

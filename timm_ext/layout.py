@@ -133,11 +133,6 @@ class Layout:
         """Return the entries as JSON values."""
         return [{**vars(entry), "shape": list(entry.shape)} for entry in self.entries]
 
-    @classmethod
-    def from_list(cls, entries: Sequence[Mapping[str, Any]]) -> "Layout":
-        """Rebuild a layout from `to_list`."""
-        return cls(tuple(Entry(**{**entry, "shape": tuple(entry["shape"])}) for entry in entries))
-
 
 def _entry_of(model: nn.Module, name: str, parameter: nn.Parameter) -> Entry:
     owner = model.get_submodule(name.rpartition(".")[0])

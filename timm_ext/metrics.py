@@ -89,16 +89,6 @@ def dice_by_region(prediction: npt.ArrayLike, truth: npt.ArrayLike, task: Task) 
     return {region: _dice(one, other) for region, (one, other) in _pairs(prediction, truth, task).items()}
 
 
-def evaluate_files(prediction: Path | str, truth: Path | str, task: Task) -> Scores:
-    """Score one label file against another.
-
-    Raises:
-        InputError: a file cannot be read, the two lie on different grids, or hold labels outside the task's
-            set.
-    """
-    return _scored(prediction, truth, task, (set(), set()))
-
-
 def evaluate_pairs(
     pairs: Mapping[str, tuple[Path | str, Path | str]], task: Task, *, declared: Collection[int] = ()
 ) -> Evaluation:
@@ -233,7 +223,7 @@ def _scored(
     truth: Path | str,
     task: Task,
     seen: tuple[set[int], set[int]],
-    declared: Collection[int] = (),
+    declared: Collection[int],
 ) -> Scores:
     """Score one file, and add the labels of prediction and truth to those seen."""
     predicted, true = read_labels(prediction), read_labels(truth)

@@ -11,7 +11,7 @@ from timm_ext.data.tasks import Region, Task
 from timm_ext.data.volume import Volume, read_channels, read_labels, read_volume, write_nifti
 from timm_ext.data.volume_file import read_header, read_stored, volume_files
 from timm_ext.errors import InputError
-from timm_ext.metrics import evaluate_files
+from timm_ext.metrics import evaluate_pairs
 from timm_ext.synthesis.label_maps import read_label_map
 from timm_ext.system import machine
 
@@ -57,8 +57,8 @@ READERS = {
     "image": read_volume,
     "labels": read_labels,
     "label map": read_label_map,
-    "prediction": lambda path: evaluate_files(path, saved(path.with_name("true.nii")), TASK),
-    "truth": lambda path: evaluate_files(saved(path.with_name("guess.nii")), path, TASK),
+    "prediction": lambda path: evaluate_pairs({"a": (path, saved(path.with_name("true.nii")))}, TASK),
+    "truth": lambda path: evaluate_pairs({"a": (saved(path.with_name("guess.nii")), path)}, TASK),
 }
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from merged_model_samples import FisherStub, bank_of, image, network, plain_merge
 from torch import Tensor, nn
 
 from timm_ext.errors import InputError
@@ -15,61 +16,7 @@ from timm_ext.layout import Layout
 from timm_ext.merging.bank import Bank
 from timm_ext.merging.merged_model import MergedModel
 from timm_ext.merging.mixing import logits_of
-from timm_ext.parameters import named_parameters, split_parameters
-
-
-class Net(nn.Module):
-    """Two convolutions, one of them transposed, with batch and instance norm, a buffer and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv3d(2, 4, 3, padding=1)
-        self.batch_norm = nn.BatchNorm3d(4)
-        self.up = nn.ConvTranspose3d(4, 4, 2, stride=2)
-        self.norm = nn.InstanceNorm3d(4, affine=True)
-        self.head = nn.Conv3d(4, 3, 1)
-
-    def forward(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
-        x = torch.relu(self.batch_norm(self.first(x)))
-        return self.head(torch.relu(self.norm(self.up(x)))) * scale
-
-
-class FisherStub:
-    def __init__(self, tensors: dict[str, Tensor]):
-        self.tensors, self.zero, self.scaling = tensors, (), "sum"
-
-
-def network(seed: int) -> Net:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return Net()
-
-
-def bank_of(count: int = 2, *, fisher: bool = True, names: tuple[str, ...] | None = None) -> Bank:
-    nets = [network(seed) for seed in range(count)]
-    names = names or split_parameters(nets[0], heads=["head."]).shared
-    models = {
-        f"M{t + 1}": {n: p.detach() for n, p in named_parameters(net).items()} for t, net in enumerate(nets)
-    }
-    fishers = [FisherStub({n: p.detach() ** 2 + 0.01 for n, p in m.items()}) for m in models.values()]
-    return Bank.build(models, fishers if fisher else None, Layout.from_model(nets[0], names))
-
-
-def image() -> Tensor:
-    return torch.randn(2, 2, 4, 4, 4, generator=torch.Generator().manual_seed(5))
-
-
-def plain_merge(model: MergedModel, bank: Bank, logits: Tensor) -> Tensor:
-    """The definition in float64, element by element."""
-    groups = make_groups(bank.layout, model.granularity)
-    rows = groups.rows.repeat_interleave(groups.offsets.diff())
-    alpha = {"sigmoid": torch.sigmoid, "softmax": torch.exp, "free": torch.clone}[model.mixing](
-        logits.double()
-    )
-    weight = alpha[rows].T * (1 if bank.fisher is None else bank.fisher.double())
-    if model.mixing == "free":
-        return (weight * bank.theta.double()).sum(0)
-    return (weight * bank.theta.double()).sum(0) / weight.sum(0)
+from timm_ext.parameters import named_parameters
 
 
 def test_only_logits_and_task_specific_parameters_are_parameters() -> None:
@@ -219,70 +166,6 @@ def test_deep_copies_share_the_bank_and_nothing_else() -> None:
     assert (model.logits == 0).all()
     assert not torch.equal(twin.merge(), model.merge())
     assert (model.network.head.weight != 0).any()
-
-
-def test_the_bank_moves_with_its_padding_and_its_dtype() -> None:
-    bank = bank_of()
-    bank.fisher[0, 0] = 1e30  # beyond float16
-    model = MergedModel(network(9), bank)
-    before = model.merge().detach()
-    assert torch.equal(model.double().merge(), before.double())
-    assert model.eval()(image().double()).dtype == torch.float64
-    assert torch.equal(model.half().merge(), before.half())
-    assert model._planes.dtype == torch.float32
-    meta = copy.deepcopy(model).to("meta")
-    assert (meta._planes.shape, meta._planes.dtype) == (model._planes.shape, torch.float32)
-    assert meta._planes.is_meta
-    assert not model._planes.is_meta
-
-
-def narrow_bank(dtype: torch.dtype) -> Bank:
-    """The models of `bank_of` with Fishers far beyond the range of float16."""
-    bank = bank_of(3)
-    models = {name: bank.layout.split(row) for name, row in zip(bank.sources, bank.theta, strict=True)}
-    fishers = [FisherStub(bank.layout.split(row * 1e-20)) for row in bank.fisher]
-    return Bank.build(models, fishers, bank.layout, dtype=dtype)
-
-
-@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_bank_in_half_precision_trains_a_network_in_float32(dtype: torch.dtype, size: float) -> None:
-    """Gradients of any size are those of the bank's values, within the rounding of merge and gradient."""
-    bank, unit = narrow_bank(dtype), torch.finfo(dtype).eps / 2
-    model = MergedModel(network(9), bank).eval()
-    with torch.no_grad():
-        model.logits.normal_(generator=torch.Generator().manual_seed(1))
-    merged = model.merge()
-    logits = model.logits.detach().double().requires_grad_()
-    expected = plain_merge(model, bank, logits)
-    assert merged.dtype == torch.float32
-    torch.testing.assert_close(merged.double(), expected, rtol=1.01 * unit, atol=1e-7)
-
-    gradient = size * torch.randn(merged.shape, generator=torch.Generator().manual_seed(2))
-    (got,) = torch.autograd.grad(merged, model.logits, gradient)
-    (wanted,) = torch.autograd.grad(expected, logits, gradient.double())
-    assert float((got - wanted).norm() / wanted.norm()) < 2 * unit
-
-    (model(image()).square().mean() * size).backward()
-    assert bool(model.logits.grad.isfinite().all())
-    assert model.logits.grad.abs().sum() > 0
-    assert model.network.head.weight.grad.dtype == torch.float32
-
-
-def test_gradients_of_a_float16_bank_add_up_over_batches() -> None:
-    model = MergedModel(network(9), narrow_bank(torch.float16)).eval()
-    losses = [model(image()).square().mean() * size for size in (1.0, 1e-9)]
-    alone = [torch.autograd.grad(loss, model.logits, retain_graph=True)[0] for loss in losses]
-    for loss in reversed(losses):
-        loss.backward()
-    torch.testing.assert_close(model.logits.grad, alone[0] + alone[1])
-    torch.testing.assert_close(alone[1] * 1e9, alone[0], rtol=1e-3, atol=0)
-
-
-def test_gradient_of_zeros_through_a_float16_bank() -> None:
-    model = MergedModel(network(9), narrow_bank(torch.float16))
-    (model(image()) * 0).sum().backward()
-    assert not model.logits.grad.any()
 
 
 def tied(view: Callable[[Tensor], Tensor]) -> nn.Module:

@@ -86,6 +86,10 @@ BODIES = {
         inner=nn.ConvTranspose2d(8, 16, 2, stride=2, groups=8),
         back=nn.Conv2d(16, 8, 1),
     ),
+    "transposed with both sixth arguments": Body(
+        lambda m, x: functional.conv_transpose2d(x, m.inner.weight, m.inner.bias, 2, 1, 1, dilation=1),
+        inner=nn.ConvTranspose2d(8, 8, 3),
+    ),
     "twice the same layer": Body(lambda m, x: m.inner(m.inner(x)), inner=nn.Conv2d(8, 8, 1)),
     "twice the same channels": Body(
         lambda m, x: m.inner(torch.cat([x, torch.relu(x)], 1)), inner=nn.Conv2d(16, 8, 1)

@@ -140,6 +140,13 @@ def hold(path, held, release):
         release.wait(30)
 
 
+@pytest.fixture
+def untimed(monkeypatch):
+    """Fail where a training step is timed."""
+    monkeypatch.setattr("timm_ext.study.run.measure_step", lambda plan: pytest.fail("timed too early"))
+
+
+@pytest.mark.usefixtures("untimed")
 def test_two_processes_in_one_folder_are_refused(tmp_path, capsys):
     context = multiprocessing.get_context("fork")
     held, release = context.Event(), context.Event()
@@ -176,6 +183,7 @@ def test_dry_run_prints_the_cost_and_leaves_nothing(tmp_path, capsys):
         (["smoke", "--set", "methods=[magic]"], "method: expected one of scratch"),
         (["smoke", "--set", "stepz=1"], "--set: unknown field stepz"),
         (["smoke", "--set", "size=[1, 2]"], "--set: size"),
+        (["smoke", "--set", "val_cases=0"], "val_cases: expected a whole number from 1 to"),
         (["smoke", "--set", "pool=1"], "expected at most the 1 available training cases (got 2)"),
         (["smoke", "--label-maps", "/no/such/folder"], "/no/such/folder"),
     ],
@@ -198,6 +206,7 @@ def test_only_torchruns_first_process_runs_the_study(tmp_path, monkeypatch, caps
     assert "expected the processes of one machine (got 2 in all)" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("untimed")
 def test_a_folder_of_an_earlier_version_is_refused(tmp_path, capsys):
     (tmp_path / "plan.json").write_text(json.dumps({"title": "A study of last year"}))
     assert run(["study", "smoke", "--out", str(tmp_path)]) == 1

@@ -67,17 +67,7 @@ class Geometry:
             return self._small(input, weight, _contiguous(bias), mirrored=False)
         if way == "onednn":
             return self._onednn(input.contiguous(), weight, bias)
-        return torch.convolution(
-            input,
-            weight,
-            bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.transposed,
-            self.output_padding,
-            self.groups,
-        )
+        return torch.convolution(input, weight, bias, *self._arguments)
 
     def input_gradient(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
         """Return the gradient with respect to the input `[B, C, ...]`."""
@@ -140,6 +130,10 @@ class Geometry:
             mirrored=mirrored,
         )
 
+    @property
+    def _arguments(self) -> tuple[Sizes, Sizes, Sizes, bool, Sizes, int]:
+        return self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups
+
     def _onednn(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         output: Tensor = torch.mkldnn_convolution(
             input, weight.contiguous(), bias, self.padding, self.stride, self.dilation, self.groups
@@ -172,12 +166,7 @@ class Geometry:
             input,
             weight,
             None,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.transposed,
-            self.output_padding,
-            self.groups,
+            *self._arguments,
             mask,
         )
         return result

@@ -1,6 +1,7 @@
 """A run of a network that follows its channels from layer to layer."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -151,26 +152,14 @@ def _convolution(
     bias: Tensor | None = None,
     stride: Any = 1,
     padding: Any = 0,
-    dilation: Any = 1,
+    sixth: Any = 0,
     groups: int = 1,
+    *_: Any,
+    axes: tuple[int, int] = (0, 1),
+    **__: Any,
 ) -> None:
-    _connect(trace, function, output, input, weight, bias, groups, axes=(0, 1))
-
-
-def _transposed_convolution(
-    trace: _Trace,
-    function: str,
-    output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    output_padding: Any = 0,
-    groups: int = 1,
-    dilation: Any = 1,
-) -> None:
-    _connect(trace, function, output, input, weight, bias, groups, axes=(1, 0))
+    """Follow a convolution; the sixth argument is a dilation, of a transposed one an output padding."""
+    _connect(trace, function, output, input, weight, bias, groups, axes=axes)
 
 
 def _linear(
@@ -361,7 +350,7 @@ def _table(rule: Rule, names: str) -> dict[str, Rule]:
 # By the name of the function without underscores, so that `add`, `add_` and `__iadd__` are found alike.
 RULES: dict[str, Rule] = {
     **_table(_convolution, "conv1d conv2d conv3d"),
-    **_table(_transposed_convolution, "conv_transpose1d conv_transpose2d conv_transpose3d"),
+    **_table(partial(_convolution, axes=(1, 0)), "conv_transpose1d conv_transpose2d conv_transpose3d"),
     **_table(_linear, "linear"),
     **_table(_channel_norm, "batch_norm instance_norm"),
     **_table(_group_norm, "group_norm"),

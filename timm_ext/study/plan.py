@@ -21,6 +21,7 @@ from timm_ext.documents.bounds import LEAST_MM, MOST_CASES, MOST_EDGE, MOST_MM
 from timm_ext.documents.fields import Batch, Cases, Rate, Seed, Steps, whole
 from timm_ext.errors import InputError, listed
 from timm_ext.files import real_path, visible
+from timm_ext.fisher.settings import EstimateSettings
 from timm_ext.study.arms import get_row
 from timm_ext.synthesis.generate import PHANTOM
 from timm_ext.training.settings import TIES, TrainSettings
@@ -67,7 +68,6 @@ def _absolute(path: str) -> str:
 
 
 Values = dict[str, Any]
-HeldOut = Annotated[int, whole(0, MOST_CASES)]
 Edge = Annotated[int, whole(8, MOST_EDGE)]
 DataPath = Annotated[str, AfterValidator(_absolute)]
 Once = AfterValidator(_listed_once)
@@ -83,18 +83,11 @@ class Budget(NamedTuple):
     adapt: int
 
 
-class FisherOptions(BaseModel):
+class FisherOptions(EstimateSettings):
     """Arguments of `estimate_fisher`; without a batch size that of the plan holds."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    likelihood: Literal["bernoulli", "categorical", "dice"] = "bernoulli"
-    labels: Literal["sampled", "true"] = "sampled"
-    samples: Cases = 1
-    seed: Seed = 0
-    strict: bool = True
     precision: Literal["ieee", "tf32", "bf16-mixed", "16-mixed"] = "ieee"
-    batch_size: Batch | None = None
+    batch_size: Batch | None = None  # type: ignore[assignment]
 
 
 class StudyPlan(BaseModel):
@@ -122,7 +115,7 @@ class StudyPlan(BaseModel):
         prepare: further fields of `PrepareSettings`.
         source_cases: training cases of each source task.
         source_test: held-out cases of each source task, for the forgetting table.
-        val_cases: validation cases of the target task.
+        val_cases: validation cases of the target task, at least one.
         test_cases: test cases of the target task.
         batch_size: examples per step.
         source_steps: optimiser steps of a source network at most; `source_epochs` are epochs instead.
@@ -184,8 +177,8 @@ class StudyPlan(BaseModel):
     size: tuple[Edge, Edge, Edge] = (40, 48, 40)
     prepare: Values = {}
     source_cases: Cases = 16
-    source_test: HeldOut = 4
-    val_cases: HeldOut = 4
+    source_test: Annotated[int, whole(0, MOST_CASES)] = 4
+    val_cases: Cases = 4
     test_cases: Cases = 12
     batch_size: Batch = 2
     source_steps: Steps = 200

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from timm_ext.errors import InputError, lines_of
 from timm_ext.study.bars import step_bars
-from timm_ext.study.cost import CostRow, costs_of, measure_step
+from timm_ext.study.cost import costs_of, measure_step
 from timm_ext.study.plan import EXTENDABLE, StudyPlan
 from timm_ext.study.records import Folder
 from timm_ext.study.report.page import write_report
@@ -58,16 +58,15 @@ def run_study(
             steps that failed; they are listed, and all that does not need them is done.
     """
     console, folder = console or make_console(), Folder(out)
-    make_study(plan)  # settings and data are checked before anything is timed
-    study = make_study(plan, measure_step(plan))
+    make_study(plan)  # settings and data, then the folder, are checked before anything is timed
     workers = workers or _usual_workers(plan)
     if dry_run:
-        _print_costs(costs_of(study.steps, folder), workers, console)
+        _costed(plan, folder, workers, console)
         return None
     facts = environment()
     with folder.lock():
         folder.claim(plan.model_dump(mode="json"), extendable=EXTENDABLE)
-        _print_costs(costs_of(study.steps, folder), workers, console)
+        study = _costed(plan, folder, workers, console)
         finish_steps(study.steps, folder, workers=workers, retry=retry, console=console, facts=facts)
         results = read_results(study, folder, facts)
         page = write_report(results, out)
@@ -110,7 +109,10 @@ def _usual_workers(plan: StudyPlan) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or gpus or available_cores()
 
 
-def _print_costs(costs: Sequence[CostRow], workers: int, console: Console) -> None:
+def _costed(plan: StudyPlan, folder: Folder, workers: int, console: Console) -> Study:
+    """Make the study with a training step timed, and print what is left of it and for how long."""
+    study = make_study(plan, measure_step(plan))
+    costs = costs_of(study.steps, folder)
     total = sum(cost.seconds for cost in costs)
     rows = [(cost.kind, cost.count, cost.left, duration(cost.seconds)) for cost in costs]
     rows.append(("all", sum(cost.count for cost in costs), sum(cost.left for cost in costs), duration(total)))
@@ -120,3 +122,4 @@ def _print_costs(costs: Sequence[CostRow], workers: int, console: Console) -> No
         f"About {duration(total / workers)} with {workers} worker{'s' * (workers != 1)}, from one training "
         "step timed here; trainings that stop early take less.",
     )
+    return study

@@ -33,36 +33,34 @@ class Measured(NamedTuple):
         codes: FreeSurfer label of the left and the right side, or of the one structure on the midline.
         volume_ml: volume of one side.
         volume_sd_ml: its standard deviation.
-        centroid_mm: centroid of the left side, RAS mm from the centre of the brain's box.
-        centroid_sd_mm: its standard deviation.
+        centroid_sd_mm: standard deviation of its centroid, RAS mm from the centre of the brain's box.
     """
 
     name: str
     codes: tuple[int, ...]
     volume_ml: float
     volume_sd_ml: float
-    centroid_mm: tuple[float, float, float]
     centroid_sd_mm: tuple[float, float, float]
 
 
 _TABLE = (
-    Measured("cerebellum grey matter", (8, 47), 54.0, 7.0, (-24.3, -33.7, -40.3), (1.1, 9.5, 5.4)),
-    Measured("cerebral cortex", (3, 42), 228.6, 37.9, (-30.8, -3.8, 12.7), (1.4, 2.3, 1.7)),
-    Measured("accumbens", (26, 58), 0.51, 0.1, (-9.7, 27.7, -1.0), (1.8, 2.8, 6.5)),
-    Measured("thalamus", (10, 49), 7.34, 1.39, (-13.0, -1.4, 4.4), (1.6, 2.4, 1.9)),
-    Measured("amygdala", (18, 54), 1.44, 0.39, (-23.9, 16.4, -14.1), (1.8, 4.7, 4.6)),
-    Measured("caudate", (11, 50), 3.7, 0.55, (-15.1, 22.3, 13.0), (2.5, 2.3, 5.3)),
-    Measured("pallidum", (13, 52), 1.4, 0.28, (-20.9, 13.6, 0.7), (1.8, 2.9, 4.3)),
-    Measured("cerebellum white matter", (7, 46), 14.6, 1.4, (-18.1, -26.3, -35.2), (1.3, 8.4, 3.1)),
-    Measured("cerebral white matter", (2, 41), 214.8, 29.2, (-27.1, -4.7, 14.7), (1.4, 2.5, 1.4)),
-    Measured("hippocampus", (17, 53), 3.5, 1.02, (-25.1, -1.8, -12.7), (1.7, 7.3, 3.4)),
-    Measured("lateral ventricle", (4, 43), 16.5, 10.7, (-14.0, 1.1, 13.0), (1.5, 4.4, 2.5)),
-    Measured("inferior lateral ventricle", (5, 44), 0.99, 0.91, (-31.8, 1.9, -13.4), (2.5, 8.9, 3.9)),
-    Measured("putamen", (12, 51), 5.23, 0.81, (-26.1, 16.2, 3.1), (2.0, 2.2, 4.8)),
-    Measured("ventral DC", (28, 60), 3.96, 0.62, (-11.4, 3.7, -8.1), (1.4, 3.0, 2.9)),
-    Measured("third ventricle", (14,), 1.59, 0.89, (-0.5, 8.0, -1.8), (0.9, 2.6, 4.1)),
-    Measured("fourth ventricle", (15,), 1.78, 0.57, (-1.3, -18.9, -33.3), (1.1, 7.2, 3.3)),
-    Measured("brainstem", (16,), 21.8, 2.4, (-0.9, -6.3, -29.5), (1.0, 6.6, 1.9)),
+    Measured("cerebellum grey matter", (8, 47), 54.0, 7.0, (1.1, 9.5, 5.4)),
+    Measured("cerebral cortex", (3, 42), 228.6, 37.9, (1.4, 2.3, 1.7)),
+    Measured("accumbens", (26, 58), 0.51, 0.1, (1.8, 2.8, 6.5)),
+    Measured("thalamus", (10, 49), 7.34, 1.39, (1.6, 2.4, 1.9)),
+    Measured("amygdala", (18, 54), 1.44, 0.39, (1.8, 4.7, 4.6)),
+    Measured("caudate", (11, 50), 3.7, 0.55, (2.5, 2.3, 5.3)),
+    Measured("pallidum", (13, 52), 1.4, 0.28, (1.8, 2.9, 4.3)),
+    Measured("cerebellum white matter", (7, 46), 14.6, 1.4, (1.3, 8.4, 3.1)),
+    Measured("cerebral white matter", (2, 41), 214.8, 29.2, (1.4, 2.5, 1.4)),
+    Measured("hippocampus", (17, 53), 3.5, 1.02, (1.7, 7.3, 3.4)),
+    Measured("lateral ventricle", (4, 43), 16.5, 10.7, (1.5, 4.4, 2.5)),
+    Measured("inferior lateral ventricle", (5, 44), 0.99, 0.91, (2.5, 8.9, 3.9)),
+    Measured("putamen", (12, 51), 5.23, 0.81, (2.0, 2.2, 4.8)),
+    Measured("ventral DC", (28, 60), 3.96, 0.62, (1.4, 3.0, 2.9)),
+    Measured("third ventricle", (14,), 1.59, 0.89, (0.9, 2.6, 4.1)),
+    Measured("fourth ventricle", (15,), 1.78, 0.57, (1.1, 7.2, 3.3)),
+    Measured("brainstem", (16,), 21.8, 2.4, (1.0, 6.6, 1.9)),
 )
 MEASURED: dict[str, Measured] = {row.name: row for row in _TABLE}
 """The measured structures by name."""

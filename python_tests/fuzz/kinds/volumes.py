@@ -17,7 +17,7 @@ from timm_ext.data.prepare import PrepareSettings, prepare_case
 from timm_ext.data.store import read_array, read_entry
 from timm_ext.data.tasks import Region, Task
 from timm_ext.data.volume import Volume, read_labels, read_volume, resample, resampled_shape, to_canonical
-from timm_ext.metrics import evaluate_files
+from timm_ext.metrics import evaluate_pairs
 
 SHAPE = (9, 7, 5)
 TASK = Task("one", ("T1",), (Region("A", (1, 2)),), frozenset(range(4)))
@@ -241,7 +241,7 @@ def evaluate_damaged(rng: random.Random, folder: Path) -> Outcome:
         if damaged:
             path.write_bytes(mutate.damaged(rng, path.read_bytes()))
         paths.append(path)
-    scores = evaluate_files(*paths, TASK)
+    scores = evaluate_pairs({"case": (paths[0], paths[1])}, TASK).cases["case"]
     assert scores["A"] == {"dice": 1.0, "hd95": 0.0}
     return Outcome.SAME
 
