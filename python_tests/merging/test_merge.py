@@ -105,6 +105,8 @@ def test_scratch_needs_no_bank() -> None:
 def test_too_few_models_are_refused() -> None:
     with pytest.raises(InputError, match=r"transfer-3: expected at least 3 source models \(got 2\)"):
         build_initialisation("transfer-3", network(), bank())
+    with pytest.raises(InputError, match=r"transfer-99999: expected at least 99999 source models \(got 2\)"):
+        build_initialisation("transfer-99999", network(), bank())
     with pytest.raises(InputError, match=r"mean-imm: expected at least 1 source models \(got 0\)"):
         build_initialisation("mean-imm", network(), None)
 

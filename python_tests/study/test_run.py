@@ -184,6 +184,7 @@ def test_dry_run_prints_the_cost_and_leaves_nothing(tmp_path, capsys):
         (["smoke", "--set", "stepz=1"], "--set: unknown field stepz"),
         (["smoke", "--set", "size=[1, 2]"], "--set: size"),
         (["smoke", "--set", "val_cases=0"], "val_cases: expected a whole number from 1 to"),
+        (["smoke", "--set", "source_test=0"], "source_test: expected a whole number from 1 to"),
         (["smoke", "--set", "pool=1"], "expected at most the 1 available training cases (got 2)"),
         (["smoke", "--label-maps", "/no/such/folder"], "/no/such/folder"),
     ],

@@ -18,6 +18,8 @@ AINSWORTH = "Ainsworth et al., Git Re-Basin: Merging Models modulo Permutation S
 
 Row = TypeVar("Row")
 
+_MOST_DIGITS = 7  # of the number of a source model
+
 
 @dataclass(frozen=True)
 class Merge:
@@ -138,7 +140,7 @@ def look_up(name: str, table: Callable[..., Mapping[str, Row]]) -> Row:
     Raises:
         InputError: there is no such row; the known ones are listed.
     """
-    numbers = [int(part) for part in name.split("-") if part.isdecimal() and 0 < len(part) < 5]
+    numbers = [int(part) for part in name.split("-") if part.isdecimal() and len(part) <= _MOST_DIGITS]
     if (row := table(*(number for number in numbers if number)).get(name)) is None:
         raise InputError(f"method: expected one of {', '.join(table(1, 2))}, … (got {name!r})")
     return row

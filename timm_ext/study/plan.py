@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from timm_ext.data.prepare import PrepareSettings
-from timm_ext.documents.bounds import LEAST_MM, MOST_CASES, MOST_EDGE, MOST_MM
+from timm_ext.documents.bounds import LEAST_MM, MOST_EDGE, MOST_MM
 from timm_ext.documents.fields import Batch, Cases, Rate, Seed, Steps, whole
 from timm_ext.errors import InputError, listed
 from timm_ext.files import real_path, visible
@@ -114,7 +114,7 @@ class StudyPlan(BaseModel):
         spacing: of the images that networks see, in mm; `size` is theirs in voxels.
         prepare: further fields of `PrepareSettings`.
         source_cases: training cases of each source task.
-        source_test: held-out cases of each source task, for the forgetting table.
+        source_test: held-out cases of each source task, at least one, for the forgetting table.
         val_cases: validation cases of the target task, at least one.
         test_cases: test cases of the target task.
         batch_size: examples per step.
@@ -177,7 +177,7 @@ class StudyPlan(BaseModel):
     size: tuple[Edge, Edge, Edge] = (40, 48, 40)
     prepare: Values = {}
     source_cases: Cases = 16
-    source_test: Annotated[int, whole(0, MOST_CASES)] = 4
+    source_test: Cases = 4
     val_cases: Cases = 4
     test_cases: Cases = 12
     batch_size: Batch = 2
