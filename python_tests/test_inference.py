@@ -174,7 +174,7 @@ def test_disjoint_regions_take_the_likeliest_above_the_threshold():
 def test_wrong_arguments_are_refused():
     model, image = _Voxelwise(), torch.zeros(1, 1, 4, 4, 4)
     for changes, message in (
-        ({"window": (0, 4, 4)}, r"window\.0: expected a whole number from 1 to 4096 \(got 0\)"),
+        ({"window": (0, 4, 4)}, r"window: expected a whole number from 1 to 4096 \(got 0\)"),
         ({"overlap": 1.0}, r"overlap: expected a finite number at least 0 and less than 1 \(got 1\.0\)"),
         ({"flips": (3,)}, r"flips\.0: expected a whole number from 0 to 2 \(got 3\)"),
         ({"threshold": 0}, r"threshold: expected a finite number greater than 0 and less than 1 \(got 0\)"),

@@ -195,7 +195,7 @@ def test_a_value_that_fits_becomes_the_model():
         ({"inner": {"name": "a", "count": "2"}}, True, r"^f\.json: inner\.count: .*integer \(got '2'\)$"),
         ({"inner": {"name": "a", "count": True}}, True, r"inner\.count: .*integer \(got True\)"),
         ({"inner": {}}, True, r"^f\.json: inner\.name: missing$"),
-        ({"inner": {"name": 1, "count": "x"}, "names": 3}, True, r"inner\.name: .* \(and 2 more\)$"),
+        ({"inner": {"name": 1, "count": "x"}, "names": 3}, True, r"inner\.name: .* \(got 1\)$"),
         (
             {"inner": {"name": "a", "nome": 1}},
             True,

@@ -18,24 +18,29 @@ from timm_ext.study.study import make_study
             {"source_tasks": ("parcellation-1-7",), "methods": ("soup",)},
             r"soup: expected at least 2 source tasks \(got 1\)",
         ),
-        ({"methods": ("scratch", "scratch")}, r"methods: expected each once \(got scratch, scratch\)"),
-        ({"methods": ()}, r"methods: .* at least 1 item"),
+        ({"methods": ("scratch", "scratch")}, r"methods: expected each once \(got scratch, scratch\)$"),
+        ({"train_cases": (1, 1)}, r"train_cases: expected each once \(got 1, 1\)$"),
+        ({"methods": ()}, r"methods: expected at least one \(got none\)$"),
+        ({"seeds": ()}, r"seeds: expected at least one \(got none\)$"),
         (
             {"references": ("mean-aligned",)},
             r"references: expected some of .* \(got 'mean-aligned'\)",
         ),
         ({"train_cases": (2, 4), "fractions": (0.5,)}, r"one of them \(got 2, 4 and 0.5\)"),
         ({"train_cases": ()}, r"expected train_cases or fractions, one of them \(got none and none\)"),
-        ({"fractions": (0.0, 0.5)}, r"fractions\.0: expected greater than 0 \(got 0\.0\)"),
-        ({"fractions": (1.5,)}, r"fractions\.0: expected less than or equal to 1 \(got 1\.5\)"),
+        (
+            {"fractions": (0.0, 0.5)},
+            r"fractions\.0: expected a finite number greater than 0 and at most 1 \(got 0\.0\)",
+        ),
+        ({"fractions": (1.5,)}, r"fractions\.0: expected a finite number .* and at most 1 \(got 1\.5\)"),
         ({"train_cases": (0,)}, r"train_cases\.0: expected a whole number from 1 to 1000000 \(got 0\)"),
         ({"seeds": (-1,)}, r"seeds\.0: expected a whole number from 0 to 4294967295 \(got -1\)"),
         ({"seeds": tuple(range(10**5))}, r"seeds: expected at most 1000 \(got 100000\)"),
         ({"draws": (2**40,)}, r"draws\.0: expected a whole number from 0"),
         ({"data_seed": -1}, r"data_seed: expected a whole number from 0"),
-        ({"size": (10**6,) * 3}, r"size\.0: expected a whole number from 8 to 4096 \(got 1000000\)"),
-        ({"size": (8, 8)}, r"size\.2: missing"),
-        ({"spacing": 0.0}, r"spacing: expected greater than or equal to 0\.001"),
+        ({"size": (10**6,) * 3}, r"size: expected a whole number from 8 to 4096 \(got 1000000\)"),
+        ({"size": (8, 8)}, r"size: expected three numbers of voxels \(got \(8, 8\)\)$"),
+        ({"spacing": 0.0}, r"spacing: expected a finite number at least 0\.001"),
         ({"batch_size": 10**9}, r"batch_size: expected a whole number from 1 to 4096"),
         ({"source_cases": 10**12}, r"source_cases: expected a whole number from 1 to 1000000"),
         ({"steps": 10**12}, r"steps: expected a whole number from 1 to 1000000000"),
@@ -143,3 +148,9 @@ def test_a_plan_of_ones_own_is_found_by_its_path(tmp_path):
     assert find_plan("smoke") == bundled_plans()["smoke"]
     with pytest.raises(InputError, match=r"expected a YAML file or one of brats, demo, .* \(got 'nothing'"):
         find_plan("nothing")
+
+
+def test_what_yaml_takes_for_a_text_may_be_a_number():
+    plan = plan_of(train={"l2_transfer": "1e-2"}, prepare={"spacing_tolerance": "1e-2"})
+    assert plan.training(4, 0.1, 0, plan.train).l2_transfer == 0.01
+    assert plan.preparation.spacing_tolerance == 0.01

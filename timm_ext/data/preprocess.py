@@ -34,18 +34,22 @@ from timm_ext.data.volume import (
     to_canonical,
 )
 from timm_ext.documents.bounds import LEAST_MM, MOST_EDGE, MOST_MM
-from timm_ext.documents.fields import Edge, Edges, Share, refused_as, whole
+from timm_ext.documents.fields import Edge, Edges, Flag, Number, Share, refused_as, whole, written_as
 from timm_ext.errors import InputError
 from timm_ext.system.machine import check_memory
 from timm_ext.vocabulary.modalities import in_hounsfield_units
 
 Spacing = float | tuple[float, float, float]
+_Lengths = Annotated[
+    Number | tuple[Number, Number, Number], written_as("None, a length in mm or three such as (1, 1, 2)")
+]
+_Window = Annotated[tuple[Number, Number], written_as("two values in HU, the lower first")]
 
 SPACING_TOLERANCE = 1e-3
 """Relative difference up to which a scan's voxel size counts as the one wanted."""
 
 
-def _lengths(spacing: Spacing) -> Spacing:
+def _in_mm(spacing: Spacing) -> Spacing:
     if not all(LEAST_MM <= length <= MOST_MM for length in np.atleast_1d(spacing)):
         raise ValueError(f"expected lengths from {LEAST_MM:g} to {MOST_MM:g} mm")
     return spacing
@@ -88,12 +92,12 @@ class PrepareSettings:
     """
 
     nonfinite: Literal["error", "zero"] = "error"
-    bias_field: bool = False
-    spacing: Annotated[Spacing, AfterValidator(_lengths)] | None = None
+    bias_field: Flag = False
+    spacing: Annotated[_Lengths, AfterValidator(_in_mm)] | None = None
     spacing_tolerance: Share | None = SPACING_TOLERANCE
     normalise: Normalisation = "zscore"
-    hounsfield: Annotated[tuple[float, float], AfterValidator(_window)] | None = HOUNSFIELD_WINDOW
-    crop: bool = True
+    hounsfield: Annotated[_Window, AfterValidator(_window)] | None = HOUNSFIELD_WINDOW
+    crop: Flag = True
     margin: Annotated[int, whole(0, MOST_EDGE)] = 0
     size: Edges | None = None
     multiple: Edge = 1

@@ -28,7 +28,11 @@ MOST_DIGITS = 100
 Location = tuple[int | str, ...]
 Kind = TypeVar("Kind")
 
-_OTHER_FORMS = ("tuple_type", "missing", "too_long", "float_type", "float_parsing")
+READ = "read"
+"""Context of values that were read: a text may be a number, as YAML takes 1e-3 for a text."""
+OTHER_FORM = "other_form"
+"""Type of the error of a value that is nothing like what its field holds."""
+
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -182,16 +186,16 @@ def validated(
         strict: take no number for a text, no text for a number and no truth value for either.
 
     Raises:
-        InputError: the value does not fit; the message names the first field that does not, and says how
-            many more there are.
+        InputError: the value does not fit; the message names the first field that does not.
     """
     from pydantic import ValidationError
 
     try:
         if strict:
-            fitting: Kind = _adapter(cast(Hashable, kind)).validate_json(json.dumps(value), strict=True)
+            text = json.dumps(value)
+            fitting: Kind = _adapter(cast(Hashable, kind)).validate_json(text, strict=True, context=READ)
         else:
-            fitting = _adapter(cast(Hashable, kind)).validate_python(value)
+            fitting = _adapter(cast(Hashable, kind)).validate_python(value, context=READ)
     except ValidationError as error:
         raise refusal(error, kind, where, lines=lines or {}, forms=forms or {}) from error
     return fitting
@@ -271,14 +275,17 @@ def refusal(
     from pydantic_core import ArgsKwargs
 
     default = str(where)
-    problems = error.errors(include_url=False)
-    problem = problems[0]
+    problem = error.errors(include_url=False)[0]
     location: Location = problem["loc"]
+    if is_dataclass(kind) and location and isinstance(location[0], int):
+        default += " (fields are given by name)"
+        location = (*[*_fields_of(kind)][location[0] : location[0] + 1], *location[1:])
+    told, got = _in_our_words(problem), f" (got {shown(repr(problem['input']))})"
+    if location and location[-1] == "[key]":
+        location, told = location[:-2], "expected texts as names"
     known = next((location[:n] for n in range(len(location), 0, -1) if location[:n] in lines), location)
     name = shown(".".join(map(str, known)))
-    place = lines.get(known, default) + (f": {name}" if name else "")
-    left = len({other["loc"] for other in problems} - {location})
-    more = f" (and {left} more)" if left else ""
+    place = lines.get(known, default)
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         expected = listed(_field_names(kind, location[:-1]), most=100)
         found = [
@@ -287,23 +294,34 @@ def refusal(
             if location[-1] in _fields_of(inner)
         ]
         expected += f"; there is {listed(found)}" if found else ""
-        return InputError(
-            f"{lines.get(known, default)}: unknown field {name} (expected one of {expected}){more}"
-        )
-    whole = isinstance(problem["input"], (dict, BaseModel, ArgsKwargs))
-    got = "" if whole else f" (got {shown(repr(problem['input']))})"
-    form = forms.get(location[:2]) if problem["type"] in _OTHER_FORMS else None
-    told = _in_our_words(problem) if form is None else f"expected {form}"
-    return InputError(f"{place}: {told}{got}{more}")
+        return InputError(f"{place}: unknown field {name} (expected one of {expected})")
+    if problem["type"] == OTHER_FORM and (form := forms.get(location[:2])):
+        told = f"expected {form}"
+    if isinstance(problem["input"], (dict, BaseModel, ArgsKwargs)) or " (got " in told:
+        got = ""
+    return InputError(f"{place}{f': {name}' if name else ''}: {told}{got}")
 
 
 def _in_our_words(problem: Mapping[str, Any]) -> str:
-    if problem["type"] in ("dataclass_type", "model_type", "model_attributes_type", "dict_type"):
-        return "expected named fields"
-    if problem["type"] in ("missing", "missing_argument"):
-        return "missing"
-    if isinstance(error := problem.get("ctx", {}).get("error"), InputError):
-        return str(error)
+    words = {
+        "dataclass_type": "expected named fields",
+        "model_type": "expected named fields",
+        "model_attributes_type": "expected named fields",
+        "dict_type": "expected named fields",
+        "missing": "missing",
+        "missing_argument": "missing",
+        "multiple_argument_values": "expected once",
+        "unexpected_positional_argument": "expected no more values",
+    }
+    facts = problem.get("ctx", {})
+    if told := words.get(problem["type"]):
+        return told
+    if problem["type"] in ("too_short", "too_long"):
+        bound = f"least {facts['min_length']}" if "min_length" in facts else f"most {facts['max_length']}"
+        told = f"expected at {bound} (got {facts['actual_length'] or 'none'})"
+        return told.replace("least 1 ", "least one ")
+    if isinstance(facts.get("error"), InputError):
+        return str(facts["error"])
     message = shown(problem["msg"].removeprefix("Value error, "))
     return f"expected {rest}" if (rest := message.removeprefix("Input should be ")) != message else message
 

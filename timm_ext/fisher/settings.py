@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from timm_ext.documents.fields import Batch, Cases, Seed
+from timm_ext.documents.fields import Batch, Cases, Flag, Seed
 
 
 class EstimateSettings(BaseModel):
@@ -26,4 +26,4 @@ class EstimateSettings(BaseModel):
     samples: Cases = 1
     seed: Seed = 0
     batch_size: Batch = 1
-    strict: bool = True
+    strict: Flag = True

@@ -17,8 +17,9 @@ from pydantic import (
 )
 
 from timm_ext.data.prepare import PrepareSettings
+from timm_ext.documents import validated
 from timm_ext.documents.bounds import LEAST_MM, MOST_EDGE, MOST_MM
-from timm_ext.documents.fields import Batch, Cases, Rate, Seed, Steps, whole
+from timm_ext.documents.fields import VOXELS, Batch, Cases, Flag, Rate, Seed, Steps, number, whole, written_as
 from timm_ext.errors import InputError, listed
 from timm_ext.files import real_path, visible
 from timm_ext.fisher.settings import EstimateSettings
@@ -158,7 +159,7 @@ class StudyPlan(BaseModel):
     )
     references: Names = ("scratch",)
     train_cases: Annotated[tuple[Cases, ...], Once] = ()
-    fractions: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Once] = ()
+    fractions: Annotated[tuple[Annotated[float, number(0, 1, above=True)], ...], Once] = ()
     pool: Cases | None = None
     draws: Annotated[Seeds, Field(min_length=1)] = (0,)
     seeds: Annotated[Seeds, Field(min_length=1)] = (0, 1, 2)
@@ -169,12 +170,12 @@ class StudyPlan(BaseModel):
         "parcellation-1-7",
         "parcellation-8-14",
     )
-    chain: bool = True
+    chain: Flag = True
     target_task: str = "brats"
     network: str = "isensee2017"
     options: Values = {"base_filters": 6, "levels": 4}
-    spacing: Annotated[float, Field(ge=LEAST_MM, le=MOST_MM)] = 4.0
-    size: tuple[Edge, Edge, Edge] = (40, 48, 40)
+    spacing: Annotated[float, number(LEAST_MM, MOST_MM)] = 4.0
+    size: Annotated[tuple[Edge, Edge, Edge], written_as(VOXELS)] = (40, 48, 40)
     prepare: Values = {}
     source_cases: Cases = 16
     source_test: Cases = 4
@@ -266,7 +267,8 @@ class StudyPlan(BaseModel):
     def preparation(self) -> PrepareSettings:
         """How all cases are prepared."""
         own = {"spacing_tolerance": None, **self.prepare}
-        return PrepareSettings(**{**own, "spacing": self.spacing, "size": self.size})
+        values = {**own, "spacing": self.spacing, "size": self.size}
+        return validated(PrepareSettings, values, "prepare")
 
     def budget(self, train_cases: int) -> Budget:
         """Return the numbers of steps at a number of training cases, epochs turned into steps."""
@@ -283,18 +285,19 @@ class StudyPlan(BaseModel):
     def training(self, steps: int, lr: float, seed: int, given: Values, **defaults: Any) -> TrainSettings:
         """Return training settings: those of the plan, before what the user gives, before the defaults."""
         every = self.validate_every
-        return TrainSettings(
-            **{"stop_patience": None, "keep": "last", **defaults, **given},
-            steps=steps,
-            batch_size=self.batch_size,
-            lr=lr,
-            validate_every=None if every is None else min(every, steps),
-            seed=seed,
-            accelerator=self.accelerator,
-            precision=self.precision,
-            devices=1,
-            tensorboard=False,
-        )
+        own = {
+            "steps": steps,
+            "batch_size": self.batch_size,
+            "lr": lr,
+            "validate_every": None if every is None else min(every, steps),
+            "seed": seed,
+            "accelerator": self.accelerator,
+            "precision": self.precision,
+            "devices": 1,
+            "tensorboard": False,
+        }
+        values = {"stop_patience": None, "keep": "last", **defaults, **given, **own}
+        return validated(TrainSettings, values, "training")
 
 
 def bundled_plans() -> dict[str, Path]:

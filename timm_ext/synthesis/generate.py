@@ -21,7 +21,7 @@ from timm_ext.data.tasks import Task, get_task, task_to_dict
 from timm_ext.data.volume import Volume, write_nifti
 from timm_ext.documents import read_json
 from timm_ext.documents.bounds import MOST_CASES, MOST_EDGE, MOST_WORKERS, check_whole
-from timm_ext.documents.fields import Seed, number, refused_as, whole
+from timm_ext.documents.fields import VOXELS, Flag, Seed, number, refused_as, whole, written_as
 from timm_ext.errors import InputError, listed
 from timm_ext.files import sha256, write_json
 from timm_ext.synthesis.label_maps import classes_of, draw_subject, label_map_files
@@ -47,6 +47,7 @@ def _beginning(prefix: str) -> str:
 
 
 _Edge = Annotated[int, whole(8, MOST_EDGE)]
+_Subject = Annotated[str | int, written_as("the number of a person or the name of a label map")]
 
 
 @refused_as("generated cases")
@@ -73,11 +74,11 @@ class GenerateSettings:
     task: str = "brats"
     seed: Seed = 0
     spacing: Annotated[float, number(0.5, 8)] = 4.0
-    size: tuple[_Edge, _Edge, _Edge] = (40, 48, 40)
-    subjects: tuple[str | int, ...] = ()
+    size: Annotated[tuple[_Edge, _Edge, _Edge], written_as(VOXELS)] = (40, 48, 40)
+    subjects: tuple[_Subject, ...] = ()
     modalities: tuple[str, ...] = ()
     prefix: Annotated[str, AfterValidator(_beginning)] = "case"
-    skull_stripped: bool = True
+    skull_stripped: Flag = True
     synthesis: SynthesisSettings = field(default_factory=SynthesisSettings)
     tumour: TumourSettings = field(default_factory=TumourSettings)
 

@@ -12,6 +12,7 @@ from timm_ext.documents.bounds import MOST_WORKERS
 from timm_ext.documents.fields import (
     Batch,
     Edges,
+    Flag,
     Rate,
     Seed,
     Share,
@@ -75,14 +76,14 @@ class TrainSettings:
     validate_every: Steps | None = None
     keep: Literal["best", "last"] = "best"
     patch: Edges | None = None
-    augment: bool = True
+    augment: Flag = True
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     seed: Seed = 0
     accelerator: str = "auto"
     devices: Annotated[int, whole(1, MOST_WORKERS)] = 1
     workers: Workers = 0
     save_every: Steps | None = None
-    tensorboard: bool = True
+    tensorboard: Flag = True
     l2_transfer: Weight = 0.0
     drop_transfer: Share = 0.0
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from timm_ext.documents.fields import Rate, Seed, Share, Weight, number, refused_as
+from timm_ext.documents.fields import Flag, Rate, Seed, Share, Weight, number, refused_as
 from timm_ext.errors import InputError
 from timm_ext.groups import Granularity
 from timm_ext.merging import Mixing, Normalization
@@ -36,11 +36,11 @@ class Recipe:
     granularity: Granularity | None = None
     mixing: Mixing = "sigmoid"
     normalize: Normalization | None = None
-    transfer_norms: bool = False
+    transfer_norms: Flag = False
     unseen: Mapping[str, str] | None = None
     seed: Seed = 0
     anchor: Annotated[float, number(-_MOST_ANCHOR, _MOST_ANCHOR)] = 0.0
-    align: bool = False
+    align: Flag = False
 
 
 @refused_as("adapt")

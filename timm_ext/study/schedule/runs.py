@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+from timm_ext.documents import validated
 from timm_ext.errors import InputError
 from timm_ext.merging.merge import transfer
 from timm_ext.study.arms import Combination, JointTransfer, Row, get_row
@@ -132,7 +133,8 @@ class RunSteps:
         return self.plan.budget(self.train_cases)
 
     def _recipe(self, arm: Arm, seed: int) -> Recipe:
-        return Recipe(seed=seed, **self.plan.method_merge.get(arm.name, {}))
+        values = {"seed": seed, **self.plan.method_merge.get(arm.name, {})}
+        return validated(Recipe, values, "merge")
 
     def _common(self, name: str, seed: int) -> dict[str, Any]:
         return {
@@ -150,7 +152,8 @@ def adapt_settings(plan: StudyPlan, arm: Arm) -> AdaptSettings:
     """
     general = {n: v for n, v in plan.adapt.items() if n != "weight_pull" or arm.tuning.weight_pull}
     single = plan.method_adapt.get(arm.name, {})
-    return AdaptSettings(**{"logit_lr": plan.logit_lr, **general, **single}).of(arm)
+    values = {"logit_lr": plan.logit_lr, **general, **single}
+    return validated(AdaptSettings, values, "adapt").of(arm)
 
 
 def tuning_fields(plan: StudyPlan, arm: Arm) -> dict[str, Any]:
