@@ -100,7 +100,16 @@ def test_values_that_are_no_hounsfield_units(tmp_path):
         prepared(tmp_path, CT=np.full((4, 4, 4), -1024, np.int16))
 
 
-@pytest.mark.parametrize("window", [(1, 0), (0, 0), (0.0,), (0, float("nan")), (-1e9, 0)])
-def test_windows_that_make_no_sense(window):
-    with pytest.raises(InputError, match=r"hounsfield(: expected two values in HU|\.1: missing)"):
+@pytest.mark.parametrize(
+    ("window", "told"),
+    [
+        ((1, 0), r"two values in HU, the lower first \(got \(1, 0\)\)"),
+        ((0, 0), r"two values in HU, the lower first \(got \(0, 0\)\)"),
+        ((0.0,), r"two values in HU, the lower first \(got \(0\.0,\)\)"),
+        ((0, float("nan")), r"a finite number \(got nan\)"),
+        ((-1e9, 0), r"two values in HU, the lower first \(got \(-1000000000\.0, 0\)\)"),
+    ],
+)
+def test_windows_that_make_no_sense(window, told):
+    with pytest.raises(InputError, match=f"hounsfield: expected {told}"):
         PrepareSettings(hounsfield=window)
