@@ -23,8 +23,12 @@ def demo() -> Facts:
             "fixed": [lead for title, lead in over.items() if not title.startswith("T-IMM")],
             "mean": {row["pair"]: float(row["mean"]) for row in compared},
         }
-    facts = {name: read_json(f"demo/{name}environment.json") for name in ("", "other-cpu/")}
-    return {"runs": runs, "environment": facts[""], "other_environment": facts["other-cpu/"]}
+    names = {
+        "environment": "demo",
+        "other_environment": "demo/other-cpu",
+        "maps_environment": "demo-label-maps",
+    }
+    return {"runs": runs, **{key: read_json(f"{name}/environment.json") for key, name in names.items()}}
 
 
 def study() -> Facts:
