@@ -87,3 +87,16 @@ def permuted_copy(model: nn.Module, channels: ChannelMap, permutations: dict[str
     for name, tensor in channels.permute(tensors_of(model), permutations).items():
         tensors_of(twin)[name].copy_(tensor)
     return twin
+
+
+class NormsAndHeads(nn.Module):
+    """Encoder with norms, a transposed convolution, two heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(2, 4, 3)
+        self.norm = nn.InstanceNorm3d(4, affine=True)
+        self.up = nn.ConvTranspose3d(4, 6, 2, groups=2, bias=False)
+        self.group_norm = nn.GroupNorm(2, 6)
+        self.head1 = nn.Conv3d(6, 3, 1)
+        self.head2 = nn.Conv3d(6, 3, 1)

@@ -4,28 +4,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from networks_for_tests import NormsAndHeads
 
 from timm_ext.errors import InputError
 from timm_ext.layout import Entry, Layout, check_compatible, compatibility_report
 from timm_ext.parameters import named_parameters
 
 
-class Net(nn.Module):
-    """Encoder with norms, a transposed convolution, two heads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv3d(2, 4, 3)
-        self.norm = nn.InstanceNorm3d(4, affine=True)
-        self.up = nn.ConvTranspose3d(4, 6, 2, groups=2, bias=False)
-        self.group_norm = nn.GroupNorm(2, 6)
-        self.head1 = nn.Conv3d(6, 3, 1)
-        self.head2 = nn.Conv3d(6, 3, 1)
-
-
 def test_layout_from_model_knows_the_channel_axes() -> None:
-    layout = Layout.from_model(Net(), ["conv.weight", "conv.bias", "up.weight"])
+    layout = Layout.from_model(NormsAndHeads(), ["conv.weight", "conv.bias", "up.weight"])
     assert layout.entries == (
         Entry("conv.weight", (4, 2, 3, 3, 3), "conv", 0, 1),
         Entry("conv.bias", (4,), "conv", 0, None),
@@ -38,11 +25,11 @@ def test_layout_from_model_knows_the_channel_axes() -> None:
 
 def test_layout_of_an_unknown_name_is_refused() -> None:
     with pytest.raises(InputError, match=r"expected names of the model's parameters \(got conv.wait\)"):
-        Layout.from_model(Net(), ["conv.wait", "conv.bias"])
+        Layout.from_model(NormsAndHeads(), ["conv.wait", "conv.bias"])
 
 
 def test_layout_is_listed_as_json() -> None:
-    layout = Layout.from_model(Net(), list(named_parameters(Net())))
+    layout = Layout.from_model(NormsAndHeads(), list(named_parameters(NormsAndHeads())))
     listed = json.loads(json.dumps(layout.to_list()))
     assert tuple(Entry(**{**entry, "shape": tuple(entry["shape"])}) for entry in listed) == layout.entries
 
@@ -105,5 +92,5 @@ def test_report_against_a_layout_refuses_integers() -> None:
 
 
 def test_equal_models_are_compatible() -> None:
-    check_compatible({"M1": Net().state_dict(), "M2": Net().state_dict()})
+    check_compatible({"M1": NormsAndHeads().state_dict(), "M2": NormsAndHeads().state_dict()})
     assert compatibility_report({}) == []

@@ -1,26 +1,14 @@
 import pytest
 import torch
+from networks_for_tests import NormsAndHeads
 from torch import nn
 
 from timm_ext.errors import InputError
 from timm_ext.parameters import named_parameters, parameter_aliases, split_parameters
 
 
-class Net(nn.Module):
-    """Encoder with norms, a transposed convolution, two heads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv3d(2, 4, 3)
-        self.norm = nn.InstanceNorm3d(4, affine=True)
-        self.up = nn.ConvTranspose3d(4, 6, 2, groups=2, bias=False)
-        self.group_norm = nn.GroupNorm(2, 6)
-        self.head1 = nn.Conv3d(6, 3, 1)
-        self.head2 = nn.Conv3d(6, 3, 1)
-
-
 def test_named_parameters_without_aliases_is_the_module_list() -> None:
-    net = Net()
+    net = NormsAndHeads()
     assert list(named_parameters(net)) == [name for name, _ in net.named_parameters()]
 
 
@@ -79,7 +67,7 @@ def test_lazy_parameter_is_refused() -> None:
 
 
 def test_heads_and_norms_are_task_specific_by_default() -> None:
-    split = split_parameters(Net(), heads=["head*."])
+    split = split_parameters(NormsAndHeads(), heads=["head*."])
     assert split.shared == ("conv.weight", "conv.bias", "up.weight")
     assert split.specific == (
         *("norm.weight", "norm.bias", "group_norm.weight", "group_norm.bias"),
@@ -88,7 +76,7 @@ def test_heads_and_norms_are_task_specific_by_default() -> None:
 
 
 def test_transferred_norms_are_shared() -> None:
-    split = split_parameters(Net(), heads=["head*.weight", "head?.bias"], transfer_norms=True)
+    split = split_parameters(NormsAndHeads(), heads=["head*.weight", "head?.bias"], transfer_norms=True)
     assert set(split.shared) >= {"norm.weight", "group_norm.bias"}
     assert split.specific == ("head1.weight", "head1.bias", "head2.weight", "head2.bias")
 
@@ -132,9 +120,9 @@ def test_pattern_without_a_match_is_refused() -> None:
     with pytest.raises(
         InputError, match=r"heads: expected patterns .* \(got 'haed\*', which match none of conv.weight"
     ):
-        split_parameters(Net(), heads=["haed*", "head*."])
+        split_parameters(NormsAndHeads(), heads=["haed*", "head*."])
 
 
 def test_nothing_left_to_share_is_refused() -> None:
     with pytest.raises(InputError, match="expected at least one shared parameter to remain"):
-        split_parameters(Net(), heads=["*"])
+        split_parameters(NormsAndHeads(), heads=["*"])
