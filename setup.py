@@ -22,6 +22,7 @@ REQUIREMENTS = [
     "nibabel>=5.2",
     "SimpleITK>=2.3",
     "monai>=1.4",
+    "einops>=0.7",  # some of MONAI's networks want it
     "lightning-fabric>=2.4",
     "safetensors>=0.5",
     "pydantic>=2.7",

@@ -151,7 +151,7 @@ def verify(contest: Contest) -> float:
     merged, plain = contest.merged, contest.plain
     logits = merged.logits.detach().double().cpu().requires_grad_()
     elements = merged.layout.numel
-    theta, fisher = merged._planes[:, :, :elements].cpu().double()
+    theta, fisher = merged._matrices[:, :, :elements].cpu().double()
     losses = contest.step_merged(), contest.step_plain()
     if not math.isclose(*losses, rel_tol=1e-6):
         raise SystemExit(f"adaptation_step: expected the same loss of both (got {losses})")

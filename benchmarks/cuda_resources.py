@@ -61,14 +61,14 @@ def kernel_name(mangled: str) -> str:
 
 def occupancy(kernel: str, architecture: str, registers: int, shared: int) -> dict[str, int]:
     """Warps on a multiprocessor and bytes of their loads of one row; empty for other kernels."""
-    packed = re.match(r"(forward|backward|planes)_kernel: (\w+), T=(\d+)(, no Fisher)?", kernel)
+    packed = re.match(r"(forward|backward|matrices)_kernel: (\w+), T=(\d+)(, no Fisher)?", kernel)
     if packed is None or architecture not in SHARED_MEMORY:
         return {}
     name, element, models = packed[1], packed[2], int(packed[3])
     warps = THREADS // 32
     registers_of_block = -(-registers // 8) * 8 * THREADS
     blocks = min(65536 // registers_of_block, SHARED_MEMORY[architecture] // (shared + 1024), 64 // warps)
-    narrow = models > 8 or (models > 5 and element != "float32")  # as vector_bytes of merge/cuda/planes.h
+    narrow = models > 8 or (models > 5 and element != "float32")  # as vector_bytes of merge/cuda/packs.h
     bytes_of_thread = (models * (1 if packed[4] else 2) + (name != "forward")) * (8 if narrow else 16)
     return {"warps_per_sm": blocks * warps, "bytes_in_flight_per_sm": blocks * THREADS * bytes_of_thread}
 

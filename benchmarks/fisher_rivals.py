@@ -1,5 +1,6 @@
 """Ways to get Σ_b (∂ log p(y_b | x_b) / ∂θ)² of a batch, and the check that all do the same work."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.networks import NETWORKS, draw
 from timm_ext.fisher import FisherAccumulator
-from timm_ext.networks import build_network
+from timm_ext.fisher.likelihoods import summed_logits
 
 Squares = dict[str, Tensor]
 ERROR_BOUND = 0.05  # of the norm of each layer's F: float32 differs so much through LeakyReLU's kink
@@ -26,37 +28,29 @@ class Problem:
 
     def copy(self) -> "Problem":
         """The same numbers in a network of its own, which a rival may change."""
-        model = build_network("isensee2017", in_channels=4, out_channels=3, base_filters=_width(self.model))
-        model.load_state_dict(self.model.state_dict())
+        model = copy.deepcopy(self.model)
         for module in model.modules():  # hooks on modules do not bear changes in place
             if hasattr(module, "inplace"):
                 module.inplace = False
-        return Problem(model.eval().to(self.images.device), self.images, self.labels)
+        return Problem(model, self.images, self.labels)
 
 
-def make_problem(base: int, edge: int, batch: int, device: str = "cpu") -> Problem:
-    """Draw a batch for `isensee2017`.
+def make_problem(network: str, edge: int, batch: int, device: str = "cpu") -> Problem:
+    """Draw a batch for a network.
 
     Args:
-        base: filters of the first level.
+        network: its name in `benchmarks.networks`.
         edge: of the cubic images, 4 × edge³.
         batch: examples B.
         device: of all tensors.
     """
-    model = build_network("isensee2017", in_channels=4, out_channels=3, base_filters=base, seed=0).eval()
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, 4, edge, edge, edge, generator=generator)
-    labels = (torch.rand(batch, 3, edge, edge, edge, generator=generator) < 0.3).float()
-    return Problem(model.to(device), images.to(device), labels.to(device))
+    images, labels = draw(batch, edge, device=device)
+    return Problem(NETWORKS[network]().eval().to(device), images, labels.float())
 
 
-def _width(model: nn.Module) -> int:
-    return int(next(p for p in model.parameters() if p.dim() == 5).shape[0])
-
-
-def log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
-    """Σ of the Bernoulli log-likelihoods."""
-    return -functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+def log_likelihood(output: Any, labels: Tensor) -> Tensor:
+    """Σ of the Bernoulli log-likelihoods; deep-supervision outputs are added."""
+    return -functional.binary_cross_entropy_with_logits(summed_logits(output), labels, reduction="sum")
 
 
 def plain(p: Problem) -> Callable[[], Any]:
@@ -107,9 +101,10 @@ def loop(p: Problem) -> Callable[[], Squares]:
         total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
         for image, labels in zip(p.images, p.labels, strict=True):
             value = log_likelihood(p.model(image[None]), labels[None])
-            gradients = torch.autograd.grad(value, list(parameters.values()))
+            gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
             for name, gradient in zip(total, gradients, strict=True):
-                total[name] += gradient.square()
+                if gradient is not None:  # of a head that the output does not depend on
+                    total[name] += gradient.square()
         return total
 
     return step
@@ -120,7 +115,8 @@ def vmap(p: Problem) -> Callable[[], Squares]:
     parameters = {name: parameter.detach() for name, parameter in p.model.named_parameters()}
 
     def value(parameters: Squares, image: Tensor, labels: Tensor) -> Tensor:
-        logits = torch.func.functional_call(p.model, parameters, (image[None],))
+        # A module under two names counts as tied, and would not be put back.
+        logits = torch.func.functional_call(p.model, parameters, (image[None],), tie_weights=False)
         return log_likelihood(logits, labels[None])
 
     gradients = torch.func.vmap(torch.func.grad(value), in_dims=(None, 0, 0))
@@ -196,9 +192,11 @@ def errors(found: Squares, expected: Squares) -> float:
 
 
 @contextmanager
-def available(name: str) -> Iterator[None]:
-    """Skip a rival that is not installed, with a word about it."""
+def available(name: str, network: str) -> Iterator[None]:
+    """Skip a rival that is not installed or does not take a network, with a word about it; never ours."""
     try:
         yield
-    except ImportError as error:
-        print(f"benchmarks.fisher: {name} is left out: {error}", flush=True)
+    except (ImportError, RuntimeError, NotImplementedError, ValueError, AttributeError, KeyError) as error:
+        if name.startswith("ours"):
+            raise
+        print(f"benchmarks.fisher: {network}: {name} is left out: {str(error).splitlines()[0]}", flush=True)

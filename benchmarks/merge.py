@@ -4,7 +4,7 @@
     python -m benchmarks.merge merge_cuda.json --device cuda
 
 Rivals: per layer in eager PyTorch on stacked models, the same compiled, per layer and model by model,
-`torch._foreach` over the layers, one formula over the flat planes; for one ratio per 27 elements, the planes
+`torch._foreach` over the layers, one formula over whole matrices; for one ratio per 27 elements, the matrices
 as `[T, G, 27]` instead of layers. All are checked before they are timed. They take turns in one process, so
 that ratios come from neighbouring measurements; medians count. Peak memory and other instruction sets are
 measured in processes of their own.

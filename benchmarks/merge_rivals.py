@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import timm_ext
-from timm_ext.merging.bank import empty_planes
+from timm_ext.merging.bank import empty_matrices
 from timm_ext.ops import reference
 
 FORWARD_BOUND = 8 * 2.0**-24  # of Σw|θ|/Σw
@@ -19,7 +19,7 @@ RIVAL_BOUND = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.25}  
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs; θ and F as planes and, where segments are few, as one list of [T, n] tensors per layer."""
+    """Inputs; θ and F as matrices and, where segments are few, as one list of [T, n] tensors per layer."""
 
     theta: Tensor
     fisher: Tensor
@@ -30,7 +30,7 @@ class Problem:
 
     @property
     def traffic(self) -> int:
-        """Bytes that a forward and a backward must move at least, each: 2T + 1 planes."""
+        """Bytes that a forward and a backward must move at least, each: 2T + 1 rows of P."""
         return (2 * self.theta.shape[0] + 1) * self.theta.shape[1] * self.theta.element_size()
 
 
@@ -58,9 +58,9 @@ def make_problem(
     Args:
         elements: P; "kernels" takes the next multiple of 27 below, "unaligned" the next odd number.
         models: T.
-        segments: "layers" or "unaligned": 30 of them; "kernels": one ratio per 27 elements. The planes are
+        segments: "layers" or "unaligned": 30 of them; "kernels": one ratio per 27 elements. The matrices are
             those of a bank; the rows of "unaligned" ones lie P apart.
-        dtype: of the planes.
+        dtype: of the matrices.
         device: of all tensors.
     """
     if segments == "kernels":
@@ -70,13 +70,13 @@ def make_problem(
         elements |= segments == "unaligned"
         lengths = layer_lengths(elements)
     generator = torch.Generator(device).manual_seed(0)
-    planes = empty_planes(2, models, elements, dtype).to(device)
+    matrices = empty_matrices(2, models, elements, dtype).to(device)
     if segments == "unaligned":
-        planes = planes[:, :, :elements].contiguous()
-    for draw, plane in zip((torch.randn, torch.rand), planes, strict=True):
-        for row in plane:
-            row.copy_(draw(planes.shape[2], generator=generator, device=device))
-    theta, fisher = planes[0, :, :elements], planes[1, :, :elements]
+        matrices = matrices[:, :, :elements].contiguous()
+    for draw, matrix in zip((torch.randn, torch.rand), matrices, strict=True):
+        for row in matrix:
+            row.copy_(draw(matrices.shape[2], generator=generator, device=device))
+    theta, fisher = matrices[0, :, :elements], matrices[1, :, :elements]
     logits = torch.randn(len(lengths), models, generator=generator, device=device)
     offsets = torch.tensor([0, *lengths], device=device).cumsum(0)
     gradient = torch.randn(elements, generator=generator, device=device).to(dtype)
@@ -126,7 +126,7 @@ def foreach(p: Problem, logits: Tensor) -> Tensor:
 
 
 def flat(p: Problem, logits: Tensor) -> Tensor:
-    """Merge by one formula over the flat planes; the ratios are spread out to all elements."""
+    """Merge by one formula over the whole matrices; the ratios are spread out to all elements."""
     ratios = torch.sigmoid(logits).to(p.theta.dtype)
     alpha = ratios.repeat_interleave(p.offsets.diff(), 0, output_size=p.theta.shape[1]).T
     weight = alpha * p.fisher
@@ -136,7 +136,7 @@ def flat(p: Problem, logits: Tensor) -> Tensor:
 def kernelwise(p: Problem, logits: Tensor) -> Tensor:
     """Merge segments of equal length as `[T, G, 27]`, the ratios broadcast."""
     alpha = torch.sigmoid(logits).to(p.theta.dtype).T[:, :, None]
-    theta, fisher = (plane.unflatten(1, (-1, KERNEL)) for plane in (p.theta, p.fisher))
+    theta, fisher = (matrix.unflatten(1, (-1, KERNEL)) for matrix in (p.theta, p.fisher))
     weight = alpha * fisher
     return ((weight * theta).sum(0) / weight.sum(0)).flatten()
 
@@ -210,8 +210,8 @@ def _first_elements(p: Problem, elements: int) -> Problem:
     """The problem cut off after some elements; the last segment may get shorter."""
     count = int((p.offsets < elements).sum())
     offsets = torch.cat([p.offsets[:count], p.offsets.new_tensor([elements])])
-    planes = p.theta[:, :elements], p.fisher[:, :elements]
-    return Problem(*planes, p.logits[:count], offsets, p.gradient[:elements], [])
+    matrices = p.theta[:, :elements], p.fisher[:, :elements]
+    return Problem(*matrices, p.logits[:count], offsets, p.gradient[:elements], [])
 
 
 def _reference(p: Problem, logits: Tensor) -> Tensor:

@@ -167,7 +167,7 @@ def commands(folder: Path, out: Path, mergekit: Path, dtype: str) -> dict[str, l
 
 
 @dataclass(frozen=True)
-class Run:
+class Measured:
     """One command: seconds until it returned and until its result was on disk, peak memory in bytes."""
 
     wall: float
@@ -176,7 +176,7 @@ class Run:
     anonymous: int
 
 
-def run(command: list[str]) -> Run:
+def run(command: list[str]) -> Measured:
     """Run a command in a fresh process."""
     with tempfile.TemporaryFile("w+") as log:
         begin = time.perf_counter()
@@ -192,7 +192,7 @@ def run(command: list[str]) -> Run:
         if status:
             log.seek(0)
             sys.exit(f"{' '.join(command)} failed:\n{log.read()}")
-    return Run(wall, durable, peak["VmHWM"], peak["RssAnon"])
+    return Measured(wall, durable, peak["VmHWM"], peak["RssAnon"])
 
 
 def memory_of(pid: int, key: str) -> int:
@@ -265,7 +265,7 @@ def measure(folder: Path, dtype: str, options: argparse.Namespace) -> dict[str, 
             sys.exit(
                 f"{name}: expected an error up to {LARGEST_ERROR} units of rounding (got {errors[name]})"
             )
-    runs: dict[str, list[Run]] = {name: [] for name in rivals}
+    runs: dict[str, list[Measured]] = {name: [] for name in rivals}
     for turn in range(options.rounds):
         for name in [*rivals][:: -1 if turn % 2 else 1]:
             prepare(folder, out, options.touch)
@@ -278,7 +278,7 @@ def measure(folder: Path, dtype: str, options: argparse.Namespace) -> dict[str, 
 def summarise(
     folder: Path,
     rivals: dict[str, list[str]],
-    runs: dict[str, list[Run]],
+    runs: dict[str, list[Measured]],
     errors: dict[str, float],
     touched: int,
 ) -> dict[str, Any]:

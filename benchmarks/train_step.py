@@ -1,146 +1,149 @@
-"""Times training steps of 3-D networks under `timm_ext.fast_layers` against plain PyTorch on the CPU.
+"""Times training steps of 3-D networks under `timm_ext.fast_layers` against other ways on the CPU.
 
-    python -m benchmarks.train_step benchmarks/results/train_step_cpu.json --threads 1
+    python -m benchmarks.train_step benchmarks/results/train_step_cpu.json
 
-The unit is one plain step in float32: forward, soft Dice with cross entropy, backward, Adam. Rivals: the same
-with network and images in `channels_last_3d`, and ours. Gradients are checked against float64 on a small
-volume before anything is timed. All take turns in one process, in which malloc keeps what is freed, so that
-ratios come from neighbouring measurements; medians count. Peak memory is taken in fresh processes.
+The unit is one plain PyTorch step in float32: forward, Dice with cross entropy over all heads, backward,
+Adam. Rivals: the same in `channels_last_3d`, by `torch.compile`, and under bfloat16 autocast. All gradients
+are compared with float64's on a small volume before anything is timed (those of what `torch.compile` makes
+with PyTorch's, at the size that is timed). All take turns in one process, in which malloc keeps what is
+freed, so that ratios come from neighbouring measurements; medians count. Peak memory is taken in fresh
+processes. Rows that the file has from the same code and machine are kept: an interrupted run goes on.
 """
 
 import argparse
-import copy
-import json
-import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from itertools import product
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from monai.losses import DiceCELoss
-from monai.networks import nets
 from torch import Tensor, nn
 
-import timm_ext
-from benchmarks.machine import environment, median_ratio, milliseconds, peak_bytes
-from timm_ext.files import write_json
-from timm_ext.networks import build_network
-from timm_ext.training.device import keep_freed_memory
+from benchmarks.machine import peak_bytes
+from benchmarks.networks import EDGE_OF_HALF, LEAST_EDGE, NETWORKS, check_edge, draw, heads
+from benchmarks.rows import Result, Row, peaks, row_parser, summary, time_in_turns
+from benchmarks.ways import WAYS, Way
 
 ERROR_BOUND = 1e-2  # of the norm of all gradients in float64: at kinks of activations rounding decides
-CHECKED_EDGE = 32
-LEAST_ROUNDS = 3
-INPUTS, OUTPUTS = 4, 3
-
-
-def isensee(base: int) -> nn.Module:
-    """The network of BraTS 2017."""
-    return build_network(
-        "isensee2017", in_channels=INPUTS, out_channels=OUTPUTS, base_filters=base, seed=0
-    ).eval()
-
-
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "isensee2017 16": lambda: isensee(16),
-    "isensee2017 8": lambda: isensee(8),
-    "SegResNet 16": lambda: nets.SegResNet(in_channels=INPUTS, out_channels=OUTPUTS, init_filters=16),
-    "DynUNet 32-256": lambda: nets.DynUNet(
-        3, INPUTS, OUTPUTS, [3] * 4, [1, 2, 2, 2], [2, 2, 2], filters=[32, 64, 128, 256]
-    ),
-    "UNet 16-128": lambda: nets.UNet(3, INPUTS, OUTPUTS, (16, 32, 64, 128), (2, 2, 2), num_res_units=2),
-    "BasicUNet": lambda: nets.BasicUNet(3, INPUTS, OUTPUTS, (16, 16, 32, 64, 128, 16)),
+HALF_BOUND = 1.2  # of the error of PyTorch's own bfloat16
+PLAIN = Way("")
+SELECTION = {  # of the committed result: edge and numbers of threads
+    "isensee2017 16": (64, (1, 2)),
+    "isensee2017 8": (64, (1, 2)),
+    "SegResNet 16": (48, (1,)),
+    "DynUNet 32-256": (48, (1,)),
+    "PlainConvUNet 32-256, deep supervision": (48, (1,)),
 }
-WAYS = ("plain", "channels_last", "ours")
 
 
-def draw(batch: int, edge: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Images and labels."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, INPUTS, edge, edge, edge, generator=generator)
-    labels = torch.rand(batch, OUTPUTS, edge, edge, edge, generator=generator) < 0.3
-    return images.to(dtype), labels.to(dtype)
+class Objective:
+    """Dice with cross entropy, under deep supervision 2⁻ⁱ times that of the i-th head, as nnU-Net does."""
+
+    def __init__(self, labels: Tensor) -> None:
+        self._labels = [labels]
+        self._loss = DiceCELoss(sigmoid=True)
+
+    def __call__(self, output: Tensor | Sequence[Tensor]) -> Tensor:
+        found = heads(output)
+        while len(self._labels) < len(found):
+            shape = found[len(self._labels)].shape[2:]
+            self._labels.append(nn.functional.interpolate(self._labels[0], shape))
+        weights = [0.5**i for i in range(len(found))]
+        terms = [w * self._loss(o, y) for w, o, y in zip(weights, found, self._labels, strict=False)]
+        return torch.stack(terms).sum() / sum(weights)
 
 
-def make_step(way: str, model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
-    """A step of training, the network's own copy included."""
-    model = copy.deepcopy(model)
-    if way == "channels_last":
-        model = model.to(memory_format=torch.channels_last_3d)
-        images = images.to(memory_format=torch.channels_last_3d)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-4)
-    objective = DiceCELoss(sigmoid=True)
+def make_step(way: Way, model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], list[Tensor]]:
+    """Return a step of training, the network's own copy included, that returns the gradients."""
+    model, images = way.ready(model, images)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.Adam(parameters, 1e-4)
+    objective = Objective(labels)
 
-    def step() -> None:
+    def step() -> list[Tensor]:
         optimizer.zero_grad()
-        with timm_ext.fast_layers() if way == "ours" else nullcontext():
-            objective(model(images), labels).backward()
+        with way.surroundings():
+            with way.autocast():
+                loss = objective(model(images))
+            loss.backward()
         optimizer.step()
+        return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
     return step
 
 
-def gradient_error(way: str, model: nn.Module) -> float:
-    """Distance of all gradients from those of float64, relative to their norm."""
-    found = []
-    for dtype in (torch.float64, torch.float32):
-        network = copy.deepcopy(model).to(dtype)
-        images, labels = draw(2, CHECKED_EDGE, dtype)
-        with timm_ext.fast_layers() if way == "ours" and dtype == torch.float32 else nullcontext():
-            output = network(images)
-            (output - labels).square().mean().backward()
-        found.append(
-            torch.cat([p.grad.double().flatten() for p in network.parameters() if p.grad is not None])
-        )
-    expected, got = found
-    return float((got - expected).norm() / expected.norm())
+def distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Distance of all gradients, relative to the norm of those expected."""
+    one, other = (torch.cat([gradient.double().flatten() for gradient in each]) for each in (found, expected))
+    return float((one - other).norm() / other.norm())
 
 
-def measure(options: argparse.Namespace, name: str, edge: int, batch: int) -> dict[str, Any]:
-    """One row of the result: errors, times and ratios to the plain step."""
-    torch.manual_seed(0)
+def gradient_errors(name: str, ways: Sequence[str]) -> dict[str, float]:
+    """Errors of all ways that take any size, on a small volume against float64."""
+    edge = EDGE_OF_HALF.get(name, LEAST_EDGE.get(name, 32))
     model = NETWORKS[name]()
-    errors = {way: gradient_error(way, model) for way in ("plain", "ours")}
-    if beyond := {way: error for way, error in errors.items() if not error <= ERROR_BOUND}:
-        raise SystemExit(f"benchmarks.train_step: {name}: further off than {ERROR_BOUND}: {beyond}")
-    steps = {way: make_step(way, model, *draw(batch, edge)) for way in WAYS}
-    times: dict[str, list[float]] = {way: [] for way in WAYS}
-    for step in steps.values():
-        step()
-    begin = time.perf_counter()
-    for done in range(options.rounds):
-        if done >= LEAST_ROUNDS and time.perf_counter() - begin > options.seconds:
-            break
-        for way, step in steps.items():
-            times[way].append(milliseconds(step, "cpu"))
-    row: dict[str, Any] = {"network": name, "edge": edge, "batch": batch, "threads": torch.get_num_threads()}
-    row |= {"rounds": len(times["plain"]), "errors": errors}
-    row["milliseconds"] = {way: round(statistics.median(values), 2) for way, values in times.items()}
-    row["of_plain"] = {way: median_ratio(times[way], times["plain"]) for way in WAYS[1:]}
-    return row
+    images, labels = draw(2, edge)
+    expected = make_step(PLAIN, model.double(), images.double(), labels.double())()
+    model = model.float()
+    return {
+        way: distance(make_step(WAYS[way], model, images, labels)(), expected)
+        for way in ways
+        if not WAYS[way].compiled
+    }
 
 
-def memory_row(name: str, edge: int, batch: int) -> dict[str, Any]:
-    """Peak memory of each way in units of the plain step's, beyond model and batch."""
-    peaks = {}
-    for way in WAYS:
-        command = [sys.executable, "-m", "benchmarks.train_step", "--peak", way, name, str(edge), str(batch)]
-        peaks[way] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    row: dict[str, Any] = {"network": name, "edge": edge, "batch": batch, "plain_bytes": peaks["plain"]}
-    row["of_plain"] = {way: round(peaks[way] / peaks["plain"], 3) for way in WAYS[1:]}
-    return row
+def measure(options: argparse.Namespace, name: str, edge: int, threads: int) -> Row:
+    """Errors, times and ratios to the plain step."""
+    torch.set_num_threads(threads)
+    errors = gradient_errors(name, options.ways)
+    model, batch = NETWORKS[name](), draw(options.batch, edge)
+    steps = {way: make_step(WAYS[way], model, *batch) for way in options.ways}
+    first = {
+        way: [g.clone() for g in step()]
+        for way, step in steps.items()
+        if WAYS[way].compiled or way == "plain"
+    }
+    errors |= {way: distance(found, first["plain"]) for way, found in first.items() if way != "plain"}
+    steps = {way: steps[way] for way in right_ways(name, errors)}
+    del first
+    for way, step in steps.items():
+        if not WAYS[way].compiled and way != "plain":
+            step()
+    times = time_in_turns(steps, options.rounds, options.seconds)
+    return {"errors": errors, **summary(times)}
+
+
+def right_ways(name: str, errors: dict[str, float]) -> list[str]:
+    """Leave out rivals that compute something else, with a word; refuse to go on where ours does."""
+    own = errors.get("bfloat16", 1.0)
+    half = HALF_BOUND * own if own < 1 / HALF_BOUND else 1.0
+    bounds = {way: half if WAYS[way].precision == torch.bfloat16 else ERROR_BOUND for way in errors}
+    wrong = {way: error for way, error in errors.items() if not error <= bounds[way]}
+    for way, error in wrong.items():
+        told = f"{name}: {way}: expected an error up to {bounds[way]:.2g} (got {error:.2g})"
+        if WAYS[way].layers or way == "plain":
+            raise SystemExit(f"benchmarks.train_step: {told}")
+        print(f"benchmarks.train_step: {told}; left out", flush=True)
+    return [way for way in errors if way not in wrong]
 
 
 def print_peak(way: str, name: str, edge: str, batch: str) -> None:
-    """Print the peak memory of one way in bytes, after a small problem has loaded what it needs."""
+    """Print the peak memory of one way's second step in bytes; the first one may compile."""
     torch.set_num_threads(1)
-    model = NETWORKS[name]()
-    make_step(way, model, *draw(1, CHECKED_EDGE))()
-    print(peak_bytes(make_step(way, model, *draw(int(batch), int(edge))), "cpu"))
+    step = make_step(WAYS[way], NETWORKS[name](), *draw(int(batch), int(edge)))
+    step()
+    print(peak_bytes(step, "cpu"))
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = row_parser(__doc__, list(SELECTION), rounds=9, seconds=20.0)
+    parser.add_argument("--edge", type=int, nargs="+", help="of the cubic images")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="beside the plain one")
+    options = parser.parse_args(arguments)
+    options.ways = list(dict.fromkeys(["plain", *options.ways]))
+    return options
 
 
 def main(arguments: list[str]) -> None:
@@ -148,31 +151,16 @@ def main(arguments: list[str]) -> None:
     if arguments[:1] == ["--peak"]:
         print_peak(*arguments[1:])
         return
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--network", nargs="+", default=list(NETWORKS), choices=NETWORKS)
-    parser.add_argument("--edge", type=int, nargs="+", default=[64])
-    parser.add_argument("--batch", type=int, nargs="+", default=[2])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=9, help="at most; at least 3")
-    parser.add_argument("--seconds", type=float, default=60.0, help="after which no round of a row begins")
-    options = parser.parse_args(arguments)
-    result: dict[str, Any] = {
-        "environment": {**environment("cpu"), "memory_kept": keep_freed_memory()},
-        "rows": [],
-        "memory": [],
-    }
-    for name, edge, batch in product(options.network, options.edge, options.batch):
-        for threads in options.threads:
-            torch.set_num_threads(threads)
-            result["rows"].append(measure(options, name, edge, batch))
-            print(json.dumps(result["rows"][-1]), flush=True)
-            write_json(options.output, result)
-        result["memory"].append(memory_row(name, edge, batch))
-        print(json.dumps(result["memory"][-1]), flush=True)
-        write_json(options.output, result)
+    options = parse(arguments)
+    result = Result(options.output, options.again)
+    for name in options.network:
+        chosen, threads = SELECTION.get(name, (64, (1,)))
+        for edge in options.edge or [chosen]:
+            check_edge(name, edge)
+            key = {"network": name, "edge": edge, "batch": options.batch}
+            for count in options.threads or threads:
+                result.add("rows", {**key, "threads": count}, partial(measure, options, name, edge, count))
+            result.add("memory", key, partial(peaks, "benchmarks.train_step", options.ways, key))
 
 
 if __name__ == "__main__":

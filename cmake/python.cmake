@@ -7,11 +7,18 @@ add_library(timm_ext MODULE
   csrc/conv3d/conv_square_on_cpu.cpp
   csrc/conv3d/conv_weight_grad_square.cpp
   csrc/conv3d/cpu/conv_pack.cpp
+  csrc/conv3d/cpu/depthwise_tiling.cpp
+  csrc/conv3d/cpu/winograd_square_layout.cpp
+  csrc/conv3d/depthwise_conv3d.cpp
+  csrc/conv3d/packed_square.cpp
+  csrc/conv3d/pointwise_square.cpp
   csrc/conv3d/small_conv3d.cpp
   csrc/conv3d/strided_conv3d.cpp
+  csrc/conv3d/trilinear3d.cpp
   csrc/conv3d/upsampling3d.cpp
   csrc/conv3d/weight_gradient.cpp
   csrc/conv3d/winograd_conv3d.cpp
+  csrc/conv3d/winograd_square.cpp
   csrc/fisher/sample_labels.cpp
   csrc/fisher/square_accumulate.cpp
   csrc/library.cpp
@@ -20,7 +27,7 @@ add_library(timm_ext MODULE
   csrc/merge/cpu/stitch.cpp
   csrc/merge/fused_merge.cpp
   csrc/merge/log_weights.cpp
-  csrc/norm/instance_norm.cpp)
+  csrc/norm/norm.cpp)
 set(torch_library_dir ${TIMM_EXT_TORCH_DIR}/lib)
 target_include_directories(timm_ext SYSTEM PRIVATE ${TIMM_EXT_TORCH_DIR}/include)
 target_compile_definitions(timm_ext PRIVATE TORCH_TARGET_VERSION=0x020a000000000000)

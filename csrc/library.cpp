@@ -15,7 +15,7 @@ STABLE_TORCH_LIBRARY(timm_ext, m) {
   // The Fisher-weighted mean of T models, with w_t = exp(log_weight[s, t]) F[t, p] in segment s:
   //     merged[p] = Σ_t w_t theta[t, p] / Σ_t w_t
   // theta, fisher [T, P] float32, bfloat16, float16 or float64, both alike; rows may lie further apart than P; fisher
-  // >= 0, None stands for 1. log_weight [S, T] contiguous, float32 (float64 for float64 planes); -inf leaves a model
+  // >= 0, None stands for 1. log_weight [S, T] contiguous, float32 (float64 for float64 matrices); -inf leaves a model
   // out; adding a constant to a row changes nothing. offsets [S + 1] int64, strictly increasing from 0 to P, on the
   // device of theta; its values are checked on the CPU only. Arithmetic in float32 (float64 for float64), see
   // math/merge.h: no overflow for any finite F, within the hull of the models, exact where they agree, the
@@ -36,7 +36,7 @@ STABLE_TORCH_LIBRARY(timm_ext, m) {
   // (grad w_t / Σw, grad exp(log_weight) (theta - merged) / Σw), each [T, P] contiguous, or [0] where not wanted. The
   // second is 0 where all F are 0, where the merge jumps.
   m.def(
-      "fused_merge_backward_planes(Tensor grad, Tensor theta, Tensor? fisher, Tensor log_weight, Tensor offsets,"
+      "fused_merge_backward_matrices(Tensor grad, Tensor theta, Tensor? fisher, Tensor log_weight, Tensor offsets,"
       " bool theta_wanted, bool fisher_wanted) -> (Tensor, Tensor)");
 
   // Log-weights from mixing logits [G, T] float32 or float64, row by row, less the row's largest:
@@ -62,10 +62,23 @@ STABLE_TORCH_LIBRARY(timm_ext, m) {
 
   // The gradient [O, I / groups, ...] with respect to the weight of a convolution of input [B, I, D, H, W] to an output
   // whose gradient is grad [B, O, D', H', W'], kernel being the weight's last three sizes: Σ_b G_b of the above.
-  // float32, on the CPU only; its bits depend on the instruction set (fused multiply-add).
+  // grad and input float32 or bfloat16, the sums and the result float32; on the CPU only; its bits depend on the
+  // instruction set (fused multiply-add).
   m.def(
       "conv3d_weight_gradient(Tensor grad, Tensor input, int[] kernel, int[] stride, int[] padding, int[] dilation,"
       " int groups) -> Tensor");
+
+  // The convolution of each channel of input [B, C, D, H, W] by its own kernel, weight [C, 1, ...]. float32, on the CPU
+  // only; its bits depend on the instruction set (fused multiply-add).
+  m.def(
+      "depthwise_conv3d(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation)"
+      " -> Tensor");
+
+  // The transposed convolution likewise, to an output of that size, of which the above makes the sizes of the input:
+  // the gradient of the input of the above is that of the output's gradient. float32, on the CPU only; bits as above.
+  m.def(
+      "depthwise_conv_transpose3d(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding,"
+      " int[] dilation, int[] size) -> Tensor");
 
   // (labels, scores): labels drawn from logits [B, K, ...], float32 or float64, and the gradient of their
   // log-likelihood with respect to the logits, of the logits' shape:
@@ -76,21 +89,31 @@ STABLE_TORCH_LIBRARY(timm_ext, m) {
   // devices. CPU and CUDA may differ in the last bits of σ and softmax.
   m.def("sample_labels(Tensor logits, Tensor keys, str likelihood, bool labels_wanted) -> (Tensor, Tensor)");
 
-  // (output, mean [B C], rstd [B C]), output = weight (input - mean) rstd + bias, with the mean and
-  // rstd = 1 / sqrt(variance + epsilon) of each channel of each example. input [B, C, ...]; weight, bias [C], None
-  // stands for 1 and 0. float32, sums of more than 64 terms in float64; on the CPU only.
-  m.def("instance_norm(Tensor input, Tensor? weight, Tensor? bias, float epsilon) -> (Tensor, Tensor, Tensor)");
-
-  // (grad_input, grad_weight [B, C], grad_bias [B, C]), the gradients, example by example, of an instance norm with its
-  // LeakyReLU: of leaky(weight (input - mean) rstd + bias), where leaky(a) = a above zero and slope a elsewhere.
-  // grad, input [B, C, ...]; mean, rstd [B C] as above; weight, bias [C], None stands for 1 and 0. float32, sums of
-  // more than 256 terms in float64; on the CPU only.
+  // (output, mean, variance), output = weight (input - mean) / sqrt(variance + epsilon) + bias. input [B, C, ...];
+  // weight, bias [C], None stands for 1 and 0; mean and variance are those of each of the groups of neighbouring
+  // channels of each example, [B groups], or of each channel of the batch, [C]. float32, sums of more than 64 terms in
+  // float64; on the CPU only.
   m.def(
-      "instance_norm_backward(Tensor grad, Tensor input, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias,"
-      " float slope) -> (Tensor, Tensor, Tensor)");
+      "group_norm(Tensor input, Tensor? weight, Tensor? bias, int groups, float epsilon) -> (Tensor, Tensor, Tensor)");
+  m.def("batch_norm(Tensor input, Tensor? weight, Tensor? bias, float epsilon) -> (Tensor, Tensor, Tensor)");
+
+  // (grad_input, grad_weight [B, C], grad_bias [B, C], grad_slope [B, C]), the gradients, those of parameters example
+  // by example, of a norm with its LeakyReLU: of leaky(weight (input - mean) / sqrt(variance + epsilon) + bias), where
+  // leaky(a) = a above zero and slope a elsewhere. grad, input [B, C, ...]; mean and variance of what `over` says:
+  // "groups", "batch" as above, or "nothing", constants [C], None standing for 0 and a deviation of 1; weight, bias
+  // [C], slope [1] or [C], None stands for 1, 0 and 1; grad_slope is [0] where it is not wanted. float32, sums of more
+  // than 256 terms in float64; on the CPU only.
+  m.def(
+      "norm_backward(Tensor grad, Tensor input, Tensor? mean, Tensor? variance, Tensor? weight, Tensor? bias,"
+      " Tensor? slope, float epsilon, str over, bool slope_wanted) -> (Tensor, Tensor, Tensor, Tensor)");
 
   // input [B, C, D, H, W] enlarged to [B, C, 2 D, 2 H, 2 W], every voxel to 2 x 2 x 2; float32, on the CPU only.
   m.def("upsample_nearest3d(Tensor input) -> Tensor");
+
+  // The same by linear interpolation on each axis, corners not aligned, and its gradient: of that of the output,
+  // [B, C, 2 D, 2 H, 2 W]. float32, on the CPU only.
+  m.def("upsample_trilinear3d(Tensor input) -> Tensor");
+  m.def("upsample_trilinear3d_backward(Tensor grad) -> Tensor");
 
   // The convolution of input [B, I, D, H, W] with weight [O, I, ...], for outputs of few points: memory for
   // I · taps · B · points numbers. Mirrored: with weight [I, O, ...], its taps taken backwards, which makes the
@@ -115,9 +138,9 @@ STABLE_TORCH_LIBRARY(timm_ext, m) {
   m.def("upsampled_conv3d_input_gradient(Tensor sums, Tensor weight) -> Tensor");
   m.def("upsampled_conv3d_weight_grad_square_(Tensor(a!) acc, Tensor sums, Tensor input, float scale) -> ()");
 
-  // The convolution of stride 1 of input [B, I, D, H, W] with weight [O, I, 3, 3, K] or, mirrored as above,
-  // [I, O, 3, 3, K], zeros around. float32, on the CPU only. Its bits depend on the instruction set (fused
-  // multiply-add).
+  // The convolution of stride 1 of input [B, I, D, H, W] with weight [O, I, 1 or R, R, K] or, mirrored as above,
+  // [I, O, 1 or R, R, K], R = 3 or 5, zeros around. float32, on the CPU only. Its bits depend on the instruction set
+  // (fused multiply-add).
   m.def("winograd_conv3d(Tensor input, Tensor weight, Tensor? bias, int[] padding, bool mirrored) -> Tensor");
 
   // Opens the pool from which large results on the CPU take their memory (memory/cpu/memory_pool.h), or closes it
@@ -141,22 +164,27 @@ STABLE_TORCH_LIBRARY(timm_ext, m) {
   m.impl("fused_merge", TIMM_EXT_BOX(fused_merge));                                         \
   m.impl("fused_merge.out", TIMM_EXT_BOX(fused_merge_out));                                 \
   m.impl("fused_merge_backward_log_weight", TIMM_EXT_BOX(fused_merge_backward_log_weight)); \
-  m.impl("fused_merge_backward_planes", TIMM_EXT_BOX(fused_merge_backward_planes));         \
+  m.impl("fused_merge_backward_matrices", TIMM_EXT_BOX(fused_merge_backward_matrices));     \
   m.impl("new_tensor", TIMM_EXT_BOX(new_tensor));                                           \
   m.impl("sample_labels", TIMM_EXT_BOX(sample_labels));                                     \
   m.impl("square_accumulate_", TIMM_EXT_BOX(square_accumulate))
 
 STABLE_TORCH_LIBRARY_IMPL(timm_ext, CPU, m) {
   TIMM_EXT_REGISTER_BOTH_DEVICES(m);
+  m.impl("batch_norm", TIMM_EXT_BOX(batch_norm));
   m.impl("conv3d_weight_gradient", TIMM_EXT_BOX(conv3d_weight_gradient));
-  m.impl("instance_norm", TIMM_EXT_BOX(instance_norm));
-  m.impl("instance_norm_backward", TIMM_EXT_BOX(instance_norm_backward));
+  m.impl("depthwise_conv3d", TIMM_EXT_BOX(depthwise_conv3d));
+  m.impl("depthwise_conv_transpose3d", TIMM_EXT_BOX(depthwise_conv_transpose3d));
+  m.impl("group_norm", TIMM_EXT_BOX(group_norm));
   m.impl("log_weights", TIMM_EXT_BOX(log_weights));
   m.impl("log_weights_backward", TIMM_EXT_BOX(log_weights_backward));
   m.impl("neighbour_sums3d", TIMM_EXT_BOX(neighbour_sums3d));
+  m.impl("norm_backward", TIMM_EXT_BOX(norm_backward));
   m.impl("small_conv3d", TIMM_EXT_BOX(small_conv3d));
   m.impl("strided_conv3d_input_gradient", TIMM_EXT_BOX(strided_conv3d_input_gradient));
   m.impl("upsample_nearest3d", TIMM_EXT_BOX(upsample_nearest3d));
+  m.impl("upsample_trilinear3d", TIMM_EXT_BOX(upsample_trilinear3d));
+  m.impl("upsample_trilinear3d_backward", TIMM_EXT_BOX(upsample_trilinear3d_backward));
   m.impl("upsampled_conv3d", TIMM_EXT_BOX(upsampled_conv3d));
   m.impl("upsampled_conv3d_input_gradient", TIMM_EXT_BOX(upsampled_conv3d_input_gradient));
   m.impl("upsampled_conv3d_weight_grad_square_", TIMM_EXT_BOX(upsampled_conv3d_weight_grad_square));

@@ -6,11 +6,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # helper modules lie beside the tests, which are no package
+hypothesis.settings.register_profile("any machine", deadline=None)  # times say nothing on a busy one
+hypothesis.settings.load_profile("any machine")
 
 
 @pytest.fixture(params=["cpu", "cuda"])

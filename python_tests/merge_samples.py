@@ -20,7 +20,7 @@ FORWARD_BOUND = {
     torch.float64: 16 * 2.0**-53,
 }
 BACKWARD_BOUND = {
-    # Of Σ|terms| for the logits, of the entry's own scale for the planes: lanes of up to 32 float32 terms.
+    # Of Σ|terms| for the logits, of the entry's own scale for the matrices: lanes of up to 32 float32 terms.
     torch.float32: 5e-6,
     torch.bfloat16: 2.0**-8,
     torch.float16: 2.0**-10,
@@ -107,13 +107,15 @@ def make_inputs(sample: Sample, device: torch.device | str = "cpu", seed: int = 
     generator = torch.Generator().manual_seed(seed)
     models, elements = sample.models, sample.elements
 
-    def plane(values: Tensor) -> Tensor:
+    def laid_out(values: Tensor) -> Tensor:
         padded = torch.full((models, elements + sample.padding), torch.nan, dtype=sample.dtype, device=device)
         padded[:, :elements] = values.to(sample.dtype)
         return padded[:, :elements]
 
-    theta = plane(torch.randn(models, elements, generator=generator))
-    fisher = plane(torch.rand(models, elements, generator=generator) ** 4 + 1e-3) if sample.weighted else None
+    theta = laid_out(torch.randn(models, elements, generator=generator))
+    fisher = (
+        laid_out(torch.rand(models, elements, generator=generator) ** 4 + 1e-3) if sample.weighted else None
+    )
     rows = len(sample.lengths) if sample.groups is None else max(sample.groups) + 1
     logits = torch.randn(rows, models, generator=generator, dtype=torch.float64)
     if sample.mixing == "ratios":

@@ -100,3 +100,9 @@ class NormsAndHeads(nn.Module):
         self.group_norm = nn.GroupNorm(2, 6)
         self.head1 = nn.Conv3d(6, 3, 1)
         self.head2 = nn.Conv3d(6, 3, 1)
+
+
+def assert_same(model: nn.Module, other: nn.Module) -> None:
+    """Two networks hold the same tensors under the same names."""
+    assert model.state_dict().keys() == other.state_dict().keys()
+    assert all(torch.equal(t, other.state_dict()[n]) for n, t in model.state_dict().items())

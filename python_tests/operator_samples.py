@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import timm_ext
-from timm_ext.ops import conv3d, memory, norm, reference
+from timm_ext.ops import conv3d, memory, norm, reference, trilinear
+from timm_ext.ops import depthwise_conv3d as depthwise
 from timm_ext.ops import upsampled_conv3d as upsampled
 
 Arguments = tuple[Any, ...]
@@ -67,8 +68,7 @@ def with_out(arguments: Arguments) -> Arguments:
 
 def normalised() -> Arguments:
     input = drawn(2, 3, 4, 5)
-    _, mean, rstd = reference.instance_norm(input)
-    return torch.randn_like(input), input, mean, rstd
+    return torch.randn_like(input), input, *reference.group_norm(input, groups=3)[1:]
 
 
 def sums() -> Tensor:
@@ -113,9 +113,9 @@ SAMPLES: dict[str, Sample] = {
         ],
         differentiable=True,
     ),
-    "fused_merge_backward_planes": Sample(
+    "fused_merge_backward_matrices": Sample(
         None,
-        reference.fused_merge_backward_planes,
+        reference.fused_merge_backward_matrices,
         [
             lambda: with_gradient(merged(), True, True),
             lambda: with_gradient(merged(False), True, False),
@@ -180,21 +180,39 @@ SAMPLES: dict[str, Sample] = {
             lambda: (drawn(2, 3).double(), KEYS, "categorical", False),
         ],
     ),
-    "instance_norm": Sample(
-        norm.instance_norm,
-        reference.instance_norm,
+    "group_norm": Sample(
+        norm.group_norm,
+        reference.group_norm,
+        [
+            lambda: (drawn(2, 3, 4, 5), torch.rand(3), None, 3, 1e-5),
+            lambda: (drawn(2, 6, 4), None, drawn(6), 2, 1e-2),
+        ],
+    ),
+    "batch_norm": Sample(
+        norm.batch_norm,
+        reference.batch_norm,
         [
             lambda: (drawn(2, 3, 4, 5), torch.rand(3), None, 1e-5),
             lambda: (drawn(2, 3, 4), None, drawn(3), 1e-2),
         ],
     ),
-    "instance_norm_backward": Sample(
-        norm.instance_norm_backward,
-        reference.instance_norm_backward,
+    "norm_backward": Sample(
+        norm.norm_backward,
+        reference.norm_backward,
         [
-            lambda: (*normalised(), torch.rand(3), drawn(3), 0.3),
-            lambda: (*normalised(), None, None, 1.0),
+            lambda: (*normalised(), torch.rand(3), drawn(3), torch.tensor([0.3]), 1e-5, "groups", False),
+            lambda: (*normalised(), None, None, None, 1e-2, "groups", False),
+            lambda: (drawn(2, 3, 4), drawn(2, 3, 4), *[torch.rand(3)] * 5, 1e-5, "batch", True),
+            lambda: (drawn(2, 3, 4), drawn(2, 3, 4), *[None] * 4, torch.rand(3), 1e-5, "nothing", True),
         ],
+    ),
+    "upsample_trilinear3d": Sample(
+        trilinear.upsample_trilinear3d, reference.upsample_trilinear3d, [lambda: (drawn(2, 3, 2, 5, 3),)]
+    ),
+    "upsample_trilinear3d_backward": Sample(
+        trilinear.upsample_trilinear3d_backward,
+        reference.upsample_trilinear3d_backward,
+        [lambda: (drawn(2, 3, 4, 10, 6),)],
     ),
     "upsample_nearest3d": Sample(
         upsampled.upsample_nearest3d, reference.upsample_nearest3d, [lambda: (drawn(2, 3, 2, 5, 3),)]
@@ -214,6 +232,47 @@ SAMPLES: dict[str, Sample] = {
                 2,
             ),
             lambda: (drawn(2, 9, 1, 2, 2), drawn(2, 5, 1, 2, 2), [3] * 3, [1] * 3, [1] * 3, [1] * 3, 1),
+            lambda: (
+                drawn(2, 4, 6, 7, 6).bfloat16(),
+                drawn(2, 3, 6, 7, 6).bfloat16(),
+                [3] * 3,
+                [1] * 3,
+                [1] * 3,
+                [1] * 3,
+                1,
+            ),
+        ],
+    ),
+    "depthwise_conv3d": Sample(
+        depthwise.depthwise_conv3d,
+        reference.depthwise_conv3d,
+        [
+            lambda: (drawn(2, 3, 4, 5, 6), drawn(3, 1, 3, 3, 3), drawn(3), [1] * 3, [1] * 3, [1] * 3),
+            lambda: (drawn(2, 3, 4, 9, 6), drawn(3, 1, 2, 5, 3), None, [2, 3, 2], [1, 0, 2], [1, 2, 1]),
+        ],
+    ),
+    "depthwise_conv_transpose3d": Sample(
+        depthwise.depthwise_conv_transpose3d,
+        reference.depthwise_conv_transpose3d,
+        [
+            lambda: (
+                drawn(2, 3, 2, 3, 3),
+                drawn(3, 1, 3, 3, 3),
+                drawn(3),
+                [2] * 3,
+                [1] * 3,
+                [1] * 3,
+                [4, 5, 6],
+            ),
+            lambda: (
+                drawn(1, 2, 4, 2, 6),
+                drawn(2, 1, 1, 2, 3),
+                None,
+                [1] * 3,
+                [0] * 3,
+                [1, 2, 1],
+                [4, 4, 8],
+            ),
         ],
     ),
     "small_conv3d": Sample(
@@ -262,6 +321,8 @@ SAMPLES: dict[str, Sample] = {
         [
             lambda: (drawn(2, 3, 4, 5, 6), drawn(4, 3, 3, 3, 3), drawn(4), [1, 1, 0], False),
             lambda: (drawn(2, 3, 4, 5, 6), drawn(3, 4, 3, 3, 3), None, [1, 0, 2], True),
+            lambda: (drawn(2, 3, 4, 9, 6), drawn(4, 3, 1, 3, 1), drawn(4), [0, 1, 0], False),
+            lambda: (drawn(1, 3, 5, 4, 6), drawn(2, 3, 5, 5, 5), drawn(2), [2, 2, 2], False),
         ],
     ),
     "new_tensor": Sample(

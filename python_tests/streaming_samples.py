@@ -50,7 +50,7 @@ def load(path):
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-def refused(tmp_path, match, sources, *, ratios=(1, 1), out="out.safetensors", **options):
+def assert_refused(tmp_path, match, sources, *, ratios=(1, 1), out="out.safetensors", **options):
     """A merge that must fail and leave nothing behind."""
     before = set(tmp_path.rglob("*"))
     with pytest.raises(InputError, match=match):

@@ -13,14 +13,16 @@ METHODS = {"scratch": 0.0, "imm-warmup": 0.0, "t-imm": 0.1}
 """Method → its lead in Dice over scratch."""
 
 
-def study_results(counts=(4, 8), draws=(0, 1), seeds=(0, 1, 2), leads=METHODS, noise=0.004, **changes):
+def study_results(
+    counts=(4, 8), draws=(0, 1), seeds=(0, 1, 2), leads=METHODS, noise=0.004, *, sets=(0,), **changes
+):
     """All that a report can show, with equal noise in every case."""
-    runs = [(m, n, d, s) for n in counts for m in leads for d in draws for s in seeds]
+    runs = [(m, n, k, d, s) for n in counts for m in leads for k in sets for d in draws for s in seeds]
     image = np.random.default_rng(3).uniform(size=(40, 48))
     labels = np.zeros((40, 48), dtype=np.uint8)
     labels[10:20, 10:20] = 2
     curves = [
-        [*run, step, step / 10, 0.1 + step / 200 + run[3] / 50] for run in runs for step in (10, 20, 30)
+        [*run, step, step / 10, 0.1 + step / 200 + run[4] / 50] for run in runs for step in (10, 20, 30)
     ]
     ratios = [
         [*run, layer, source, 0.5]
@@ -30,12 +32,12 @@ def study_results(counts=(4, 8), draws=(0, 1), seeds=(0, 1, 2), leads=METHODS, n
         for source in ("M1", "M2")
     ]
     learned = [
-        [*run, task, dice + run[3] / 10]
+        [*run, task, dice + run[4] / 10]
         for run in runs
         if run[0] == "t-imm"
         for task, dice in (("task 1", 0.3), ("task 2", 0.2))
     ]
-    fixed = [["imm-warmup", None, None, None, task, 0.25] for task in ("task 1", "task 2")]
+    fixed = [["imm-warmup", None, 0, None, None, task, 0.25] for task in ("task 1", "task 2")]
     stages = [["M1: task 1", None, 200, 25.0, 0.6, 30.2], ["Fine-tuning", counts[0], 20, 5.0, 0.5, 3.0]]
     results = Results(
         title="Study <of> initialisations & friends",
@@ -59,7 +61,7 @@ def study_results(counts=(4, 8), draws=(0, 1), seeds=(0, 1, 2), leads=METHODS, n
 
 def frame(rows, columns):
     """A frame as the reader makes it: whole numbers that may be absent."""
-    whole = {name: "Int64" for name in ("train_cases", "draw", "seed") if name in columns}
+    whole = {name: "Int64" for name in ("train_cases", "source_set", "draw", "seed") if name in columns}
     return pd.DataFrame(rows, columns=columns).astype(whole)
 
 

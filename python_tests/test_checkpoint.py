@@ -231,7 +231,7 @@ def test_describe_is_json_with_the_facts(tmp_path: Path) -> None:
         parents=["0a"],
         task={"name": "brats"},
     )
-    facts = json.loads(json.dumps(describe(path)))
+    facts = json.loads(json.dumps(describe(load_checkpoint(path))))
     assert facts.pop("versions")["torch"] == torch.__version__
     assert facts == {
         "path": str(path),

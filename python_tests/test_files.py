@@ -6,6 +6,7 @@ import signal
 import stat
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from timm_ext.files import (
     check_file,
     check_outputs,
     ending_of,
+    made_folder,
     real_path,
     remove_stale_partials,
     sha256,
@@ -171,6 +173,19 @@ def test_folder_is_whole_or_absent(tmp_path: Path) -> None:
         pass
 
 
+def test_folders_that_were_made_for_nothing_are_gone(tmp_path: Path) -> None:
+    kept = tmp_path / "a" / "kept"
+    with made_folder(kept):
+        pass
+    for name in ("", "file"):
+        with suppress(KeyError), made_folder(kept / "new" / "deep"):
+            (kept / "new" / "other").mkdir()
+            if name:
+                (kept / "new" / name).touch()
+            raise KeyError
+        assert [path.name for path in kept.rglob("*")] == (["new", "file"] if name else [])
+
+
 def test_json_round_trip(tmp_path: Path) -> None:
     write_json(tmp_path / "x.json", {"a": [1, 2.5, None, "é"]})
     assert read_json(tmp_path / "x.json") == {"a": [1, 2.5, None, "é"]}
@@ -218,7 +233,7 @@ def test_temporary_names_hold_no_dots_of_the_name(tmp_path: Path) -> None:
     with atomic_write(tmp_path / name) as temporary:
         temporary.write_text("content")
         assert temporary.name.endswith(".nii.gz")
-        assert "840" not in temporary.name
+        assert "2.840" not in temporary.name
     assert os.listdir(tmp_path) == [name]
 
 

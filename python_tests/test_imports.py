@@ -39,13 +39,14 @@ ALLOWED = {
     "data": BASE,
     "synthesis": BASE | {"data"},
     "metrics": BASE | {"data"},
-    "inference": BASE | {"data", "modes", "networks"},
+    "inference": BASE | {"data", "layers", "modes", "networks"},
     "training": BASE | MODEL | MERGE | WORK,
     "transfer": BASE | MODEL | MERGE | WORK,
-    "planning": BASE | {"data", "inference", "networks"},
+    "interop": BASE | MODEL | {"data", "inference", "layers"},
+    "planning": BASE | {"data", "inference", "layers", "networks"},
     "study": BASE | MODEL | MERGE | WORK | {"synthesis", "transfer", "planning"},
     "config": BASE | {"data", "fisher", "inference", "training", "transfer"},
-    "cli": BASE | MODEL | MERGE | WORK | {"synthesis", "transfer", "config", "planning", "study"},
+    "cli": BASE | MODEL | MERGE | WORK | {"synthesis", "transfer", "interop", "config", "planning", "study"},
 }
 
 # Packages that `import timm_ext` must not load, and the modules that may import them at their top.

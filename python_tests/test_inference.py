@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+import timm_ext
 from timm_ext.data.formats.cases import Case
 from timm_ext.data.prepare import PrepareSettings
-from timm_ext.data.tasks import TASKS, Region, Task
+from timm_ext.data.tasks import TASKS, Region, Task, task_from_dict
 from timm_ext.data.volume import Volume, write_nifti
 from timm_ext.errors import InputError
 from timm_ext.inference import (
@@ -53,8 +54,28 @@ def test_odd_sizes_are_padded_and_cut_back():
     images = torch.randn(2, 1, 9, 8, 14)
     padded = nn.functional.pad(images, (0, 2, 0, 0, 0, 3))
     with torch.no_grad():
-        logits = predict_logits(model, images)
+        logits = predict_logits(model, images, PredictSettings(fast_layers=False))
         assert torch.equal(logits, model(padded)[:, :, :9, :8, :14])
+
+
+@pytest.mark.parametrize("window", [None, (8, 8, 12)])
+def test_fast_layers_are_the_default_and_change_nothing_but_rounding(window):
+    model, images = _network().eval(), torch.randn(2, 1, 8, 8, 12)
+    with torch.no_grad():
+        found = predict_logits(model, images, PredictSettings(window=window))
+        plain = predict_logits(model, images, PredictSettings(window=window, fast_layers=False))
+        if window is None:
+            with timm_ext.fast_layers():
+                assert torch.equal(found, model(images))
+            assert torch.equal(plain, model(images))
+    assert not torch.equal(found, plain)
+    assert (found - plain).norm() < 1e-5 * plain.norm()
+    fast, other = (
+        predict_probabilities(model, images[0], PredictSettings(window=window, fast_layers=fast))
+        for fast in (True, False)
+    )
+    assert not torch.equal(fast, other)
+    assert torch.allclose(fast, other, atol=1e-5)
 
 
 def test_volume_of_one_coarse_voxel_is_padded():
@@ -88,8 +109,28 @@ def test_probabilities_are_the_sigmoid_without_dropout():
     probabilities = predict_probabilities(model, image)
     assert model.training
     with torch.no_grad():
-        assert torch.allclose(probabilities, model.eval()(image[None])[0].sigmoid())
+        assert torch.allclose(probabilities, model.eval()(image[None])[0].sigmoid(), atol=1e-6)
     assert probabilities.dtype == torch.float32
+
+
+def test_classes_are_the_softmax_of_the_mean_of_mirror_images():
+    model = _network().eval()
+    image = torch.randn(1, 8, 8, 12)
+    with torch.no_grad():
+        plain, mirrored = (model(one[None])[0] for one in (image, image.flip(1)))
+    expected = ((plain + mirrored.flip(1)) / 2).softmax(0)
+    found = predict_probabilities(model, image, PredictSettings(flips=(0,)), softmax=True)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_the_likeliest_class_is_written_the_background_among_them():
+    task = task_from_dict(
+        {"name": "x", "modalities": ["T1"], "regions": {"a": [7], "b": [3]}, "softmax": True}
+    )
+    probabilities = torch.tensor([[0.4, 0.2, 0.3], [0.35, 0.5, 0.3], [0.25, 0.3, 0.4]]).view(3, 1, 1, 3)
+    assert labels_from_probabilities(probabilities, task).tolist() == [[[0, 7, 3]]]
+    with pytest.raises(InputError, match=r"expected probabilities \[3, D, H, W\]"):
+        labels_from_probabilities(probabilities[1:], task)
 
 
 def test_flips_average_all_eight_mirror_images():
@@ -131,7 +172,8 @@ def test_mirror_images_are_batched(batch_size, batches):
     assert model.batches == batches
 
 
-def test_mixed_precision_is_close():
+def test_mixed_precision_is_close(monkeypatch):
+    monkeypatch.setattr("timm_ext.layers.rules.recording.half_path", lambda: ("avx512_bf16", ""))
     model = _network().eval()
     image = torch.randn(1, 8, 8, 12)
     exact = predict_probabilities(model, image)

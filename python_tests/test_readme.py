@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.main import get_command
 
+from timm_ext.cli.app import app
 from timm_ext.data.tasks import get_task, task_from_dict
-from timm_ext.networks import load_network
+from timm_ext.networks import load_network, registry
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -85,9 +87,25 @@ def fused_mean(bank, layout):
     return {e.name: merged[start : start + e.numel].reshape(e.shape) for e, start in places}
 
 
+def test_the_network_of_the_page_on_monai_is_built_by_its_name(monkeypatch):
+    monkeypatch.setattr(registry, "_SPECS", dict(registry._SPECS))
+    (block,) = blocks_of(ROOT / "docs" / "monai.md")
+    exec(block, {})
+    network = registry.build_network("mine", in_channels=2, out_channels=3, width=4)
+    assert network(torch.zeros(1, 2, 4, 4, 4)).shape == (1, 3, 4, 4, 4)
+
+
 def test_no_other_page_for_users_has_code_that_is_not_run():
     users = [path for path in PAGES if path.name != "CONTRIBUTING.md"]
-    assert [path.name for path in users if blocks_of(path)] == ["README.md", "networks.md"]
+    assert [path.name for path in users if blocks_of(path)] == ["README.md", "monai.md", "networks.md"]
+
+
+def test_the_table_of_commands_has_every_command_once():
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    table = text[text.index("| command |") :]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    named = [name for row in rows for name in re.findall(r"`([\w-]+)`", row)]
+    assert sorted(named) == sorted(get_command(app).commands)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

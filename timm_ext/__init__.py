@@ -1,10 +1,12 @@
 """Fisher-weighted adaptive merging of pre-trained 3D segmentation networks into one initialisation.
 
 Importing the package loads torch and the operators only; the other names below load their module when they
-are used.
+are used. In the command `timm-ext` torch is one of them: its help needs none.
 """
 
+import sys
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from timm_ext.system.signals import quiet_start
@@ -13,21 +15,9 @@ quiet_start()  # torch takes seconds to load, in which Ctrl-C must not print a t
 
 from timm_ext._moved import keep_old_names  # noqa: E402
 from timm_ext.errors import InputError  # noqa: E402
-from timm_ext.ops._library import build_info, load_library  # noqa: E402
 
 __version__ = "0.1.0"
-load_library(__path__, __version__)
 keep_old_names()
-
-from timm_ext.ops.fisher import (  # noqa: E402
-    conv_weight_grad_square_,
-    sample_labels,
-    square_accumulate_,
-)
-from timm_ext.ops.merge import (  # noqa: E402
-    fused_merge,
-    ratios,
-)
 
 if TYPE_CHECKING:
     from timm_ext.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -37,6 +27,9 @@ if TYPE_CHECKING:
     from timm_ext.layout import Layout
     from timm_ext.merging import Bank, MergedModel
     from timm_ext.networks import build_network
+    from timm_ext.ops._library import build_info
+    from timm_ext.ops.fisher import conv_weight_grad_square_, sample_labels, square_accumulate_
+    from timm_ext.ops.merge import fused_merge, ratios
     from timm_ext.parameters import split_parameters
 
 _MODULE_OF = {
@@ -47,13 +40,19 @@ _MODULE_OF = {
     "Groups": "groups",
     "Layout": "layout",
     "MergedModel": "merging",
+    "build_info": "ops._library",
     "build_network": "networks",
+    "conv_weight_grad_square_": "ops.fisher",
     "estimate_fisher": "fisher",
     "fast_layers": "layers",
+    "fused_merge": "ops.merge",
     "load_checkpoint": "checkpoint",
     "make_groups": "groups",
+    "ratios": "ops.merge",
+    "sample_labels": "ops.fisher",
     "save_checkpoint": "checkpoint",
     "split_parameters": "parameters",
+    "square_accumulate_": "ops.fisher",
 }
 
 __all__ = [
@@ -90,3 +89,8 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(set(globals()) | set(__all__))
+
+
+if Path(next(iter(sys.argv), "")).stem != "timm-ext":  # the command loads them when it needs them
+    import_module("timm_ext.ops.fisher")
+    import_module("timm_ext.ops.merge")

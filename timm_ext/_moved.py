@@ -49,6 +49,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "terminal": ("system.terminal",),
     "torch_files": ("storage.torch_files",),
     "training.losses": ("training.objective",),
+    "training.run": ("training.loop",),
     "training.transfer": ("training.ties",),
 }
 
@@ -76,6 +77,7 @@ MOVED_NAMES: dict[str, dict[str, tuple[str, str]]] = {
     "parameters": {
         name: ("layout", name) for name in ("Entry", "Layout", "check_compatible", "compatibility_report")
     },
+    "training.run": {"Run": ("training.loop", "TrainingLoop")},
     "training.settings": {"AdaptSettings": ("transfer.settings", "AdaptSettings")},
 }
 

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from timm_ext.files import atomic_write, check_file, reading, sha256
 from timm_ext.storage.integrity import BLANK, check_seal, seal
 from timm_ext.storage.metadata import read_metadata, write_metadata
 from timm_ext.storage.state_dicts import StateDict, find_state_dict, without_wrappers
-from timm_ext.storage.torch_files import read_torch_file
+from timm_ext.storage.torch_files import json_values, read_torch_file
 
 _KEY = "timm_ext"
 FORMAT = 2  # from which on a file holds its digest
@@ -39,6 +39,7 @@ class Checkpoint:
         sha256: of that file, by which children name it as their parent.
         notes: how the tensors were found in another program's file, in words: where they lay, what was taken
             off their names, what was left out; empty where they were taken as they are.
+        beside: the JSON values that another program's PyTorch file holds beside its tensors.
     """
 
     tensors: dict[str, Tensor]
@@ -46,6 +47,7 @@ class Checkpoint:
     path: Path | None = None
     sha256: str | None = None
     notes: tuple[str, ...] = ()
+    beside: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -107,9 +109,10 @@ def load_checkpoint(
     """
     path = Path(path)
     check_file(path)
-    if _is_torch_file(path):
-        found = find_state_dict(read_torch_file(path), path, names)
-        checkpoint = Checkpoint(found.tensors, {}, path, sha256(path), found.notes)
+    if is_torch_file(path):
+        content = read_torch_file(path)
+        found = find_state_dict(content, path, names)
+        checkpoint = Checkpoint(found.tensors, {}, path, sha256(path), found.notes, json_values(content))
     else:
         checkpoint = _read_safetensors(path, names)
     kinds = (kind,) if isinstance(kind, str) else kind
@@ -154,19 +157,16 @@ def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     return lines
 
 
-def describe(path: Path | str) -> dict[str, Any]:
-    """Summarise a checkpoint as JSON values: its file, its tensors and its provenance.
-
-    Raises:
-        InputError: as for `load_checkpoint`.
-    """
-    checkpoint = load_checkpoint(path)
-    tensors = checkpoint.tensors.values()
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Summarise a checkpoint as JSON values: its file, its tensors, each once, and its provenance."""
+    first_names, _ = _without_aliases(checkpoint.tensors)
+    tensors = [checkpoint.tensors[name] for name in first_names]
+    path = checkpoint.path
     return {
         "path": str(path),
         "kind": checkpoint.kind,
         "sha256": checkpoint.sha256,
-        "bytes": Path(path).stat().st_size,
+        "bytes": None if path is None else path.stat().st_size,
         "tensors": len(tensors),
         "elements": sum(tensor.numel() for tensor in tensors),
         "dtypes": dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)),
@@ -208,7 +208,8 @@ def versions() -> dict[str, str]:
     return {"timm_ext": own, "torch": torch.__version__}
 
 
-def _is_torch_file(path: Path) -> bool:
+def is_torch_file(path: Path) -> bool:
+    """Tell whether a file is one of PyTorch's, by how it begins or, where that says nothing, its suffix."""
     with reading(path), path.open("rb") as file:
         start = file.read(9)
     if start[8:] == b"{":  # safetensors: eight bytes of length, which may look like a pickle, then JSON

@@ -22,7 +22,7 @@ from timm_ext.documents import Location, parse_yaml, read_yaml, validated
 from timm_ext.documents.fields import Cases, Edges
 from timm_ext.errors import InputError, printable, shown
 from timm_ext.files import atomic_write
-from timm_ext.fisher.settings import EstimateSettings
+from timm_ext.fisher.settings import EstimateSettings, Likelihood
 from timm_ext.inference import PredictSettings
 from timm_ext.training.settings import TrainSettings
 from timm_ext.transfer.settings import AdaptSettings, Recipe
@@ -78,15 +78,22 @@ class FisherSettings(Section, EstimateSettings):
         patches: of each case, half of them on voxels of a region, as in training; drawn with `seed`.
     """
 
+    likelihood: Likelihood = "auto"
+
     patch: Edges | None = None
     patches: Cases = 4
+
+    def options(self, *, softmax: bool) -> dict[str, Any]:
+        """Return those of the estimate alone."""
+        options = super().options(softmax=softmax)
+        return {name: value for name, value in options.items() if name in EstimateSettings.model_fields}
 
 
 class RunSettings(Section):
     """All settings of the commands; every section and field has a default.
 
     The fields of `PLANNED` are `auto` unless they are given: `automatic` names those. Until `planned` fills
-    them in they hold what they mean without a plan. In YAML they are words: `auto`, and those of `PLANNED`.
+    them in they hold what they mean without planning. In YAML they are words: `auto`, and those of `PLANNED`.
     """
 
     network: NetworkSettings = NetworkSettings()
@@ -110,7 +117,7 @@ class RunSettings(Section):
 
     @property
     def automatic(self) -> frozenset[str]:
-        """Names of the fields that a plan is to decide, `section.field`."""
+        """Names of the fields that planning is to decide, `section.field`."""
         return self._automatic
 
     def planned(self, values: Mapping[str, Any]) -> "RunSettings":
@@ -203,7 +210,7 @@ def settings_to_yaml(settings: BaseModel) -> str:
 
 
 def _without_words(values: Mapping[str, Any]) -> tuple[dict[str, Any], frozenset[str]]:
-    """Take the words of `PLANNED` out of what was read, and tell which fields are left to a plan."""
+    """Take the words of `PLANNED` out of what was read, and tell which fields are left to planning."""
     plain = copy.deepcopy(dict(values))
     automatic = set()
     for name, word in PLANNED.items():

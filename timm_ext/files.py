@@ -120,6 +120,33 @@ def atomic_folder(path: Path | str, *, over: bool = False) -> Iterator[Path]:
         sync(path.parent)
 
 
+@contextmanager
+def made_folder(path: Path | str) -> Iterator[None]:
+    """Make a folder with its parents; if the block fails, what was made and holds no file is gone again."""
+    path = Path(path)
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder, _, _ in os.walk(made[-1], topdown=False) if made else ():
+            with suppress(OSError):  # it holds something
+                os.rmdir(folder)
+        raise
+
+
+@contextmanager
+def temporary_folder(beside: Path | str) -> Iterator[Path]:
+    """Yield a folder beside a path that is removed in the end, if need be by a later write there.
+
+    Raises:
+        InputError: it cannot be written or the disk is full.
+    """
+    with _temporary_beside(Path(beside)) as temporary:
+        temporary.mkdir()
+        yield temporary
+
+
 def remove_stale_partials(folder: Path | str) -> list[Path]:
     """Remove the temporary files and folders of atomic writes whose process is gone.
 

@@ -102,21 +102,21 @@ class _Numbering:
         return GroupNames(self._blocks)
 
     def segments(self, entry: Entry) -> tuple[Tensor, Tensor]:
-        """Return group and length of each run of an entry, both `[runs]`, before neighbours are joined."""
+        """Return group and length of each span of an entry, both `[spans]`, before neighbours are joined."""
         if self._granularity == "model":
-            return _runs(torch.tensor([self._block("model", "model", ())]), entry)
+            return _spans(torch.tensor([self._block("model", "model", ())]), entry)
         if self._granularity == "layer":
-            return _runs(torch.tensor([self._block(entry.layer, entry.layer or entry.name, ())]), entry)
+            return _spans(torch.tensor([self._block(entry.layer, entry.layer or entry.name, ())]), entry)
         if self._granularity == "element":
             first = self._block(entry.name, entry.name, entry.shape)
-            return _runs(first + torch.arange(entry.numel), entry)
+            return _spans(first + torch.arange(entry.numel), entry)
         if self._granularity == "kernel" and entry.in_dim is not None and entry.out_dim is not None:
             axes = (entry.out_dim, entry.in_dim)
             first = self._block(entry.name, entry.layer or entry.name, entry.shape[:2], axes, entry.name)
-            return _runs(first + torch.arange(math.prod(entry.shape[:2])), entry)
+            return _spans(first + torch.arange(math.prod(entry.shape[:2])), entry)
         key = (entry.layer, entry.out_channels)
         first = self._block(key, entry.layer or entry.name, (entry.out_channels,), fallback=entry.name)
-        return _runs(first + _channel_of_runs(entry), entry)
+        return _spans(first + _channel_of_spans(entry), entry)
 
     def _block(
         self,
@@ -136,8 +136,8 @@ class _Numbering:
         return self._first[key]
 
 
-def _channel_of_runs(entry: Entry) -> Tensor:
-    """Return the output channel of each contiguous run of an entry, in memory order."""
+def _channel_of_spans(entry: Entry) -> Tensor:
+    """Return the output channel of each contiguous span of an entry, in memory order."""
     if entry.out_dim != 1:
         return torch.arange(entry.out_channels)
     rows, per_group = entry.shape[:2]
@@ -145,7 +145,7 @@ def _channel_of_runs(entry: Entry) -> Tensor:
     return (group_of_row[:, None] * per_group + torch.arange(per_group)).reshape(-1)
 
 
-def _runs(rows: Tensor, entry: Entry) -> tuple[Tensor, Tensor]:
+def _spans(rows: Tensor, entry: Entry) -> tuple[Tensor, Tensor]:
     return rows, torch.full((len(rows),), entry.numel // len(rows))
 
 

@@ -19,8 +19,9 @@ from timm_ext.data.grid import Triple
 from timm_ext.data.prepare import Prepared, PrepareSettings, prepare_case, restore
 from timm_ext.data.tasks import Labels, Task
 from timm_ext.data.volume import Volume, write_nifti
-from timm_ext.documents.fields import Edges, Share, number, refused_as, whole
+from timm_ext.documents.fields import Edges, Flag, Share, number, refused_as, whole
 from timm_ext.errors import InputError
+from timm_ext.layers import layers_on, memory_on
 from timm_ext.modes import evaluating
 from timm_ext.networks.registry import size_divisor_of
 
@@ -40,12 +41,14 @@ class PredictSettings:
             all combinations. Only those that training mirrored: a network that has learned where a structure
             lies loses it otherwise.
         threshold: probability above which a voxel belongs to a region.
+        fast_layers: predict on a CPU by `timm_ext.fast_layers`; elsewhere without effect.
     """
 
     window: Edges | None = None
     overlap: Share = 0.5
     flips: Annotated[tuple[Axis, ...], Field(max_length=3)] = ()
     threshold: Annotated[float, number(0, above=True, below=1)] = 0.5
+    fast_layers: Flag = True
 
 
 def predict_logits(
@@ -75,32 +78,47 @@ def predict_logits(
         ends = zip(edges[::-1], fitting_size(edges, divisor)[::-1], strict=True)
         padding = [length for edge, full in ends for length in (0, full - edge)]
         depth, height, width = edges
-        logits = _checked(model(nn.functional.pad(images, padding)))
+        padded = nn.functional.pad(images, padding)
+        with layers_on(images.device, settings.fast_layers):
+            logits = _checked(model(padded))
         return logits[:, :, :depth, :height, :width]
     from monai.inferers.utils import sliding_window_inference  # slow to load
 
-    result = sliding_window_inference(
-        images,
-        roi_size=fitting_size(settings.window, divisor),
-        sw_batch_size=batch_size,
-        predictor=lambda part: _checked(model(part)),
-        overlap=settings.overlap,
-        mode="gaussian",
-    )
+    def of_windows(part: Tensor) -> Tensor:
+        with layers_on(part.device, settings.fast_layers):
+            return _checked(model(part))
+
+    with memory_on(images.device, settings.fast_layers):
+        result = sliding_window_inference(
+            images,
+            roi_size=fitting_size(settings.window, divisor),
+            sw_batch_size=batch_size,
+            predictor=of_windows,
+            overlap=settings.overlap,
+            mode="gaussian",
+        )
     assert isinstance(result, Tensor)
     return result
 
 
 def predict_probabilities(
-    model: nn.Module, image: Tensor, settings: PredictSettings | None = None, *, batch_size: int = 4
+    model: nn.Module,
+    image: Tensor,
+    settings: PredictSettings | None = None,
+    *,
+    softmax: bool = False,
+    batch_size: int = 4,
 ) -> Tensor:
-    """Predict the probability of every region in every voxel: σ(logits), or its mean over mirror images.
+    """Predict the probability of every output in every voxel.
+
+    σ(logits), or its mean over mirror images; with `softmax` that of the mean of the logits, as nnU-Net does.
 
     Args:
         model: from `[B, C, D, H, W]` to logits `[B, R, D, H, W]`; evaluated without dropout where it is,
             each module's own mode is restored.
         image: `[C, D, H, W]`.
         settings: window, overlap and flips.
+        softmax: the outputs are classes that exclude each other.
         batch_size: volumes or windows per pass. PyTorch's CPU convolutions are slow for a batch of one
             small volume, so that mirror images and windows cost less together.
 
@@ -118,16 +136,19 @@ def predict_probabilities(
     per_pass = batch_size if settings.window is None else 1
     parameter = next(model.parameters(), image)
     total: Tensor | float = 0.0
-    with torch.inference_mode(), evaluating(model):
+    kept = memory_on(parameter.device, settings.fast_layers)
+    with torch.inference_mode(), evaluating(model), kept:
         batch = image.to(parameter.device)[None]
         for start in range(0, len(axes), per_pass):
             chosen = axes[start : start + per_pass]
             mirrored = torch.cat([batch.flip(each) for each in chosen])
             logits = predict_logits(model, mirrored, settings, batch_size=batch_size)
-            for each, one in zip(chosen, logits.float().sigmoid().split(1), strict=True):
+            values = logits.float() if softmax else logits.float().sigmoid()
+            for each, one in zip(chosen, values.split(1), strict=True):
                 total = total + one.flip(each)
     assert isinstance(total, Tensor)
-    return (total[0] / len(axes)).cpu()
+    mean = (total[0] / len(axes)).cpu()
+    return mean.softmax(0) if softmax else mean
 
 
 def labels_from_probabilities(
@@ -135,12 +156,13 @@ def labels_from_probabilities(
 ) -> Labels:
     """Turn regions into one label map.
 
+    Classes of a softmax: the likeliest, the background among them; the threshold plays no part.
     Disjoint regions (parcellation): the likeliest region of those above the threshold, the first of equals.
     Nested ones (BraTS): regions above the threshold are painted from the outermost inward, whole tumour → 2,
     tumour core → 1, enhancing tumour → 4, so that the inner region wins.
 
     Args:
-        probabilities: `[R, D, H, W]`, channels in the task's order.
+        probabilities: `[R, D, H, W]`, the task's outputs in their order.
         task: names the regions' labels; a region of several labels is written as its first own one.
         threshold: probability above which a voxel belongs to a region.
 
@@ -151,15 +173,19 @@ def labels_from_probabilities(
         InputError: another number of regions, or a threshold outside (0, 1).
     """
     values = np.asarray(probabilities)
-    if values.ndim != 4 or len(values) != len(task.regions):
+    if values.ndim != 4 or len(values) != len(task.output_names):
         raise InputError(
-            f"labels: expected probabilities [{len(task.regions)}, D, H, W] for task {task.name} "
+            f"labels: expected probabilities [{len(task.output_names)}, D, H, W] for task {task.name} "
             f"(got {list(values.shape)})"
         )
     if not 0 < threshold < 1:
         raise InputError(f"threshold: must lie in (0, 1) (got {threshold})")
+    if task.softmax:
+        written = np.array([0, *(region.labels[0] for region in task.regions)], dtype=np.uint8)
+        likeliest: Labels = written[values.argmax(axis=0)]
+        return likeliest
     labels = np.zeros(values.shape[1:], dtype=np.uint8)
-    if task.disjoint:
+    if task.disjoint and not task.class_order:
         own = np.array([region.labels[0] for region in task.regions], dtype=np.uint8)
         above = values.max(axis=0) > threshold
         labels[above] = own[values.argmax(axis=0)][above]
@@ -192,7 +218,7 @@ def predict_case(
         prepare: the preparation that the network was trained with.
         out_path: the label map, `.nii` or `.nii.gz`.
         settings: of the prediction.
-        probabilities_path: also write `[R, D, H, W]` float32 here, regions as NIfTI's fourth axis.
+        probabilities_path: also write `[R, D, H, W]` float32 here, outputs as NIfTI's fourth axis.
         check: called with the prepared case before the network sees it, to refuse what memory does not hold.
 
     Returns:
@@ -205,7 +231,9 @@ def predict_case(
     prepared = prepare_case(replace(case, label=None), task, prepare, None)
     if check is not None:
         check(prepared)
-    probabilities = predict_probabilities(model, torch.from_numpy(np.array(prepared.image)), settings)
+    probabilities = predict_probabilities(
+        model, torch.from_numpy(np.array(prepared.image)), settings, softmax=task.softmax
+    )
     restored = restore(probabilities.numpy(), prepared)
     labels = labels_from_probabilities(restored, task, settings.threshold)
     source = case.images[task.modalities[0]]

@@ -54,6 +54,18 @@ def parameter_aliases(model: nn.Module) -> dict[str, str]:
     return aliases
 
 
+def slots_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters and buffers in each module that holds them, modules under their first name.
+
+    `functional_call` must be given these names alone, without its own search for ties: it fills a slot once
+    for each name of a module that lies at several places, and would leave the first filling there.
+    """
+    for path, module in model.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                yield f"{path}.{name}" if path else name, tensor
+
+
 def _memory_span(tensor: Tensor) -> tuple[object, int, int] | None:
     """Return (device, first byte, one past the last byte), or None for a tensor without memory."""
     if tensor.numel() == 0 or tensor.is_meta:

@@ -112,8 +112,8 @@ benchmark() {
     in_package "$python" -m benchmarks.merge "$out/merge_cuda_bfloat16.json" --device cuda --dtype bfloat16 \
       --elements 64000000 --rounds 10 &&
     in_package "$python" -m benchmarks.conv_square "$out/conv_square_cuda.json" --device cuda &&
-    in_package "$python" -m benchmarks.fisher "$out/fisher_cuda.json" --device cuda --base 16 --edge 32 128 --batch 2 \
-      --memory-batch 2 --rivals ours "ours one by one" loop
+    in_package "$python" -m benchmarks.fisher "$out/fisher_cuda.json" --device cuda --network "isensee2017 16" \
+      --edge 32 128 --batch 2 --rivals ours "ours one by one" loop
 }
 
 summary() {

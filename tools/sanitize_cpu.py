@@ -24,7 +24,9 @@ TESTS = [
     "operators",
     "square",
     "conv_square",
-    "instance_norm",
+    "weight_gradient",
+    "norm",
+    "trilinear",
     "sample",
 ]
 LEFT_OUT = "not opcheck and not compile and not huge and not uniform"

@@ -22,8 +22,16 @@ from benchmarks.pages.speed import (
     merge,
     streamed_merge,
 )
+from benchmarks.pages.steps import inference, train_step
 from benchmarks.pages.tables import ROOT, Facts, machine, signed, span
-from benchmarks.pages.training import adaptation_search, barrier, demo, study
+from benchmarks.pages.training import (
+    adaptation_search,
+    barrier,
+    demo,
+    nnunet_hippocampus,
+    ratio_groups,
+    study,
+)
 
 PAGES = ROOT / "docs" / "benchmarks"
 BLOCK = re.compile(r"(<!-- benchmarks\.pages: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -32,10 +40,14 @@ MAKERS: tuple[Callable[[], Facts], ...] = (
     study,
     adaptation_search,
     barrier,
+    ratio_groups,
+    nnunet_hippocampus,
     merge,
     adaptation_step,
     streamed_merge,
     fisher,
+    train_step,
+    inference,
     convolution,
     cuda_resources,
 )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from benchmarks.pages.steps import times_of, times_table
 from benchmarks.pages.tables import Facts, Row, read_json, span, table
 
 MERGE_RIVALS = {
@@ -114,7 +115,7 @@ def fisher() -> Facts:
     result = read_json("fisher_cpu.json")
     rows = [
         [
-            row["base"],
+            row["network"],
             f"{row['edge']}³",
             row["batch"],
             f"{row['milliseconds']['plain']:.0f} ms",
@@ -126,26 +127,32 @@ def fisher() -> Facts:
     names = {"ours": "timm_ext", "ours one by one": "`micro_batch=1`", **FISHER_RIVALS}
     memory = [
         [
-            row["base"],
+            row["network"],
             f"{row['edge']}³",
             row["batch"],
             f"{row['plain_bytes'] / 1e6:.0f} MB",
-            *(f"{row['of_plain'][name]:.2f}" for name in names),
+            *(f"{row['of_plain'][name]:.2f}" if name in row["of_plain"] else None for name in names),
         ]
         for row in result["memory"]
     ]
-    size = ["base filters", "image", "B", "plain step"]
-    twice = [
-        row["over_ours"]["ours one by one"] for row in result["rows"] if row["edge"] > 32 or row["batch"] == 1
-    ]
-    largest = [row for row in result["rows"] if row["batch"] == 8]
+    size = ["network", "image", "B", "plain step"]
+    papers = [row for row in result["rows"] if row["network"].startswith("isensee2017")]
+    twice = [row["over_ours"]["ours one by one"] for row in papers if row["edge"] > 48 or row["batch"] == 1]
+    batches = [row["of_plain"] for row in result["rows"] if row["batch"] > 1]
+    others = read_json("fisher_networks_cpu.json")
+    ways = {"ours": "timm_ext", "loop": FISHER_RIVALS["loop"], "vmap": FISHER_RIVALS["vmap"]}
     return {
         "result": result,
+        "others": others,
+        "others_times": times_table(others["rows"], ways),
+        "others_of_plain": times_of(others["rows"]),
         "times": table([*size, "timm_ext", *FISHER_RIVALS.values()], rows),
         "memory": table([*size, *names.values()], memory),
-        "batches": [row for row in result["rows"] if row["batch"] > 1],
+        "networks": ", ".join(dict.fromkeys(row["network"] for row in result["rows"])),
+        "of_plain": {name: [row[name] for row in batches if name in row] for name in names},
+        "singles": [row["of_plain"]["ours"] for row in result["rows"] if row["batch"] == 1],
         "largest_memory": [row["of_plain"] for row in result["memory"] if row["batch"] == 8],
-        "one_by_one": [row["over_ours"]["ours one by one"] for row in largest],
+        "one_by_one": [row["over_ours"]["ours one by one"] for row in papers if row["batch"] == 8],
         "noise": max(max(ratio, 1 / ratio) - 1 for ratio in twice),
     }
 

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.pages.tables import Facts, read_csv, read_json, signed, table
+from benchmarks.pages.tables import Facts, read_csv, read_json, signed, span, table
 
 
 def demo() -> Facts:
@@ -114,6 +114,48 @@ def barrier() -> Facts:
     }
     ends = [row["plain"]["losses"][end] for row in result["rows"] for end in (0, -1)]
     return {"result": result, "table": table(header, rows), "losses": losses, "ends": ends}
+
+
+def ratio_groups() -> Facts:
+    """Facts of what the ratios of two published networks are grouped by."""
+    result = read_json("ratio_groups.json")
+
+    def of(order: str, fisher: bool, groups: str) -> list[float]:
+        """Return the Dice of one way in each repeat."""
+        ways = [way for row in result["rows"] for way in row["ways"]]
+        return [way[groups] for way in ways if (way["order"], way["fisher"]) == (order, fisher)]
+
+    columns = ("equal", "layer", "kernel")
+    lines = []
+    for order in ("plain", "aligned"):
+        for fisher in (False, True):
+            found = [of(order, fisher, column) for column in columns]
+            told = [f"{statistics.mean(each):.2f} ({span(each, '.2f')})" for each in found]
+            lines.append([order, "Fishers" if fisher else "none", *told])
+    header = ["channels", "weights", "equal ratios", "per layer", "per kernel"]
+    sources = list(zip(*(row["sources"] for row in result["rows"]), strict=True))
+    return {"result": result, "of": of, "sources": sources, "table": table(header, lines)}
+
+
+def nnunet_hippocampus() -> Facts:
+    """Facts of networks that went from nnU-Net through merges and back."""
+    result = read_json("nnunet_hippocampus.json")
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        found.setdefault((row["network"], row["stage"].split()[0]), []).append(row)
+    regions = list(result["rows"][0]["regions"])
+    lines = []
+    for (network, stage), repeats in found.items():
+        means = [statistics.mean(row["regions"][region] for row in repeats) for region in regions]
+        dice = ", ".join(f"{row['dice']:.3f}" for row in repeats)
+        lines.append([stage, network, dice, *(f"{mean:.3f}" for mean in means)])
+    scores = [[row["dice"] for row in repeats] for repeats in found.values()]
+    return {
+        "result": result,
+        "spread": max(max(each) - min(each) for each in scores),
+        "dice": lambda network, stage: [row["dice"] for row in found[network, stage]],
+        "table": table(["stage", "network", "Dice", *regions], lines),
+    }
 
 
 def _compared(folder: str, dice: Sequence[dict[str, str]]) -> list[dict[str, str]]:

@@ -10,6 +10,7 @@
 
 #include "checks.h"
 #include "conv3d/problem.h"
+#include "math/half.h"
 
 namespace timm_ext {
 
@@ -32,11 +33,24 @@ inline void check_sizes(const char* op, const char* name, const Tensor& tensor) 
                  name, " must have sizes < 2^31 (got ", list(sizes), ")");
 }
 
+inline void check_axes(const char* op, const char* name, const Tensor& tensor, int64_t axes) {
+  TIMM_EXT_CHECK(tensor.dim() == axes, op, ": ", name, " must have ", axes, " axes (got ", list(tensor.sizes()), ")");
+  check_sizes(op, name, tensor);
+}
+
 inline void check_volume(const char* op, const char* name, const Tensor& tensor, int64_t axes, const Tensor& input) {
   check_same_device(op, name, tensor, "input", input);
   check_dtype(op, name, tensor, ScalarType::Float, "");
-  TIMM_EXT_CHECK(tensor.dim() == axes, op, ": ", name, " must have ", axes, " axes (got ", list(tensor.sizes()), ")");
-  check_sizes(op, name, tensor);
+  check_axes(op, name, tensor, axes);
+}
+
+inline bool is_half(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::BFloat16; }
+
+/// [B, C, D, H, W], float32 or bfloat16.
+inline void check_stored_volume(const char* op, const char* name, const Tensor& tensor) {
+  TIMM_EXT_CHECK(is_half(tensor) || tensor.scalar_type() == ScalarType::Float, op, ": ", name,
+                 " must be float32 or bfloat16 (got ", dtype_name(tensor.scalar_type()), ")");
+  check_axes(op, name, tensor, 5);
 }
 
 inline void check_bias(const char* op, const std::optional<Tensor>& bias, int64_t outputs, const Tensor& input) {
@@ -81,13 +95,23 @@ inline void check_sums(const char* op, const Tensor& sums) {
   TIMM_EXT_CHECK(odd, op, ": sums must have odd sizes (got ", list(sums.sizes()), ")");
 }
 
+template <class S>
+void write_bias_as(S* to, int64_t planes, int64_t outputs, int64_t points, const float* values) {
+  for (int64_t plane = 0; plane < planes; ++plane) {
+    S stored;
+    math::from_float(stored, values != nullptr ? values[plane % outputs] : 0.0f);
+    std::fill_n(to + plane * points, points, stored);
+  }
+}
+
 /// What a convolution of no input channels gives, [examples, outputs, ...]: the bias, or 0.
 inline void write_bias(const Tensor& result, const std::optional<Tensor>& bias) {
   const int64_t outputs = result.size(1), planes = result.size(0) * outputs, points = result.numel() / planes;
-  const auto* const values = values_of(bias);
-  auto* const to = room_of(result);
-  for (int64_t plane = 0; plane < planes; ++plane) {
-    std::fill_n(to + plane * points, points, values != nullptr ? values[plane % outputs] : 0.0f);
+  if (is_half(result)) {
+    auto* const to = static_cast<math::BFloat16*>(result.mutable_data_ptr());
+    write_bias_as(to, planes, outputs, points, values_of(bias));
+  } else {
+    write_bias_as(room_of(result), planes, outputs, points, values_of(bias));
   }
 }
 

@@ -12,6 +12,7 @@ namespace timm_ext {
 namespace {
 
 constexpr const char* kOp = "conv3d_weight_gradient";
+constexpr int64_t kFilledTogether = 1 << 16;
 
 /// The shape of one group, after checking that everything fits together.
 ConvShape shape_of(const Tensor& grad, const Tensor& input, const std::vector<int64_t>& kernel,
@@ -43,16 +44,21 @@ ConvShape shape_of(const Tensor& grad, const Tensor& input, const std::vector<in
 Tensor conv3d_weight_gradient(const Tensor& grad, const Tensor& input, std::vector<int64_t> kernel,
                               std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
                               int64_t groups) {
-  check_volume(kOp, "input", input, 5, input);
-  check_volume(kOp, "grad", grad, 5, input);
+  check_stored_volume(kOp, "input", input);
+  check_same_device(kOp, "grad", grad, "input", input);
+  check_dtype(kOp, "grad", grad, input.scalar_type(), " like input");
+  check_axes(kOp, "grad", grad, 5);
   check_numbers(kOp, "kernel", kernel, 3, 1);
   check_numbers(kOp, "stride", stride, 3, 1);
   check_numbers(kOp, "padding", padding, 3, 0);
   check_numbers(kOp, "dilation", dilation, 3, 1);
   const ConvShape shape = shape_of(grad, input, kernel, stride, padding, dilation, groups);
-  const Tensor result = new_tensor(input, {grad.size(1), shape.inputs, kernel[0], kernel[1], kernel[2]});
+  const std::vector<int64_t> sizes = {grad.size(1), shape.inputs, kernel[0], kernel[1], kernel[2]};
+  const Tensor result = torch::stable::new_empty(input, sizes, ScalarType::Float);
   if (result.numel() == 0) return result;
-  std::fill_n(room_of(result), result.numel(), 0.0f);
+  torch::stable::parallel_for(0, result.numel(), kFilledTogether, [&](int64_t first, int64_t last) {
+    std::fill(room_of(result) + first, room_of(result) + last, 0.0f);
+  });
   if (grad.numel() == 0) return result;
   const Tensor g = torch::stable::contiguous(grad), x = torch::stable::contiguous(input);
   square_on_cpu(shape, result, g, x, groups, 1.0f, false, false);

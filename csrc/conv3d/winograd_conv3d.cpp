@@ -14,13 +14,14 @@ using torch::stable::parallel_for;
 
 constexpr const char* kOp = "winograd_conv3d";
 
-/// The shape of the convolution; a mirrored weight is [inputs, outputs, 3, 3, K].
+/// The shape of the convolution; a mirrored weight is [inputs, outputs, 1 or R, R, K].
 ConvShape shape_of(const Tensor& input, const Tensor& weight, const std::vector<int64_t>& padding, bool mirrored) {
-  TIMM_EXT_CHECK(weight.size(mirrored ? 0 : 1) == input.size(1) && weight.size(2) == 3 && weight.size(3) == 3 &&
-                     weight.size(4) >= 1,
-                 kOp, ": weight must be ", mirrored ? "[" : "[O, ", input.size(1), mirrored ? ", O" : "", ", 3, 3, K]",
-                 mirrored ? ", mirrored," : "", " for input ", list(input.sizes()), " (got ", list(weight.sizes()),
-                 ")");
+  const int64_t rows = weight.size(3);
+  TIMM_EXT_CHECK(weight.size(mirrored ? 0 : 1) == input.size(1) && (weight.size(2) == 1 || weight.size(2) == rows) &&
+                     (rows == 3 || rows == 5) && weight.size(4) >= 1,
+                 kOp, ": weight must be ", mirrored ? "[" : "[O, ", input.size(1), mirrored ? ", O" : "",
+                 ", 1 or R, R, K] with R = 3 or 5", mirrored ? ", mirrored," : "", " for input ", list(input.sizes()),
+                 " (got ", list(weight.sizes()), ")");
   check_numbers(kOp, "padding", padding, 3, 0);
   ConvShape s{weight.size(mirrored ? 1 : 0), input.size(1), {}, {}, {}, {1, 1, 1}, {}, {1, 1, 1}};
   for (int a = 0; a < 3; ++a) {
@@ -55,13 +56,14 @@ Tensor winograd_conv3d(const Tensor& input, const Tensor& weight, const std::opt
   const int64_t blocks = cpu::winograd_blocks(shape);
   const Tensor forms = new_tensor(x, {blocks * cpu::winograd_block_elements(shape)});
   auto* const to = room_of(forms);
-  const int64_t taps = 9 * shape.kernel[2];
+  const int64_t taps = shape.kernel[0] * shape.kernel[1] * shape.kernel[2];
   const cpu::WinogradWeights weights{
       &shape, values_of(g), mirrored ? taps : shape.inputs * taps, mirrored ? shape.outputs * taps : taps, mirrored,
       to};
   parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) { cpu::winograd_weights(weights, first, last); });
-  const cpu::WinogradProblem problem{&shape, values_of(x), to, values_of(bias), room_of(result), x.size(0)};
-  parallel_for(0, cpu::winograd_units(problem), 1,
+  const bool streamed = result.numel() >= cpu::kWinogradStreamed;
+  const cpu::WinogradProblem problem{&shape, values_of(x), to, values_of(bias), room_of(result), x.size(0), streamed};
+  parallel_for(0, cpu::WinogradUnits(problem).count(), 1,
                [&](int64_t first, int64_t last) { cpu::winograd_conv(problem, first, last); });
   return result;
 }

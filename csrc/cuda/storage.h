@@ -147,7 +147,7 @@ struct Pack {
     if constexpr (sizeof(Bits) == 2) return static_cast<Bits>(words[i / 2] >> (i % 2 * 16));
   }
 
-  /// All elements equal, for a plane of constants or a gradient that is one value.
+  /// All elements equal, for a matrix of constants or a gradient that is one value.
   TIMM_EXT_FN static Pack filled(Bits bits) {
     Pack pack = {};
     TIMM_EXT_UNROLL
@@ -158,7 +158,7 @@ struct Pack {
   /// The whole pack at an address that is aligned to it and that the kernel does not write.
   __device__ static Pack load(const Bits* address) { return unpack(__ldg(reinterpret_cast<const Vector*>(address))); }
 
-  /// The same of a plane that is read once: the first to leave the caches, so that they keep what the network needs.
+  /// The same of a matrix that is read once: the first to leave the caches, so that they keep what the network needs.
   __device__ static Pack load_once(const Bits* address) {
     return unpack(__ldcs(reinterpret_cast<const Vector*>(address)));
   }

@@ -33,6 +33,8 @@ TIMM_EXT_FN void from_float(BFloat16& to, float from) {
   to.bits = static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
 }
 
+TIMM_EXT_FN void from_float(float& to, float from) { to = from; }
+
 TIMM_EXT_FN void from_float(Float16& to, float from) {
   const uint32_t bits = bit_cast<uint32_t>(from);
   const uint32_t magnitude = bits & 0x7FFFFFFF;

@@ -20,15 +20,15 @@ constexpr const char* kOp = "fused_merge";
 /// Results of this size leave the caches anyway before they are read.
 constexpr int64_t kStreamedBytes = int64_t{1} << 22;
 
-/// The rows of a [T, P] plane: unit stride along P, and rows that do not overlap.
-int64_t row_stride(const char* name, const Tensor& plane) {
-  const int64_t models = plane.size(0);
-  const int64_t elements = plane.size(1);
-  const bool unit = elements <= 1 || plane.stride(1) == 1;
-  const bool apart = models <= 1 || plane.stride(0) >= elements;
+/// The rows of a [T, P] matrix: unit stride along P, and rows that do not overlap.
+int64_t row_stride(const char* name, const Tensor& matrix) {
+  const int64_t models = matrix.size(0);
+  const int64_t elements = matrix.size(1);
+  const bool unit = elements <= 1 || matrix.stride(1) == 1;
+  const bool apart = models <= 1 || matrix.stride(0) >= elements;
   TIMM_EXT_CHECK(unit && apart, kOp, ": ", name, " must have stride 1 along P and rows at least P apart (got strides ",
-                 list(plane.strides()), " for ", list(plane.sizes()), ")");
-  return models <= 1 ? elements : plane.stride(0);
+                 list(matrix.strides()), " for ", list(matrix.sizes()), ")");
+  return models <= 1 ? elements : matrix.stride(0);
 }
 
 void check_offsets(const Tensor& offsets, int64_t segments, int64_t elements) {
@@ -79,7 +79,7 @@ MergeInputs check_inputs(const Tensor& theta, const std::optional<Tensor>& fishe
   TIMM_EXT_CHECK(log_weight.dim() == 2 && log_weight.size(0) == in.segments && log_weight.size(1) == in.models, kOp,
                  ": log_weight must be [S, T] = [", in.segments, ", ", in.models, "] (got ", list(log_weight.sizes()),
                  ")");
-  check_dtype(kOp, "log_weight", log_weight, arithmetic_type(theta.scalar_type()), " for planes of this dtype");
+  check_dtype(kOp, "log_weight", log_weight, arithmetic_type(theta.scalar_type()), " for matrices of this dtype");
   check_same_device(kOp, "log_weight", log_weight, "theta", theta);
   TIMM_EXT_CHECK(log_weight.is_contiguous(), kOp, ": log_weight must be contiguous (got strides ",
                  list(log_weight.strides()), ")");
@@ -164,29 +164,29 @@ Tensor fused_merge_backward_log_weight(const Tensor& grad, const Tensor& theta, 
   return result;
 }
 
-std::tuple<Tensor, Tensor> fused_merge_backward_planes(const Tensor& grad, const Tensor& theta,
-                                                       const std::optional<Tensor>& fisher, const Tensor& log_weight,
-                                                       const Tensor& offsets, bool theta_wanted, bool fisher_wanted) {
+std::tuple<Tensor, Tensor> fused_merge_backward_matrices(const Tensor& grad, const Tensor& theta,
+                                                         const std::optional<Tensor>& fisher, const Tensor& log_weight,
+                                                         const Tensor& offsets, bool theta_wanted, bool fisher_wanted) {
   const MergeInputs in = check_inputs(theta, fisher, log_weight, offsets);
   TIMM_EXT_CHECK(fisher.has_value() || !fisher_wanted, kOp,
                  ": fisher must be given where its gradient is wanted (got None)");
   const Tensor usable = usable_gradient(grad, theta);
-  const auto plane = [&](bool wanted) {
+  const auto matrix = [&](bool wanted) {
     return wanted ? new_tensor(theta, {in.models, in.elements}) : new_tensor(theta, {0});
   };
-  const Tensor grad_theta = plane(theta_wanted);
-  const Tensor grad_fisher = plane(fisher_wanted);
+  const Tensor grad_theta = matrix(theta_wanted);
+  const Tensor grad_fisher = matrix(fisher_wanted);
   if (in.elements == 0) return {grad_theta, grad_fisher};
-  const MergePlaneGradients out{theta_wanted ? grad_theta.mutable_data_ptr() : nullptr,
-                                fisher_wanted ? grad_fisher.mutable_data_ptr() : nullptr, in.elements, in.elements};
+  const MergeMatrixGradients out{theta_wanted ? grad_theta.mutable_data_ptr() : nullptr,
+                                 fisher_wanted ? grad_fisher.mutable_data_ptr() : nullptr, in.elements, in.elements};
   const MergeGradient gradient = gradient_of(usable);
   if (theta.is_cuda()) {
     launch_on_device_of(kOp, theta,
-                        [&](void* stream) { return cuda::merge_backward_planes(in, gradient, out, stream); });
+                        [&](void* stream) { return cuda::merge_backward_matrices(in, gradient, out, stream); });
     return {grad_theta, grad_fisher};
   }
   parallel_for(0, cpu::block_count(in.elements), 1,
-               [&](int64_t first, int64_t last) { cpu::merge_backward_planes(in, gradient, out, first, last); });
+               [&](int64_t first, int64_t last) { cpu::merge_backward_matrices(in, gradient, out, first, last); });
   return {grad_theta, grad_fisher};
 }
 

@@ -29,8 +29,8 @@ struct MergeGradient {
   int64_t stride;      // 1, or 0 when one value stands for all (the gradient of a sum)
 };
 
-/// Where the gradients of θ and F are written; a null pointer skips that plane.
-struct MergePlaneGradients {
+/// Where the gradients of θ and F are written; a null pointer skips that matrix.
+struct MergeMatrixGradients {
   void* theta;            // [T, P] element
   void* fisher;           // [T, P] element
   int64_t theta_stride;   // elements

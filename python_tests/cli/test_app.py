@@ -6,6 +6,7 @@ import sys
 import pytest
 from cli_cases import NETWORK, TRAIN, failure, fishers, sources
 
+import timm_ext
 from timm_ext.cli import run
 from timm_ext.system.locks import folder_lock, output_lock
 
@@ -13,6 +14,7 @@ from timm_ext.system.locks import folder_lock, output_lock
 def test_help_of_every_command_has_an_example(capsys):
     for name in (
         "phantom",
+        "check",
         "prepare",
         "train",
         "fisher",
@@ -27,6 +29,11 @@ def test_help_of_every_command_has_an_example(capsys):
         assert "Example:" in capsys.readouterr().out
 
 
+def test_version(capsys):
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"timm-ext {timm_ext.__version__}\n"
+
+
 def test_wrong_usage_is_one_line(capsys):
     assert "No such command 'trian'" in failure(capsys, ["trian"], status=2)
     assert "CASES" in failure(capsys, ["train", "--out", "x"], status=2)
@@ -35,6 +42,32 @@ def test_wrong_usage_is_one_line(capsys):
 def test_debug_shows_the_traceback(capsys, tmp_path):
     assert run(["info", str(tmp_path / "none.safetensors"), "--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "{place}/tumours", "--set", "train.steps=x", "--out"],
+        ["train", "{place}/none", "--out"],
+        ["fisher", "{place}/M1.safetensors", "{place}/none", "--out"],
+        ["merge", "{place}/M1.safetensors", "{place}/none", "--method", "mean-imm", "--out"],
+        ["merge", "{place}/M1.safetensors", "{place}/F1.safetensors", "--ratios", "1,1", "--out"],
+        ["adapt", "{place}/M1.safetensors", "--data", "{place}/none", "--out"],
+        ["predict", "{place}/M1.safetensors", "{place}/none", "--out"],
+        ["evaluate", "{place}/none", "{place}/none", "--out"],
+        ["export", "{place}/none", "--out"],
+        ["prepare", "{place}/none", "--cache"],
+        ["study", "none", "--out"],
+        ["phantom", "--task", "none"],
+    ],
+    ids=lambda arguments: " ".join(arguments[:1] + arguments[-2:-1]),
+)
+def test_a_failure_leaves_no_folder_behind(place, tmp_path, capsys, arguments):
+    (tmp_path / "there").mkdir()
+    for name in ("new/run", "there/run"):
+        out = tmp_path / name / "x.safetensors"
+        failure(capsys, [*(text.format(place=place) for text in arguments), out])
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
 
 
 @pytest.mark.parametrize("command", ["merge", "phantom", "demo", "train", "fisher"])
@@ -115,8 +148,9 @@ def test_full_disk(place, tmp_path, command):
 
 def test_command_line_starts_without_the_heavy_libraries():
     code = (
-        "import sys; from timm_ext.cli import run; run(['--help']); "
-        "print({'monai', 'nibabel', 'SimpleITK', 'scipy', 'matplotlib', 'pydantic'} & set(sys.modules))"
+        "import sys; sys.argv = ['bin/timm-ext', '--help']; from timm_ext.cli import run; run(sys.argv[1:]); "
+        "heavy = {'torch', 'numpy', 'monai', 'nibabel', 'SimpleITK', 'scipy', 'matplotlib', 'pydantic'}; "
+        "print(heavy & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"

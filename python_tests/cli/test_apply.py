@@ -280,7 +280,7 @@ def test_label_maps_without_any_region_of_the_task_are_refused(tmp_path, capsys,
     empty = saved_labels(tmp_path / "t", a=[], b=[])
     error = failure(capsys, ["evaluate", empty, empty, *two_regions, "--out", tmp_path / "s"])
     assert "expected a region of task two in at least one label map (got none of lesion, thalamus" in error
-    assert not list((tmp_path / "s").iterdir())
+    assert not (tmp_path / "s").exists()
 
 
 @pytest.mark.parametrize("kept", ["network.safetensors", "settings.yaml"])  # done, or interrupted

@@ -6,6 +6,8 @@ import pytest
 from cli_cases import NETWORK, TRAIN, copy_case, failure
 
 from timm_ext.cli import run
+from timm_ext.cli.cases import _tell_shared
+from timm_ext.data.formats.cases import Case
 
 
 def test_prepare_fills_a_cache(place, tmp_path, capsys):
@@ -71,3 +73,16 @@ def test_bad_case_stops_training_before_it_starts(place, tmp_path, capsys, damag
     assert re.search(message, error)
     assert not (out / "training").exists()
     assert not list(tmp_path.rglob(".partial-*"))
+
+
+def test_subjects_who_are_trained_on_and_validated_with_are_told(tmp_path, capsys):
+    train, val = (
+        [Case(f"{subject}_{session}", {"T1": tmp_path / f"{subject}_{session}"}, None, subject=subject)]
+        for subject, session in (("sub-1", "ses-1"), ("sub-1", "ses-2"))
+    )
+    _tell_shared(train, [*train, *val])
+    told = capsys.readouterr().out.splitlines()
+    assert told == [
+        "1 of 2 validation cases are training cases, too: sub-1_ses-1",
+        "1 of 2 validation cases are of subjects trained on, too: sub-1_ses-2",
+    ]

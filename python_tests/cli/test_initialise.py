@@ -1,16 +1,21 @@
 import csv
 import json
-import os
 import pickle
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
-from cli_cases import SMALL, TRAIN, failure, fishers, save_source, sources
+from cli_cases import SMALL, TRAIN, copy_case, failure, fishers, save_source, sources
+from files_for_tests import Evil
+from networks_for_tests import permuted_copy, random_permutations
 from safetensors.torch import load_file, save_file
 
 from timm_ext.checkpoint import load_checkpoint, save_checkpoint
 from timm_ext.cli import run
 from timm_ext.data.tasks import get_task, task_to_dict
+from timm_ext.fisher import Fisher
+from timm_ext.networks.channel_trace import trace_channels
 from timm_ext.networks.io import load_network, save_network
 from timm_ext.networks.registry import build_network
 
@@ -55,6 +60,40 @@ def test_merge_aligns_the_networks_first(place, tmp_path):
     assert all(torch.equal(load_file(named)[name], merged[name]) for name in names)
 
 
+def test_merge_compares_channels_on_images(place, tmp_path, capsys):
+    model, checkpoint = load_network(sources(place)[0])
+    channels = trace_channels(model)
+    twin = permuted_copy(model, channels, random_permutations(channels))
+    path, out = tmp_path / "twin.safetensors", tmp_path / "out.safetensors"
+    save_network(path, twin, task=checkpoint.metadata["task"], settings=checkpoint.metadata.get("settings"))
+    command = ["merge", sources(place)[0], str(path), "--ratios", "1,1", "--out", str(out)]
+    assert run([*command, "--align", "--data", str(place / "tumours")]) == 0
+    assert f"compared by responses to images of {place / 'tumours'} (2)" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    merged = load_file(out)
+    assert all(torch.equal(merged[name], tensor) for name, tensor in load_file(sources(place)[0]).items())
+    assert "--data: expected --align beside it" in failure(capsys, [*command, "--data", str(place)])
+    assert "expected cases in a known format" in failure(capsys, [*command, "--align", "--data", tmp_path])
+
+
+def test_given_ratios_of_aligned_networks(place, tmp_path, capsys):
+    twin = save_source(tmp_path / "twin.safetensors", "parcellation-1-7", seed=5)
+    command = ["merge", sources(place)[0], str(twin), "--align"]
+    aligned, out, fresh = (tmp_path / f"{name}.safetensors" for name in ("aligned", "out", "fresh"))
+    assert run([*command, "--method", "transfer-2", "--keep-heads", "--out", str(aligned)]) == 0
+    assert run([*command, "--ratios", "3,1", "--out", str(out)]) == 0
+    assert "merge by ratios 0.75, 0.25 of M1, twin" in capsys.readouterr().out
+    one, other, merged = (load_file(path) for path in (sources(place)[0], aligned, out))
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, 0.75 * one[name] + 0.25 * other[name])
+    noted = load_checkpoint(out).metadata["merge"]
+    assert noted == {"method": "ratios", "sources": ["M1", "twin"], "ratios": [3.0, 1.0]}
+    assert run([*command, "--ratios", "3,1", "--task", "brats", "--out", str(fresh)]) == 0
+    assert load_network(fresh)[0].network_config["out_channels"] == 3
+    assert "ratios: expected one for each of 2" in failure(capsys, [*command, "--ratios", "1", "--out", out])
+
+
 @pytest.mark.parametrize("norms", [True, False])
 def test_running_statistics_are_merged_or_said_to_start_over(tmp_path, capsys, norms):
     options = {"channels": [4, 8], "strides": [2], "num_res_units": 1, "norm": "batch"}
@@ -94,7 +133,87 @@ def test_adapt_by_medmerge(place, tmp_path, capsys):
     assert (facts["granularity"], facts["mixing"], facts["fisher"]) == ("filter", "free", False)
     assert facts["mean_ratios"][0] > 0.6
     assert facts["groups"][0] == "encoder.0.entry.conv[0]"
-    assert "never saw T1c, FLAIR: there the first layer starts with" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "never saw T1c, FLAIR: there the first layer starts with" in told
+    assert "ratios per filter: networks of different initialisations want them per kernel, by --set" in told
+
+
+@pytest.mark.parametrize("options", [["--method", "medmerge-aligned"], ["--set", "merge.granularity=layer"]])
+def test_adapt_advises_nothing_where_ratios_suit_the_sources(place, tmp_path, capsys, options):
+    twice = [*sources(place)[:1] * 2, *fishers(place)[:2] * 2]
+    used = twice if options[0] == "--set" else sources(place)
+    arguments = ["adapt", *used, *options, "--data", str(place / "tumours"), "--val-share", "0", *TRAIN]
+    assert run([*arguments, "--out", str(tmp_path)]) == 0
+    assert "want them per kernel" not in capsys.readouterr().out
+
+
+def test_adapt_estimates_the_fishers_that_it_lacks(place, tmp_path, capsys):
+    out = tmp_path / "run"
+    target = ["adapt", *sources(place), "--data", str(place / "tumours"), "--val-share", "0.5", *TRAIN]
+    assert run([*target, "--out", str(out)]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Fishers of M1, M2: on the images of" in told
+    assert "with labels sampled from each network's prediction" in told
+    assert "M2: of another initialisation than M1; channels are brought into one order first" in told
+    made = sorted((out / "fishers").iterdir())
+    assert [path.name[:3] for path in made] == ["M1-", "M2-"]
+    first, second = map(Fisher.load, made)
+    assert (first.count, first.kind.value) == (2, "bernoulli-sampled")
+    assert second.metadata["network_sha256"] == load_checkpoint(sources(place)[1]).sha256
+    assert load_checkpoint(out / "network.safetensors").metadata["settings"]["merge"]["align"] is True
+    kept = [path.stat().st_mtime_ns for path in made]
+    assert run([*target, "--out", str(out), "--resume"]) == 0
+    assert [path.stat().st_mtime_ns for path in made] == kept
+    own = ["--source-data", str(place / "brains")]
+    apart = [*target, "--no-align", "--out", str(tmp_path / "own")]
+    assert "expected cases for each of 2 networks" in failure(capsys, [*apart, *own])
+    assert "--source-data: expected no --fisher beside it" in failure(capsys, [*apart, *own, *fishers(place)])
+    assert run([*apart, *own, *own, "--set", "fisher.seed=0"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"Fishers of M1, M2: each on cases of its own, {place / 'brains'}" in told
+    assert "one order" not in told
+    assert (
+        load_checkpoint(tmp_path / "own" / "network.safetensors").metadata["settings"]["merge"]["align"]
+        is False
+    )
+
+
+def test_fishers_of_images_alone_have_sampled_labels(place, tmp_path, capsys):
+    command = ["adapt", *sources(place), "--data", place / "tumours", "--out", tmp_path / "run"]
+    error = failure(capsys, [*command, "--set", 'fisher.labels="true"'])
+    assert "fisher.labels: expected sampled for images of the new task" in error
+    case, only, task = place / "tumours" / "case-000", tmp_path / "cases.json", tmp_path / "task.json"
+    files = {name: str(case / f"case-000_{name}.nii.gz") for name in ("FLAIR", "label")}
+    only.write_text(json.dumps([{"id": "a", **files}]))
+    task.write_text(json.dumps({"name": "t", "modalities": ["FLAIR"], "regions": {"any": [1, 2, 3, 4]}}))
+    error = failure(
+        capsys, [*command[:3], "--data", only, "--val", only, "--task", task, "--out", tmp_path / "other"]
+    )
+    assert "a: missing modality T1 of task parcellation-1-7 (got FLAIR)" in error
+    assert "for the Fisher of" in error
+    assert "--source-data names cases of each network's own" in error
+
+
+def test_nothing_is_estimated_before_all_cases_are_known_to_be_right(place, tmp_path, capsys):
+    folder = copy_case(place, tmp_path)
+    label = nib.load(file := next(folder.glob("*_seg.nii.gz")))
+    values = np.asarray(label.dataobj).copy()
+    values[0, 0, 0] = 9
+    nib.save(nib.Nifti1Image(values, label.affine, label.header), file)
+    command = ["adapt", *sources(place), "--task", "brats", *TRAIN, "--out", tmp_path / "run", "--data"]
+    right, wrong = place / "tumours", folder.parent
+    own = [right, "--source-data", place / "brains", "--source-data"]
+    for options, message in (
+        ([wrong, "--val", wrong], "of task brats (got 9)"),
+        ([right, "--val", wrong], "of task brats (got 9)"),
+        ([*own, place / "none"], "no such file or folder"),
+        (
+            [right, "--set", "merge.unseen={T1: CT}"],
+            "of the source for T1 (got CT)",
+        ),
+    ):
+        assert message in failure(capsys, [*command, *options])
+        assert not (tmp_path / "run" / "fishers").exists()
 
 
 def test_adapt_with_options(place, tmp_path, capsys):
@@ -194,14 +313,14 @@ def test_merge_without_fishers_or_with_a_learning_method(place, tmp_path, capsys
     error = failure(capsys, ["merge", *sources(place), "--out", out])
     assert "mode-imm: expected a Fisher for each source network, by --fisher FILE" in error
     assert "timm-ext fisher NETWORK CASES --out FILE" in error
-    adapt = ["adapt", *sources(place), "--data", tmp_path / "none", "--out", tmp_path / "run"]
-    assert "t-imm: expected a Fisher for each source network, by --fisher FILE" in failure(capsys, adapt)
     other = save_source(
         tmp_path / "wide.safetensors", "parcellation-8-14", seed=2, options={**SMALL, "base_filters": 3}
     )
     error = failure(capsys, ["merge", sources(place)[0], other, "--out", out])
     assert "expected the same tensors" in error
     assert "Fisher" not in error
+    adapt = ["adapt", sources(place)[0], other, "--data", tmp_path / "none", "--out", tmp_path / "run"]
+    assert "expected the same tensors" in failure(capsys, adapt)
     assert "use timm-ext adapt" in failure(
         capsys, ["merge", *sources(place), "--method", "t-imm", "--out", out]
     )
@@ -211,17 +330,9 @@ def test_merge_without_fishers_or_with_a_learning_method(place, tmp_path, capsys
     assert "expected one of scratch" in failure(
         capsys, ["merge", *sources(place), "--method", "nope", "--out", out]
     )
-    assert "(got --align)" in failure(
+    assert "keep heads: expected sources with the outputs" in failure(
         capsys, ["merge", *sources(place), "--align", "--ratios", "1,1", "--out", out]
     )
-
-
-class Evil:
-    def __init__(self, trace):
-        self.trace = trace
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.trace),)
 
 
 def test_pickle_with_code_is_refused(place, tmp_path, capsys):

@@ -49,7 +49,7 @@ def test_defaults_train_on_brains_of_different_size(heads, tmp_path, capsys):
     assert run([*command, *FEW, *SMALL]) == 0
     told = capsys.readouterr().out
     assert "Voxels of 6 mm, those of all cases" in told
-    assert "Plan for 2 training and 1 validation cases" in told
+    assert "Planned for 2 training and 1 validation cases" in told
     assert re.search(r"about [1-9][0-9.]* MiB, ", told)
     assert "isensee2017 with 3 levels" in told
     assert "a step" in told
@@ -98,7 +98,7 @@ def test_a_run_from_another_network_notes_that_network(heads, trained, tmp_path,
     assert "network.name: expected isensee2017" in failure(capsys, wrong)
 
 
-def test_a_run_goes_on_by_its_own_plan(heads, tmp_path):
+def test_a_run_goes_on_by_its_own_configuration(heads, tmp_path):
     command = ["train", str(heads / "brains"), "--task", "parcellation-1-7", *FEW]
     whole, parts = ["--out", str(tmp_path / "whole")], ["--out", str(tmp_path / "parts")]
     assert run([*command, *whole, *SMALL, "--set", "train.patch=[16,24,16]"]) == 0

@@ -28,6 +28,23 @@ def test_merge_by_ratios_resets_nothing(pair, tmp_path, capsys):
     assert re.search(r"0\.00 GB read and written in [\d.]+ s, [\d.]+ GB/s", told)
 
 
+def test_prefixes_that_one_source_alone_has_are_taken_off(pair, tmp_path, capsys):
+    state = {"net.x": torch.tensor([5.0, 7.0]), "net.n": torch.arange(3), "loss.weight": torch.ones(1)}
+    torch.save({"state_dict": state}, tmp_path / "lightning.ckpt")
+    out = tmp_path / "out.safetensors"
+    for order in (1, -1):
+        paths = [pair[0], str(tmp_path / "lightning.ckpt")][::order]
+        assert run(["merge", *paths, "--ratios", "1,1", "--out", str(out)]) == 0
+        assert load_file(out)["x"].tolist() == [3.0, 5.0]
+        assert "lightning.ckpt: 'net.' taken off the names; left out: loss.weight" in capsys.readouterr().out
+    save_file({"y": torch.ones(2)}, tmp_path / "other.safetensors")
+    error = failure(
+        capsys, ["merge", pair[0], tmp_path / "other.safetensors", "--ratios", "1,1", "--out", out]
+    )
+    assert "(got none of them, but y in place of" in error
+    assert len(error.splitlines()) == 1
+
+
 def test_fishers_weigh_single_elements(pair, tmp_path, capsys):
     fishers = []
     for t, values in enumerate(([1.0, 0.0], [0.0, 1.0])):
@@ -56,7 +73,7 @@ def test_result_as_shards(pair, tmp_path):
         (["--ratios", "1"], r"ratios: expected one for each of 2 checkpoints \(got 1: 1.0\)"),
         (["--ratios", "1,1", "--shard-size", "big"], r"--shard-size: expected a size such as 5GB"),
         (["--ratios", "1,1", "--shard-size", "0GB"], r"--shard-size: expected a size such as 5GB"),
-        (["--ratios", "1,1", "--method", "mean-imm", "--task", "brats"], r"beside it.*got --method, --task"),
+        (["--ratios", "1,1", "--method", "mean-imm"], r"--ratios: expected no --method beside it"),
         (["--shard-size", "5GB"], r"--shard-size: expected together with --ratios"),
         (["--sha256"], r"--sha256: expected together with --ratios"),
     ],
@@ -69,4 +86,24 @@ def test_options_that_do_not_go_together(pair, tmp_path, capsys, options, messag
 
 def test_folders_need_ratios(pair, tmp_path, capsys):
     error = failure(capsys, ["merge", tmp_path, pair[0], "--out", tmp_path / "out.safetensors"])
-    assert "expected a network's file (got a folder); --ratios merges folders of shards" in error
+    assert "(got another folder); --ratios merges folders of shards" in error
+
+
+def test_pytorch_files_give_a_pytorch_file(tmp_path, capsys):
+    paths = [str(tmp_path / "a.pth"), str(tmp_path / "b.pth")]
+    for value, path in enumerate(paths):
+        tied = torch.full((3,), float(value))
+        torch.save({"model": {"w": tied, "also": tied, "n": torch.arange(2)}, "epoch": value}, path)
+    out = tmp_path / "merged.pth"
+    assert run(["merge", *paths, "--ratios", "0.25,0.75", "--out", str(out)]) == 0
+    found = torch.load(out, weights_only=True)
+    assert found.keys() == {"state_dict"}
+    assert {name: tensor.tolist() for name, tensor in found["state_dict"].items()} == {
+        "w": [0.75] * 3,
+        "also": [0.75] * 3,
+        "n": [0, 1],
+    }
+    told = capsys.readouterr().out
+    assert f"{paths[0]}: taken from 'model'" in told
+    assert "2 tensors of 0.25 a.pth, 0.75 b.pth" in told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "b.pth", "merged.pth"]

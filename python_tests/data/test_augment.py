@@ -1,7 +1,10 @@
 import numpy as np
 import pytest
 import torch
+from monai.transforms.spatial.array import Resample
+from monai.transforms.utils import create_grid
 
+from timm_ext.data import augment
 from timm_ext.data.augment import AugmentSettings, augmented
 from timm_ext.errors import InputError
 
@@ -48,6 +51,22 @@ def test_a_sample_is_a_function_of_its_seed():
     assert (first[0].dtype, first[1].dtype) == (torch.float32, torch.uint8)
 
 
+def test_a_sample_does_not_depend_on_threads():
+    """As many voxels as PyTorch deals out to threads."""
+    image, label = sample((1, 42, 40, 40))
+    settings = AugmentSettings(flip=1, affine=1, intensity=1)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            found.append(augmented(image, label, UNIT, settings, 3))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+
+
 def test_nothing_changes_at_probability_zero():
     image, label = sample()
     same, still = augmented(image, label, UNIT, AugmentSettings(**OFF), 0)
@@ -83,6 +102,31 @@ def test_sizes_change_within_their_bounds():
     }
     assert 0.5 < min(sizes) < 0.9
     assert 1.1 < max(sizes) < 2.0
+
+
+def moved_by_monai(sample, turn, spacing):
+    grid = turn(grid=create_grid(sample["image"].shape[1:], spacing, dtype=torch.float32, backend="torch"))
+    grid[:3] /= torch.tensor(spacing)[:, None, None, None]
+    modes = {"image": "bilinear", "label": "nearest"}
+    return {name: Resample(mode, "zeros")(sample[name], grid) for name, mode in modes.items()}
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 8, 9), (1, 12, 5, 1), (3, 1, 4, 6)])
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_samples_are_moved_as_by_monai_for_any_number_of_threads(monkeypatch, shape, threads):
+    image, label = sample((shape[0], shape[1] + 2, *shape[2:]))
+    settings = AugmentSettings(**{**OFF, "affine": 1, "rotate": 30.0, "scale": 0.2})
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        moved, turned = augmented(image, label, (1.0, 2.0, 1.5), settings, 5)
+    finally:
+        torch.set_num_threads(before)
+    monkeypatch.setattr(augment, "_moved", moved_by_monai)
+    expected, also = augmented(image, label, (1.0, 2.0, 1.5), settings, 5)
+    assert torch.equal(moved, expected)
+    assert torch.equal(turned, also)
+    assert not torch.equal(moved, image)
 
 
 def test_the_label_moves_with_the_image_and_zeros_come_in_from_outside():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from prepared_cases import SHAPE, TASK, make_case, oriented, rewrite
 
-from timm_ext.data import prepare
+from timm_ext.data import preprocess
 from timm_ext.data.formats.cases import Case
 from timm_ext.data.prepare import PrepareSettings, prepare_case, prepare_cases, restore
 from timm_ext.data.tasks import TASKS, Region, Task
@@ -332,7 +332,7 @@ def test_no_memory_and_killed_workers_are_one_line(tmp_path, monkeypatch):
         raise MemoryError
 
     with monkeypatch.context() as change:
-        change.setattr(prepare, "build_arrays", full)
+        change.setattr(preprocess, "build_arrays", full)
         with pytest.raises(InputError, match=r"2 of 2 cases .*:\n  a: expected a case that fits"):
             prepare_cases(cases, TASK, PrepareSettings(), None, progress=False)
     with pytest.raises(InputError, match=r"a process that prepares cases was killed"):

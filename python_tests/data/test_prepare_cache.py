@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from prepared_cases import TASK, make_case, rewrite
 
-from timm_ext.data import prepare
+from timm_ext.data import prepare, preprocess
 from timm_ext.data.prepare import PrepareSettings, prepare_case
 from timm_ext.data.store import write_entry
 from timm_ext.errors import InputError
@@ -20,13 +20,13 @@ from timm_ext.files import atomic_write
 @pytest.fixture
 def builds(monkeypatch):
     """The names of the cases that were really built."""
-    names, build = [], prepare.build_arrays
+    names, build = [], preprocess.build_arrays
 
     def counted(case, *rest):
         names.append(case.id)
         return build(case, *rest)
 
-    monkeypatch.setattr(prepare, "build_arrays", counted)
+    monkeypatch.setattr(preprocess, "build_arrays", counted)
     return names
 
 

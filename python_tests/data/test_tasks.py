@@ -19,6 +19,12 @@ from timm_ext.errors import InputError
 from timm_ext.vocabulary.structures import FREESURFER_TO_CLASS, STRUCTURES
 
 ORGANS = {"name": "organs", "modalities": ["CT"], "regions": {"liver": [1, 2], "tumour": [2]}}
+HALVES = {
+    "name": "halves",
+    "modalities": ["T1"],
+    "regions": {"front": [1], "back": [2]},
+    "labels": [0, 1, 2, 3],
+}
 
 
 def test_brats_regions_of_each_label():
@@ -227,3 +233,46 @@ def test_a_joint_task_needs_label_files_that_say_all():
     renamed = replace(one, name="other", regions=(Region(one.regions[0].name, (9,)),))
     with pytest.raises(InputError, match="one meaning of each region"):
         joint_task([one, renamed])
+
+
+def test_classes_of_a_softmax_have_the_background_in_front():
+    task = task_from_dict({**HALVES, "softmax": True})
+    label = np.array([[0, 1], [2, 3]])
+    assert task.output_names == ("background", "front", "back")
+    expected = [[[1, 0], [0, 1]], [[0, 1], [0, 0]], [[0, 0], [1, 0]]]
+    assert task.output_targets(label).tolist() == expected
+    assert task.targets(label).tolist() == expected[1:]
+    assert task_from_dict(task_to_dict(task)) == task
+    assert "softmax" not in task_to_dict(TASKS["brats"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"regions": {"front": [1, 2], "back": [2]}}, "softmax: expected regions without a common label"),
+        ({"regions": {"background": [1]}}, "softmax: expected no region 'background'"),
+        ({"class_order": [1, 2]}, "class_order: expected one of the labels"),
+    ],
+)
+def test_softmax_of_regions_that_are_no_classes(change, message):
+    with pytest.raises(InputError, match=message):
+        task_from_dict({**HALVES, "softmax": True, **change})
+
+
+def test_a_joint_task_writes_each_region_as_its_own_task_does():
+    regions = {"whole": [1, 2], "core": [2], "edge": [1]}
+    one, two = (
+        task_from_dict(
+            {
+                "name": name,
+                "modalities": ["T1"],
+                "regions": {region: regions[region] for region in order},
+                "labels": [0, 1, 2, 3],
+                "class_order": list(order.values()),
+            }
+        )
+        for name, order in {"a": {"whole": 1, "core": 2}, "b": {"edge": 3}}.items()
+    )
+    assert joint_task([one, two]).paint_order() == ((0, 1), (1, 2), (2, 3))
+    with pytest.raises(InputError, match="one class_order for each region, or none at all"):
+        joint_task([one, replace(two, class_order=())])

@@ -1,6 +1,7 @@
-"""LeakyReLU and ReLU behind an instance norm, whose backward takes them in if nothing reads between."""
+"""Activations behind a norm, whose backward takes them in if nothing reads between."""
 
 from collections.abc import Callable, Iterator
+from inspect import signature
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from timm_ext.fisher import FisherAccumulator
 from timm_ext.fisher.rules import Rules
 from timm_ext.fisher.tape import Tape
 
-ACTIVATIONS = ("LeakyReluBackward", "ReluBackward")
+ACTIVATIONS = ("LeakyReluBackward", "ReluBackward", "PreluKernelBackward")
 
 
 class Layers(nn.Module):
@@ -70,6 +71,61 @@ def relu(norm: nn.Module, x: Tensor) -> Tensor:
     return functional.relu(norm(x), inplace=True)
 
 
+class Steep(nn.Module):
+    """PReLU of a norm's output."""
+
+    def __init__(self, slopes: int) -> None:
+        super().__init__()
+        self.prelu = nn.PReLU(slopes)
+
+    def forward(self, norm: nn.Module, x: Tensor) -> Tensor:
+        return self.prelu(norm(x))
+
+
+def prelu(slopes: int) -> Callable[[], nn.Module]:
+    return lambda: Steep(slopes)
+
+
+class BehindDropout(Steep):
+    def forward(self, norm: nn.Module, x: Tensor) -> Tensor:
+        return self.prelu(functional.dropout(norm(x), 0.5, self.training))
+
+
+class Alone(Steep):
+    def forward(self, norm: nn.Module, x: Tensor) -> Tensor:
+        return self.prelu(norm(x).tanh())
+
+
+class WithNorm(Steep):
+    def forward(self, norm: nn.Module, x: Tensor) -> Tensor:
+        normal = norm(x)
+        return self.prelu(normal) + normal.sin()
+
+
+def behind_dropout() -> nn.Module:
+    return BehindDropout(1)
+
+
+def prelu_alone() -> nn.Module:
+    return Alone(1)
+
+
+def copy_and_norm() -> nn.Module:
+    return WithNorm(4)
+
+
+def copy_read_after(norm: nn.Module, x: Tensor) -> Tensor:
+    normal = norm(x)
+    return functional.leaky_relu(normal, 0.2) * normal
+
+
+def running(channels: int) -> nn.Module:
+    norm = nn.BatchNorm3d(channels)
+    norm.running_mean += torch.linspace(-1, 1, channels)
+    norm.running_var *= 0.3
+    return norm
+
+
 # Whether an activation is left in the graph.
 CASES = {
     "leaky": (leaky, affine, False),
@@ -78,8 +134,16 @@ CASES = {
     "group norm, one each": (leaky, lambda channels: nn.GroupNorm(channels, channels), False),
     "read after": (read_after, affine, False),
     "checkpointed": (checkpointed, affine, False),
-    "group norm": (leaky, lambda channels: nn.GroupNorm(2, channels), True),
-    "to a copy": (to_a_copy, affine, True),
+    "group norm": (leaky, lambda channels: nn.GroupNorm(2, channels), False),
+    "batch norm": (leaky, running, False),
+    "to a copy": (to_a_copy, affine, False),
+    "to a copy, batch norm": (to_a_copy, running, False),
+    "to a copy, read after": (copy_read_after, affine, False),
+    "prelu": (prelu(1), affine, False),
+    "prelu of each channel": (prelu(4), lambda channels: nn.GroupNorm(2, channels), False),
+    "prelu behind no dropout": (behind_dropout, affine, False),
+    "prelu and the norm": (copy_and_norm, affine, False),
+    "prelu alone": (prelu_alone, affine, False),
     "read before": (read_before, affine, True),
     "of another": (of_another, affine, True),
     "twice": (twice, affine, True),
@@ -89,7 +153,7 @@ CASES = {
 def make(name: str) -> Layers:
     generator = torch.Generator().manual_seed(5)
     join, norm, _ = CASES[name]
-    model = Layers(join, norm).eval()
+    model = Layers(join if signature(join).parameters else join(), norm).eval()
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.5
     return model

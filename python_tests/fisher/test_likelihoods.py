@@ -71,6 +71,17 @@ def test_classes_are_checked(target, message):
         Categorical().check(Z, target, list("abc"))
 
 
+def test_classes_may_come_as_maps_of_0_and_1():
+    maps = torch.nn.functional.one_hot(CLASSES, Z.shape[1]).movedim(-1, 1).float()
+    likelihood, ids = Categorical(), list("abc")
+    likelihood.check(Z, maps, ids)
+    torch.testing.assert_close(likelihood.log_likelihood(Z, maps), likelihood.log_likelihood(Z, CLASSES))
+    torch.testing.assert_close(likelihood.score(Z, maps, ids), likelihood.score(Z, CLASSES, ids))
+    maps[1, :, 0, 0] = 1
+    with pytest.raises(InputError, match=r"of exactly one class in each voxel .got 4 in example b"):
+        likelihood.check(Z, maps, ids)
+
+
 def test_label_error_names_the_example():
     target = REGIONS.clone()
     target[2, 1, 0, 0] = 0.5

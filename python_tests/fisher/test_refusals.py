@@ -59,6 +59,7 @@ def nan_at(x, index):
 )
 def test_batches_are_checked_before_anything_is_added(change, message):
     model, (x, y, ids) = small_net(), examples(2)
+    model[5] = nn.Tanh()  # every parameter has a rule: the examples stay together
     accumulator = FisherAccumulator(model, labels="true")
     with accumulator:
         with pytest.raises(InputError, match=message):

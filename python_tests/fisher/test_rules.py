@@ -160,6 +160,21 @@ def free_parameters():
     yield "reused linear", 0, Called(lambda m, x: m.c(m.c(x).tanh()), c=nn.Linear(6, 6))
     yield "rule and otherwise", 3, Called(lambda m, x: m.c(x) * m.c.weight.sum(), c=conv(3, 2, 2, 3))
     yield (
+        "checkpointed",
+        3,
+        Called(
+            lambda m, x: m.b(checkpoint(m.a, x, use_reentrant=False)),
+            a=nn.Sequential(conv(3, 2, 4, 3), nn.InstanceNorm3d(4, affine=True), nn.Tanh()),
+            b=conv(3, 4, 1, 1),
+        ),
+    )
+    yield "dropout", 3, between(3, nn.Dropout3d(0.5))
+    yield "skip", 3, Called(lambda m, x: m.h(m.n(m.c(x)) + m.c(x)), c=conv(3, 2, 4, 3),
+                            n=nn.InstanceNorm3d(4), h=conv(3, 4, 1, 1))  # fmt: skip
+
+
+def other_first_axes():
+    yield (
         "batch not first",
         2,
         Called(
@@ -183,23 +198,11 @@ def free_parameters():
         2,
         Called(lambda m, x: m.c(x.flatten(0, 1).unsqueeze(1)).reshape(len(x), -1), c=conv(2, 1, 1, 3)),
     )
-    yield (
-        "checkpointed",
-        3,
-        Called(
-            lambda m, x: m.b(checkpoint(m.a, x, use_reentrant=False)),
-            a=nn.Sequential(conv(3, 2, 4, 3), nn.InstanceNorm3d(4, affine=True), nn.Tanh()),
-            b=conv(3, 4, 1, 1),
-        ),
-    )
-    yield "dropout", 3, between(3, nn.Dropout3d(0.5))
-    yield "skip", 3, Called(lambda m, x: m.h(m.n(m.c(x)) + m.c(x)), c=conv(3, 2, 4, 3),
-                            n=nn.InstanceNorm3d(4), h=conv(3, 4, 1, 1))  # fmt: skip
 
 
 CASES = {
     name: (axes, model)
-    for kind in (convolutions, norms, others, free_parameters)
+    for kind in (convolutions, norms, others, free_parameters, other_first_axes)
     for name, axes, model in kind()
 }
 
@@ -253,7 +256,7 @@ def test_equals_single_example_loop(name, single_example_loop, assert_same_fishe
         ("group2d", "group norm"),
         ("layer last", "layer norm"),
         ("linear on last axis", "linear"),
-        ("prelu", "fallback"),
+        ("prelu", "prelu"),
     ],
 )
 def test_coverage_names_the_rule(name, rule):
@@ -282,7 +285,29 @@ def test_parameters_of_a_norm_with_gaps(count, single_example_loop, assert_same_
 
 @pytest.mark.parametrize("name", ["batch not first", "as many steps as examples", "folded batch"])
 def test_axis_order_is_seen(name):
-    assert set(estimate(*prepared(name), [BATCH]).coverage().values()) == {"fallback"}
+    assert batches_of_backwards(*prepared(name)) == [1] * BATCH
+
+
+def test_examples_whose_parameters_have_rules_stay_together():
+    assert batches_of_backwards(*prepared("conv3d strided")) == [BATCH]
+
+
+def batches_of_backwards(model, x, y):
+    """How many examples each backward is of."""
+    seen = []
+
+    class Seen(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, logits):
+            return logits.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(len(grad))
+            return grad
+
+    estimate(Called(lambda m, x: Seen.apply(m.model(x)), model=model), x, y, [BATCH])
+    return seen
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,8 @@ def spoilt(rng: random.Random, value: Any) -> Any:
 def _spoilt_tensor(rng: random.Random, value: Tensor) -> Any:
     match rng.randrange(9):
         case 0:
-            return value.numpy() if rng.random() < 0.5 else value.tolist()
+            plain = value.float() if value.dtype == torch.bfloat16 else value  # which NumPy lacks
+            return plain.numpy() if rng.random() < 0.5 else value.tolist()
         case 1:
             return value.to(rng.choice([torch.float32, torch.float64, torch.bfloat16]))
         case 2:

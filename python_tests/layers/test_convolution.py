@@ -25,11 +25,13 @@ def test_one_small_example(size, kernel, stride, dilation, padding, outputs):
     assert_all_close(geometry, x, weight, bias)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_pointwise(dtype, batch):
-    geometry = Geometry((1,) * 3, (0,) * 3, (1,) * 3, False, (0, 0, 0), 1)
-    x, weight, bias = (t.to(dtype) for t in tensors((batch, 5, 4, 3, 6), (7, 5, 1, 1, 1), (7,)))
+def test_pointwise(dtype, batch, transposed):
+    geometry = Geometry((1,) * 3, (0,) * 3, (1,) * 3, transposed, (0, 0, 0), 1)
+    kernel = (5, 7) if transposed else (7, 5)
+    x, weight, bias = (t.to(dtype) for t in tensors((batch, 5, 4, 3, 6), (*kernel, 1, 1, 1), (7,)))
     assert_all_close(geometry, x, weight, bias)
 
 
@@ -83,6 +85,85 @@ def assert_all_close(geometry, x, weight, bias):
     grad = grad.to(x.dtype)
     assert_close(geometry.input_gradient(grad, x, weight), for_x)
     assert_close(geometry.weight_gradient(grad, x, weight), for_weight)
+    assert_close(geometry.summed_weight_gradient(grad, x, weight), for_weight)
+
+
+def around(axes, stride=1, padding=1, dilation=1, transposed=False, output_padding=0, groups=1):
+    """A geometry of the same number on each axis."""
+    numbers = ((n,) * axes for n in (stride, padding, dilation))
+    return Geometry(*numbers, transposed, (output_padding,) * axes, groups)
+
+
+OTHERS = {
+    "depthwise": (around(3, padding=2, groups=6), (2, 6, 9, 10, 21), (6, 1, 5, 5, 5)),
+    "depthwise, stride 2": (around(3, stride=2, groups=6), (2, 6, 9, 10, 21), (6, 1, 3, 3, 3)),
+    "depthwise, transposed": (
+        around(3, stride=2, transposed=True, output_padding=1, groups=6),
+        (2, 6, 5, 6, 21),
+        (6, 1, 3, 3, 3),
+    ),
+    "depthwise, of images": (around(2, padding=3, groups=6), (2, 6, 20, 21), (6, 1, 7, 7)),
+    "depthwise, of rows": (around(1, padding=4, groups=6), (2, 6, 40), (6, 1, 9)),
+    "depthwise, transposed, of images": (
+        around(2, stride=3, transposed=True, groups=6),
+        (2, 6, 7, 8),
+        (6, 1, 5, 5),
+    ),
+    "two outputs of a channel": (around(3, groups=6), (2, 6, 9, 10, 21), (12, 1, 3, 3, 3)),
+    "groups of a few channels": (around(3, groups=3), (2, 6, 9, 10, 21), (12, 2, 3, 3, 3)),
+    "groups of many channels": (around(3, groups=2), (2, 18, 9, 10, 21), (22, 9, 3, 3, 3)),
+    "groups, transposed": (
+        around(3, stride=2, transposed=True, output_padding=1, groups=2),
+        (2, 6, 5, 6, 7),
+        (6, 4, 3, 3, 3),
+    ),
+    "images": (around(2), (2, 5, 24, 33), (7, 5, 3, 3)),
+    "images, stride 2": (around(2, stride=2, padding=2, dilation=2), (2, 5, 24, 33), (7, 5, 3, 2)),
+    "images, transposed": (
+        around(2, stride=2, padding=0, transposed=True),
+        (2, 5, 12, 13),
+        (5, 7, 2, 2),
+    ),
+    "transposed, pointwise": (around(3, padding=0, transposed=True), (2, 5, 6, 7, 20), (5, 3, 1, 1, 1)),
+    "pointwise at many points": (around(3, padding=0), (2, 5, 12, 13, 20), (7, 5, 1, 1, 1)),
+    "images, pointwise": (around(2, padding=0), (2, 5, 12, 13), (7, 5, 1, 1)),
+    "few points of images": (around(2), (1, 5, 4, 6), (7, 5, 3, 3)),
+    "rows": (around(1), (2, 5, 40), (7, 5, 3)),
+    "rows, transposed": (around(1, stride=2, padding=0, transposed=True), (2, 5, 40), (5, 7, 2)),
+    "kernels of 5": (around(3, padding=2), (2, 4, 12, 12, 18), (6, 4, 5, 5, 5)),
+    "patches": (around(3, stride=8, padding=0), (2, 4, 16, 16, 24), (12, 4, 8, 8, 8)),
+    "patches of images": (around(2, stride=16, padding=0), (1, 3, 32, 48), (12, 3, 16, 16)),
+    "halved by 2": (around(3, stride=2, padding=0), (2, 4, 12, 14, 18), (6, 4, 2, 2, 2)),
+    "doubled by 2": (around(3, stride=2, padding=0, transposed=True), (2, 4, 6, 7, 9), (4, 6, 2, 2, 2)),
+    "more padding than kernel": (around(3, padding=5), (1, 2, 3, 4, 5), (3, 2, 3, 3, 3)),
+    "a stride beyond the volume": (around(3, stride=50), (2, 3, 6, 7, 8), (4, 3, 3, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_groups_images_rows_and_patches(name):
+    geometry, x, weight = OTHERS[name]
+    outputs = weight[1] * geometry.groups if geometry.transposed else weight[0]
+    assert_all_close(geometry, *tensors(x, weight, (outputs,)))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_their_bits_do_not_depend_on_threads(name):
+    geometry, *sizes = OTHERS[name]
+    x, weight = tensors(*sizes)
+    (grad,), threads = tensors(geometry.forward(x, weight, None).shape), torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            gradients = (
+                f(grad, x, weight) for f in (geometry.input_gradient, geometry.summed_weight_gradient)
+            )
+            found.append([geometry.forward(x, weight, None), *gradients])
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
 
 
 SIZES = {
@@ -111,8 +192,13 @@ def changed(**options):
     ("change", "expected"),
     [
         ({}, ("winograd", "winograd")),
-        ({"input": (1, 3, 32, 32, 4)}, ("onednn", "onednn")),  # four columns
-        ({"input": (1, 3, 32, 32, 19)}, ("onednn", "onednn")),
+        ({"input": (1, 3, 32, 32, 2)}, ("winograd", "winograd")),
+        ({"input": (1, 3, 32, 32, 1)}, ("onednn", "onednn")),  # one column
+        ({"weight": (4, 3, 1, 3, 3), "geometry": changed(padding=(0, 1, 1))}, ("winograd", "winograd")),
+        (
+            {"input": (1, 3, 1, 32, 32), "weight": (4, 3, 1, 3, 3), "geometry": changed(padding=(0, 1, 1))},
+            ("winograd", "winograd"),
+        ),
         ({"input": (1, 3, 1, 32, 32)}, ("onednn", "onednn")),  # one plane
         ({"input": (1, 3, 5, 5, 16)}, ("onednn", "onednn")),  # 400 points
         ({"geometry": changed(stride=(1, 1, 2))}, ("onednn", "transposed")),
@@ -130,9 +216,20 @@ def changed(**options):
         ({"input": (1, 3, 8, 8, 6), "geometry": changed(stride=(2, 2, 2))}, ("small", "aten")),  # 48 points
         ({"input": (3, 3, 8, 8, 6), "geometry": changed(stride=(2, 2, 2))}, ("aten", "aten")),
         ({"input": (2, 3, 4, 4, 5)}, ("aten", "aten")),  # two examples
-        ({"input": (1, 3, 100, 100, 2), "weight": (4, 3, 1, 3, 3)}, ("aten", "aten")),
+        ({"input": (1, 3, 100, 100, 2), "weight": (4, 3, 1, 1, 3)}, ("aten", "aten")),
         ({"weight": (4, 3, 1, 1, 1), "geometry": changed(padding=(0, 0, 0))}, ("aten", "aten")),
-        ({"geometry": changed(groups=3), "weight": (3, 1, 3, 3, 3)}, ("aten", "aten")),
+        ({"geometry": changed(groups=3), "weight": (6, 1, 3, 3, 3)}, ("aten", "aten")),
+        ({"geometry": changed(groups=3), "weight": (24, 1, 3, 3, 3)}, ("groups", "aten")),
+        ({"geometry": changed(groups=3), "weight": (3, 1, 3, 3, 3)}, ("depthwise", "depthwise")),
+        ({"geometry": changed(groups=3, stride=(2, 2, 2)), "weight": (3, 1, 3, 3, 3)}, ("aten", "depthwise")),
+        (
+            {"input": (1, 3, 40, 16, 16), "geometry": changed(groups=3), "weight": (3, 1, 33, 3, 3)},
+            ("aten", "aten"),
+        ),
+        (
+            {"geometry": changed(groups=3, transposed=True, stride=(2, 2, 2)), "weight": (3, 1, 3, 3, 3)},
+            ("depthwise", "depthwise"),
+        ),
         ({"geometry": changed(transposed=True), "weight": (3, 4, 3, 3, 3)}, ("aten", "aten")),
         (
             {

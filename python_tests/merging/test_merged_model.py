@@ -159,7 +159,7 @@ def test_deep_copies_share_the_bank_and_nothing_else() -> None:
     bank = bank_of()
     model = MergedModel(network(9), bank)
     twin = copy.deepcopy(model)
-    assert twin._planes.data_ptr() == bank.planes.data_ptr()
+    assert twin._matrices.data_ptr() == bank.matrices.data_ptr()
     with torch.no_grad():
         twin.logits[:, 0] += 1
         twin.network.head.weight.fill_(0)
@@ -241,7 +241,7 @@ def test_data_parallel_training_does_not_send_the_bank() -> None:
     finally:
         torch.distributed.destroy_process_group()
     assert model.network.batch_norm.running_mean.data_ptr() in sent
-    assert not sent & {model._planes.data_ptr(), model._offsets.data_ptr()}
+    assert not sent & {model._matrices.data_ptr(), model._offsets.data_ptr()}
     assert model.logits.grad.abs().sum() > 0
 
 

@@ -16,11 +16,11 @@ def test_the_bank_moves_with_its_padding_and_its_dtype() -> None:
     assert torch.equal(model.double().merge(), before.double())
     assert model.eval()(image().double()).dtype == torch.float64
     assert torch.equal(model.half().merge(), before.half())
-    assert model._planes.dtype == torch.float32
+    assert model._matrices.dtype == torch.float32
     meta = copy.deepcopy(model).to("meta")
-    assert (meta._planes.shape, meta._planes.dtype) == (model._planes.shape, torch.float32)
-    assert meta._planes.is_meta
-    assert not model._planes.is_meta
+    assert (meta._matrices.shape, meta._matrices.dtype) == (model._matrices.shape, torch.float32)
+    assert meta._matrices.is_meta
+    assert not model._matrices.is_meta
 
 
 def narrow_bank(dtype: torch.dtype) -> Bank:

@@ -8,10 +8,10 @@ from timm_ext.errors import InputError
 from timm_ext.layout import Layout
 from timm_ext.merging.bank import Bank
 from timm_ext.merging.merged_model import MergedModel
-from timm_ext.merging.mixing import anchored_logits, logits_of, merge_planes, ratios_of, squared_departure
+from timm_ext.merging.mixing import anchored_logits, logits_of, merge_matrices, ratios_of, squared_departure
 
 
-def planes(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def matrices(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Three models of ten elements in four segments of three groups; one segment holds one element."""
     generator = torch.Generator().manual_seed(1)
     theta = torch.randn(3, 10, generator=generator, dtype=torch.float64).to(dtype)
@@ -20,11 +20,11 @@ def planes(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, 
 
 
 def free(theta: Tensor, weights: Tensor, offsets: Tensor, groups: Tensor | None) -> Tensor:
-    return merge_planes(theta, None, weights, offsets, mixing="free", groups=groups)
+    return merge_matrices(theta, None, weights, offsets, mixing="free", groups=groups)
 
 
 def test_free_weights_are_a_weighted_sum() -> None:
-    theta, weights, offsets, groups = planes()
+    theta, weights, offsets, groups = matrices()
     rows = [0, 0, 0, 0, 2, 1, 1, 1, 0, 0]
     expected = (weights[rows] * theta.T).sum(1)
     torch.testing.assert_close(free(theta, weights, offsets, groups), expected)
@@ -32,14 +32,14 @@ def test_free_weights_are_a_weighted_sum() -> None:
 
 
 def test_gradient_of_free_weights(device: torch.device) -> None:
-    theta, weights, offsets, groups = (tensor.to(device) for tensor in planes())
+    theta, weights, offsets, groups = (tensor.to(device) for tensor in matrices())
     weights.requires_grad_()
     assert torch.autograd.gradcheck(lambda w: free(theta, w, offsets, groups), (weights,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_free_weights_are_applied_in_float32(dtype: torch.dtype) -> None:
-    theta, weights, offsets, groups = planes(dtype)
+    theta, weights, offsets, groups = matrices(dtype)
     merged = free(theta, weights.float(), offsets, groups)
     assert merged.dtype == dtype
     exact = free(theta.double(), weights, offsets, groups)

@@ -7,7 +7,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from timm_ext.errors import InputError
-from timm_ext.merging.modalities import fit_to_target, match_input_channels, unseen_modalities
+from timm_ext.merging.modalities import (
+    fit_to_target,
+    match_input_channels,
+    source_channels,
+    unseen_modalities,
+)
 
 NAMES = ["T1", "T1c", "T2", "FLAIR"]
 
@@ -95,7 +100,9 @@ def test_a_name_twice_is_refused() -> None:
 
 
 def test_a_stand_in_the_source_has_not_is_refused() -> None:
-    with pytest.raises(InputError, match=r"unseen: expected a modality of the source for FLAIR \(got PD\)"):
+    with pytest.raises(
+        InputError, match=r"unseen: expected a modality of the source for FLAIR \(got PD; it has t1, t2\)"
+    ):
         match_input_channels(weight(2), ["T1", "T2"], NAMES, OWN, unseen={"FLAIR": "PD"})
 
 
@@ -143,3 +150,8 @@ def test_missing_input_layer_is_refused() -> None:
 def test_two_rules_for_one_modality_are_refused() -> None:
     with pytest.raises(InputError, match=r"unseen: expected each modality once \(got FLAIR and t2f\)"):
         unseen_modalities(["T1", "T2"], NAMES, {"FLAIR": "T1", "t2f": "T2"})
+
+
+def test_a_source_that_has_a_modality_needs_no_rule_for_it():
+    assert source_channels(["MRI"], ["MRI"], {"MRI": "T1"}) == (0,)
+    assert source_channels(["T1", "T2"], ["MRI"], {"MRI": "T1"}) == (0,)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from timm_ext.errors import InputError
+from timm_ext.networks import build_network
 from timm_ext.networks.channel_trace import example_images, trace_channels
 
 
@@ -73,6 +74,11 @@ class Body(nn.Module):
         return self.leave(self._forward(self, self.enter(x)))
 
 
+def merged(x: Tensor) -> Tensor:
+    padded = functional.pad(x, (0, 0, 0, 2))
+    return torch.cat([padded[:, place::2, :8:2, :] for place in (0, 1)], -1)
+
+
 BODIES = {
     "residual of the same channels": Body(lambda m, x: x + m.inner(x), inner=nn.Conv2d(8, 8, 3, padding=1)),
     "depthwise": Body(lambda m, x: m.inner(x), inner=nn.Conv2d(8, 8, 3, padding=1, groups=8)),
@@ -117,6 +123,32 @@ BODIES = {
     "pooled and padded": Body(
         lambda m, x: functional.pad(functional.avg_pool2d(functional.max_pool2d(x, 2), 2), (1, 0, 0, 1))
     ),
+    "tokens": Body(
+        lambda m, x: m.mlp(m.norm(x.permute(0, 2, 3, 1))).transpose(1, 3).swapaxes(2, 3),
+        norm=nn.LayerNorm(8),
+        mlp=nn.Linear(8, 8),
+    ),
+    "rolled windows": Body(
+        lambda m, x: (
+            m.inner(
+                x.permute(0, 2, 3, 1)
+                .roll((1, -1), (1, 2))
+                .reshape(1, 2, 4, 4, 2, 8)
+                .permute(0, 1, 4, 2, 3, 5)
+                .reshape(-1, 16, 8)
+            )
+            .view(1, 2, 2, 4, 4, 8)
+            .permute(0, 1, 3, 4, 2, 5)
+            .reshape(1, 8, 8, 8)
+            .permute(0, 3, 1, 2)
+        ),
+        inner=nn.Linear(8, 8),
+    ),
+    "merged patches": Body(
+        lambda m, x: m.up(m.inner(merged(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)),
+        inner=nn.Linear(16, 8),
+        up=nn.Upsample(scale_factor=2),
+    ),
     "in place": Body(lambda m, x: m.inner(x).add_(x).mul_(2).relu_(), inner=nn.Conv2d(8, 8, 1)),
 }
 
@@ -149,27 +181,62 @@ def test_channels_that_are_treated_alike_are_one_group() -> None:
     assert sizes("group norm over a skip") == [[2, 4], [2, 4]]
 
 
-REFUSED = {
-    "a shuffle": (lambda m, x: x.flip(1), {}, r"whose channels can be followed \(got flip\)"),
-    "tokens": (lambda m, x: x.permute(0, 2, 3, 1).permute(0, 3, 1, 2), {}, r"\(got permute\)"),
-    "a reshape": (lambda m, x: x.view(1, 4, 2, 8, 8).view(1, 8, 8, 8), {}, r"view from \[1, 8, 8, 8\] to"),
+LEFT = {
+    "a shuffle": (lambda m, x: x.flip(1), {}, "flip"),
+    "a reshape": (lambda m, x: x.view(1, 4, 2, 8, 8).view(1, 8, 8, 8), {}, "view of channels"),
     "a mean over channels": (lambda m, x: x - x.mean(1, keepdim=True), {}, "mean over the channels"),
     "a grouped convolution": (
         lambda m, x: m.inner(x),
         {"inner": nn.Conv2d(8, 8, 1, groups=2)},
-        r"of one group, or of one for each channel \(got 2 in inner.weight\)",
+        "conv2d of 2 groups",
     ),
     "a computed weight": (
         lambda m, x: functional.conv2d(x, m.inner.weight * 2),
         {"inner": nn.Conv2d(8, 8, 1)},
-        r"parameters as they are, not computed from others \(got conv2d's weight\)",
+        "conv2d's weight",
     ),
     "a constant of each channel": (
         lambda m, x: x + torch.arange(8.0).view(1, 8, 1, 1),
         {},
-        r"parameters as they are, .* \(got an operand of add\)",
+        "an operand of add",
     ),
     "indices": (lambda m, x: x[:, [1, 0, 2, 3, 4, 5, 6, 7]], {}, "getitem other than slices"),
+    "written into a tensor": (lambda m, x: written(x), {}, "setitem"),
+    "products of channels": (
+        lambda m, x: (x.flatten(2) @ x.flatten(2).transpose(1, 2) @ x.flatten(2)).view(1, 8, 8, 8) * m.scale,
+        {"scale": nn.Parameter(torch.rand(8, 1, 1))},
+        "matmul",
+    ),
+    "rolled channels": (lambda m, x: x.roll(1, 1), {}, "roll of channels"),
+    "a computed scale, used twice": (
+        lambda m, x: m.inner(x) * (m.inner.bias * 2).view(8, 1, 1),
+        {"inner": nn.Conv2d(8, 8, 1)},
+        "mul of",
+    ),
+}
+
+
+def written(x):
+    whole = torch.zeros_like(x)
+    whole[:, :4] = x[:, 4:]
+    return whole
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_channels_of_other_functions_stay_and_the_function_is_named(name: str) -> None:
+    forward, layers, told = LEFT[name]
+    model = Body(lambda m, x: forward(m, m.second(m.first(x))), **layers).double()
+    model.first, model.second = nn.Conv2d(8, 6, 1).double(), nn.Conv2d(6, 8, 1).double()
+    x = torch.randn(1, 2, 8, 8, dtype=torch.float64)
+    channels = trace_channels(model, x)
+    assert any(told in function for function in channels.unfollowed), channels.unfollowed
+    assert {"enter", "first"} <= channels.groups.keys()
+    for seed in range(3):
+        twin = permuted_copy(model, channels, random_permutations(channels, seed))
+        torch.testing.assert_close(twin(x), model(x), rtol=1e-11, atol=1e-11)
+
+
+REFUSED = {
     "a torn group norm": (
         lambda m, x: m.norm(torch.cat([x, m.inner(x)], 1))[:, :8],
         {"inner": nn.Conv2d(8, 4, 1), "norm": nn.GroupNorm(2, 12)},
@@ -185,10 +252,34 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_functions_that_cannot_be_followed(name: str) -> None:
+def test_networks_without_an_order_of_channels(name: str) -> None:
     forward, layers, message = REFUSED[name]
     with pytest.raises(InputError, match=message):
         trace_channels(Body(forward, **layers), torch.zeros(1, 2, 8, 8))
+
+
+@pytest.mark.slow
+def test_attention_of_swin_unetr_stays_and_all_else_moves() -> None:
+    options = {"feature_size": 12, "depths": [1, 1, 1, 1], "window_size": 2}
+    model = build_network("monai.SwinUNETR", in_channels=2, out_channels=3, seed=0, **options).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.rand(parameter.shape)
+    channels = trace_channels(model)
+    image = torch.randn(1, 2, 64, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        one, two = (
+            net(image) for net in (model, permuted_copy(model, channels, random_permutations(channels)))
+        )
+    assert (one - two).abs().max() < 1e-10 * one.abs().max()
+    assert channels.unfollowed == ("reshape of channels",)
+    moved = {(axis.tensor, axis.axis) for axis in channels.axes}
+    block, reduction = "swinViT.layers1.0.blocks.0", "swinViT.layers1.0.downsample.reduction.weight"
+    stream = {(f"{block}.attn.qkv.weight", 1), (f"{block}.attn.proj.weight", 0)}
+    assert stream | {(f"{block}.mlp.linear1.weight", 0), (reduction, 0)} <= moved
+    assert not {(f"{block}.attn.qkv.weight", 0), (f"{block}.attn.proj.weight", 1)} & moved
+    merging = next(axis for axis in channels.axes if (axis.tensor, axis.axis) == (reduction, 1))
+    assert [tuple(places.shape) for places in merging.positions.values()] == [(12, 8)]
 
 
 def test_a_tied_parameter_of_another_shape_is_refused() -> None:

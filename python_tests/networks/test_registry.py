@@ -182,9 +182,15 @@ def test_unknown_option_is_refused():
         build_network("monai.UNet", in_channels=1, out_channels=1, colour="red")
 
 
-def test_deep_supervision_is_refused():
+def test_deep_supervision_that_evaluation_returns_is_refused():
     with pytest.raises(InputError, match="expected one map of logits"):
-        _small("monai.DynUNet", deep_supervision=True)
+        build_network(
+            "monai.BasicUNetPlusPlus",
+            in_channels=2,
+            out_channels=3,
+            features=[4] * 6,
+            deep_supervision=True,
+        )
 
 
 def test_foreign_module_has_no_config():

@@ -11,7 +11,8 @@ import torch
 from merge_samples import SAMPLES, Sample, extreme_inputs, make_inputs
 
 import timm_ext
-from timm_ext.ops.norm import instance_norm, instance_norm_backward
+from timm_ext.ops.norm import batch_norm, group_norm, norm_backward
+from timm_ext.ops.trilinear import upsample_trilinear3d, upsample_trilinear3d_backward
 
 DIGEST = "import sys; sys.path[:0] = sys.argv[1:]; from test_bitwise import digest; print(digest())"
 
@@ -50,8 +51,14 @@ def digest(threads: int = 1) -> str:
             results += timm_ext.sample_labels(z, torch.tensor([3, -4]), likelihood)
     planes = gradient[:198_000].view(2, 2, 3, -1)
     statistics = torch.linspace(0.1, 2, 12).view(2, 6)
-    results += instance_norm_backward(*planes, *statistics, *statistics[:, :3], slope=0.1)
-    results += instance_norm(planes[1], *statistics[:, :3])
+    steep = torch.tensor([0.1, 0.0, 2.0])
+    results += norm_backward(*planes, *statistics, *statistics[:, :3], steep, slope_wanted=True)
+    results += norm_backward(*planes, *statistics[:, :3], *statistics[:, 3:], over="batch")
+    results += group_norm(planes[1], *statistics[:, :3], groups=3)
+    results += group_norm(planes[1], groups=1)
+    results += batch_norm(planes[1], *statistics[:, :3])
+    volumes = gradient[: 6 * 4 * 18 * 22].view(2, 3, 4, 18, 22)
+    results += [upsample_trilinear3d(volumes), upsample_trilinear3d_backward(volumes)]
     hasher = hashlib.sha256()
     for tensor in results:
         hasher.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())

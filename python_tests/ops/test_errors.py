@@ -8,6 +8,7 @@ import torch
 import timm_ext
 from timm_ext.errors import InputError
 from timm_ext.ops import conv3d as layer_ops
+from timm_ext.ops import depthwise_conv3d as depthwise_ops
 from timm_ext.ops import norm as norm_ops
 from timm_ext.ops import upsampled_conv3d as upsampled_ops
 
@@ -168,12 +169,12 @@ def test_operator_refuses(spoil: Callable[[Arguments], object], message: str) ->
         call(arguments)
 
 
-@pytest.mark.parametrize("plane", ["theta", "fisher"])
+@pytest.mark.parametrize("matrix", ["theta", "fisher"])
 @pytest.mark.parametrize("first", [5, 20, 34], ids=["head", "both rows", "tail"])
-def test_out_that_overlaps_a_plane_in_part_is_refused(plane: str, first: int) -> None:
+def test_out_that_overlaps_a_matrix_in_part_is_refused(matrix: str, first: int) -> None:
     arguments = good()
     storage = torch.rand(50)
-    arguments[plane] = storage.as_strided((2, 10), (15, 1), 10)  # elements 10 to 20 and 25 to 35
+    arguments[matrix] = storage.as_strided((2, 10), (15, 1), 10)  # elements 10 to 20 and 25 to 35
     before = storage.clone()
     with pytest.raises(RuntimeError, match="out must not share memory with the inputs"):
         call({**arguments, "out": storage[first : first + 10]})
@@ -181,7 +182,7 @@ def test_out_that_overlaps_a_plane_in_part_is_refused(plane: str, first: int) ->
 
 
 @pytest.mark.parametrize("first", [0, 35], ids=["before", "behind"])
-def test_out_beside_a_plane_in_one_storage_is_filled(first: int) -> None:
+def test_out_beside_a_matrix_in_one_storage_is_filled(first: int) -> None:
     arguments = good()
     storage = torch.rand(50)
     arguments["theta"] = storage.as_strided((2, 10), (15, 1), 10)
@@ -199,7 +200,7 @@ def operator(name: str, **changes: object) -> object:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"log_weight": torch.zeros(3, 2).double()}, r"log_weight must be float32 for planes of this dtype"),
+        ({"log_weight": torch.zeros(3, 2).double()}, "log_weight must be float32 for matrices of this dtype"),
         ({"log_weight": torch.zeros(2, 2)}, r"log_weight must be \[S, T\] = \[3, 2\] \(got \[2, 2\]\)"),
         ({"log_weight": torch.zeros(2, 3).T}, r"log_weight must be contiguous \(got strides \[1, 3\]\)"),
         ({"theta": torch.zeros(10)}, r"theta must be \[T, P\] with T >= 1 \(got \[10\]\)"),
@@ -227,7 +228,7 @@ def test_backward_refuses(grad: torch.Tensor, message: str) -> None:
 def test_fisher_gradient_without_fisher() -> None:
     with pytest.raises(RuntimeError, match="fisher must be given where its gradient is wanted"):
         operator(
-            "fused_merge_backward_planes",
+            "fused_merge_backward_matrices",
             grad=torch.zeros(10),
             fisher=None,
             theta_wanted=True,
@@ -331,8 +332,14 @@ def test_other_operators_refuse_tensors_of_two_devices() -> None:
         ("keys", lambda: timm_ext.sample_labels(volume, norm.long(), "bernoulli")),
         ("weight", lambda: layer_ops.small_conv3d(volume, weight, **geometry)),
         ("weight", lambda: layer_ops.winograd_conv3d(volume, weight, padding=[0] * 3)),
+        ("weight", lambda: depthwise_ops.depthwise_conv3d(volume, weight, **geometry)),
+        ("bias", lambda: depthwise_ops.depthwise_conv3d(volume, volume, norm, **geometry)),
+        (
+            "weight",
+            lambda: depthwise_ops.depthwise_conv_transpose3d(volume, weight, **geometry, size=[5] * 3),
+        ),
         ("weight", lambda: layer_ops.strided_conv3d_input_gradient(volume, weight, [6] * 3)),
-        ("bias", lambda: norm_ops.instance_norm(volume, None, norm)),
+        ("bias", lambda: norm_ops.batch_norm(volume, None, norm)),
         ("weight", lambda: upsampled_ops.upsampled_conv3d(volume, weight)),
         ("weight", lambda: upsampled_ops.upsampled_conv3d_input_gradient(volume, weight)),
     ]

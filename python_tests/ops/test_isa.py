@@ -14,6 +14,7 @@ FILES = (
     "test_upsampled_conv3d.py",
     "test_small_conv.py",
     "test_strided.py",
+    "test_weight_gradient.py",
     "test_winograd.py",
 )
 

@@ -51,7 +51,7 @@ def test_it_is_the_convolution(batch, inputs, outputs, sizes, kernel) -> None:
     check(input, weight, None, padding=[1, 1, 1], **ONES)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_geometry(data: st.DataObject) -> None:
     kernel, padding, dilation, stride, more = (

@@ -47,7 +47,7 @@ def test_it_is_the_gradient(batch, outputs, inputs, size) -> None:
     assert_exact(*arguments(batch, outputs, inputs, size))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_any_size(data: st.DataObject) -> None:
     batch, outputs, inputs = (data.draw(st.integers(1, most)) for most in (2, 20, 20))

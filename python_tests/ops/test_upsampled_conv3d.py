@@ -112,7 +112,7 @@ def test_a_convolution_behind_upsampling_and_its_gradients(batch, inputs, output
     assert_layer(Layer(batch, inputs, outputs, sizes))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.data())
 def test_any_size(data: st.DataObject) -> None:
     batch, inputs, outputs = (data.draw(st.integers(1, most)) for most in (2, 20, 20))

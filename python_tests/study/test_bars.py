@@ -59,10 +59,10 @@ def test_a_long_step_is_measured_from_its_first_news(clock):
     left = TimeLeft([step], workers=4)
     left.hear(Event("started", step))
     clock[0] = 20.0
-    left.hear(Event("progress", step, fraction=0.2))
+    left.hear(Event("advanced", step, fraction=0.2))
     assert left.seconds == 80  # one step keeps one worker busy
     clock[0] = 140.0
-    left.hear(Event("progress", step, fraction=0.8))
+    left.hear(Event("advanced", step, fraction=0.8))
     assert left.seconds == pytest.approx(20 * (10 + 120) / (10 + 60))
 
 

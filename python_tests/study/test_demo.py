@@ -1,4 +1,3 @@
-import json
 import random
 import shutil
 import signal
@@ -8,6 +7,7 @@ import time
 
 import pytest
 from rich.console import Console
+from study_plans import finished, results
 
 from timm_ext.cli import run
 from timm_ext.errors import InputError
@@ -29,16 +29,6 @@ def start(out):
     return subprocess.Popen(
         [sys.executable, "-c", CODE, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-
-
-def finished(out):
-    return list(out.glob("runs/*/record.json"))
-
-
-def results(out):
-    """Every record without what depends on the clock."""
-    records = {path.parent.name: json.loads(path.read_text()) for path in finished(out)}
-    return {name: {**record, "seconds": None, "checksum": None} for name, record in records.items()}
 
 
 @pytest.fixture(scope="module")

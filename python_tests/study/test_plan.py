@@ -8,15 +8,17 @@ from timm_ext.errors import InputError
 from timm_ext.study.plan import StudyPlan, bundled_plans, find_plan
 from timm_ext.study.study import make_study
 
+APART = ({"task": "parcellation-1-7"}, {"task": "parcellation-8-14"})
+
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"methods": ("scratch", "magic")}, r"method: expected one of scratch, .* \(got 'magic'\)"),
-        ({"methods": ("scratch", "transfer-3")}, r"transfer-3: expected at least 3 source tasks \(got 2\)"),
+        ({"methods": ("scratch", "transfer-3")}, r"transfer-3: expected at least 3 sources \(got 2\)"),
         (
-            {"source_tasks": ("parcellation-1-7",), "methods": ("soup",)},
-            r"soup: expected at least 2 source tasks \(got 1\)",
+            {"sources": ({"task": "parcellation-1-7"},), "methods": ("soup",)},
+            r"soup: expected at least 2 sources \(got 1\)",
         ),
         ({"methods": ("scratch", "scratch")}, r"methods: expected each once \(got scratch, scratch\)$"),
         ({"train_cases": (1, 1)}, r"train_cases: expected each once \(got 1, 1\)$"),
@@ -66,11 +68,24 @@ from timm_ext.study.study import make_study
         ({"method_merge": {"imm-warmup": {}}}, r"expected methods that learn ratios \(got imm-warmup\)"),
         ({"method_train": {"transfer-3": {}}}, r"method_train: expected some of scratch, .* 'transfer-3'"),
         ({"method_train": {"t-imm": {"rate": 1}}}, "method_train: unknown field rate"),
-        ({"source_data": ("a",)}, r"source_data: expected one data set for each of the 2 source tasks"),
+        ({"method_lr": {"transfer-3": 1e-3}}, r"method_lr: expected some of scratch, .* 'transfer-3'"),
+        ({"method_lr": {"t-imm": 0}}, r"method_lr\.t-imm: expected a finite number greater than 0"),
         (
-            {"source_train": {"l2_transfer": 1}, "chain": False},
-            r"source_train: expected chain .* l2_transfer",
+            {"source_train": {"l2_transfer": 1}, "sources": APART},
+            r"source_train: expected a source that starts after another with l2_transfer",
         ),
+        ({"sources": ()}, r"sources: expected at least one \(got none\)$"),
+        ({"sources": ({"task": "brats", "after": 1},)}, r"an earlier source than 1 \(got 1\)"),
+        ({"sources": ({"task": "brats", "name": "a"},)}, r"sources\.0: expected a task, or name and regions"),
+        ({"sources": ({"regions": {"a": [1]}},)}, r"sources\.0: expected a task, or name and regions"),
+        ({"sources": ({"name": "a", "regions": {"a": []}},)}, r"regions\.a: expected at least one"),
+        ({"sources": ({"task": "brats", "shuffled": True},)}, r"shuffled: expected regions of one's own"),
+        ({"sources": ({"name": "a", "regions": {"a": [7]}},)}, r"the whole heads for a \(got none\)"),
+        (
+            {"sources": ({"name": "a", "regions": {"a": range(1, 300)}, "data": "d"},)},
+            r"sources: expected at most 255 labels in all regions \(got 299\)",
+        ),
+        ({"source_sets": 0}, r"source_sets: expected a whole number from 1"),
     ],
 )
 def test_plans_that_cannot_be(changes, message):
@@ -93,9 +108,10 @@ def test_a_plan_is_json_that_makes_the_same_plan():
 
 def test_folders_are_named_by_their_absolute_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    plan = plan_of(source="maps", source_data=("a", "b"), target_data="c")
+    sources = ({"task": "parcellation-1-7"}, {"task": "parcellation-8-14", "data": "b"})
+    plan = plan_of(source="maps", sources=sources, source_data="a", target_data="c")
     assert plan.source == str(tmp_path / "maps")
-    assert plan.source_data == (str(tmp_path / "a"), str(tmp_path / "b"))
+    assert [plan.data_of(number) for number in (1, 2)] == [str(tmp_path / "a"), str(tmp_path / "b")]
     assert plan.target_data == str(tmp_path / "c")
     assert plan_of().source == "phantom"
 

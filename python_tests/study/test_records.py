@@ -101,7 +101,7 @@ def test_claim_accepts_the_same_and_extended_settings(tmp_path):
     folder = Folder(tmp_path)
     folder.claim({"steps": 5, "seeds": 2, "size": (1, 2)}, extendable=["seeds"])
     folder.claim({"steps": 5, "seeds": 3, "size": (1, 2)}, extendable=["seeds"])
-    assert read_json(tmp_path / PLAN) == {"format": 2, "steps": 5, "seeds": 3, "size": [1, 2]}
+    assert read_json(tmp_path / PLAN) == {"format": 3, "steps": 5, "seeds": 3, "size": [1, 2]}
 
 
 def test_claim_refuses_other_settings_and_foreign_folders(tmp_path):
@@ -121,7 +121,7 @@ def test_a_study_begun_by_an_earlier_version_is_refused(tmp_path):
     with pytest.raises(InputError) as told:
         Folder(tmp_path).claim({"steps": 5})
     assert str(told.value) == (
-        f"{tmp_path}: expected a study of format 2 (got format 1, of another version of timm_ext); choose "
+        f"{tmp_path}: expected a study of format 3 (got format 1, of another version of timm_ext); choose "
         "another folder"
     )
     assert read_json(tmp_path / PLAN) == {"steps": 5}

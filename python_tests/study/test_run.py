@@ -10,6 +10,7 @@ import time
 
 import pytest
 from rich.console import Console
+from study_plans import finished, results
 
 from timm_ext.cli import run
 from timm_ext.config import load_settings
@@ -32,16 +33,6 @@ def start(out, *more):
 
 def tiny():
     return load_settings(StudyPlan, bundled_plans()["smoke"], TINY)
-
-
-def finished(out):
-    return list(out.glob("runs/*/record.json"))
-
-
-def results(out):
-    """Every record without what depends on the clock."""
-    records = {path.parent.name: json.loads(path.read_text()) for path in finished(out)}
-    return {name: {**record, "seconds": None, "checksum": None} for name, record in records.items()}
 
 
 def rows(out, stem):
@@ -178,7 +169,7 @@ def test_dry_run_prints_the_cost_and_leaves_nothing(tmp_path, capsys):
     [
         (
             ["nothing"],
-            "plan: expected a YAML file or one of brats, demo, paper, small, smoke (got 'nothing')",
+            "expected a YAML file or one of brats, demo, hippocampus, paper, small, smoke (got 'nothing')",
         ),
         (["smoke", "--set", "methods=[magic]"], "method: expected one of scratch"),
         (["smoke", "--set", "stepz=1"], "--set: unknown field stepz"),
@@ -212,5 +203,22 @@ def test_a_folder_of_an_earlier_version_is_refused(tmp_path, capsys):
     (tmp_path / "plan.json").write_text(json.dumps({"title": "A study of last year"}))
     assert run(["study", "smoke", "--out", str(tmp_path)]) == 1
     error = capsys.readouterr().err
-    assert "expected a study of format 2 (got format 1" in error
+    assert "expected a study of format 3 (got format 1" in error
     assert len(error.splitlines()) == 1
+
+
+def test_a_dry_run_says_what_the_study_can_see(tmp_path, capsys):
+    methods = ["--set", "methods=[scratch, transfer-1]", "--set", "references=[scratch]"]
+    assert run(["study", "smoke", "--out", str(tmp_path / "out"), "--dry-run", *methods]) == 0
+    told = capsys.readouterr()
+    assert "Smallest difference of mean Dice" in told.out + told.err
+    assert run(["study", "smoke", "--out", str(tmp_path / "out"), "--dry-run", "--power-from", "no"]) == 1
+    assert "no: expected tables/cases.csv" in capsys.readouterr().err
+
+
+def test_download_is_for_data_sets_of_the_decathlon(tmp_path, capsys):
+    out = ["--out", str(tmp_path / "out"), "--dry-run", "--download"]
+    assert run(["study", "smoke", *out]) == 1
+    assert "target_data: expected a data set to download" in capsys.readouterr().err
+    assert run(["study", "smoke", *out, "--target-data", str(tmp_path / "mine")]) == 1
+    assert "mine: expected a folder named after a data set of the Decathlon" in capsys.readouterr().err

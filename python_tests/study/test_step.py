@@ -6,6 +6,7 @@ from study_plans import study_of
 from timm_ext.errors import InputError
 from timm_ext.study.step import Step, step_from, with_needs
 from timm_ext.study.steps import STEPS
+from timm_ext.study.steps.crops import CropHeads
 from timm_ext.study.steps.data import PreparePool, TakeCases
 
 
@@ -62,4 +63,4 @@ def test_every_step_of_a_study_survives_the_way_to_a_worker():
         made = step_from(json.loads(json.dumps(step.question)), STEPS)
         assert made.model_copy(update={"needs": step.needs}).digest == step.digest
         seen.add(type(step))
-    assert seen == {*STEPS} - {PreparePool, TakeCases}
+    assert seen == {*STEPS} - {PreparePool, TakeCases, CropHeads}

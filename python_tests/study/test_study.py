@@ -4,6 +4,8 @@ from study_plans import run_of, study_of
 from timm_ext.errors import InputError
 from timm_ext.study.plan import EXTENDABLE
 
+COMPUTED = ("train-M", "fisher", "adapt", "run", "forgetting")
+
 
 def study(**changes):
     values = {"methods": ("scratch", "mode-imm", "t-imm"), "train_cases": (2, 4), "seeds": (0, 1)}
@@ -33,6 +35,16 @@ def test_an_extended_study_keeps_its_runs(more):
     assert set(more) <= set(EXTENDABLE)
 
 
+def test_the_layers_are_part_of_what_they_compute():
+    """Of trainings and predictions, not of the cases."""
+    fast, plain = study(), study(fast_layers=False)
+    for made, expected in ((fast, True), (plain, False)):
+        said = [step.question.get("train", step.question) for step in made.steps]
+        assert {own["fast_layers"] for own in said if "fast_layers" in own} == {expected}
+    again = {step.name for step in {*fast.steps} & {*plain.steps}}
+    assert again == {name for step in fast.steps if not (name := step.name).startswith(COMPUTED)}
+
+
 def test_draws_share_models_and_test_cases():
     runs = study().runs
     one, two = (next(r for r in runs if (r.arm, r.draw) == ("t-imm", draw)) for draw in (0, 1))
@@ -52,7 +64,7 @@ def test_fractions_are_of_the_pool():
         ({"fractions": (0.01,), "pool": 9}, r"train_cases: must be at least 1 \(got 0\)"),
         ({"pool": 3}, r"train_cases: expected at most the 3 available training cases \(got 4\)"),
         ({"size": (4096,) * 3}, r"size: a batch of 2 .*: expected at most .* of memory"),
-        ({"source_tasks": ("nothing", "brats")}, r"task: expected one of .*nothing"),
+        ({"sources": ({"task": "nothing"}, {"task": "brats"})}, r"task: expected one of .*nothing"),
         ({"adapt_steps": 100}, r"adapt_steps must be less than steps 100 \(got 100\)"),
         ({"train": {"drop_transfer": 2.0}}, "drop_transfer: expected a finite number .* less than 1"),
     ],

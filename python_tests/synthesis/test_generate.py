@@ -72,7 +72,7 @@ def test_complete_cases_are_kept_and_missing_ones_made_again(tmp_path):
     cases[1].images["T1"].unlink()
     calls = []
     again = generate_cases(
-        tmp_path / "set", SMALL, 3, progress=lambda done, count: calls.append((done, count))
+        tmp_path / "set", SMALL, 3, on_progress=lambda done, count: calls.append((done, count))
     )
     assert calls == [(2, 3), (3, 3)]
     assert cases[0].label.stat().st_mtime_ns == before

@@ -11,8 +11,8 @@ from rich.console import Console
 from timm_ext.system.terminal import (
     accept_any_text,
     duration,
+    make_bars,
     make_console,
-    make_progress,
     say,
     show_table,
     tell,
@@ -40,7 +40,7 @@ def test_tables_and_lines_take_names_as_they_are(markup):
 
 
 def test_progress_bars_take_names_as_they_are(capsys):
-    with make_progress(console=Console(file=(out := io.StringIO()), width=200, force_terminal=True)) as bar:
+    with make_bars(console=Console(file=(out := io.StringIO()), width=200, force_terminal=True)) as bar:
         row = bar.add_task(EVIL, total=2)
         bar.update(row, advance=1)
         bar.refresh()
@@ -51,7 +51,7 @@ def test_progress_bars_take_names_as_they_are(capsys):
 def test_the_time_taken_stands_apart_from_the_time_left():
     now = [0.0]
     console = Console(file=(out := io.StringIO()), width=200, force_terminal=True)
-    with make_progress(console=console, get_time=lambda: now[0], auto_refresh=False) as bar:
+    with make_bars(console=console, get_time=lambda: now[0], auto_refresh=False) as bar:
         row = bar.add_task("training", total=100)
         bar.refresh()
         for now[0] in (2.0, 4.0):

@@ -46,3 +46,13 @@ def test_float16_on_a_cpu_is_refused(accelerator, monkeypatch):
     settings = TrainSettings(accelerator=accelerator, precision="16-mixed")
     with pytest.raises(InputError, match=r"expected a GPU for precision 16-mixed \(got a CPU: use 32-true"):
         launch(settings)
+
+
+def test_bfloat16_on_a_cpu_that_is_slow_in_it_is_float32(monkeypatch):
+    monkeypatch.setattr(
+        "timm_ext.training.device.half_path", lambda: ("float32", "the CPU has neither AMX nor AVX512-BF16")
+    )
+    with pytest.warns(UserWarning, match="bf16-mixed is computed in float32 here: the CPU has neither"):
+        fabric = launch(TrainSettings(accelerator="cpu", precision="bf16-mixed"))
+    with fabric.autocast():
+        assert not torch.is_autocast_enabled("cpu")

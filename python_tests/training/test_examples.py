@@ -1,9 +1,13 @@
 import sys
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
+from timm_ext.data.tasks import get_task
 from timm_ext.errors import InputError
 from timm_ext.training.examples import BatchOrder, dropout_seed, epoch_order, region_names, training_batches
 
@@ -44,13 +48,36 @@ def test_dropout_seeds_differ():
 
 
 def test_regions_are_named_by_the_task():
-    class Task:
-        region_names = ("A", "B")
-
     cases = Blobs(1)
     assert region_names(cases, 2) == ("0", "1")
-    cases.task = Task()
-    assert region_names(cases, 2) == ("A", "B")
+    cases.task = get_task("brats")
+    assert region_names(cases, 3) == ("WT", "TC", "ET")
+
+
+def test_a_batch_is_made_while_the_one_before_is_trained_on():
+    class Slow(Blobs):
+        def sample(self, index, epoch):
+            if len(self.asked) >= 4:
+                assert trained_on.wait(20)
+            threads.append(torch.get_num_threads())
+            return super().sample(index, epoch)
+
+    trained_on, threads, cases = threading.Event(), [], Slow(4)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        batches = training_batches(cases, BatchOrder(4, settings(batch_size=2), range(3)), 0)
+        next(batches)
+        next(batches)  # while the third waits
+        assert torch.get_num_threads() == 3
+        trained_on.set()
+        assert len(list(batches)) == 1
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [1] * 6
+    assert cases.asked == [key for keys in _keys(4, 2, range(3)) for key in keys]
 
 
 class _Broken(Blobs):

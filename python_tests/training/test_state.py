@@ -1,4 +1,9 @@
+import errno
+import hashlib
+import io
+import os
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,7 +19,7 @@ from timm_ext.training.examples import Data  # noqa: E402
 from timm_ext.training.saved import SavedSchedule  # noqa: E402
 from timm_ext.training.schedule import Schedule  # noqa: E402
 from timm_ext.training.settings import TrainSettings  # noqa: E402
-from timm_ext.training.state import load_state, save_state  # noqa: E402
+from timm_ext.training.state import StateWriter, load_state, save_state  # noqa: E402
 from timm_ext.training.trainer import Trainer  # noqa: E402
 
 
@@ -51,6 +56,72 @@ def test_every_flipped_bit_is_noticed(tmp_path):
             load_state(state)
     state.write_bytes(whole)
     assert go_on(tmp_path, Blobs(3)).rows[-1]["step"] == 3
+
+
+def test_the_file_is_pytorchs_with_its_digest_as_a_comment(tmp_path):
+    state = {"tensors": [torch.randn(300, 7), torch.tensor(2.0)], "step": 3}
+    save_state(tmp_path / "state.pt", state)
+    buffer = io.BytesIO()
+    torch.save({"format": 2, **state}, buffer)
+    content = buffer.getvalue()[:-2] + (64).to_bytes(2, "little")
+    assert (tmp_path / "state.pt").read_bytes() == content + hashlib.sha256(content).hexdigest().encode()
+
+
+class Full(io.BytesIO):
+    """A disk with so much room."""
+
+    def __init__(self, room):
+        super().__init__()
+        self.room = room
+
+    def write(self, data):
+        if self.tell() + len(data) > self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)
+
+
+@pytest.mark.parametrize("room", [0, 500, 5000])
+def test_a_full_disk_is_told_and_the_state_before_stays(tmp_path, monkeypatch, room):
+    path = tmp_path / "state.pt"
+    save_state(path, {"step": 1})
+    before = path.read_bytes()
+    monkeypatch.setattr("timm_ext.training.state.open", lambda *mode: Full(room), raising=False)
+    with pytest.raises(InputError, match=r"state\.pt: cannot be written \(No space left on device\)"):
+        save_state(path, {"step": 2, "tensor": torch.randn(4000)})
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_a_state_is_written_as_it_was_while_training_goes_on(tmp_path, monkeypatch):
+    path, go_on = tmp_path / "state.pt", threading.Event()
+    monkeypatch.setattr(
+        "timm_ext.training.state.save_state", lambda *given: (go_on.wait(20), save_state(*given))
+    )
+    tensor, noted = torch.zeros(3), [1]
+    states = StateWriter(path)
+    states.write({"tensor": tensor, "noted": noted})
+    tensor += 1
+    noted.append(2)
+    assert not path.exists()
+    go_on.set()
+    states.finish()
+    found = load_state(path)
+    assert (found["tensor"].tolist(), found["noted"]) == ([0, 0, 0], [1])
+    states.close()
+
+
+def test_a_state_that_could_not_be_written_is_told_with_the_next_one(tmp_path, monkeypatch):
+    path = tmp_path / "state.pt"
+    states = StateWriter(path)
+    states.write({"step": 1})
+    states.finish()
+    monkeypatch.setattr("timm_ext.training.state.open", lambda *mode: Full(0), raising=False)
+    states.write({"step": 2})
+    for again in (lambda: states.write({"step": 3}), states.finish):
+        with pytest.raises(InputError, match=r"state\.pt: cannot be written \(No space left on device\)"):
+            again()
+    assert load_state(path) == {"step": 1}
+    states.close()
 
 
 def test_pytorch_reads_the_file_as_any_other(tmp_path):

@@ -1,3 +1,4 @@
+import copy
 import csv
 import json
 import math
@@ -8,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from nnunet_folders import options_of as nnunet_options
 from torch import nn
 
 from timm_ext.errors import InputError
+from timm_ext.networks.registry import build_network
 from timm_ext.training.examples import Data
 from timm_ext.training.trainer import Trainer
 
@@ -209,16 +212,21 @@ def test_mixed_precision_runs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("precision", "advice"), [("32-true", "check these"), ("bf16-mixed", "32-true on a CPU")]
+    ("precision", "fast", "advice"),
+    [
+        ("32-true", True, "check these"),
+        ("bf16-mixed", True, "check these"),
+        ("bf16-mixed", False, "use fast_layers=true or precision=32-true on a CPU"),
+    ],
 )
-def test_nan_loss_names_step_and_cases(tmp_path, precision, advice):
+def test_nan_loss_names_step_and_cases(tmp_path, precision, fast, advice):
     class Poisoned(Blobs):
         def sample(self, index, epoch):
             sample = super().sample(index, epoch)
             return sample | {"image": sample["image"] * float("nan")} if epoch == 1 else sample
 
     with pytest.raises(InputError, match=rf"the loss is nan at step 3 \(cases case\d, case\d\); .*{advice}"):
-        Trainer(settings(steps=9, precision=precision), tmp_path).fit(
+        Trainer(settings(steps=9, precision=precision, fast_layers=fast), tmp_path).fit(
             small_network(), Data(Poisoned(4), Blobs(1))
         )
 
@@ -247,7 +255,7 @@ def test_wrong_number_of_regions_is_refused(tmp_path):
 
 
 def test_validation_set_of_another_task_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"validation set: expected the 1 regions .*got 2"):
+    with pytest.raises(InputError, match=r"validation set: expected the 1 outputs .*got 2"):
         Trainer(settings(), tmp_path).fit(small_network(), Data(Blobs(2), Blobs(2, regions=2)))
 
 
@@ -315,3 +323,34 @@ def test_full_disk_is_one_clear_error(tmp_path, limit):
 def test_unknown_accelerator_is_refused(tmp_path):
     with pytest.raises(InputError, match="cannot use accelerator 'abacus' with 1 devices"):
         Trainer(settings(accelerator="abacus"), tmp_path).fit(small_network(), Data(Blobs(1)))
+
+
+@pytest.mark.parametrize("name", ["monai.DynUNet", "monai.SegResNetDS", "nnunet.PlainConvUNet"])
+def test_deep_supervision_trains_every_head_and_validates_the_finest(tmp_path, name):
+    pytest.importorskip("dynamic_network_architectures")
+    options = {
+        "monai.DynUNet": {
+            "kernel_size": [3, 3, 3],
+            "strides": [1, 2, 2],
+            "upsample_kernel_size": [2, 2],
+            "filters": [2, 4, 4],
+            "deep_supervision": True,
+        },
+        "monai.SegResNetDS": {"init_filters": 8, "blocks_down": [1, 1, 1], "norm": "instance", "dsdepth": 2},
+        "nnunet.PlainConvUNet": {
+            **nnunet_options(stages=4),
+            "strides": [1, 2, 2, 1],
+            "deep_supervision": True,
+        },
+    }
+    model = build_network(name, in_channels=1, out_channels=1, seed=0, **options[name])
+    before = copy.deepcopy(model).state_dict()
+    history = Trainer(settings(steps=2), tmp_path).fit(model, Data(Blobs(2), Blobs(1)))
+    after = copy.deepcopy(model).state_dict()  # no map of a step is left in it
+    heads = [key for key in after if "head" in key or "output_block" in key or "seg_layers" in key]
+    idle = [
+        key for key in heads if ".seg_layers.0." in key
+    ]  # the coarsest of nnU-Net's, which counts nothing
+    assert len(heads) - len(idle) >= 4
+    assert all(torch.equal(before[key], after[key]) == (key in idle) for key in heads)
+    assert history.curve("val_loss")

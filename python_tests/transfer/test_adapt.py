@@ -20,14 +20,14 @@ from merges_for_tests import StopError, Stopping, merged_model
 
 def test_adaptation_trains_logits_and_specific_parameters(tmp_path):
     merged, _, _ = merged_model()
-    planes = merged._planes.clone()
+    matrices = merged._matrices.clone()
     before = [parameter.detach().clone() for parameter in merged.specific_parameters()]
     result = adapt(
         merged,
         Session(Data(Blobs(3), Blobs(2, first=50)), settings(steps=8, keep="last"), tmp_path),
         AdaptSettings(logit_lr=0.2, specific_lr=0.05),
     )
-    assert torch.equal(merged._planes, planes)
+    assert torch.equal(merged._matrices, matrices)
     assert all(
         not torch.equal(old, new) for old, new in zip(before, merged.specific_parameters(), strict=True)
     )

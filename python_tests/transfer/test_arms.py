@@ -20,6 +20,7 @@ from timm_ext.transfer.arms import Adaptation, Arm, FineTuning, arms, beyond, ge
 
 # What each arm beyond a merge is made of; a transfer stands for those of all numbers.
 MADE_OF: dict[str, tuple[Merge, Adaptation | None, FineTuning]] = {
+    "best-by-evidence": (transfer(1), None, FineTuning()),
     "transfer-2-probe": (transfer(2), Adaptation(ratios=False), FineTuning()),
     "transfer-2-l2": (transfer(2), None, FineTuning(l2_transfer=1e-2)),
     "transfer-2-drop": (transfer(2), None, FineTuning(drop_transfer=0.5)),
@@ -43,7 +44,7 @@ def test_what_an_arm_is_made_of(name: str) -> None:
     assert (arm.merge, arm.adaptation, arm.tuning) == MADE_OF[name]
     learned = name.startswith(("t-imm", "medmerge"))
     assert arm.learns_ratios == learned
-    assert arm.learns == (learned or name.endswith("-probe") or name == "imm-warmup")
+    assert arm.learns == (learned or name.endswith("-probe") or name in ("imm-warmup", "best-by-evidence"))
 
 
 def test_every_arm_has_its_name_a_title_and_a_source() -> None:

@@ -214,3 +214,29 @@ def test_an_anchor_is_part_of_the_recipe(files):
     assert isinstance(start.model, MergedModel)
     assert start.model.logits[0].tolist() == [-30, 30]
     torch.testing.assert_close(state(start.model.fold())[WEIGHT], state(sources.networks[1])[WEIGHT])
+
+
+@pytest.mark.parametrize("method", ["t-imm", "t-imm-annealed", "medmerge-aligned", "transfer-2", "scratch"])
+def test_what_is_said_of_each_tensor_is_what_became_of_it(moved, method):
+    task = get_task("brats")
+    target = network_of(moved, task, seed=7)
+    for parameter in target.parameters():
+        parameter.data.fill_(5)
+    start = start_from(method, target, task, moved, Recipe())
+    network = start.model.fold() if isinstance(start.model, MergedModel) else start.model
+    found, own = state(network), state(target)
+    assert [use.name for use in start.uses] == list(own)
+    for use in start.uses:
+        assert (use.use == "merged") != torch.equal(found[use.name], own[use.name])
+        assert use.shape == tuple(own[use.name].shape)
+    merged = {use.name: use for use in start.uses if use.use == "merged"}
+    reading = {"T1": "T1", "T1c": None, "T2": "T2", "FLAIR": None}
+    if method == "scratch":
+        assert not merged
+        return
+    assert merged[FIRST].mapped == {"M1": reading, "M2": reading}
+    assert not merged[WEIGHT].mapped
+    one, two = state(moved.networks[1]), state(moved.aligned().networks[1])
+    aligned = {name for name in merged if not torch.equal(one[name], two[name])}
+    told = {name for name, use in merged.items() if use.moved and not name.endswith("bias")}  # all are 0
+    assert told == (aligned if "aligned" in method else set())

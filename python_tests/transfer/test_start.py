@@ -3,7 +3,8 @@
 import pytest
 import torch
 from hand_merges import bank, network, values
-from torch import Tensor, nn
+from merged_model_samples import FisherStub
+from torch import nn
 
 from timm_ext.errors import InputError
 from timm_ext.layout import Layout
@@ -91,13 +92,8 @@ def convolutions() -> tuple[nn.Module, Bank]:
     """Two 1-D convolutions of 2 × 2 kernels of 1 element, M1 all 1 and M2 all 3, with Fishers of 1 and 3."""
     net = nn.Sequential(nn.Conv1d(2, 2, 1, bias=False))
     models = {f"M{n}": {"0.weight": torch.full((2, 2, 1), 2.0 * n - 1)} for n in (1, 2)}
-    fishers = [FisherOf(tensors) for tensors in models.values()]
+    fishers = [FisherStub(tensors) for tensors in models.values()]
     return net, Bank.build(models, fishers, Layout.from_model(net, ["0.weight"]))
-
-
-class FisherOf:
-    def __init__(self, tensors: dict[str, Tensor]):
-        self.tensors, self.zero, self.scaling = tensors, (), "sum"
 
 
 def test_medmerge_has_a_weight_for_each_kernel_and_no_fisher() -> None:
@@ -135,6 +131,11 @@ def test_given_logits_go_before_an_anchor() -> None:
     made = initialise("medmerge", net, sources, Recipe(anchor=9.0), torch.zeros(2))
     assert isinstance(made, MergedModel)
     assert made.ratios().eq(0.5).all()
+
+
+def test_a_source_is_chosen_only_by_cases() -> None:
+    with pytest.raises(InputError, match=r"^best-by-evidence: expected cases to choose by"):
+        initialise("best-by-evidence", network(), bank())
 
 
 def test_granularity_and_constraint_are_options() -> None:

@@ -2,10 +2,13 @@
 
 import sys
 
+from timm_ext.cli.advise import advise
 from timm_ext.cli.app import app, run
 from timm_ext.cli.apply import evaluate, predict
+from timm_ext.cli.check import check
 from timm_ext.cli.data import phantom, prepare
 from timm_ext.cli.demo import demo
+from timm_ext.cli.export import export
 from timm_ext.cli.info import info
 from timm_ext.cli.initialise import adapt, merge
 from timm_ext.cli.study import study
@@ -14,7 +17,24 @@ from timm_ext.system.signals import watch_command
 
 __all__ = ["app", "main", "run"]
 
-for command in (demo, phantom, prepare, train, fisher, merge, adapt, predict, evaluate, study, info):
+for command in (
+    *(
+        demo,
+        phantom,
+        check,
+        prepare,
+        train,
+        fisher,
+        advise,
+        merge,
+        adapt,
+        predict,
+        evaluate,
+        export,
+        study,
+        info,
+    ),
+):
     app.command()(command)
 
 

@@ -38,11 +38,28 @@ app = typer.Typer(
 _until_it_ends = ExitStack()
 
 
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        import timm_ext
+
+        say(f"timm-ext {timm_ext.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of a failure (anywhere).")
     ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version.")
+    ] = False,
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--plugin", metavar="MODULE", help="Import a Python module that registers networks (anywhere)."
+        ),
+    ] = None,
 ) -> None:
     """Merge pre-trained 3-D segmentation networks into one initialisation for a new task."""
 
@@ -62,14 +79,14 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    debug = "--debug" in arguments
+    debug, plugins, rest = _common(arguments)
     accept_any_text()
     command = typer.main.get_command(app)
     try:
         with _until_it_ends, warnings.catch_warnings(), heard():
             if not debug:
                 warnings.simplefilter("ignore")
-            rest = [argument for argument in arguments if argument != "--debug"]
+            _import(plugins)
             status = command.main(rest or ["--help"], prog_name="timm-ext", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         return _tell_interrupted(arguments)
@@ -80,6 +97,30 @@ def _run(arguments: list[str]) -> int:
     if status == INTERRUPTED:  # newer typers turn Ctrl-C into this status without a word
         return _tell_interrupted(arguments)
     return status if isinstance(status, int) else 0
+
+
+def _common(arguments: Sequence[str]) -> tuple[bool, list[str], list[str]]:
+    """Take the options of all commands out, wherever they stand: `--debug`, the plugins, all others."""
+    debug, plugins, rest = False, [], []
+    left = iter(arguments)
+    for argument in left:
+        if argument == "--debug":
+            debug = True
+        elif argument == "--plugin" and (module := next(left, None)) is not None:
+            plugins.append(module)
+        elif argument.startswith("--plugin="):
+            plugins.append(argument.partition("=")[2])
+        else:
+            rest.append(argument)
+    return debug, plugins, rest
+
+
+def _import(plugins: Sequence[str]) -> None:
+    if plugins:
+        from timm_ext.networks.plugins import import_plugin
+
+        for module in plugins:
+            import_plugin(module)
 
 
 def hold(context: AbstractContextManager[object]) -> None:
@@ -105,7 +146,7 @@ def _tell_interrupted(arguments: list[str]) -> int:
 
 
 def _going_on(arguments: list[str]) -> str:
-    command = next((argument for argument in arguments if not argument.startswith("-")), "")
+    command = next((argument for argument in _common(arguments)[2] if not argument.startswith("-")), "")
     if command not in GO_ON:
         return ""
     missing = [option for option in GO_ON[command] if option not in arguments]

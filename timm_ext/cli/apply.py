@@ -1,36 +1,63 @@
 """Commands that use a trained network: predict and evaluate."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from timm_ext.cli.cases import told_default
+from timm_ext.cli.cases import channel_names, named_channels, told_default
 from timm_ext.cli.common import (
     DEFAULT_TASK,
     NETWORK_NAME,
+    ChannelNames,
     Config,
+    Fold,
+    NamedNetwork,
     Overrides,
     TaskOfNetwork,
     TaskOption,
     check_folder,
+    named_network,
     note_settings,
+    settings_from,
     task_of,
     tell_notes,
 )
 from timm_ext.cli.planned import SETTINGS_NAME, settings_of_network, tell_far_scans
 from timm_ext.cli.reckoned import within_memory
+from timm_ext.cli.sources import folds_of
 from timm_ext.errors import InputError, listed
 from timm_ext.files import check_outputs, ending_of, stem_of
 from timm_ext.system.terminal import make_console, say, show_table
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from timm_ext.checkpoint import Checkpoint
+    from timm_ext.config import RunSettings
     from timm_ext.data.formats.cases import Case
     from timm_ext.data.formats.entries import Image
     from timm_ext.data.tasks import Task
+    from timm_ext.inference import PredictSettings
     from timm_ext.metrics import Evaluation
+
+_Folds = Annotated[
+    str | None,
+    typer.Option(
+        "--folds", metavar="N,N,…", help="Average the logits of these folds of one folder of nnU-Net."
+    ),
+]
+_Flips = Annotated[
+    bool,
+    typer.Option(
+        "--flips",
+        help="Average with the left–right mirror image; for networks trained with `train.augment`. "
+        "Other axes: `--set predict.flips=[0,1,2]`.",
+    ),
+]
 
 
 def predict(
@@ -49,17 +76,14 @@ def predict(
         ),
     ] = None,
     task: TaskOfNetwork = None,
-    flips: Annotated[
-        bool,
-        typer.Option(
-            "--flips",
-            help="Average with the left–right mirror image; for networks trained with `train.augment`. "
-            "Other axes: `--set predict.flips=[0,1,2]`.",
-        ),
-    ] = False,
+    flips: _Flips = False,
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="Also write the probability of each region.")
     ] = False,
+    channels: ChannelNames = None,
+    fold: Fold = None,
+    folds: _Folds = None,
+    named: NamedNetwork = None,
     config: Config = None,
     overrides: Overrides = None,
 ) -> None:
@@ -70,28 +94,98 @@ def predict(
     """
     from rich.progress import track
 
-    from timm_ext.inference import predict_case
-    from timm_ext.networks.io import load_network
-    from timm_ext.networks.registry import config_of
+    from timm_ext.interop.networks import open_network
 
-    check_folder(out)
-    _refuse_run(out)
-    model, checkpoint = load_network(network)
+    _check_place(out)
+    if folds is None:
+        model, checkpoint = open_network(network, fold=fold, named=named_network(named))
+    else:
+        model, checkpoint = _ensemble(folds_of([network], folds, fold))
     tell_notes(network, checkpoint.notes)
     chosen = task_of(task, checkpoint)
-    settings = settings_of_network(config, overrides, checkpoint, config_of(model))
-    scans = _scans(cases, images or [], chosen)
+    scans = _scans(cases, images or [], chosen, checkpoint, channels or [])
     chosen = chosen.resolve({number for scan in scans for number in scan.numbers}, cases)
     outputs = [_outputs_of(scan, out, probabilities) for scan in scans]
     _check_overwritten(outputs, network, scans)
-    tell_far_scans(settings, scans)
-    wanted = replace(settings.predict, flips=settings.predict.flips or ((0,) if flips else ()))
-    check, prepare = within_memory(settings, config_of(model)), settings.prepare
+    settings = _settings(config, overrides, checkpoint, model)
+    apply = _application(model, checkpoint, scans, chosen, settings, _with_flips(settings, flips))
     for scan, (label_map, *more) in track(zip(scans, outputs, strict=True), "Segmenting", total=len(scans)):
-        maps = more[0] if more else None
-        predict_case(model, scan, chosen, prepare, label_map, wanted, probabilities_path=maps, check=check)
+        apply(scan, out_path=label_map, probabilities_path=more[0] if more else None)
     note_settings(out, settings, folder=True)
     say(f"{len(scans)} label maps in {out}")
+
+
+def _ensemble(folds: Sequence[Path]) -> "tuple[nn.Module, Checkpoint]":
+    """Return the mean of the logits of some folds' networks, as nnU-Net takes it, and the first's notes."""
+    from timm_ext.interop.networks import open_network
+    from timm_ext.merging.combine import LogitEnsemble
+
+    opened = [open_network(fold) for fold in folds]
+    return LogitEnsemble([model for model, _ in opened]), opened[0][1]
+
+
+def _with_flips(settings: "RunSettings", flips: bool) -> "PredictSettings":
+    return replace(settings.predict, flips=settings.predict.flips or ((0,) if flips else ()))
+
+
+def _settings(
+    config: Path | None, overrides: list[str] | None, checkpoint: "Checkpoint", model: "nn.Module"
+) -> "RunSettings":
+    from timm_ext.interop.nnunet.model import NOTE
+    from timm_ext.networks.registry import config_of
+
+    if NOTE in checkpoint.metadata:
+        return settings_from(config, overrides)
+    return settings_of_network(config, overrides, checkpoint, config_of(model))
+
+
+def _application(
+    model: "nn.Module",
+    checkpoint: "Checkpoint",
+    scans: "list[Case]",
+    task: "Task",
+    settings: "RunSettings",
+    predict: "PredictSettings",
+) -> Callable[..., object]:
+    """Return what segments a scan as the program does that trained the network."""
+    from timm_ext.interop.nnunet.model import NOTE
+
+    if NOTE in checkpoint.metadata:
+        return _as_nnunet(model, checkpoint, task, predict)
+    return _as_ours(model, scans, task, settings, predict)
+
+
+def _as_ours(
+    model: "nn.Module",
+    scans: "list[Case]",
+    task: "Task",
+    settings: "RunSettings",
+    predict: "PredictSettings",
+) -> Callable[..., object]:
+    """Return what segments a scan that is prepared as the settings say."""
+    from timm_ext.inference import predict_case
+    from timm_ext.networks.registry import config_of
+
+    tell_far_scans(settings, scans)
+    check, prepare = within_memory(settings, config_of(model)), settings.prepare
+    return partial(predict_case, model, task=task, prepare=prepare, settings=predict, check=check)
+
+
+def _as_nnunet(
+    model: "nn.Module", checkpoint: "Checkpoint", task: "Task", predict: "PredictSettings"
+) -> Callable[..., object]:
+    """Return what segments a scan as `nnUNetv2_predict` does."""
+    from timm_ext.interop.nnunet.model import NOTE
+    from timm_ext.interop.nnunet.predict import application_of, predict_case
+
+    application = application_of(checkpoint.metadata[NOTE], checkpoint.path)
+    if predict != type(predict)(fast_layers=predict.fast_layers):
+        raise InputError(
+            "predict: expected no window, overlap, flips or threshold for a network of nnU-Net, whose file "
+            "says how it is applied (got another than the default)"
+        )
+    application = replace(application, fast_layers=predict.fast_layers)
+    return partial(predict_case, model, task=task, application=application)
 
 
 def evaluate(
@@ -120,8 +214,7 @@ def evaluate(
 
     chosen = get_task(task or DEFAULT_TASK)
     if out is not None:
-        check_folder(out)
-        _refuse_run(out)
+        _check_place(out)
     with told_default(task, truth):
         evaluation = _evaluate(predictions, truth, chosen)
     if len(evaluation.absent) == len(chosen.regions):
@@ -154,12 +247,13 @@ def _show(evaluation: "Evaluation") -> None:
         say("undefined: only prediction or only truth holds the region; left out of the mean HD95")
 
 
-def _refuse_run(out: Path) -> None:
-    """Refuse a folder whose settings and results are those of a training, finished or interrupted.
+def _check_place(out: Path) -> None:
+    """Refuse a folder that cannot be written, or whose results are those of a training, finished or not.
 
     Raises:
-        InputError: the folder holds one.
+        InputError: as said.
     """
+    check_folder(out)
     kept = [name for name in (NETWORK_NAME, SETTINGS_NAME) if (out / name).exists()]
     if kept and (out / "training").is_dir():
         raise InputError(
@@ -211,17 +305,27 @@ def _labelled_cases(truth: Path, task: "Task", predicted: Iterable[str]) -> dict
     return {case.id: case for case in cases}
 
 
-def _scans(cases: Path | None, images: list[str], task: "Task") -> "list[Case]":
-    """Return the scans that the user names in one way or the other.
+def _scans(
+    cases: Path | None, images: list[str], task: "Task", checkpoint: "Checkpoint", channels: list[str]
+) -> "list[Case]":
+    """Return the scans that the user names in one way or the other, channels as the network has them.
 
     Raises:
-        InputError: as for `read_cases` and `_single_case`, or both or none are given.
+        InputError: as for `named_channels`, `read_cases` and `_single_case`, or both or none are given.
     """
     from timm_ext.data.formats.cases import read_cases
+    from timm_ext.interop.nnunet.model import NOTE, header_of
 
+    if images and channels:
+        raise InputError("--channel: expected CASES, whose images have names (got --image, which names them)")
     if (cases is None) == (not images):
         raise InputError("predict: expected either CASES or --image MODALITY=FILE for each modality")
-    return [_single_case(images, task)] if cases is None else read_cases(cases, task, use_labels=False)
+    if cases is None:
+        return [_single_case(images, task)]
+    noted = checkpoint.metadata.get(NOTE)
+    header = None if noted is None else header_of(noted["dataset_json"], checkpoint.path or Path())
+    read = partial(read_cases, cases, use_labels=False, header=header)
+    return named_channels(lambda asked: read(task=asked), task, channel_names(channels, task))
 
 
 def _check_overwritten(outputs: list[list[Path]], network: Path, scans: "list[Case]") -> None:

@@ -14,7 +14,7 @@ import typer
 from timm_ext.cli.app import hold
 from timm_ext.documents.bounds import MOST_WORKERS
 from timm_ext.errors import InputError, listed, shown
-from timm_ext.files import check_outputs, stem_of, writing
+from timm_ext.files import check_outputs, made_folder, stem_of, writing
 from timm_ext.system.locks import folder_lock, is_first_of_launched, output_lock
 from timm_ext.system.terminal import say
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from timm_ext.checkpoint import Checkpoint
     from timm_ext.config import RunSettings
     from timm_ext.data.tasks import Task
+    from timm_ext.interop.named import Named
 
 NETWORK_NAME = "network.safetensors"
 DEFAULT_TASK = "brats"
@@ -47,7 +48,7 @@ CasesArgument = Annotated[
     Path,
     typer.Argument(
         metavar="CASES",
-        help="BraTS folder, nnU-Net or Decathlon folder (`dataset.json`), or a CSV or JSON list of cases.",
+        help="BraTS or BIDS folder, nnU-Net or Decathlon folder (`dataset.json`), or a CSV or JSON list.",
     ),
 ]
 TaskOption = Annotated[
@@ -94,6 +95,28 @@ Fishers = Annotated[
         "--fisher", metavar="FILE", help="Fisher of each source network, in their order; repeatable."
     ),
 ]
+Fold = Annotated[
+    str | None, typer.Option("--fold", metavar="N", help="Fold of nnU-Net's folders: 0, 1, … or all.")
+]
+_NAMED = (
+    "Network of files that do not say it, e.g. `SegResNet:init_filters=16`: a class of MONAI or any name of "
+    "`timm-ext info`; numbers of channels are read off the tensors, `task=TASK` says what it solves."
+)
+ChannelNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--channel",
+        metavar="CHANNEL=NAME",
+        help="A channel of the network that the cases call by another name, e.g. MRI=T1; repeatable.",
+    ),
+]
+NamedNetwork = Annotated[str | None, typer.Option("--network", metavar="CLASS:OPTION=VALUE,…", help=_NAMED)]
+NamedNetworks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--network", metavar="CLASS:OPTION=VALUE,…", help=f"{_NAMED} Once for all, or for each NETWORK."
+    ),
+]
 Align = Annotated[
     bool,
     typer.Option(
@@ -104,7 +127,24 @@ Align = Annotated[
 ]
 
 
-def with_alignment(overrides: list[str] | None, align: bool) -> list[str]:
+def named_network(text: str | None) -> "Named | None":
+    """Return the network that the user names for a file."""
+    from timm_ext.interop.named import parse_named
+
+    return None if text is None else parse_named(text)
+
+
+AlignWhereNeeded = Annotated[
+    bool | None,
+    typer.Option(
+        "--align/--no-align",
+        help="Bring the channels of all networks into the order of the first one's; default: where they come "
+        "from different initialisations.",
+    ),
+]
+
+
+def with_alignment(overrides: list[str] | None, align: bool | None) -> list[str]:
     """Return the overrides of settings, with the alignment's if it is wanted."""
     return [*(overrides or ()), *(["merge.align=true"] if align else ())]
 
@@ -152,11 +192,13 @@ def noted_settings(checkpoint: "Checkpoint") -> "RunSettings":
 def check_output(path: Path) -> None:
     """Refuse an output that cannot be written before any work is done for it.
 
+    Its folder is made, and gone again if the command fails before anything is in it.
+
     Raises:
         InputError: the folder of `path` cannot be made or written to.
     """
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        hold(made_folder(path.parent))
         with tempfile.TemporaryFile(dir=path.parent):
             pass
 
@@ -244,13 +286,18 @@ def task_of(name: str | None, checkpoint: "Checkpoint") -> "Task":
             those of the task, or for these in another order.
     """
     from timm_ext.data.tasks import get_task
+    from timm_ext.transfer.sources import check_counts
 
     noted = noted_task(checkpoint)
     if name is None and noted is None:
         raise InputError(f"{checkpoint.path}: expected a network that names its task (got none); give --task")
     task = get_task(name) if name is not None else noted
     assert task is not None
-    _check_counts(task, checkpoint, f"; {_FITTED}")
+    if noted is not None and noted.region_names == task.region_names:
+        # The header of a data set does not say how the network was trained on it.
+        order = task.class_order or (noted.class_order if noted.labels == task.labels else ())
+        task = replace(task, softmax=noted.softmax, class_order=() if noted.softmax else order)
+    check_counts(task, checkpoint, f"; {_FITTED}")
     if noted is not None:
         _check_names(task, noted, checkpoint)
     return task
@@ -263,24 +310,14 @@ def noted_task(checkpoint: "Checkpoint") -> "Task | None":
         InputError: the note is not a task, or not one of as many inputs and outputs as the network has.
     """
     from timm_ext.data.tasks import task_from_dict
+    from timm_ext.transfer.sources import check_counts
 
     noted = checkpoint.metadata.get("task")
     if not noted:
         return None
     task = task_from_dict(noted, where=checkpoint.path)
-    _check_counts(task, checkpoint)
+    check_counts(task, checkpoint)
     return task
-
-
-def _check_counts(task: "Task", checkpoint: "Checkpoint", hint: str = "") -> None:
-    config = checkpoint.metadata.get("network") or {}
-    expected = (len(task.modalities), len(task.regions))
-    got = (config.get("in_channels"), config.get("out_channels"))
-    if got != expected:
-        raise InputError(
-            f"{checkpoint.path}: expected a network with {expected[0]} inputs and {expected[1]} outputs for "
-            f"task {task.name} (got {got[0]} and {got[1]}){hint}"
-        )
 
 
 def _check_names(task: "Task", noted: "Task", checkpoint: "Checkpoint") -> None:
@@ -290,8 +327,8 @@ def _check_names(task: "Task", noted: "Task", checkpoint: "Checkpoint") -> None:
     pairs = zip(task.modalities, noted.modalities, strict=True)
     if not all(same_modality(*pair) for pair in pairs):
         what, wanted, got = "inputs", noted.modalities, task.modalities
-    elif task.region_names != noted.region_names:
-        what, wanted, got = "outputs", noted.region_names, task.region_names
+    elif task.output_names != noted.output_names:
+        what, wanted, got = "outputs", noted.output_names, task.output_names
     else:
         return
     raise InputError(
@@ -311,19 +348,20 @@ def fitted(
         InputError: they do not, or as for `timm_ext.merging.refit`.
     """
     from timm_ext.merging import Channels, refit
+    from timm_ext.transfer.sources import check_counts
 
     noted = noted_task(checkpoint)
     if noted is None:
-        _check_counts(task, checkpoint, "; its file names no task by which to match other channels")
+        check_counts(task, checkpoint, "; its file names no task by which to match other channels")
         say(
             f"{checkpoint.path} names no task: its channels are taken for {', '.join(task.modalities)} and "
-            f"{', '.join(task.region_names)}, in this order"
+            f"{', '.join(task.output_names)}, in this order"
         )
         return model
     result = refit(
         model,
-        Channels(noted.modalities, noted.region_names),
-        Channels(task.modalities, task.region_names),
+        Channels(noted.modalities, noted.output_names),
+        Channels(task.modalities, task.output_names),
         seed=settings.train.seed,
         unseen=settings.merge.unseen,
     )

@@ -20,7 +20,7 @@ from timm_ext.cli.common import (
 )
 from timm_ext.cli.planned import with_spacing
 from timm_ext.documents.bounds import MOST_CASES, MOST_SEED, MOST_WORKERS
-from timm_ext.system.terminal import make_progress, say
+from timm_ext.system.terminal import make_bars, say
 
 
 def phantom(
@@ -54,10 +54,10 @@ def phantom(
     settings = GenerateSettings(
         source=source, task=task or DEFAULT_TASK, seed=seed, spacing=spacing, size=size
     )
-    with make_progress() as bar:
+    with make_bars() as bar:
         row = bar.add_task("Drawing cases", total=count)
         cases = generate_cases(
-            out, settings, count, workers=workers, progress=lambda done, _: bar.update(row, completed=done)
+            out, settings, count, workers=workers, on_progress=lambda done, _: bar.update(row, completed=done)
         )
     say(f"{len(cases)} cases in {out}")
 

@@ -1,12 +1,18 @@
 """The command that tells what is installed, or what is in a file."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from timm_ext.cli.common import Fold, NamedNetwork, named_network, noted_task
+from timm_ext.errors import InputError, first_line
 from timm_ext.system.terminal import say
+
+if TYPE_CHECKING:
+    from timm_ext.checkpoint import Checkpoint
 
 _TITLES = {
     "version": "timm_ext",
@@ -24,13 +30,18 @@ _TITLES = {
 
 def info(
     file: Annotated[
-        Path | None, typer.Argument(metavar="[FILE]", help="A network, merge or Fisher to describe.")
+        Path | None,
+        typer.Argument(
+            metavar="[FILE]", help="A network, merge or Fisher, or nnU-Net's folder, to describe."
+        ),
     ] = None,
+    fold: Fold = None,
+    named: NamedNetwork = None,
     settings: Annotated[
         bool, typer.Option("--settings", help="Print all settings with their defaults, as YAML for --config.")
     ] = False,
 ) -> None:
-    """Print versions, instruction set, CUDA, GPU, tasks, networks and methods; or what a checkpoint is.
+    """Print versions, instruction set, CUDA, GPU, layers, tasks, networks, methods; or what a checkpoint is.
 
     Example: `timm-ext info --settings > settings.yaml`
     """
@@ -41,13 +52,13 @@ def info(
         say(settings_to_yaml(RunSettings()).rstrip(), lines=True)
         return
     if file is not None:
-        from timm_ext.checkpoint import describe
-
-        _print(describe(file))
+        _print(_facts_of(file, fold, named))
         return
     import timm_ext
     from timm_ext.data.tasks import TASKS
+    from timm_ext.layers import paths_told
     from timm_ext.networks.registry import network_names
+    from timm_ext.planning import this_machine
     from timm_ext.transfer.arms import arms, beyond
 
     build = timm_ext.build_info()
@@ -57,11 +68,61 @@ def info(
     _print(
         {
             **facts,
+            **paths_told(build, gpu=this_machine().kind == "gpu"),
             "tasks": list(TASKS),
             "networks": list(network_names()),
             "methods": [*arms(1, 2), *beyond(1, 2)],
         }
     )
+
+
+def _facts_of(file: Path, fold: str | None, named: str | None) -> dict[str, Any]:
+    """Describe what a file or folder holds; of nnU-Net's plans and header what they say of the network."""
+    from timm_ext.checkpoint import describe
+    from timm_ext.interop.networks import read_checkpoint
+    from timm_ext.interop.nnunet.model import NOTE
+
+    checkpoint = read_checkpoint(file, fold=fold, kinds=None, named=named_network(named))
+    facts = describe(checkpoint)
+    if checkpoint.kind in ("network", "merged"):
+        facts |= {"architecture": "not noted in the file", **_channels_of(checkpoint)}
+        facts |= _loading(checkpoint)
+    if NOTE in facts:
+        facts[NOTE] = {key: facts[NOTE].get(key) for key in ("configuration", "fold", "trainer_name")}
+    return facts
+
+
+def _channels_of(checkpoint: "Checkpoint") -> dict[str, Any]:
+    """Say what a network is, and what its inputs and outputs stand for, as far as its file notes it."""
+    from timm_ext.data.tasks import task_from_dict
+
+    network, noted = (checkpoint.metadata.get(key) for key in ("network", "task"))
+    facts: dict[str, Any] = {}
+    if isinstance(network, dict):
+        counts = {what: network.get(f"{what}_channels") for what in ("in", "out")}
+        facts = {"architecture": network.get("name"), "channels": f"{counts['in']}, without names"}
+        facts["labels"] = f"of {counts['out']} outputs, without names"
+    with suppress(InputError):  # of a task that makes no sense, which is printed as it is
+        task = task_from_dict(noted, where=checkpoint.path)
+        labels = [f"{region.name} ({', '.join(map(str, region.labels))})" for region in task.regions]
+        kind = "classes, background first" if task.softmax else "regions"
+        facts.pop("labels", None)
+        facts |= {"channels": list(task.modalities), f"labels ({kind})": labels}
+    return facts
+
+
+def _loading(checkpoint: "Checkpoint") -> dict[str, Any]:
+    """Say in one line why a network, or one of the task that is noted for it, cannot be loaded."""
+    from timm_ext.networks.io import restore_network
+
+    if checkpoint.metadata.get("network") is None:
+        return {}
+    try:
+        restore_network(checkpoint)
+        noted_task(checkpoint)
+    except InputError as error:
+        return {"cannot be used": first_line(error)}
+    return {}
 
 
 def _print(facts: dict[str, Any]) -> None:

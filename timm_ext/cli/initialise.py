@@ -1,18 +1,21 @@
 """Commands that turn source networks into an initialisation: merge and adapt."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from timm_ext.cli.cases import Given
+from timm_ext.cli.cases import Given, new_task
 from timm_ext.cli.common import (
-    DEFAULT_TASK,
     Align,
+    AlignWhereNeeded,
     Cache,
     Config,
     Fishers,
+    Fold,
+    NamedNetworks,
     Networks,
     Overrides,
     Resume,
@@ -26,118 +29,248 @@ from timm_ext.cli.common import (
     settings_from,
     with_alignment,
 )
+from timm_ext.cli.compared import ComparedOn
+from timm_ext.cli.export import Facts, check_form, write_network
+from timm_ext.cli.fishers import InPassing
 from timm_ext.cli.planned import network_of_task, with_noted_window
-from timm_ext.cli.session import begun, facts_of_run, planned
-from timm_ext.cli.sources import first_of, started, tell_unlike_preparation
-from timm_ext.cli.streamed import merge_as_they_are, refuse_streams, refuse_together
+from timm_ext.cli.session import begun, evidence_told, facts_of_run, learned, planned
+from timm_ext.cli.sources import first_of, folds_of, read_sources, started, tell_unlike_spacing
+from timm_ext.cli.streamed import merge_as_they_are, parse_ratios, refuse_streams
 from timm_ext.errors import InputError
-from timm_ext.files import sha256
 from timm_ext.system.terminal import say
 
 if TYPE_CHECKING:
-    from timm_ext.config import RunSettings
-    from timm_ext.transfer.arms import Arm
+    from torch import nn
 
+    from timm_ext.checkpoint import Checkpoint
+    from timm_ext.config import RunSettings
+    from timm_ext.interop.named import Named
+    from timm_ext.interop.nnunet.target import Target
+    from timm_ext.transfer.arms import Arm
+    from timm_ext.transfer.start import Start
+
+_MergedOut = Annotated[
+    Path,
+    typer.Option(
+        "--out",
+        metavar="PATH",
+        help="Merged network (.safetensors); .pth for PyTorch and `nnUNetv2_train -pretrained_weights`; a "
+        "folder of nnU-Net's networks, or with --ratios of shards.",
+    ),
+]
+_MergeMethod = Annotated[
+    str | None,
+    typer.Option("--method", help="mean-imm, mode-imm (default), mean-aligned, transfer-1, …"),
+]
+_NewTask = Annotated[
+    str | None,
+    typer.Option("--task", metavar="TASK", help="New task; default: that of the first network."),
+]
+_Ratios = Annotated[
+    str | None,
+    typer.Option(
+        "--ratios", metavar="R1,R2,…", help="Merge every tensor by these, of checkpoints of any architecture."
+    ),
+]
+_ShardSize = Annotated[
+    str | None, typer.Option("--shard-size", metavar="SIZE", help="With --ratios: of shards, e.g. 5GB.")
+]
+_Hashes = Annotated[
+    bool, typer.Option("--sha256", help="With --ratios: note the sources' hashes; reads them once more.")
+]
+_For = Annotated[
+    Path | None,
+    typer.Option(
+        "--for",
+        metavar="DATASET",
+        help="New data set of nnU-Net's networks: its raw or preprocessed folder, `dataset.json` or plans.",
+    ),
+]
+_Folds = Annotated[
+    str | None, typer.Option("--folds", metavar="N,N,…", help="Merge these folds of one folder of nnU-Net.")
+]
+_KeepHeads = Annotated[
+    bool, typer.Option("--keep-heads", help="Merge heads and norms, too: of networks of one task.")
+]
+_Compared = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        metavar="CASES",
+        help="With --align: cases on whose images (no labels) channels are compared; default: weights are.",
+    ),
+]
+_Adaptation = Annotated[str, typer.Option("--method", help="t-imm, imm-warmup, medmerge, …")]
+_SourceData = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--source-data",
+        metavar="CASES",
+        help="Cases of each network's own task, in their order, for its Fisher; default: the images of "
+        "--data, labels sampled from each network's prediction.",
+    ),
+]
+_SECTIONS = ("prepare", "merge", "adapt", "train", "predict")  # of settings that the network's file notes
 _SHARE_OF_STEPS = 0.2  # of a whole training that an adaptation takes unless the settings say
 
 
 def merge(
     networks: Networks,
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out", metavar="PATH", help="Merged network (.safetensors); with --ratios also a folder."
-        ),
-    ],
+    out: _MergedOut,
     fishers: Fishers = None,
-    method: Annotated[
-        str | None,
-        typer.Option("--method", help="mean-imm, mode-imm (default), mean-aligned, transfer-1, …"),
-    ] = None,
+    method: _MergeMethod = None,
     align: Align = False,
-    task: Annotated[
-        str | None,
-        typer.Option("--task", metavar="TASK", help="New task; default: that of the first network."),
-    ] = None,
+    data: _Compared = None,
+    task: _NewTask = None,
+    target: _For = None,
+    fold: Fold = None,
+    folds: _Folds = None,
+    keep_heads: _KeepHeads = False,
+    named: NamedNetworks = None,
     config: Config = None,
     overrides: Overrides = None,
-    ratios: Annotated[
-        str | None,
-        typer.Option("--ratios", metavar="R1,R2,…", help="Merge every tensor of any checkpoints by these."),
-    ] = None,
-    shard_size: Annotated[
-        str | None, typer.Option("--shard-size", metavar="SIZE", help="With --ratios: of shards, e.g. 5GB.")
-    ] = None,
-    hashes: Annotated[
-        bool, typer.Option("--sha256", help="With --ratios: note the sources' hashes; reads them once more.")
-    ] = False,
+    ratios: _Ratios = None,
+    shard_size: _ShardSize = None,
+    hashes: _Hashes = False,
 ) -> None:
     """Merge source networks into an initialisation for a task, or any checkpoints as they are.
 
     By a method, heads and, unless `merge.transfer_norms` is set, norms start anew, running statistics with
-    them; those of merged norms are the mean of the sources' by the same ratios. With `--ratios`, every
-    tensor is merged and nothing starts anew: checkpoints of any architecture, safetensors files or folders of
-    shards, larger than memory if need be, optionally weighted by one `--fisher` of the same layout for each.
+    them; those of merged norms are the mean of the sources' by the same ratios. Networks of nnU-Net v2 are
+    taken as model folders, checkpoints or exported zip files. With `--ratios`, every tensor is merged and
+    nothing starts anew, unless for another task: checkpoints of any architecture, PyTorch or safetensors
+    files or folders of shards, the latter larger than memory if need be, optionally weighted by one
+    `--fisher` of the same layout for each. `--align` wants networks that their files describe;
+    `--data` lets it compare responses to images, which matches far more channels than weights do.
 
     Example: `timm-ext merge M1.safetensors M2.safetensors --fisher F1.safetensors --fisher F2.safetensors
     --method mode-imm --task brats --out init.safetensors`
 
-    Example: `timm-ext merge model-a/ model-b/ --ratios 0.7,0.3 --out merged/`
+    Example: `timm-ext merge FOLDER_A FOLDER_B --method mean-imm --align --for nnUNet_raw/Dataset503_X
+    --out init.pth`
+
+    Example: `timm-ext merge a.pth b.pth --ratios 0.7,0.3 --out merged.pth`
     """
     from timm_ext.checkpoint import check_replaced
+    from timm_ext.interop.named import named_for
+    from timm_ext.interop.networks import is_foreign
 
-    hold_output(out, folder=False, inputs=[*networks, *(fishers or ())])
+    hold_output(out, folder=False, inputs=[*(path for path in networks if path.is_file()), *(fishers or ())])
     check_replaced(out, "merged")
-    if ratios is not None:
-        methods: dict[str, Any] = {"--method": method, "--align": align, "--task": task, "--config": config}
-        methods["--set"] = overrides
-        refuse_together("--ratios", methods)
-        merge_as_they_are(networks, out, ratios, fishers or (), shard_size, hashes)
+    if ratios is not None and method is not None:
+        raise InputError("--ratios: expected no --method beside it (got both)")
+    networks_only = (align, data, task, target, fold, folds, config, overrides, named)
+    if ratios is not None and not any(networks_only) and not any(map(is_foreign, networks)):
+        merge_as_they_are(networks, out, parse_ratios(ratios), fishers or (), shard_size, hashes)
         return
     refuse_streams([*networks, *(fishers or ())], {"--shard-size": shard_size, "--sha256": hashes})
-    settings = settings_from(config, with_alignment(overrides, align), first_of(networks))
-    _merge_by_method(networks, out, fishers or (), method or "mode-imm", task, settings)
+    if folds is not None:
+        networks = folds_of(networks, folds, fold)
+    names = named_for(networks, named or ())
+    first = first_of(networks, fold, names)
+    settings = settings_from(config, with_alignment(overrides, align), first)
+    given = None if ratios is None else parse_ratios(ratios)
+    compared = None if data is None else ComparedOn(data, first, config, overrides)
+    start = _Merge(method or "mode-imm", task, target, fold, keep_heads, names, given, compared)
+    start.write(networks, out, fishers or (), first, settings)
 
 
-def _merge_by_method(
-    networks: Sequence[Path],
-    out: Path,
-    fishers: Sequence[Path],
-    method: str,
-    task: str | None,
-    settings: "RunSettings",
-) -> None:
-    """Merge the shared parameters of networks of one architecture, without data.
+@dataclass(frozen=True)
+class _Merge:
+    """A merge of the shared parameters of networks of one architecture, without data.
 
-    Raises:
-        InputError: the method is more than a merge; the message names the commands to use.
+    Attributes:
+        method: name of the arm.
+        task: of the new network; None is that of the first.
+        target: nnU-Net's data set that it is for, in place of a task.
+        fold: of nnU-Net's folders.
+        keep_heads: heads and norms are merged, too.
+        named: networks that the user names, by the sources' files.
+        ratios: in place of a method; all is merged, too, unless it is for another task.
+        compared_on: cases on whose images channels are compared.
     """
-    from timm_ext.data.tasks import get_task, task_to_dict
-    from timm_ext.networks.io import save_network
-    from timm_ext.transfer.arms import get_arm
 
-    arm = get_arm(method)
-    if arm.learns:
-        raise InputError(f"method: {method} learns on data of the new task; use timm-ext adapt")
-    for tie, value in arm.tuning.ties().items():
-        raise InputError(
-            f"method: {method} is a way of fine-tuning; merge by {arm.merge.name}, then use timm-ext train "
-            f"--init with --set train.{tie}={value:g}"
-        )
-    given = None if task is None else get_task(task)
-    sources, chosen, start, settings = started(arm, networks, fishers, given, settings)
-    settings = with_noted_window(settings, first_of(networks))
-    save_network(
-        out,
-        start.model,
-        task=task_to_dict(chosen),
-        parents=sources.hashes,
-        settings=settings_dict(settings, "prepare", "merge", "predict"),
-        kind="merged",
-        merge={"method": method, "sources": list(sources.names)},
-    )
-    note_settings(out, settings, folder=False)
-    say(f"{out}: {arm.title} of {', '.join(sources.names)}")
+    method: str
+    task: str | None
+    target: Path | None
+    fold: str | None
+    keep_heads: bool
+    named: "Mapping[Path, Named]"
+    ratios: Sequence[float] | None = None
+    compared_on: ComparedOn | None = None
+
+    def write(
+        self,
+        networks: Sequence[Path],
+        out: Path,
+        fishers: Sequence[Path],
+        first: "Checkpoint",
+        settings: "RunSettings",
+    ) -> None:
+        """Merge and write the network.
+
+        Raises:
+            InputError: the method is more than a merge; the message names the commands to use.
+        """
+        from timm_ext.data.tasks import get_task, task_from_dict, task_to_dict
+        from timm_ext.interop.nnunet.model import NOTE
+
+        arm = self._arm(len(networks), with_fisher=bool(fishers))
+        if self.compared_on is not None and not (arm.merge.aligned or settings.merge.align):
+            raise InputError(
+                "--data: expected --align beside it, which compares channels on images (got none)"
+            )
+        target = self._target(first)
+        noted = target.noted if target is not None else first.metadata.get(NOTE)
+        more: dict[str, Any] = {} if noted is None else {NOTE: noted}
+        check_form(out, more)
+        given = None if self.task is None else get_task(self.task)
+        if given is not None and noted is not None:
+            own = task_from_dict(first.metadata["task"], where=first.path)
+            if (given.modalities, given.output_names) != (own.modalities, own.output_names):
+                raise InputError(
+                    f"--task: expected channels and labels of {first.path}, whose dataset.json is written "
+                    "beside the network (got others); --for DATASET takes those of a new data set"
+                )
+        read = read_sources(networks, fishers, fold=self.fold, named=self.named, target=target)
+        whole = self.ratios is not None and given is None and target is None
+        options: dict[str, Any] = {"target": target, "keep_heads": self.keep_heads or whole}
+        options["compared_on"] = self.compared_on
+        sources, chosen, start, settings = started(arm, read, given, read.settings(settings), **options)
+        settings = with_noted_window(settings, first)
+        more["merge"] = {"method": arm.name, "sources": list(sources.names)}
+        more["merge"] |= {} if self.ratios is None else {"ratios": list(self.ratios)}
+        noted_settings = settings_dict(settings, "prepare", "merge", "predict")
+        facts = Facts("merged", task_to_dict(chosen), sources.hashes, noted_settings, more)
+        use = write_network(out, start.model, facts)
+        note_settings(out, settings, folder=False)
+        say(f"{out}: {arm.title} of {', '.join(sources.names)}{f'; {use}' if use else ''}")
+
+    def _target(self, first: "Checkpoint") -> "Target | None":
+        from timm_ext.interop.nnunet.target import read_target
+        from timm_ext.interop.nnunet.write import noted_by_nnunet
+
+        if self.target is None:
+            return None
+        if self.task is not None:
+            raise InputError("--for: expected no --task beside it, which the data set names itself")
+        return read_target(self.target, noted_by_nnunet(first.metadata, first.path))
+
+    def _arm(self, models: int, *, with_fisher: bool) -> "Arm":
+        from timm_ext.merging.merge import by_ratios
+        from timm_ext.transfer.arms import Arm, get_arm
+
+        if self.ratios is not None:
+            return Arm.of(by_ratios(self.ratios, models, with_fisher=with_fisher))
+        arm = get_arm(self.method)
+        if arm.learns:
+            raise InputError(f"method: {self.method} learns on data of the new task; use timm-ext adapt")
+        for tie, value in arm.tuning.ties().items():
+            raise InputError(
+                f"method: {self.method} is a way of fine-tuning; merge by {arm.merge.name}, then use "
+                f"timm-ext train --init with --set train.{tie}={value:g}"
+            )
+        return arm
 
 
 def adapt(
@@ -146,11 +279,14 @@ def adapt(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the run.")],
     task: TaskOption = None,
     fishers: Fishers = None,
-    method: Annotated[str, typer.Option("--method", help="t-imm, imm-warmup, medmerge, …")] = "t-imm",
-    align: Align = False,
+    source_data: _SourceData = None,
+    method: _Adaptation = "t-imm",
+    align: AlignWhereNeeded = None,
+    fold: Fold = None,
     val: ValCases = None,
     val_share: ValShare = 0.2,
     resume: Resume = False,
+    named: NamedNetworks = None,
     config: Config = None,
     overrides: Overrides = None,
     cache: Cache = None,
@@ -158,43 +294,74 @@ def adapt(
 ) -> None:
     """Learn the mixing ratios and the task-specific layers, nothing else, on data of the new task.
 
-    Writes the folded `network.safetensors`, ready for `timm-ext train --init`, and, in `training/`, the
-    ratios per layer over time. With `t-imm-annealed` all other weights are trained, too: the network is then
-    the fine-tuned one.
+    Fishers that are not given are estimated first and kept in `fishers/`. Writes the folded
+    `network.safetensors`, ready for `timm-ext train --init`, and, in `training/`, the ratios per layer over
+    time. With `t-imm-annealed` all other weights are trained, too: the network is then the fine-tuned one.
+    `--set train.head=fitted` first fits the heads to the cases, also those of a merge that learns nothing
+    else; `best-by-evidence` takes the one source whose fitted heads explain the labels best.
 
-    Example: `timm-ext adapt M1.safetensors M2.safetensors --fisher F1.safetensors --fisher F2.safetensors
-    --data BraTS2021/ --task brats --out adapted --set train.epochs=20`
+    Example: `timm-ext adapt M1.safetensors M2.safetensors --data BraTS2021/ --task brats --out adapted`
     """
-    from timm_ext.data.tasks import get_task
-    from timm_ext.merging import MergedModel
+    from timm_ext.interop.named import named_for
+    from timm_ext.interop.networks import images_of
     from timm_ext.transfer.arms import get_arm
-    from timm_ext.transfer.run import run
 
-    hold_output(out, folder=True, inputs=[*networks, *(fishers or ())])
-    arm = get_arm(method)
-    if not arm.learns:
-        raise InputError(f"method: {method} learns nothing before fine-tuning; use timm-ext merge")
-    given = Given(data, task, val, val_share, out, cache, workers, resume)
-    settings = settings_from(config, with_alignment(overrides, align), first_of(networks))
+    _hold(out, networks, fishers or (), source_data or ())
+    arm, given = get_arm(method), Given(data, task, val, val_share, out, cache, workers, resume)
+    first = first_of(networks, fold, named=(names := named_for(networks, named or ())))
+    chosen, images = new_task(task, data, images_of(first))
+    settings = settings_from(config, with_alignment(overrides, align), first)
     settings.train.refuse_ties("timm-ext adapt")
-    options = settings.adapt.of(arm)
-    settings = begun(settings, given)
-    chosen = get_task(task or DEFAULT_TASK)
-    sources, _, start, settings = started(arm, networks, fishers or (), chosen, settings)
+    _check_learns(arm, settings)
+    options, settings = settings.adapt.of(arm), begun(settings, given)
+    read = read_sources(networks, fishers or (), fold=fold, named=names)
+    read.check(arm, chosen, settings := read.settings(settings))
     share = _SHARE_OF_STEPS if arm.adaptation else 1.0
-    plan = planned(given, settings, chosen, network_of_task(settings, chosen), fixed=True, share=share)
-    tell_unlike_preparation(plan.settings, networks)
-    names = [f"{name} {sha}" for name, sha in zip(sources.names, sources.hashes, strict=True)]
-    facts = facts_of_run(plan.settings, names, [sha256(path) for path in fishers or ()], method=method)
-    session = plan.session(start.model, _title(arm), facts)
-    first, second = (session, None) if arm.adaptation else (None, session)
-    done = run(start, adaptation=first, tuning=second, options=options)
-    noted: dict[str, Any] = {"method": method, "sources": list(sources.names)}
-    noted |= start.model.provenance() if isinstance(start.model, MergedModel) else {}
-    sections = ("prepare", "merge", "adapt", "train", "predict")
-    path = plan.save(done.network, sources.hashes, *sections, kind="merged", merge=noted)
-    ratios = f", mean ratios {[round(x, 2) for x in noted['mean_ratios']]}" if "mean_ratios" in noted else ""
-    say(f"{path}: {arm.title} of {', '.join(sources.names)}{ratios}")
+    network = network_of_task(settings, chosen)
+    training = planned(given, settings, chosen, network, fixed=True, share=share, images=images)
+    tell_unlike_spacing(training.settings, networks, read.sources)
+    read = read.weighed(arm, InPassing(given, chosen, source_data or (), config, overrides))
+    sources, _, start, settings = started(arm, read, chosen, training.settings, align_unrelated=align is None)
+    training = replace(training, settings=settings)
+    files = [f"{name} {sha}" for name, sha in zip(sources.names, sources.hashes, strict=True)]
+    facts = facts_of_run(training.settings, files, sources.fisher_hashes, method=method)
+    session = training.session(start.model, _title(arm), facts, steps=arm.trains)
+    done = learned(arm, start, session, options)
+    noted = {"method": method, "sources": list(sources.names), **_provenance(start.model, done.start)}
+    path = training.save(done.network, sources.hashes, *_SECTIONS, kind="merged", merge=noted)
+    say(f"{path}: {arm.title} of {', '.join(sources.names)}{_ratios_told(noted)}{evidence_told(done.start)}")
+
+
+def _hold(out: Path, networks: Sequence[Path], fishers: Sequence[Path], source_data: Sequence[Path]) -> None:
+    hold_output(out, folder=True, inputs=[*(path for path in networks if path.is_file()), *fishers])
+    if fishers and source_data:
+        raise InputError("--source-data: expected no --fisher beside it (got both)")
+    if source_data and len(source_data) != len(networks):
+        raise InputError(
+            f"--source-data: expected cases for each of {len(networks)} networks, in their order (got "
+            f"{len(source_data)})"
+        )
+
+
+def _check_learns(arm: "Arm", settings: "RunSettings") -> None:
+    if not arm.learns and settings.train.head == "given":
+        raise InputError(
+            f"method: {arm.name} learns nothing before fine-tuning; use timm-ext merge, or --set "
+            "train.head=fitted, which fits its heads to the cases"
+        )
+
+
+def _provenance(model: "nn.Module", start: "Start") -> dict[str, Any]:
+    """Return what a merged model notes of its ratios, and a start of its choice."""
+    from timm_ext.merging import MergedModel
+
+    ratios = model.provenance() if isinstance(model, MergedModel) else {}
+    return {**ratios, **({"evidence": dict(start.evidence)} if start.evidence else {})}
+
+
+def _ratios_told(noted: Mapping[str, Any]) -> str:
+    means = noted.get("mean_ratios")
+    return "" if means is None else f", mean ratios {[round(mean, 2) for mean in means]}"
 
 
 def _title(arm: "Arm") -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from timm_ext.cli.common import fit_volumes, noted_settings, say_once, settings_from
 from timm_ext.cli.reckoned import check_training_memory, edges
-from timm_ext.errors import InputError, listed
+from timm_ext.errors import InputError, listed, shown
 from timm_ext.system.locks import is_first_of_launched
 from timm_ext.system.terminal import duration, say
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from timm_ext.data.formats.cases import Case
     from timm_ext.data.prepare import Prepared
     from timm_ext.data.tasks import Task
-    from timm_ext.planning import Choice, TrainingPlan
+    from timm_ext.interop.nnunet.images import Images
+    from timm_ext.planning import Choice, TrainingConfiguration
 
     Parts = tuple[list[Prepared], list[Prepared]]
 
 SETTINGS_NAME = "settings.yaml"
 _PER_TRAINING = ("train.steps", "train.batch_size", "train.validate_every", "train.patch")
-_FAR = 1.5
 
 
 def network_of_task(settings: "RunSettings", task: "Task") -> dict[str, Any]:
@@ -40,7 +40,7 @@ def network_of_task(settings: "RunSettings", task: "Task") -> dict[str, Any]:
     network = {
         "name": settings.network.name,
         "in_channels": len(task.modalities),
-        "out_channels": len(task.regions),
+        "out_channels": len(task.output_names),
         "options": settings.network.options,
     }
     footprint_of(network)
@@ -61,9 +61,12 @@ def settings_of_network(
     overrides: Sequence[str] | None,
     checkpoint: "Checkpoint",
     network: Mapping[str, Any],
+    images: "Images | None" = None,
 ) -> "RunSettings":
     """Read the settings of a command that applies a network, with what its file notes and what it is."""
     settings = with_network(settings_from(config, overrides, checkpoint), network, checkpoint.path)
+    if images is not None:
+        return with_images(settings, images)
     return without_noted_spacing(with_noted_window(settings, checkpoint), checkpoint.path)
 
 
@@ -86,9 +89,34 @@ def with_network(settings: "RunSettings", network: Mapping[str, Any], where: obj
     for name, value in given.options.items():
         if options.get(name) != value:
             raise InputError(
-                f"network.options: expected {name} {options.get(name)}, as in {where} (got {value})"
+                f"network.options: expected {name} {shown(options.get(name))}, as in {where} (got "
+                f"{shown(value)})"
             )
     return settings.model_copy(update={"network": NetworkSettings(name=network["name"], options=options)})
+
+
+def with_images(settings: "RunSettings", images: "Images") -> "RunSettings":
+    """Take patches of the size in another program's plans, which also say how images are prepared.
+
+    Raises:
+        InputError: the settings say how, or want whole volumes, of any size as they are.
+    """
+    from timm_ext.data.preprocess import PrepareSettings
+
+    if settings.prepare != PrepareSettings():
+        raise InputError(
+            f"prepare: expected no settings of it for a network of nnU-Net, whose plans say how images are "
+            f"prepared (got others than the defaults, for {images.where})"
+        )
+    settings = settings.planned(
+        {"prepare.spacing": None, **dict.fromkeys(("train.patch", "fisher.patch"), images.patch)}
+    )
+    for section in ("train", "fisher"):
+        if getattr(settings, section).patch is None:
+            raise InputError(
+                f"{section}.patch: expected auto, the patch of nnU-Net's plans, or three edges (got whole)"
+            )
+    return settings
 
 
 def with_noted_window(settings: "RunSettings", checkpoint: "Checkpoint") -> "RunSettings":
@@ -99,24 +127,24 @@ def with_noted_window(settings: "RunSettings", checkpoint: "Checkpoint") -> "Run
 
 def with_spacing(settings: "RunSettings", cases: "Sequence[Case]") -> "RunSettings":
     """Make the voxel size concrete: planned, or where the scans' own is wanted and all have one, that one."""
-    from timm_ext.planning import plan_spacing
+    from timm_ext.planning import target_spacing
 
     planned = "prepare.spacing" in settings.automatic
     if not planned and settings.prepare.spacing is not None:
         return settings
-    plan = plan_spacing(cases)
-    if plan is None:
+    target = target_spacing(cases)
+    if target is None:
         return settings.planned({"prepare.spacing": None})
     if planned:
-        of_all = f"the median; {plan.resampled} of {plan.cases} cases are resampled"
+        of_all = f"the median; {target.resampled} of {target.cases} cases are resampled"
         say_once(
-            f"Voxels of {_lengths(plan.spacing)} mm, {of_all if plan.resampled else 'those of all cases'}"
+            f"Voxels of {_lengths(target.spacing)} mm, {of_all if target.resampled else 'those of all cases'}"
         )
-        return settings.planned({"prepare.spacing": plan.spacing})
-    if plan.resampled:
+        return settings.planned({"prepare.spacing": target.spacing})
+    if target.resampled:
         say_once("Voxel sizes differ and are kept: the network will take any scan at its own")
         return settings
-    prepare = replace(settings.prepare, spacing=plan.spacing)
+    prepare = replace(settings.prepare, spacing=target.spacing)
     return settings.model_copy(update={"prepare": prepare})
 
 
@@ -132,6 +160,7 @@ def without_noted_spacing(settings: "RunSettings", where: object) -> "RunSetting
 
 def tell_far_scans(settings: "RunSettings", scans: "Sequence[Case]") -> None:
     """Say which scans have voxels of quite another size than those that the network was trained on."""
+    from timm_ext.data.examine import unlike
     from timm_ext.planning import case_spacing
 
     wanted = settings.prepare.spacing
@@ -141,7 +170,7 @@ def tell_far_scans(settings: "RunSettings", scans: "Sequence[Case]") -> None:
     far = []
     for scan in scans:
         own = case_spacing(scan)
-        if own and any(max(one / two, two / one) > _FAR for one, two in zip(own, three, strict=True)):
+        if own and unlike(own, three):
             far.append(f"{scan.id} {_lengths(own)} mm")
     if far:
         say_once(
@@ -150,15 +179,15 @@ def tell_far_scans(settings: "RunSettings", scans: "Sequence[Case]") -> None:
         )
 
 
-def with_training_plan(
+def with_configuration(
     settings: "RunSettings",
     network: Mapping[str, Any],
     parts: "Parts",
     *,
     fixed: bool,
     share: float = 1.0,
-) -> "tuple[RunSettings, TrainingPlan]":
-    """Plan a training, and note in the settings what the user has left to the plan.
+) -> "tuple[RunSettings, TrainingConfiguration]":
+    """Plan a training, and note in the settings what the user has left open.
 
     Args:
         settings: of the command.
@@ -171,35 +200,37 @@ def with_training_plan(
         InputError: no training case; a patch that the network does not take, or more memory than there is.
     """
     from timm_ext.config import NetworkSettings
-    from timm_ext.planning import plan_training, this_machine
+    from timm_ext.planning import configure_training, this_machine
 
     if not parts[0]:
         raise InputError("training: expected at least one case (got none)")
     machine = this_machine(settings.train.accelerator, settings.train.devices)
     train, val = ([case.shape for case in part] for part in parts)
     choice = _choice(settings, network, fixed, share)
-    plan = plan_training(train, val, _median_spacing(parts), machine, choice)
+    configuration = configure_training(train, val, _median_spacing(parts), machine, choice)
     settings = settings.planned(
         {
-            "train.patch": plan.patch,
-            "train.batch_size": plan.batch_size,
-            "train.steps": plan.steps,
-            "train.validate_every": plan.validate_every,
+            "train.patch": configuration.patch,
+            "train.batch_size": configuration.batch_size,
+            "train.steps": configuration.steps,
+            "train.validate_every": configuration.validate_every,
         }
     )
     settings = settings.planned(
         {"predict.window": settings.train.patch, "fisher.patch": settings.train.patch}
     )
-    options = plan.network["options"]
+    options = configuration.network["options"]
     settings = settings.model_copy(
         update={"network": NetworkSettings(name=network["name"], options=dict(options))}
     )
-    check_training_memory(plan, parts, machine, network["in_channels"])
-    return settings, plan
+    check_training_memory(configuration, parts, machine, network["in_channels"])
+    return settings, configuration
 
 
-def tell_plan(settings: "RunSettings", plan: "TrainingPlan", parts: "Parts", model: "nn.Module") -> None:
-    """Print a plan: what is trained on, how long, and what it takes."""
+def tell_configuration(
+    settings: "RunSettings", configuration: "TrainingConfiguration", parts: "Parts", model: "nn.Module"
+) -> None:
+    """Print a configuration: what is trained on, how long, and what it takes."""
     import numpy as np
     import torch
 
@@ -214,21 +245,22 @@ def tell_plan(settings: "RunSettings", plan: "TrainingPlan", parts: "Parts", mod
     examples = "whole volumes"
     if train.patch is not None:
         examples = f"patches of {edges(train.patch)} voxels, half of them on a region"
-    depth = plan.network["options"].get("levels")
+    depth = configuration.network["options"].get("levels")
     every, steps = train.round_steps(count), train.total_steps(count)
     lines = [
-        f"Plan for {count} training and {len(parts[1])} validation cases of {edges(shape)} voxels (median), "
-        f"on a {machine.kind.upper()}:",
-        f"a step takes {train.batch_size} {examples}; {plan.network['name']}"
+        f"Planned for {count} training and {len(parts[1])} validation cases of {edges(shape)} voxels"
+        f" (median), on a {machine.kind.upper()}:",
+        f"a step takes {train.batch_size} {examples}; {configuration.network['name']}"
         + (f" with {depth} levels" if depth else ""),
         f"at most {steps} steps, " + (f"validation every {every}" if parts[1] else "no validation"),
     ]
-    taken = f"about {size_told(plan.step_bytes)}"
+    taken = f"about {size_told(configuration.step_bytes)}"
     if machine.devices == 1:
         device = torch.device("cuda" if machine.kind == "gpu" else "cpu")
-        batch = (plan.batch_size, plan.network["in_channels"], *plan.size)
-        seconds = step_seconds(model, batch, device, plan.footprint.divisor)
-        validation = plan.validation_in_steps * ceil(steps / every)
+        batch = (configuration.batch_size, configuration.network["in_channels"], *configuration.size)
+        divisor, fast = configuration.footprint.divisor, train.fast_layers
+        seconds = step_seconds(model, batch, device, divisor, train.precision, fast_layers=fast)
+        validation = configuration.validation_in_steps * ceil(steps / every)
         taken += f", {seconds:.2g} s a step, {duration(seconds * (steps + validation))} in all"
     lines.append(f"{taken}; --set train.FIELD=… changes it, --resume goes on")
     say("\n  ".join(lines), lines=True)

@@ -11,22 +11,27 @@ from timm_ext.system.machine import check_memory
 if TYPE_CHECKING:
     from timm_ext.config import RunSettings
     from timm_ext.data.prepare import Prepared
-    from timm_ext.planning import Machine, TrainingPlan
+    from timm_ext.planning import Machine, TrainingConfiguration
 
 _WINDOWS_AT_ONCE = 4  # that prediction takes
 
 
 def check_training_memory(
-    plan: "TrainingPlan", parts: "Sequence[Sequence[Prepared]]", machine: "Machine", channels: int
+    configuration: "TrainingConfiguration",
+    parts: "Sequence[Sequence[Prepared]]",
+    machine: "Machine",
+    channels: int,
 ) -> None:
     """Refuse a training whose steps or data memory does not hold."""
     from timm_ext.planning import free_memory, held_bytes
 
     data = [case for part in parts for case in part]
-    needed = plan.step_bytes + (held_bytes(data, channels, machine.devices) if machine.kind == "cpu" else 0)
-    what = f"training: {plan.batch_size} examples of {edges(plan.size)} voxels"
-    divisor = plan.footprint.divisor
-    smaller = ",".join(str(max(edge // 2 // divisor, 1) * divisor) for edge in plan.size)
+    needed = configuration.step_bytes + (
+        held_bytes(data, channels, machine.devices) if machine.kind == "cpu" else 0
+    )
+    what = f"training: {configuration.batch_size} examples of {edges(configuration.size)} voxels"
+    divisor = configuration.footprint.divisor
+    smaller = ",".join(str(max(edge // 2 // divisor, 1) * divisor) for edge in configuration.size)
     with _hint(f"--set train.patch=[{smaller}] or --set train.batch_size=1 takes less"):
         check_memory(needed, what, available=free_memory(machine))
 

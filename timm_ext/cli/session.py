@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from timm_ext.cli.cases import Given, told_default, training_parts
 from timm_ext.cli.common import NETWORK_NAME, note_settings, settings_dict
-from timm_ext.cli.planned import SETTINGS_NAME, fit_whole_volumes, tell_plan, with_training_plan
+from timm_ext.cli.planned import (
+    SETTINGS_NAME,
+    fit_whole_volumes,
+    tell_configuration,
+    with_configuration,
+    with_images,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,9 +21,14 @@ if TYPE_CHECKING:
     from timm_ext.cli.planned import Parts
     from timm_ext.config import RunSettings
     from timm_ext.data.tasks import Task
-    from timm_ext.planning import TrainingPlan
+    from timm_ext.interop.nnunet.images import Images
+    from timm_ext.planning import TrainingConfiguration
     from timm_ext.training.examples import Data
+    from timm_ext.transfer.arms import Arm
+    from timm_ext.transfer.run import Learned
     from timm_ext.transfer.session import Session
+    from timm_ext.transfer.settings import AdaptSettings
+    from timm_ext.transfer.start import Start
 
 
 @dataclass(frozen=True)
@@ -29,30 +40,43 @@ class Planned:
         settings: with nothing left open.
         task: with the label numbers of the cases.
         parts: prepared training and validation cases.
-        plan: what the settings were filled in from.
+        configuration: what the settings were filled in from.
+        images: how the cases became images, where another program's network says it.
     """
 
     given: Given
     settings: "RunSettings"
     task: "Task"
     parts: "Parts"
-    plan: "TrainingPlan"
+    configuration: "TrainingConfiguration"
+    images: "Images | None" = None
 
-    def session(self, model: "nn.Module", title: str, facts: Mapping[str, Any]) -> "Session":
-        """Tell the plan for a model, note the settings in the run's folder, and return the training."""
+    def session(
+        self, model: "nn.Module", title: str, facts: Mapping[str, Any], *, steps: bool = True
+    ) -> "Session":
+        """Tell what is planned if steps are taken, note the settings in the folder, return the training."""
         from timm_ext.training.callbacks import ProgressBar
         from timm_ext.transfer.session import Session
 
         settings, given = self.settings, self.given
-        tell_plan(settings, self.plan, self.parts, model)
-        data = training_data(self.parts, self.task, settings)
+        if steps:
+            tell_configuration(settings, self.configuration, self.parts, model)
+        data = training_data(self.parts, self.task, settings, self.images)
         note_run(given.out, given.run, settings)
         return Session(data, settings.train, given.run, [ProgressBar(title)], facts, given.resume)
 
     def save(self, network: "nn.Module", parents: Sequence[str], *sections: str, **facts: Any) -> Path:
-        """Write the trained network, with some sections of the settings, and all settings beside it."""
+        """Write the trained network, with some sections of the settings, and all settings beside it.
+
+        Of another program's images the file notes that program's plans in place of preparation and window.
+        """
         from timm_ext.data.tasks import task_to_dict
+        from timm_ext.interop.nnunet.model import NOTE
         from timm_ext.networks.io import save_network
+
+        if self.images is not None:
+            sections = tuple(name for name in sections if name not in ("prepare", "predict"))
+            facts[NOTE] = self.images.for_task(self.task).noted
 
         path = self.given.out / NETWORK_NAME
         noted = settings_dict(self.settings, *sections)
@@ -85,20 +109,23 @@ def planned(
     *,
     fixed: bool,
     share: float = 1.0,
+    images: "Images | None" = None,
 ) -> Planned:
-    """Prepare the cases and plan the training; arguments as for `with_training_plan`.
+    """Prepare the cases and plan the training; arguments as for `with_configuration`.
 
     Raises:
-        InputError: as for `training_parts` and `with_training_plan`.
+        InputError: as for `training_parts` and `with_configuration`.
     """
-    settings = fit_whole_volumes(settings, network)
+    settings = fit_whole_volumes(settings, network) if images is None else with_images(settings, images)
     with told_default(given.task, given.cases):
-        settings, parts, task = training_parts(given, task, settings)
-    settings, plan = with_training_plan(settings, network, parts, fixed=fixed, share=share)
-    return Planned(given, settings, task, parts, plan)
+        settings, parts, task = training_parts(given, task, settings, images)
+    settings, configuration = with_configuration(settings, network, parts, fixed=fixed, share=share)
+    return Planned(given, settings, task, parts, configuration, images)
 
 
-def training_data(parts: "Parts", task: "Task", settings: "RunSettings") -> "Data":
+def training_data(
+    parts: "Parts", task: "Task", settings: "RunSettings", images: "Images | None" = None
+) -> "Data":
     """Turn prepared cases into data sets, held in memory where they fit."""
     from timm_ext.planning import keep_in_memory, this_machine
     from timm_ext.transfer.session import make_data
@@ -106,7 +133,33 @@ def training_data(parts: "Parts", task: "Task", settings: "RunSettings") -> "Dat
     every = [case for part in parts for case in part]
     processes = this_machine(settings.train.accelerator, settings.train.devices).devices
     fits = keep_in_memory(every, len(task.modalities), processes)
-    return make_data(*parts, task, settings.train, in_memory=fits)
+    options: dict[str, Any] = {}
+    if images is not None:
+        options = {"flip_axes": images.application.mirrored, "logits_of": images.logits}
+    return make_data(*parts, task, settings.train, in_memory=fits, **options)
+
+
+def learned(arm: "Arm", start: "Start", session: "Session", options: "AdaptSettings") -> "Learned":
+    """Train what an arm trains, if anything, and decide what the cases decide."""
+    from timm_ext.transfer.run import run, settled
+
+    if arm.adaptation is not None:
+        return run(start, adaptation=session, options=options)
+    if arm.tuning.weight_pull:
+        return run(start, tuning=session, options=options)
+    return run(settled(start, session))
+
+
+def evidence_told(start: "Start") -> str:
+    """Say what fitted heads told of a start, or nothing."""
+    from timm_ext.transfer.run import OWN
+
+    if not start.evidence:
+        return ""
+    told = [f"{name} {value:.4f}".removeprefix(f"{OWN} ") for name, value in start.evidence.items()]
+    taken = max(start.evidence, key=lambda name: start.evidence[name])
+    chosen = f", {taken} taken" if start.alternatives else ""
+    return f"{chosen}; heads fitted, log evidence per voxel {', '.join(told)}"
 
 
 def note_run(out: Path, run: Path, settings: "RunSettings") -> None:

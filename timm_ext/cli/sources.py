@@ -1,87 +1,288 @@
 """Source networks that commands start from, and what they say about them."""
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from timm_ext.cli.common import noted_settings, say_once, tell_notes
+from timm_ext.cli.common import say_once, tell_notes
 from timm_ext.cli.planned import with_network
-from timm_ext.errors import listed
+from timm_ext.errors import InputError, listed
+from timm_ext.files import stem_of
 from timm_ext.system.terminal import say
 
 if TYPE_CHECKING:
     from torch import nn
 
     from timm_ext.checkpoint import Checkpoint
+    from timm_ext.cli.compared import ComparedOn
+    from timm_ext.cli.fishers import InPassing
     from timm_ext.config import RunSettings
     from timm_ext.data.tasks import Task
+    from timm_ext.interop.named import Named
+    from timm_ext.interop.nnunet.target import Target
     from timm_ext.transfer.arms import Arm
     from timm_ext.transfer.settings import Recipe
     from timm_ext.transfer.sources import Sources
     from timm_ext.transfer.start import Start
 
-_OF_INTENSITY_AND_SIZE = ("spacing", "normalise", "bias_field")
+
+@dataclass(frozen=True)
+class Read:
+    """Sources as they were read, before anything starts from them.
+
+    Attributes:
+        paths: files or folders, in order.
+        opened: network and checkpoint of each.
+        sources: the same, with their Fishers where these are known.
+    """
+
+    paths: Sequence[Path]
+    opened: "Mapping[Path, tuple[nn.Module, Checkpoint]]"
+    sources: "Sources"
+
+    def settings(self, settings: "RunSettings") -> "RunSettings":
+        """Note the sources' network in the settings.
+
+        Raises:
+            InputError: as for `with_network`.
+        """
+        from timm_ext.networks.registry import config_of
+
+        return with_network(settings, config_of(self.sources.networks[0]), self.paths[0])
+
+    def check(self, arm: "Arm", task: "Task", settings: "RunSettings") -> None:
+        """Refuse what an arm cannot start from before time is spent on cases and Fishers.
+
+        Raises:
+            InputError: as for `start_from`.
+        """
+        from timm_ext.transfer.start import network_of, start_from
+
+        fresh = network_of(self.sources, task, settings.merge.seed)
+        start_from(without_fishers(arm), fresh, task, self.sources, settings.merge)
+
+    def weighed(self, arm: "Arm", in_passing: "InPassing") -> "Read":
+        """Estimate the Fishers that the arm wants and that are not there.
+
+        Raises:
+            InputError: as for `InPassing.of`.
+        """
+        sources = self.sources
+        if not arm.merge.needs_fisher or sources.fishers is not None:
+            return self
+        pairs = zip(sources.names, self.paths, strict=True)
+        made = in_passing.of([(name, *self.opened[path]) for name, path in pairs])
+        return replace(self, sources=_loaded(self.paths, self.opened, made))
+
+
+def without_fishers(arm: "Arm") -> "Arm":
+    """Return an arm with the plain mean in place of a merge by Fishers that are still to come."""
+    from timm_ext.merging.merge import MEAN
+
+    if not arm.merge.needs_fisher:
+        return arm
+    mean = replace(MEAN, aligned=arm.merge.aligned, transfer_norms=arm.merge.transfer_norms)
+    return replace(arm, merge=mean)
+
+
+def read_sources(
+    networks: Sequence[Path],
+    fishers: Sequence[Path],
+    *,
+    fold: str | None = None,
+    named: "Mapping[Path, Named] | None" = None,
+    target: "Target | None" = None,
+) -> Read:
+    """Read source networks and the Fishers that are given, and say in what their images differ.
+
+    Args:
+        networks: their files or folders.
+        fishers: one for each, or none.
+        fold: of nnU-Net's folders.
+        named: networks that the user names, by file.
+        target: nnU-Net's data set that a merge is for.
+
+    Raises:
+        InputError: as for `open_alike`, `load_sources` and `check_same_sources`.
+    """
+    from timm_ext.interop.networks import open_alike
+    from timm_ext.interop.nnunet.model import NOTE
+    from timm_ext.interop.nnunet.target import check_same_sources
+
+    opened = open_alike(networks, fold=fold, named=named)
+    _tell_unlike_images({path: checkpoint for path, (_, checkpoint) in opened.items()}, target)
+    sources = _loaded(networks, opened, fishers)
+    if NOTE in opened[networks[0]][1].metadata:
+        check_same_sources(dict(zip(sources.names, sources.networks, strict=True)))
+    return Read(networks, opened, sources)
+
+
+def _loaded(
+    paths: Sequence[Path], opened: "Mapping[Path, tuple[nn.Module, Checkpoint]]", fishers: Sequence[Path]
+) -> "Sources":
+    from timm_ext.transfer.sources import distinct_names, load_sources
+
+    names = distinct_names([_name_of(path.absolute()) for path in paths])
+    return load_sources(paths, fishers, names=names, opened=opened.__getitem__)
 
 
 def started(
     arm: "Arm",
-    networks: Sequence[Path],
-    fishers: Sequence[Path],
+    read: Read,
     task: "Task | None",
     settings: "RunSettings",
+    *,
+    target: "Target | None" = None,
+    keep_heads: bool = False,
+    align_unrelated: bool = False,
+    compared_on: "ComparedOn | None" = None,
 ) -> "tuple[Sources, Task, Start, RunSettings]":
-    """Read the sources, initialise a network as the arm does, and say what in it is not of the sources.
+    """Initialise a network from sources as an arm does, and say what in it is not of the sources.
+
+    Args:
+        arm: how.
+        read: the sources.
+        task: of the new network.
+        settings: of the command, with the sources' network.
+        target: nnU-Net's data set that it is for, in place of a task.
+        keep_heads: heads are merged, too.
+        align_unrelated: bring sources of several initialisations into one order of channels.
+        compared_on: cases on whose images channels are compared for that; None compares weights.
 
     Returns:
-        The sources; the task, which is that of the first one unless it is given; the start; and the settings
-        with the sources' network.
+        The sources; the task, which is that of the first one unless it is given; the start; and the settings,
+        with `merge.align` if the sources were aligned.
 
     Raises:
-        InputError: as for `load_sources`, `with_network` and `start_from`.
+        InputError: as for `start_from`.
     """
-    from timm_ext.networks.registry import config_of
-    from timm_ext.transfer.sources import load_sources
-    from timm_ext.transfer.start import network_of, start_from
+    from timm_ext.transfer.start import start_from
+    from timm_ext.transfer.uses import summary
 
-    sources = load_sources(networks, fishers)
-    settings = with_network(settings, config_of(sources.networks[0]), networks[0])
+    sources = read.sources
+    apart = unrelated(sources) if arm.learns_ratios or align_unrelated else []
+    if arm.merge.aligned or settings.merge.align:
+        sources = sources.aligned() if compared_on is None else compared_on.align(sources)
+    elif align_unrelated and arm.merge.uniform and apart:
+        sources, settings = _in_order(sources, apart, settings)
+    if arm.learns_ratios:
+        _tell_groups(apart, arm, settings.merge)
     tell_unlike_fishers(settings, sources)
-    task = task or sources.tasks[0]
-    target = network_of(sources, task, settings.merge.seed)
-    start = start_from(arm, target, task, sources, settings.merge)
-    _tell_unseen(sources, task, settings.merge)
-    _tell_intensities(sources, settings)
+    task = target.task if target is not None else task or sources.tasks[0]
+    fresh = _fresh(sources, task, target, settings.merge.seed)
+    start = start_from(arm, fresh, task, sources, settings.merge, keep_heads=keep_heads)
+    say(summary(start.uses))
+    _tell_sources(arm, read.paths, sources, task, settings)
     if arm.merge.models:
-        _tell_statistics(target, start)
-    for path, notes in zip(networks, sources.notes, strict=True):
-        tell_notes(path, notes)
+        _tell_statistics(fresh, start)
     return sources, task, start, settings
 
 
-def first_of(networks: Sequence[Path]) -> "Checkpoint":
+def _tell_sources(
+    arm: "Arm", networks: Sequence[Path], sources: "Sources", task: "Task", settings: "RunSettings"
+) -> None:
+    if arm.merge.aligned or settings.merge.align:
+        _tell_unfollowed(sources)
+    tell_unseen(sources, task, settings.merge)
+    _tell_intensities(sources, settings)
+    for path, notes in zip(networks, sources.notes, strict=True):
+        tell_notes(path, notes)
+
+
+def _fresh(sources: "Sources", task: "Task", target: "Target | None", seed: int) -> "nn.Module":
+    """Build the new network, which the plans that it is for must describe, too."""
+    from timm_ext.interop.nnunet.target import check_same_plans
+    from timm_ext.transfer.start import network_of, new_network
+
+    fresh = network_of(sources, task, seed)
+    if target is not None and (planned := target.network) is not None:
+        own = new_network(planned["name"], planned["options"], task, seed)
+        check_same_plans(target, own, fresh, sources.names[0])
+    return fresh
+
+
+def _tell_unlike_images(checkpoints: "Mapping[Path, Checkpoint]", target: "Target | None") -> None:
+    """Say in what the images of nnU-Net's networks are unlike those of the target's plans, or the first's."""
+    from timm_ext.interop.networks import unlike_images
+
+    planned = target is not None and target.network is not None
+    than = f"{target.path} plans" if target is not None and planned else str(next(iter(checkpoints)))
+    for path, differing in unlike_images(checkpoints, target).items():
+        say_once(f"{path} was trained on other images than {than}: {listed(differing, separator='; ')}")
+
+
+def unrelated(sources: "Sources") -> list[str]:
+    """Return which sources are of another initialisation than the first."""
+    from timm_ext.merging.relation import of_one_initialisation
+    from timm_ext.networks.registry import heads_of
+
+    first, *others = sources.networks
+    return [
+        name
+        for name, other in zip(sources.names[1:], others, strict=True)
+        if not of_one_initialisation(other, first, heads_of(first))
+    ]
+
+
+def _in_order(
+    sources: "Sources", apart: Sequence[str], settings: "RunSettings"
+) -> "tuple[Sources, RunSettings]":
+    """Align sources of several initialisations where their channels can be followed, and say so."""
+    what = f"{listed(apart)}: of another initialisation than {sources.names[0]}"
+    try:
+        sources = sources.aligned()
+    except InputError as error:
+        say_once(f"{what}; merged as they are, for channels cannot be followed: {error}")
+        return sources, settings
+    say_once(f"{what}; channels are brought into one order first (--no-align leaves them)")
+    return sources, settings.model_copy(update={"merge": replace(settings.merge, align=True)})
+
+
+def _name_of(path: Path) -> str:
+    """Name a source by its file, nnU-Net's by the data set or fold, a bundle of MONAI by its folder."""
+    from timm_ext.interop.monai.bundle import root_of
+    from timm_ext.interop.nnunet.folder import is_model_folder
+
+    if (root := root_of(path)) is not None:
+        return root.name
+    if path.is_dir():
+        return path.name if path.name.startswith("fold_") else path.parent.name
+    folder = path.parent.parent
+    of_fold = path.parent.name.startswith("fold_") and is_model_folder(folder)
+    return folder.parent.name if of_fold else stem_of(path)
+
+
+def folds_of(networks: Sequence[Path], folds: str, fold: str | None) -> list[Path]:
+    """Return some folds of one folder of nnU-Net as networks.
+
+    Raises:
+        InputError: another or several networks, a fold beside them, or a fold that is missing.
+    """
+    from timm_ext.interop.networks import is_foreign_folder, sources_of
+
+    if len(networks) != 1 or not is_foreign_folder(networks[0]) or fold is not None:
+        raise InputError("--folds: expected one folder of nnU-Net, and no --fold beside it")
+    return sources_of(networks[0], [part.strip() for part in folds.split(",")])
+
+
+def first_of(
+    networks: Sequence[Path], fold: str | None = None, named: "Mapping[Path, Named] | None" = None
+) -> "Checkpoint":
     """Return the first source's checkpoint, whose preparation of cases holds for the new task, too."""
-    from timm_ext.checkpoint import load_checkpoint
+    from timm_ext.interop.networks import read_checkpoint
 
-    return load_checkpoint(networks[0], kind=("network", "merged"))
+    return read_checkpoint(networks[0], fold=fold, named=(named or {}).get(networks[0]))
 
 
-def tell_unlike_preparation(settings: "RunSettings", networks: "Sequence[Path]") -> None:
-    """Say which networks were trained on cases that were prepared in another way than these are."""
-    from timm_ext.checkpoint import load_checkpoint
-
-    for path in networks:
-        checkpoint = load_checkpoint(path, kind=("network", "merged"))
-        if not (checkpoint.metadata.get("settings") or {}).get("prepare"):
-            continue
-        noted, own = noted_settings(checkpoint).prepare, settings.prepare
-        unlike = [
-            f"prepare.{name} {getattr(noted, name)}, here {getattr(own, name)}"
-            for name in _OF_INTENSITY_AND_SIZE
-            if getattr(noted, name) not in (None, getattr(own, name))
-        ]
-        if unlike:
-            say_once(f"{path} was trained on cases of {'; '.join(unlike)}")
+def tell_unlike_spacing(settings: "RunSettings", networks: Sequence[Path], sources: "Sources") -> None:
+    """Say which networks were trained on voxels of another size than these cases are prepared with."""
+    own = settings.prepare.spacing
+    for path, noted in zip(networks, sources.prepared, strict=True):
+        spacing = noted.get("spacing")
+        spacing = tuple(spacing) if isinstance(spacing, list) else spacing
+        if spacing not in (None, own):
+            say_once(f"{path} was trained on cases of prepare.spacing {spacing}, here {own}")
 
 
 def tell_unlike_fishers(settings: "RunSettings", sources: "Sources") -> None:
@@ -100,7 +301,20 @@ def tell_unlike_fishers(settings: "RunSettings", sources: "Sources") -> None:
         say_once(f"Fishers of unlike examples differ in scale, unless merge.normalize=model: {told}")
 
 
-def _tell_unseen(sources: "Sources", task: "Task", recipe: "Recipe") -> None:
+def _tell_unfollowed(sources: "Sources") -> None:
+    """Say which channels the alignment of networks leaves in their places."""
+    from timm_ext.networks.channel_trace import trace_channels
+
+    channels = trace_channels(sources.networks[0])
+    if functions := channels.unfollowed:
+        tensors = {axis.tensor for axis in channels.axes}
+        say_once(
+            f"alignment: channels that meet {listed(functions)} stay where they are; those along "
+            f"{len(tensors)} other tensors are brought into one order"
+        )
+
+
+def tell_unseen(sources: "Sources", task: "Task", recipe: "Recipe") -> None:
     """Say which input channels do not come from the sources."""
     from timm_ext.merging import unseen_modalities
 
@@ -127,6 +341,18 @@ def _tell_intensities(sources: "Sources", settings: "RunSettings") -> None:
                     f"{name} was trained on images prepared with {field} {value}; those of the new network "
                     f"are prepared with {own[field]}, so that it sees other intensities"
                 )
+
+
+def _tell_groups(apart: Sequence[str], arm: "Arm", recipe: "Recipe") -> None:
+    """Advise ratios per kernel for sources of several initialisations, unless they are as fine already."""
+    from timm_ext.transfer.arms import Adaptation
+
+    granularity = recipe.granularity or (arm.adaptation or Adaptation()).granularity
+    if apart and granularity not in ("kernel", "element"):
+        say_once(
+            f"ratios per {granularity}: networks of different initialisations want them per kernel, by "
+            "--set merge.granularity=kernel or --method medmerge-aligned"
+        )
 
 
 def _tell_statistics(target: "nn.Module", start: "Start") -> None:

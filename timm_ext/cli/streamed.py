@@ -4,9 +4,14 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from timm_ext.cli.export import TORCH_SUFFIXES
 from timm_ext.errors import InputError, listed
-from timm_ext.system.terminal import make_console, make_progress, say
+from timm_ext.system.terminal import make_bars, make_console, say
+
+if TYPE_CHECKING:
+    from timm_ext.merging.streaming.merge import StreamedMerge
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -14,7 +19,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 def merge_as_they_are(
     sources: Sequence[Path],
     out: Path,
-    ratios: str,
+    ratios: Sequence[float],
     fishers: Sequence[Path],
     shard_size: str | None,
     hashes: bool,
@@ -22,32 +27,31 @@ def merge_as_they_are(
     """Merge every tensor, with a progress bar where there is a terminal, and tell how fast it went.
 
     Raises:
-        InputError: as for `merge_checkpoints`, or ratios or size cannot be read.
+        InputError: as for `merge_checkpoints`, or the size cannot be read.
     """
     from rich.progress import DownloadColumn, TransferSpeedColumn
 
-    from timm_ext.merging.streaming.merge import merge_checkpoints
-
-    numbers = _parse_ratios(ratios)
     size = None if shard_size is None else _parse_size(shard_size)
     columns = (DownloadColumn(), TransferSpeedColumn())
     begin = time.perf_counter()
     console = make_console(stderr=True)
-    with make_progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with make_bars(*columns, console=console, disable=not console.is_terminal) as bar:
         row = bar.add_task("Merging", total=None)
-        done = merge_checkpoints(
+        done = _merged(
             sources,
             out,
-            ratios=numbers,
+            ratios=ratios,
             fishers=fishers,
             shard_size=size,
             hashes=hashes,
-            progress=lambda count, total: bar.update(row, completed=count, total=total),
+            on_progress=lambda count, total: bar.update(row, completed=count, total=total),
         )
     seconds = time.perf_counter() - begin
     shares = ", ".join(
-        f"{number / sum(numbers):.4g} {path.name}" for number, path in zip(numbers, sources, strict=True)
+        f"{ratio / sum(ratios):.4g} {path.name}" for ratio, path in zip(ratios, sources, strict=True)
     )
+    for note in done.notes:
+        say(note)
     say(f"{out}: {done.tensors} tensors of {shares}")
     _tell_exceptions("copied, being no floating-point numbers", done.copied)
     _tell_exceptions("taken from the source with the largest number", done.counters)
@@ -58,32 +62,38 @@ def merge_as_they_are(
     say(f"{moved / 1e9:.2f} GB read and written in {seconds:.1f} s, {moved / seconds / 1e9:.2f} GB/s")
 
 
-def refuse_together(option: str, others: Mapping[str, object]) -> None:
-    """Refuse options that have no meaning beside another one.
+def _merged(sources: Sequence[Path], out: Path, **options: Any) -> "StreamedMerge":
+    """Merge into the form that the output's name says: a PyTorch file is written in one piece in the end."""
+    from timm_ext.checkpoint import load_checkpoint
+    from timm_ext.files import temporary_folder
+    from timm_ext.interop.state_dict import write_state_dict
+    from timm_ext.merging.streaming.merge import merge_checkpoints
 
-    Raises:
-        InputError: one of them is given.
-    """
-    if given := [name for name, value in others.items() if value]:
-        raise InputError(
-            f"{option}: expected none of {', '.join(others)} beside it, which merges all tensors as they are "
-            f"(got {', '.join(given)})"
-        )
+    if out.suffix not in TORCH_SUFFIXES:
+        return merge_checkpoints(sources, out, **options)
+    with temporary_folder(out) as place:
+        done = merge_checkpoints(sources, place / "merged.safetensors", **options)
+        write_state_dict(out, load_checkpoint(place / "merged.safetensors").tensors)
+    return done
 
 
 def refuse_streams(paths: Sequence[Path], options: Mapping[str, object]) -> None:
     """Refuse what only a merge by given ratios can take.
 
     Raises:
-        InputError: a path is a folder, or one of the options is given.
+        InputError: a path is a folder but of nnU-Net, or one of the options is given.
     """
-    if folders := [path for path in paths if path.is_dir()]:
+    from timm_ext.interop.networks import is_foreign_folder
+
+    if folders := [path for path in paths if path.is_dir() and not is_foreign_folder(path)]:
         raise InputError(
-            f"{folders[0]}: expected a network's file (got a folder); --ratios merges folders of shards, "
-            "every tensor as it is"
+            f"{folders[0]}: expected a network's file, or nnU-Net's folder (got another folder); --ratios "
+            "merges folders of shards, every tensor as it is"
         )
     if given := [name for name, value in options.items() if value]:
-        raise InputError(f"{given[0]}: expected together with --ratios (got no ratios)")
+        raise InputError(
+            f"{given[0]}: expected together with --ratios, of checkpoints as they are (got another merge)"
+        )
 
 
 def _tell_exceptions(what: str, names: Sequence[str]) -> None:
@@ -91,7 +101,12 @@ def _tell_exceptions(what: str, names: Sequence[str]) -> None:
         say(f"{len(names)} tensors {what}: {listed(names)}")
 
 
-def _parse_ratios(text: str) -> list[float]:
+def parse_ratios(text: str) -> list[float]:
+    """Read numbers with commas between.
+
+    Raises:
+        InputError: they are none.
+    """
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:

@@ -3,6 +3,8 @@
 Intensities change in the foreground only (voxels that are not exactly 0), so that background stays 0.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from threading import get_ident
 from typing import Annotated, Any
@@ -12,6 +14,7 @@ import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
+from torch.nn import functional
 
 from timm_ext.documents.fields import Share, Weight, number, refused_as, whole
 
@@ -64,14 +67,18 @@ def augmented(
     transforms = _transforms(settings, get_ident())
     for transform in transforms.values():
         transform.set_random_state(state=random)
-    sample = transforms["mirror"]({"image": image, "label": label[None]})
-    if random.random_sample() < settings.affine:
-        sample = _moved(sample, transforms["turn"], spacing)
-    plain = {name: tensor.as_subclass(Tensor).clone() for name, tensor in sample.items()}
-    for channel in plain["image"]:
-        if random.random_sample() < settings.intensity:
-            _transform_intensities(channel, transforms["intensities"])
-    return plain["image"], plain["label"][0].to(label.dtype)
+    with (
+        torch._C.DisableTorchFunctionSubclass()
+    ):  # MONAI's tensors carry notes along, which cost more than sums
+        sample = transforms["mirror"]({"image": image, "label": label[None]})
+        if random.random_sample() < settings.affine:
+            sample = _moved(sample, transforms["turn"], spacing)
+        plain = {name: tensor.as_subclass(Tensor).clone() for name, tensor in sample.items()}
+        with _one_thread():
+            for channel in plain["image"]:
+                if random.random_sample() < settings.intensity:
+                    _transform_intensities(channel, transforms["intensities"])
+        return plain["image"], plain["label"][0].to(label.dtype)
 
 
 @lru_cache(maxsize=8)
@@ -101,20 +108,46 @@ def _transforms(settings: AugmentSettings, thread: int) -> dict[str, Any]:
 
 def _moved(sample: dict[str, Tensor], turn: Any, spacing: tuple[float, float, float]) -> dict[str, Tensor]:
     """Turn and scale about the centre, in mm; 0 comes in from outside."""
-    from monai.transforms.spatial.array import Resample
     from monai.transforms.utils import create_grid
 
-    grid = turn(grid=create_grid(sample["image"].shape[1:], spacing, dtype=torch.float32, backend="torch"))
-    grid[:3] /= torch.tensor(spacing)[:, None, None, None]
+    shape = sample["image"].shape[1:]
+    grid = turn(grid=create_grid(shape, spacing, dtype=torch.float32, backend="torch")).as_subclass(Tensor)
+    points = (grid[:3] / torch.tensor(spacing)[:, None, None, None]).flip(0).movedim(0, -1).double()
+    points *= torch.tensor([2.0 / max(2, edge) for edge in reversed(shape)], dtype=torch.float64)
     modes = {"image": "bilinear", "label": "nearest"}
-    return {name: Resample(mode, "zeros")(sample[name], grid) for name, mode in modes.items()}
+    return {name: _sampled(sample[name].as_subclass(Tensor), points, mode) for name, mode in modes.items()}
+
+
+def _sampled(volume: Tensor, points: Tensor, mode: str) -> Tensor:
+    """Return `[C, D, H, W]` at points `[D, H, W, 3]`, as MONAI's `Resample` does, by all threads.
+
+    PyTorch deals out the examples of a batch to its threads, here parts of one.
+    """
+    depth = len(points)
+    parts = next(count for count in range(torch.get_num_threads(), 0, -1) if depth % count == 0)
+    grid = points.unflatten(0, (parts, depth // parts))
+    twins = volume.double()[None].expand(parts, *volume.shape)
+    found = functional.grid_sample(twins, grid, mode, "zeros", align_corners=False)
+    return found.transpose(0, 1).flatten(1, 2).float()
 
 
 def _transform_intensities(channel: Tensor, transform: Any) -> None:
     """Change the foreground of a channel `[D, H, W]` in place, in units of its standard deviation."""
-    mask = channel != 0
-    values = channel[mask]
+    flat = channel.view(-1)
+    places = flat.nonzero()[:, 0]
+    values = flat.index_select(0, places)
     if values.numel() > 1 and values.max() > values.min():
         mean, spread = values.mean(), values.std()
         changed = transform(((values - mean) / spread)[None])
-        channel[mask] = mean + spread * changed.as_subclass(Tensor)[0]
+        flat.index_copy_(0, places, mean + spread * changed.as_subclass(Tensor)[0])
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Leave sums and powers to one thread: several share them, which changes their bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -18,7 +18,10 @@ from timm_ext.errors import InputError, listed
 
 
 class Sample(TypedDict):
-    """A training sample: the case's id, `image` `[C, D, H, W]` and `target` `[R, D, H, W]`, float32."""
+    """A training sample: the case's id, `image` `[C, D, H, W]` and `target` `[R, D, H, W]`, float32.
+
+    A target has one channel for each output of the network.
+    """
 
     id: str
     image: Tensor
@@ -32,8 +35,8 @@ class CaseDataset(Dataset[Sample]):
     the same in whatever process, order or resumed run it is made.
 
     Args:
-        cases: prepared cases with labels.
-        task: says which regions become the target's channels.
+        cases: prepared cases.
+        task: says what becomes the target's channels.
         patch: voxels of a patch; None gives whole volumes. A volume smaller than the patch is zero-padded.
         samples_per_case: samples that a case gives per epoch; with whole volumes leave it at 1. Of more than
             one each has an id of its own, `ID#1`, `ID#2`, ….
@@ -42,9 +45,10 @@ class CaseDataset(Dataset[Sample]):
         augment: how samples change; None leaves them as they are.
         seed: of the patches and the augmentation.
         in_memory: hold all cases in memory instead of reading the cache file for each sample.
+        labelled: every case must have a label; otherwise one without is background everywhere.
 
     Raises:
-        InputError: there is no case, or some have no label.
+        InputError: there is no case, or some lack a label.
     """
 
     def __init__(
@@ -58,10 +62,11 @@ class CaseDataset(Dataset[Sample]):
         augment: AugmentSettings | None = None,
         seed: int = 0,
         in_memory: bool = False,
+        labelled: bool = True,
     ) -> None:
         if not cases:
             raise InputError("data set: expected at least one case (got none)")
-        if unlabelled := [case.id for case in cases if not case.has_label]:
+        if labelled and (unlabelled := [case.id for case in cases if not case.has_label]):
             raise InputError(f"data set: expected a label for every case (got none for {listed(unlabelled)})")
         if patch is not None and (len(patch) != 3 or min(patch) < 1):
             raise InputError(f"patch: must be three numbers of voxels ≥ 1 (got {patch})")
@@ -98,7 +103,8 @@ class CaseDataset(Dataset[Sample]):
         name = case.id if self.samples_per_case == 1 else f"{case.id}#{number + 1}"
         generator = np.random.default_rng([self.seed, epoch, index])
         image, label = case.image, case.label
-        assert label is not None
+        if label is None:
+            label = np.zeros(image.shape[1:], np.uint8)
         if self.patch is not None:
             start = self._start(label, self.patch, generator)
             image, label = crop_or_pad(image, start, self.patch), crop_or_pad(label, start, self.patch)
@@ -106,7 +112,7 @@ class CaseDataset(Dataset[Sample]):
         if self.augment is not None:
             seed = int(generator.integers(2**32))
             pixels, labels = augmented(pixels, labels, spacing_of(case.affine), self.augment, seed)
-        target = torch.from_numpy(self.task.targets(labels.numpy())).float()
+        target = torch.from_numpy(self.task.output_targets(labels.numpy())).float()
         return Sample(id=name, image=pixels.contiguous(), target=target)
 
     def identity(self) -> dict[str, Any]:
@@ -117,6 +123,7 @@ class CaseDataset(Dataset[Sample]):
         return {
             "cases": [[case.id, _digest(case)] for case in self.cases],
             "regions": {region.name: sorted(region.labels) for region in self.task.regions},
+            **({"softmax": True} if self.task.softmax else {}),
             "patch": None if self.patch is None else list(self.patch),
             "samples_per_case": self.samples_per_case,
             "foreground": self.foreground,

@@ -127,7 +127,7 @@ def foreground_box(mask: Array, margin: int | Triple) -> tuple[Triple, Triple]:
     found = [np.flatnonzero(mask.any(axis=others)) for others in ((1, 2), (0, 2), (0, 1))]
     low = np.maximum([places[0] for places in found] - np.array(margin), 0)
     high = np.minimum([places[-1] + 1 for places in found] + np.array(margin), mask.shape)
-    return _triple(low), _triple(high - low)
+    return triple(low), triple(high - low)
 
 
 def fit_box(start: Triple, size: Triple, wanted: Triple | None, multiple: int) -> tuple[Triple, Triple]:
@@ -137,7 +137,7 @@ def fit_box(start: Triple, size: Triple, wanted: Triple | None, multiple: int) -
     """
     lengths = [-(-length // multiple) * multiple for length in (wanted or size)]
     first = [low + (old - new) // 2 for low, old, new in zip(start, size, lengths, strict=True)]
-    return _triple(first), _triple(lengths)
+    return triple(first), triple(lengths)
 
 
 def rotated(matrix: Affine, angles: Sequence[float] | Affine) -> Affine:
@@ -151,6 +151,7 @@ def rotated(matrix: Affine, angles: Sequence[float] | Affine) -> Affine:
     return matrix
 
 
-def _triple(values: Any) -> Triple:
+def triple(values: Any) -> Triple:
+    """Return three whole numbers, of numpy or not, as those of Python."""
     first, second, third = (int(value) for value in values)
     return first, second, third

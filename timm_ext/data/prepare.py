@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache as once
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +16,9 @@ from rich.progress import track
 
 from timm_ext.data.formats.cases import Case
 from timm_ext.data.grid import Grid, Triple
+from timm_ext.data.preprocess import Built
 from timm_ext.data.preprocess import PrepareSettings as PrepareSettings
-from timm_ext.data.preprocess import build_arrays
-from timm_ext.data.store import Arrays, read_array, read_entry, write_entry
+from timm_ext.data.store import read_array, read_entry, write_entry
 from timm_ext.data.tasks import Labels, Task, task_to_dict
 from timm_ext.data.volume import Affine
 from timm_ext.documents import validated
@@ -29,6 +29,20 @@ from timm_ext.vocabulary import structures
 from timm_ext.vocabulary.modalities import in_hounsfield_units
 
 
+class CasePreparation(Protocol):
+    """A way of preparing cases: `PrepareSettings`, or that of another program."""
+
+    @property
+    def empty_labels(self) -> str:
+        """`error` where a label file without a voxel in any region of the task is one."""
+
+    def build(self, case: Case, task: Task) -> Built:
+        """Read and prepare a case; the errors are those of `prepare_case`."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return, as JSON values, what of it decides the arrays; the code of `timm_ext.data` aside."""
+
+
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """A case ready for a network; its arrays are read from the cache when they are asked for.
@@ -37,13 +51,13 @@ class Prepared:
         case: the files it was made from.
         grid: where it lies in the input.
         present: the labels in the case's whole label file; empty without one.
-        source: the cache file, or the arrays themselves.
+        source: the cache file, or the arrays by name, which may be read when they are asked for.
     """
 
     case: Case
     grid: Grid
     present: tuple[int, ...]
-    source: Path | Arrays
+    source: Path | Mapping[str, npt.NDArray[Any]]
 
     @property
     def id(self) -> str:
@@ -83,7 +97,7 @@ class Prepared:
         return replace(self, source={name: self._array(name) for name in names})
 
     def _array(self, name: str) -> npt.NDArray[Any]:
-        return self.source[name] if isinstance(self.source, dict) else read_array(self.source, name)
+        return read_array(self.source, name) if isinstance(self.source, Path) else self.source[name]
 
 
 @dataclass(frozen=True)
@@ -94,7 +108,7 @@ class _Notes:
     present: list[int]
 
 
-def prepare_case(case: Case, task: Task, settings: PrepareSettings, cache: Path | str | None) -> Prepared:
+def prepare_case(case: Case, task: Task, settings: CasePreparation, cache: Path | str | None) -> Prepared:
     """Read, check and preprocess one case, or take it from the cache.
 
     The cache entry is named by a hash of the settings, the task's modalities and labels, the content of the
@@ -114,25 +128,25 @@ def prepare_case(case: Case, task: Task, settings: PrepareSettings, cache: Path 
     if missing := [modality for modality in task.modalities if modality not in case.images]:
         raise InputError(f"{case.id}: missing modality {', '.join(missing)} of task {task.name}")
     if cache is None:
-        arrays, grid, present = build_arrays(case, task, settings)
+        arrays, grid, present = settings.build(case, task)
         prepared = Prepared(case, grid, present, arrays)
     else:
         path = Path(cache) / f"{case.id}-{_key(case, task, settings)}.safetensors"
         if (cached := _cached(path, case, task)) is None:
-            arrays, grid, present = build_arrays(case, task, settings)
+            arrays, grid, present = settings.build(case, task)
             write_entry(path, arrays, {"grid": grid.to_dict(), "present": present})
             cached = Prepared(case, grid, present, path)
         prepared = cached
         task.check_labels(prepared.present, case.label)
     if prepared.has_label and settings.empty_labels == "error":
-        _check_not_empty(prepared, task)
+        check_not_empty(prepared.present, task, case.label)
     return prepared
 
 
 def prepare_cases(
     cases: Sequence[Case],
     task: Task,
-    settings: PrepareSettings,
+    settings: CasePreparation,
     cache: Path | str | None,
     *,
     workers: int = 0,
@@ -197,7 +211,7 @@ def restore(data: npt.NDArray[Any], prepared: Prepared) -> npt.NDArray[Any]:
 
 
 def _attempt(
-    case: Case, *, task: Task, settings: PrepareSettings, cache: Path | str | None
+    case: Case, *, task: Task, settings: CasePreparation, cache: Path | str | None
 ) -> Prepared | InputError:
     try:
         return prepare_case(case, task, settings, cache)
@@ -226,16 +240,17 @@ def _cached(path: Path, case: Case, task: Task) -> Prepared | None:
     return Prepared(case, grid, tuple(noted.present), path)
 
 
-def _check_not_empty(prepared: Prepared, task: Task) -> None:
+def check_not_empty(present: Collection[int], task: Task, where: object) -> None:
+    """Refuse a label map without a voxel of any region, by the labels that it holds."""
     wanted = {label for region in task.regions for label in region.labels}
-    if not wanted.intersection(prepared.present):
+    if not wanted.intersection(present):
         raise InputError(
-            f"{prepared.case.label}: expected a voxel of some region of task {task.name}, "
-            f"labels {sorted(wanted)} (got only labels {list(prepared.present)})"
+            f"{where}: expected a voxel of some region of task {task.name}, labels {sorted(wanted)} "
+            f"(got only labels {list(present)})"
         )
 
 
-def _key(case: Case, task: Task, settings: PrepareSettings) -> str:
+def _key(case: Case, task: Task, settings: CasePreparation) -> str:
     """Hash everything that the prepared arrays depend on."""
     files = [case.images[modality] for modality in task.modalities] + ([case.label] if case.label else [])
     if missing := [file for file in files if not file.is_file()]:
@@ -243,7 +258,7 @@ def _key(case: Case, task: Task, settings: PrepareSettings) -> str:
     described = task_to_dict(task)
     parts = {
         "code": _code_version(),
-        "settings": {key: value for key, value in asdict(settings).items() if key != "empty_labels"},
+        "settings": settings.identity(),
         "task": {key: described[key] for key in ("modalities", "freesurfer")},
         "labels": described["labels"] if task.freesurfer else None,
         "in_hu": [in_hounsfield_units(modality) for modality in task.modalities],

@@ -1,9 +1,10 @@
 """Preprocessing: the files of a case read, checked, brought to one grid and normalised."""
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +41,9 @@ from timm_ext.system.machine import check_memory
 from timm_ext.vocabulary.modalities import in_hounsfield_units
 
 Spacing = float | tuple[float, float, float]
+Built = tuple[Arrays, Grid, tuple[int, ...]]
+"""Arrays `image` and `label` of a case, where they lie in it, and the labels of its whole label file."""
+
 _Lengths = Annotated[
     Number | tuple[Number, Number, Number], written_as("None, a length in mm or three such as (1, 1, 2)")
 ]
@@ -103,8 +107,16 @@ class PrepareSettings:
     multiple: Edge = 1
     empty_labels: Literal["error", "allow"] = "error"
 
+    def build(self, case: Case, task: Task) -> Built:
+        """See `build_arrays`."""
+        return build_arrays(case, task, self)
 
-def build_arrays(case: Case, task: Task, settings: PrepareSettings) -> tuple[Arrays, Grid, tuple[int, ...]]:
+    def identity(self) -> dict[str, Any]:
+        """Return, as JSON values, all of it that decides the arrays."""
+        return {name: value for name, value in asdict(self).items() if name != "empty_labels"}
+
+
+def build_arrays(case: Case, task: Task, settings: PrepareSettings) -> Built:
     """Read and preprocess a case.
 
     Returns:
@@ -161,11 +173,36 @@ def _read(case: Case, task: Task, settings: PrepareSettings) -> tuple[dict[str, 
 def _read_images(case: Case, task: Task, settings: PrepareSettings) -> dict[str, Volume]:
     """Read the task's modalities; a file that holds several of them is read once."""
     images: dict[str, Volume] = {}
-    for path in dict.fromkeys(case.images[modality] for modality in task.modalities):
-        names = [modality for modality in task.modalities if case.images[modality] == path]
-        channels = [case.channels.get(name) for name in names]
-        images |= dict(zip(names, read_channels(path, channels, nonfinite=settings.nonfinite), strict=True))
+    for names in modalities_by_file(case, task):
+        images |= read_file(case, names, settings)
     return {modality: images[modality] for modality in task.modalities}
+
+
+def modalities_by_file(case: Case, task: Task) -> list[tuple[str, ...]]:
+    """Return the task's modalities, those that one file of the case holds together."""
+    paths = dict.fromkeys(case.images[modality] for modality in task.modalities)
+    return [tuple(name for name in task.modalities if case.images[name] == path) for path in paths]
+
+
+def read_file(case: Case, modalities: Sequence[str], settings: PrepareSettings) -> dict[str, Volume]:
+    """Read the modalities that one file holds; errors are those of `read_channels`."""
+    channels = [case.channels.get(name) for name in modalities]
+    volumes = read_channels(case.images[modalities[0]], channels, nonfinite=settings.nonfinite)
+    return dict(zip(modalities, volumes, strict=True))
+
+
+def check_image(image: Volume, modality: str, settings: PrepareSettings, where: Path) -> None:
+    """Refuse an image as preparation does, at its own voxel size.
+
+    Raises:
+        InputError: its foreground is empty or constant, or its intensities cannot be those of the modality.
+    """
+    settings = replace(settings, spacing=None, bias_field=False)
+    working, mask = _to_working(image, settings, where, _window_of(modality, settings))
+    _normalised(working.data, mask, modality, settings, where)
+    values = working.data[mask]
+    if values.min() == values.max():
+        raise InputError(f"{where}: expected different foreground intensities (got only {values[0]:g})")
 
 
 def _window_of(modality: str, settings: PrepareSettings) -> tuple[float, float] | None:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import AfterValidator, Field
 
-from timm_ext.data.formats.dataset_json import Header, is_header, parse_header, task_of
+from timm_ext.data.formats.dataset_json import is_header, parse_header, task_of
 from timm_ext.documents import read_json, read_yaml, validated
 from timm_ext.errors import InputError, listed, shown
 from timm_ext.vocabulary.modalities import BRATS_MODALITIES, distinct_keys
@@ -19,6 +19,7 @@ Labels = npt.NDArray[np.uint8]
 
 _FREESURFER_RIGHT_CEREBRUM = {41, 42}
 _LARGEST_LABEL = 255
+BACKGROUND = "background"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class Task:
             the enhancing tumour as 4 until 2021 and as 3 from 2023.
         freesurfer: label files may also be FreeSurfer maps (recognised by label 41 or 42, the right half of
             the cerebrum), which are turned into the fourteen classes.
+        softmax: every voxel is of one class: the background, which is the network's first output, or one of
+            the regions, none of which overlap. Otherwise each region is predicted by itself (sigmoid).
+        class_order: the number as which each region is written into a label map, in channel order, later
+            regions over earlier ones (nnU-Net's `regions_class_order`); empty as `paint_order` finds.
     """
 
     name: str
@@ -50,11 +55,18 @@ class Task:
     labels: frozenset[int]
     exclusive: tuple[tuple[int, ...], ...] = ()
     freesurfer: bool = False
+    softmax: bool = False
+    class_order: tuple[int, ...] = ()
 
     @property
     def region_names(self) -> tuple[str, ...]:
-        """Names of the output channels, in channel order."""
+        """Names of the regions, in channel order."""
         return tuple(region.name for region in self.regions)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of the network's outputs, in their order: with softmax the background, then the regions."""
+        return (BACKGROUND, *self.region_names) if self.softmax else self.region_names
 
     @property
     def disjoint(self) -> bool:
@@ -73,16 +85,27 @@ class Task:
             row[list(region.labels)] = 1
         return np.take(table, np.asarray(label, dtype=np.uint8), axis=1)
 
+    def output_targets(self, label: npt.ArrayLike) -> Labels:
+        """Turn labels into one binary channel per output of the network, `[outputs, D, H, W]` uint8.
+
+        The background is all that is in no region.
+        """
+        regions = self.targets(label)
+        return np.concatenate([1 - regions.max(axis=0, keepdims=True), regions]) if self.softmax else regions
+
     def paint_order(self) -> tuple[tuple[int, int], ...]:
         """Say how overlapping regions become one label map: paint them in this order, later over earlier.
 
         A region is painted with its first label that no strictly smaller region inside it holds, larger
         regions first: for BraTS whole tumour → 2, tumour core → 1, enhancing tumour → 4. A region that is no
-        more than the union of regions inside it has no label of its own and is left out.
+        more than the union of regions inside it has no label of its own and is left out. `class_order` stands
+        above that.
 
         Returns:
             Pairs of region index and label.
         """
+        if self.class_order:
+            return tuple(enumerate(self.class_order))
         sets = [set(region.labels) for region in self.regions]
         order = sorted(range(len(sets)), key=lambda index: -len(sets[index]))
         pairs = []
@@ -211,6 +234,12 @@ TASKS: dict[str, Task] = {
         parcellation_task("parcellation", range(1, 15)),
         parcellation_task("parcellation-1-7", range(1, 8)),
         parcellation_task("parcellation-8-14", range(8, 15)),
+        Task(
+            "hippocampus",
+            ("T1",),
+            (Region("anterior", (1,)), Region("posterior", (2,))),
+            frozenset((0, 1, 2)),
+        ),
     )
 }
 
@@ -224,7 +253,7 @@ def joint_task(tasks: Sequence[Task]) -> Task:
     """
     first = tasks[0]
     for task in tasks[1:]:
-        for what in ("modalities", "labels", "exclusive", "freesurfer"):
+        for what in ("modalities", "labels", "exclusive", "freesurfer", "softmax"):
             if getattr(task, what) != getattr(first, what):
                 raise InputError(
                     f"joint task: expected tasks with the same {what} (got {first.name} and {task.name})"
@@ -233,7 +262,14 @@ def joint_task(tasks: Sequence[Task]) -> Task:
     names = [region.name for region in regions]
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"joint task: expected one meaning of each region (got two of {twice[0]})")
-    return replace(first, name=" + ".join(task.name for task in tasks), regions=regions)
+    numbers = {pair for task in tasks for pair in zip(task.regions, task.class_order, strict=False)}
+    if len(numbers) not in (0, len(regions)):
+        raise InputError("joint task: expected one class_order for each region, or none at all (got others)")
+    order = tuple(dict(numbers)[region] for region in regions) if numbers else ()
+    joint = replace(first, name=" + ".join(task.name for task in tasks), regions=regions, class_order=order)
+    _check_outputs(joint, "joint task")
+    _check_order(joint, "joint task")
+    return joint
 
 
 def get_task(name: str | Path) -> Task:
@@ -251,25 +287,8 @@ def get_task(name: str | Path) -> Task:
         )
     value = read_json(path) if path.suffix == ".json" else read_yaml(path)[0]
     if is_header(value):
-        return _task_of_data_set(parse_header(value, path))
+        return task_from_dict(task_of(parse_header(value, path)), where=path)
     return task_from_dict(value, where=path)
-
-
-def _task_of_data_set(header: Header) -> Task:
-    """Return the task of a data set whose regions are written as the numbers that it states.
-
-    Raises:
-        InputError: they are written as others when larger regions are painted before those inside them.
-    """
-    task = task_from_dict(task_of(header), where=header.path)
-    stated = header.order or ()
-    for index, label in task.paint_order() if stated else ():
-        if label != stated[index]:
-            raise InputError(
-                f"{header.path}: regions_class_order: expected {label}, the number that is in no region "
-                f"inside {task.regions[index].name!r} (got {stated[index]})"
-            )
-    return task
 
 
 def task_to_dict(task: Task) -> dict[str, Any]:
@@ -281,13 +300,16 @@ def task_to_dict(task: Task) -> dict[str, Any]:
         "labels": sorted(task.labels),
         "exclusive": [list(group) for group in task.exclusive],
         "freesurfer": task.freesurfer,
+        **({"softmax": True} if task.softmax else {}),
+        **({"class_order": list(task.class_order)} if task.class_order else {}),
     }
 
 
 def task_from_dict(value: Any, *, where: object = "task") -> Task:
     """Build a task from `name`, `modalities`, `regions` (name → labels) and, optionally, `labels`.
 
-    `labels` defaults to 0 and the labels of the regions; `exclusive` and `freesurfer` are as in `Task`.
+    `labels` defaults to 0 and the labels of the regions; `exclusive`, `freesurfer`, `softmax` and
+    `class_order` are as in `Task`.
 
     Raises:
         InputError: a key is missing, unknown or of the wrong kind.
@@ -303,7 +325,40 @@ def task_from_dict(value: Any, *, where: object = "task") -> Task:
         )
     if 0 in used:
         raise InputError(f"{where}: a region must not hold label 0, the background")
-    return Task(file.name, file.modalities, regions, labels, file.exclusive, file.freesurfer)
+    task = Task(
+        file.name,
+        file.modalities,
+        regions,
+        labels,
+        file.exclusive,
+        file.freesurfer,
+        file.softmax,
+        file.class_order,
+    )
+    _check_outputs(task, where)
+    _check_order(task, where)
+    return task
+
+
+def _check_order(task: Task, where: object) -> None:
+    """Refuse numbers of regions that are not one for each, or that no label file may hold."""
+    order, count, known = task.class_order, len(task.regions), sorted(task.labels - {0})
+    fits = len(order) == len(set(order)) == count and set(order) <= set(known)
+    if order and (not fits or task.softmax or task.exclusive):
+        raise InputError(
+            f"{where}: class_order: expected one of the labels {known} for each of {count} regions, "
+            f"each once, and neither softmax nor exclusive labels (got {list(order)})"
+        )
+
+
+def _check_outputs(task: Task, where: object) -> None:
+    """Refuse classes that exclude each other but overlap, or one that is named like the background."""
+    if not task.softmax:
+        return
+    if not task.disjoint:
+        raise InputError(f"{where}: softmax: expected regions without a common label (got some that overlap)")
+    if BACKGROUND in task.region_names:
+        raise InputError(f"{where}: softmax: expected no region {BACKGROUND!r}, the first output (got one)")
 
 
 def _distinct_labels(labels: tuple[int, ...]) -> tuple[int, ...]:
@@ -328,6 +383,8 @@ class _TaskFile:
     labels: _Numbers | None = None
     exclusive: tuple[_Numbers, ...] = ()
     freesurfer: bool = False
+    softmax: bool = False
+    class_order: tuple[int, ...] = ()
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 

@@ -143,14 +143,19 @@ def parse_yaml(text: str, where: object) -> Any:
         raise InputError(f"{where}: expected YAML of plain values (got {shown(error)})") from error
 
 
-def read_csv(path: Path | str) -> list[Row]:
+def read_csv(path: Path | str, *, delimiter: str = ",") -> list[Row]:
     """Read a CSV file whose first row names the columns; rows without any content are left out.
+
+    Args:
+        path: the file.
+        delimiter: between cells; a tab in TSV files.
 
     Raises:
         InputError: the file cannot be read, is not CSV, has a column twice or without a name, or a row with
             more cells than there are columns.
     """
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), skipinitialspace=True, strict=True)
+    text = io.StringIO(read_text(path), newline="")
+    reader = csv.reader(text, delimiter=delimiter, skipinitialspace=True, strict=True)
     columns: list[str] | None = None
     rows = []
     try:

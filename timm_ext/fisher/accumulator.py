@@ -1,7 +1,7 @@
 """Sums of squared per-example gradients, batch by batch."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 from timm_ext.errors import InputError, listed
+from timm_ext.fisher.backward import square_gradients
 from timm_ext.fisher.batch import applied, check_labels, check_surroundings, checked_batch
-from timm_ext.fisher.fallback import square_examples_one_by_one
 from timm_ext.fisher.graph import Graph, hides_layers, read_graph
 from timm_ext.fisher.likelihoods import (
     Likelihood,
@@ -21,14 +21,13 @@ from timm_ext.fisher.likelihoods import (
     require_finite,
     summed_logits,
 )
-from timm_ext.fisher.micro_batch import MicroBatch, check_micro_batch, micro_batches
+from timm_ext.fisher.micro_batch import MicroBatch, check_micro_batch, divisible, micro_batches
 from timm_ext.fisher.model import examine_model, no_randomness
 from timm_ext.fisher.partial import Partial
 from timm_ext.fisher.precision import autocast, check_precision, precise, tolerance
-from timm_ext.fisher.reduction import Share, add_over_ranks, gather
+from timm_ext.fisher.reduction import Share, add_over_ranks, all_gather
 from timm_ext.fisher.result import Fisher, FisherKind, unused_note
-from timm_ext.fisher.rules import Rules, close_modes, open_modes, run_backward
-from timm_ext.fisher.squares import SquareSums
+from timm_ext.fisher.rules import Rules, close_modes, open_modes
 from timm_ext.fisher.tape import Tape
 from timm_ext.fisher.unused import cut_off
 from timm_ext.fisher.unwrap import bare_network, plain, uncompiled
@@ -45,10 +44,11 @@ class FisherAccumulator:
     """Accumulates the diagonal Fisher F = 1/N Σ_n 1/S Σ_s (∂ log p(y_ns | x_n) / ∂θ)² over batches.
 
     Exact per example whatever the batch size: one batched forward and backward, in which each layer squares
-    its gradients example by example and frees its input. No `.grad` is touched. The result does not depend on
-    batch size, order, process or number of threads beyond rounding (about 1e-6 of a tensor's largest value:
-    products of matrices share sums among threads), since sampled labels are keyed on seed, example id and
-    sample index.
+    its gradients example by example and frees its input. Examples go one by one through a model with a
+    parameter that no rule covers, or with a layer whose first axis is not the batch. No `.grad` is touched.
+    The result does not depend on batch size, order, process or number of threads beyond rounding (about 1e-6
+    of a tensor's largest value: products of matrices share sums among threads), since sampled labels are
+    keyed on seed, example id and sample index.
 
     Use as a context manager: inside, the model is in eval mode.
 
@@ -110,6 +110,7 @@ class FisherAccumulator:
         self._refused: set[str] = set()
         self._probed: set[bool] = set()
         self._without_effect: set[str] = set()
+        self._one_by_one = False
         self._broken = False
         self._reduced = False
         self._open = ExitStack()
@@ -149,13 +150,17 @@ class FisherAccumulator:
         parameters = sum(total.numel() for total in self._sums.values())
         modes = open_modes()
         try:
-            for part in micro_batches(self._micro_batch, x, labels, names, parameters):
+            size = 1 if self._one_by_one else self._micro_batch
+            for part in micro_batches(size, x, labels, names, parameters):
                 self._add(*part)
         finally:
             close_modes(modes)
 
     def _add(self, x: Tensor, y: Any, names: list[str]) -> None:
-        """Add the squared gradients of a micro-batch, all of them, or be broken from then on."""
+        """Add the squared gradients of a micro-batch, all of them, or be broken from then on.
+
+        Where a parameter has no rule, examples go one by one: a rule is only needed to tell them apart.
+        """
         with torch.enable_grad(), precise(self._precision, x.device), uncompiled():
             alone = self._probe(x)
             tape = Tape(len(x), self._tracked.names, x.device, self._refused)
@@ -164,8 +169,14 @@ class FisherAccumulator:
             self._check_logits(logits, names, alone)
             graph = read_graph(logits, self._tracked.names)
             self._check_graph(graph, x)
+            if len(x) > 1 and graph.direct and divisible(x, y):
+                self._one_by_one = True
+                del logits, graph, tape
+                for part in micro_batches(1, x, y, names, parameters=0):
+                    self._add(*part)
+                return
             self._accumulate(x, y, names, logits, graph, tape)
-        self._note_graph(graph)
+        self._note(graph.coverage(self._sums), graph.zero)
         self._ids.update(dict.fromkeys(names))
         self._broken = False  # last: sums and examples agree again, whatever came in between
 
@@ -219,7 +230,7 @@ class FisherAccumulator:
             return
         if self._reduced:
             raise InputError("all_reduce: expected one call (got another)")
-        shares = gather(
+        shares = all_gather(
             Share(
                 settings=self._settings(),
                 shapes={name: tuple(tensor.shape) for name, tensor in self._sums.items()},
@@ -270,8 +281,8 @@ class FisherAccumulator:
         """Return which rule gave each parameter's Fisher.
 
         Returns:
-            By name: names of rules joined by ` + `, `fallback`, `zero` (by structure), `unused`, `frozen`, or
-            `not seen` before the first update.
+            By name: names of rules joined by ` + `, `fallback` (no rule: autograd, examples one by one),
+            `zero` (by structure), `unused`, `frozen`, or `not seen` before the first update.
         """
         seen = {name: " + ".join(sorted(self._coverage.get(name, {"not seen"}))) for name in self._sums}
         return seen | dict.fromkeys(self._tracked.frozen, "frozen")
@@ -333,23 +344,27 @@ class FisherAccumulator:
     def _accumulate(
         self, x: Tensor, y: Any, ids: Sequence[str], logits: Tensor, graph: Graph, tape: Tape
     ) -> None:
-        skipped = graph.direct | graph.zero
-        uses = {name: count for name, count in graph.uses.items() if name not in skipped}
-        direct = {name: self._tracked.parameters[name] for name in self._sums if name in graph.direct}
-        plain = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
-        scale = 1 / self._samples
-        scores = []
+        total = self._tracked.parameters, self._sums, self._samples
+        scores = self._scores(logits.detach(), y, ids)
+        if len(x) == 1 or not graph.direct:
+            square_gradients(logits, scores, graph, tape, *total)
+            return
+        among_others = list(scores)
+        for index in range(len(x)):
+            part = slice(index, index + 1)
+            tape = Tape(1, self._tracked.names, x.device, self._refused)
+            with Rules(tape):
+                alone = self._forward(x[part])
+            graph = read_graph(alone, self._tracked.names)
+            square_gradients(alone, (score[part] for score in among_others), graph, tape, *total)
+
+    def _scores(self, logits: Tensor, y: Any, ids: Sequence[str]) -> Iterator[Tensor]:
+        """Yield the gradient of the log-likelihood for each sample; sums change from then on."""
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         for sample in range(self._samples):
-            score = self._score(plain, y, ids, sample).to(logits.dtype)
+            score = self._score(wide, y, ids, sample).to(logits.dtype)
             self._broken = True
-            if uses:
-                tape.squares = SquareSums(self._sums, uses, scale)
-                run_backward(logits, score, tape, retain_graph=sample + 1 < self._samples)
-                tape.squares.finish()
-            if direct:
-                scores.append(score)
-        if direct:
-            square_examples_one_by_one(self._forward, x, scores, direct, self._sums, scale)
+            yield score
 
     def _score(self, logits: Tensor, y: Any, ids: Sequence[str], sample: int) -> Tensor:
         if self._labels == "sampled":
@@ -358,13 +373,6 @@ class FisherAccumulator:
         target = plain(y).to(logits.device) if isinstance(y, Tensor) else y
         self._likelihood.check(logits, target, ids)
         return self._likelihood.score(logits, target, ids)
-
-    def _note_graph(self, graph: Graph) -> None:
-        coverage = {name: frozenset({"unused"}) for name in self._sums}
-        coverage |= {name: frozenset(rules) for name, rules in graph.rules.items()}
-        coverage |= dict.fromkeys(graph.zero, frozenset({"zero"}))
-        coverage |= dict.fromkeys(graph.direct, frozenset({"fallback"}))
-        self._note(coverage, graph.zero)
 
     def _note(self, coverage: dict[str, frozenset[str]], zero: frozenset[str] | None) -> None:
         for name, rules in coverage.items():

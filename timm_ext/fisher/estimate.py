@@ -158,8 +158,8 @@ def _bar(total: int | None, *, show: bool) -> Iterator[Any]:
         return
     from rich.progress import MofNCompleteColumn
 
-    from timm_ext.system.terminal import make_progress
+    from timm_ext.system.terminal import make_bars
 
-    with make_progress(MofNCompleteColumn()) as bar:
+    with make_bars(MofNCompleteColumn()) as bar:
         task = bar.add_task("Fisher", total=total)
         yield lambda: bar.advance(task)

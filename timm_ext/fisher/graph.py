@@ -31,6 +31,13 @@ class Graph:
     zero: frozenset[str]
     reentrant: bool
 
+    def coverage(self, names: Iterable[str]) -> dict[str, frozenset[str]]:
+        """Return the words of the coverage report for each parameter."""
+        coverage = {name: frozenset({"unused"}) for name in names}
+        coverage |= self.rules
+        coverage |= dict.fromkeys(self.zero, frozenset({"zero"}))
+        return coverage | dict.fromkeys(self.direct, frozenset({"fallback"}))
+
 
 def read_graph(logits: Tensor, names: Mapping[int, str]) -> Graph:
     """Walk the graph behind the logits of a forward under `Rules`; `names` by the `id` of each parameter."""
@@ -44,15 +51,14 @@ def read_graph(logits: Tensor, names: Mapping[int, str]) -> Graph:
         variable = getattr(node, "variable", None)
         if variable is not None and id(variable) in names:
             direct.add(names[id(variable)])
-        if (call := _call(node)) is None:
-            continue
-        for name in call.names:
-            uses[name] += 1
-            rules[name] = rules.get(name, frozenset()) | {call.rule}
-        if call.bias is not None:
-            (zero if _is_removed(call, above) else felt).add(call.bias)
-        if call.weight is not None:
-            felt.add(call.weight)
+        for call in _calls(node):
+            for name in call.names:
+                uses[name] += 1
+                rules[name] = rules.get(name, frozenset()) | {call.rule}
+            if call.bias is not None:
+                (zero if _is_removed(call, above) else felt).add(call.bias)
+            if call.weight is not None:
+                felt.add(call.weight)
     return Graph(uses, rules, frozenset(direct), frozenset(zero - felt - direct), _is_reentrant(consumers))
 
 
@@ -71,8 +77,8 @@ def _is_reentrant(nodes: Iterable[Any]) -> bool:
 
 def _is_removed(call: Call, above: list[Any]) -> bool:
     """Tell whether a bias is a constant of each channel that only instance norms see."""
-    norms = [_call(node) for node in above]
-    return call.shifts and bool(norms) and all(norm is not None and norm.invariant for norm in norms)
+    shielded = (any(seen.invariant for seen in _calls(node)) for node in above)
+    return call.shifts and bool(above) and all(shielded)
 
 
 def _consumers(root: Any) -> dict[Any, list[Any]]:
@@ -91,6 +97,7 @@ def _consumers(root: Any) -> dict[Any, list[Any]]:
     return consumers
 
 
-def _call(node: Any) -> Call | None:
-    call = getattr(node, "call", None)
-    return call if isinstance(call, Call) else None
+def _calls(node: Any) -> list[Call]:
+    """Return the calls whose parameters may get their gradients at a node: its own, and that of its norm."""
+    found = getattr(node, "call", None), getattr(getattr(node, "norm", None), "call", None)
+    return [call for call in found if isinstance(call, Call)]

@@ -130,7 +130,8 @@ class Bernoulli(_Drawn):
 class Categorical(_Drawn):
     """One class for each voxel: Σ over voxels of log softmax(z)[y].
 
-    Logits are `[B, K, ...]`, targets `[B, ...]` int64 with classes 0 … K−1.
+    Logits are `[B, K, ...]`, targets `[B, ...]` int64 with classes 0 … K−1, or `[B, K, ...]` with one map of
+    0 and 1 for each class.
     """
 
     name = "categorical"
@@ -139,10 +140,15 @@ class Categorical(_Drawn):
 
     def log_likelihood(self, logits: Tensor, target: Any) -> Tensor:
         """Return the sum over voxels, `[B]`."""
-        return -functional.cross_entropy(logits, target, reduction="none").reshape(len(logits), -1).sum(1)
+        classes = _classes(logits, target)
+        return -functional.cross_entropy(logits, classes, reduction="none").reshape(len(logits), -1).sum(1)
 
     def check(self, logits: Tensor, target: Any, ids: Sequence[str]) -> None:
         """Refuse targets of another shape or type, and classes outside 0 … K−1."""
+        if isinstance(target, Tensor) and target.shape == logits.shape:
+            _require_labels((target == 0) | (target == 1), target, ids, "0 or 1")
+            _require_labels((target.sum(1) == 1), target.sum(1), ids, "of exactly one class in each voxel")
+            return
         _require_tensor(target, (logits.shape[0], *logits.shape[2:]), "y")
         if target.dtype != torch.int64:
             raise InputError(f"y: expected int64 classes (got {target.dtype})")
@@ -153,8 +159,13 @@ class Categorical(_Drawn):
         """Return onehot(y) − softmax(z)."""
         del ids
         score = logits.detach().softmax(1).neg_()
-        index: Tensor = target.unsqueeze(1)
+        index = _classes(logits, target).unsqueeze(1)
         return score.scatter_add_(1, index, torch.ones_like(index, dtype=score.dtype))
+
+
+def _classes(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the number of each voxel's class."""
+    return target.argmax(1) if target.shape == logits.shape else target
 
 
 class Dice(Bernoulli):

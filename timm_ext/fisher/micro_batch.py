@@ -9,7 +9,7 @@ from timm_ext.errors import InputError
 
 # More examples at a time are worth their memory up to so many voxels, and more where weights and sums are
 # large; `python -m benchmarks.fisher` times the choice beside one at a time.
-_VOXELS = 2 * 32**3
+_VOXELS = 2 * 48**3
 _VOXELS_PER_PARAMETER = 1 / 128
 
 MicroBatch = int | Literal["auto"] | None
@@ -34,13 +34,17 @@ def micro_batches(
     With labels that are neither None nor a tensor `[B, ...]` the batch stays whole.
     """
     count = examples_at_a_time(x, parameters) if micro_batch == "auto" else micro_batch
-    divisible = y is None or (isinstance(y, Tensor) and y.dim() > 0 and len(y) == len(x))
-    if count is None or count >= len(x) or not divisible:
+    if count is None or count >= len(x) or not divisible(x, y):
         yield x, y, ids
         return
     for first in range(0, len(x), count):
         part = slice(first, first + count)
         yield x[part], None if y is None else y[part], ids[part]
+
+
+def divisible(x: Tensor, y: Any) -> bool:
+    """Tell whether labels can be divided among the examples of `[B, ...]`."""
+    return y is None or (isinstance(y, Tensor) and y.dim() > 0 and len(y) == len(x))
 
 
 def examples_at_a_time(x: Tensor, parameters: int) -> int:
@@ -49,7 +53,7 @@ def examples_at_a_time(x: Tensor, parameters: int) -> int:
     On a GPU all of them. On a CPU every pass costs the calls, which count where examples are small, and the
     reading of the weights, the reading and writing of the sums, which count where they do not stay in the
     cache; each further example gains less and takes its memory. It is v / (voxels of an example), at least 1,
-    where v is 2 · 32³, or parameters / 128 if that is more. Where memory is plenty and images are small, a
+    where v is 2 · 48³, or parameters / 128 if that is more. Where memory is plenty and images are small, a
     larger count is faster.
     """
     if x.device.type != "cpu":

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, distributed
 
-from timm_ext.errors import InputError, lines_of
+from timm_ext.errors import InputError, lines_of, shown
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Share:
     broken: bool
 
 
-def gather(share: Share) -> list[Share]:
+def all_gather(share: Share) -> list[Share]:
     """Return the shares of all processes in order of rank.
 
     Raises:
@@ -59,7 +59,8 @@ def _check_alike(shares: Sequence[Share]) -> None:
     for rank, other in enumerate(shares[1:], start=1):
         if other.settings != first.settings:
             raise InputError(
-                f"rank {rank}: expected the settings of rank 0, {first.settings} (got {other.settings})"
+                f"rank {rank}: expected the settings of rank 0, {shown(first.settings)} (got "
+                f"{shown(other.settings)})"
             )
         names = [
             name

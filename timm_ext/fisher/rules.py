@@ -1,8 +1,7 @@
 """Rules that give exact per-example gradients for the functions networks are made of.
 
 Beside those that training shares (`timm_ext.layers`), linear maps and the affine parameters of norms. The
-parameters themselves are cut from the graph, so that what is still reachable in it is known to need the
-fallback.
+parameters themselves are cut from the graph, so that what is still reachable in it is known to have no rule.
 """
 
 import math
@@ -14,19 +13,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from timm_ext.errors import InputError
-from timm_ext.fisher.tape import Tape
+from timm_ext.fisher.tape import Call, Tape
 from timm_ext.layers import rules as layers
-from timm_ext.layers.nodes import AffineNode, LinearNode
+from timm_ext.layers.nodes import AffineNode, LayerNormNode, LinearNode
 from timm_ext.layers.rules import autocast, like, record
-from timm_ext.layers.tape import Call
 
 
 def _linear(tape: Tape, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     if input.dim() < 2 or (call := tape.claim(input, weight, bias)) is None:
         return None
     call.rule = "linear"
-    input = autocast(input)
-    return record(LinearNode, call, input, like(input, weight), like(input, bias))
+    input = autocast(_by_example(call, input))
+    return _as_given(call, record(LinearNode, call, input, like(input, weight), like(input, bias)))
 
 
 def _instance_norm(
@@ -62,8 +60,13 @@ def _layer_norm(
 ) -> Tensor | None:
     if weight is None or input.dim() <= weight.dim() or (call := tape.claim(input, weight, bias)) is None:
         return None
-    normal = functional.layer_norm(input, normalized_shape, None, None, eps)
-    return _affine(call, normal, weight, bias, input.dim() - weight.dim(), "layer norm")
+    call.rule = "layer norm"
+    rows = _by_example(call, input)
+    single = rows.dtype == weight.dtype and rows.dtype in (torch.float32, torch.float64)
+    if single and not torch.is_autocast_enabled(rows.device.type):
+        return _as_given(call, record(LayerNormNode, call, rows, weight, bias, eps))
+    normal = functional.layer_norm(rows, normalized_shape, None, None, eps)
+    return _as_given(call, _affine(call, normal, weight, bias, normal.dim() - weight.dim(), "layer norm"))
 
 
 def _batch_norm(
@@ -83,6 +86,9 @@ def _batch_norm(
             f"batch norm {name}: expected running statistics (got statistics of the batch, in which "
             "one example changes another's gradient)"
         )
+    given = running_mean, running_var, weight, bias
+    if (output := layers.batch_norm(tape, input, *given, False, momentum, eps)) is not None:
+        return output
     if weight is None or (call := tape.claim(input, weight, bias)) is None:
         return None
     normal = functional.batch_norm(input, running_mean, running_var, None, None, False, momentum, eps)
@@ -92,6 +98,15 @@ def _batch_norm(
 def _affine(call: Call, normal: Tensor, weight: Tensor, bias: Tensor | None, axis: int, rule: str) -> Tensor:
     call.rule = rule
     return record(AffineNode, call, normal, like(normal, weight), like(normal, bias), axis)
+
+
+def _by_example(call: Call, rows: Tensor) -> Tensor:
+    """View the rows of the only example as its own axis, for layers of the last axes."""
+    return rows[None] if call.folded else rows
+
+
+def _as_given(call: Call, output: Tensor) -> Tensor:
+    return output[0] if call.folded else output
 
 
 RULES: dict[Callable[..., Any], layers.Rule] = {
@@ -123,22 +138,3 @@ def close_modes(count: int) -> None:
     """
     while open_modes() > count:
         torch.overrides._pop_mode()
-
-
-def run_backward(logits: Tensor, score: Tensor, tape: Tape, *, retain_graph: bool) -> None:
-    """Send `score` back from `logits` through every recorded call; no `.grad` is touched.
-
-    The rules stay active, since a checkpointed layer runs its forward again here. `torch.autograd.grad` and
-    `backward` are themselves functions that a mode intercepts, and run their engine with it switched off;
-    hence the call of the engine itself.
-    """
-    with Rules(tape):
-        torch.autograd.Variable._execution_engine.run_backward(
-            (logits,),
-            (score,),
-            retain_graph,
-            False,
-            (tape.anchor,),
-            allow_unreachable=True,
-            accumulate_grad=False,
-        )

@@ -22,7 +22,8 @@ class Tape(tape.Tape):
 
     Attributes:
         squares: where the backward leaves its per-example gradients; set before it runs.
-        refused: parameters used where the first axis is not the batch; they need the fallback.
+        refused: parameters used where the first axis is not the batch; among several examples they have no
+            rule.
     """
 
     def __init__(self, batch: int, names: dict[int, str], device: torch.device, refused: set[str]):
@@ -36,22 +37,31 @@ class Tape(tape.Tape):
     def claim(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> "Call | None":
         """Return the call to record, or None where the function must run as it is."""
         self.forget()
-        call = Call(self, weight=self.names.get(id(weight)), bias=self.names.get(id(bias)))
-        whole = input.dim() > 0 and input.shape[0] == self.batch
-        if not whole:
+        folded = input.dim() == 0 or input.shape[0] != self.batch
+        call = Call(self, weight=self.names.get(id(weight)), bias=self.names.get(id(bias)), folded=folded)
+        if folded:
             self.refused.update(call.names)
-        if not whole or not self.refused.isdisjoint(call.names) or not torch.is_grad_enabled():
+        if self.batch > 1 and not self.refused.isdisjoint(call.names):
+            return None
+        if input.dim() == 0 or not torch.is_grad_enabled():
             return None
         return None if _is_foreign(weight, call.weight) or _is_foreign(bias, call.bias) else call
 
 
 @dataclass
 class Call(tape.Call):
-    """One use of parameters, known by their names; the graph is cut from them."""
+    """One use of parameters, known by their names; the graph is cut from them.
+
+    Attributes:
+        weight: name of the parameter that is used as weight.
+        bias: likewise.
+        folded: whether the first axis of the input is not that of the batch, which is of one example.
+    """
 
     tape: Tape
     weight: str | None = None
     bias: str | None = None
+    folded: bool = False
 
     @property
     def anchor(self) -> Tensor:
@@ -74,11 +84,17 @@ class Call(tape.Call):
         squares = self.tape.squares
         assert squares is not None, "the backward runs only after the graph was read"
         if self.weight is not None and squares.wants(self.weight):
-            squares.deposit(self.weight, weight())
+            squares.deposit(self.weight, self._by_example(weight()))
         if self.bias is not None and squares.wants(self.bias):
             rows = bias()
-            squares.deposit(self.bias, ExampleGradients(len(rows), rows.__getitem__))
+            squares.deposit(self.bias, self._by_example(ExampleGradients(len(rows), rows.__getitem__)))
         return None, None
+
+    def _by_example(self, gradients: ExampleGradients) -> ExampleGradients:
+        """Add the gradients of the rows of the only example."""
+        if not self.folded or gradients.count == 1:
+            return gradients
+        return ExampleGradients(1, [gradients.sum()].__getitem__)
 
 
 def _is_foreign(parameter: Tensor | None, name: str | None) -> bool:

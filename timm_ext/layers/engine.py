@@ -37,10 +37,35 @@ def _backward(
 
 def _grad(mode: Mode, outputs: Any, inputs: Any, **options: Any) -> Any:
     """As `torch.autograd.grad` goes on once it has read its arguments."""
-    if options["is_grads_batched"] or options["materialize_grads"] or not options["only_inputs"]:
+    if options["materialize_grads"] or not options["only_inputs"]:
         return torch.autograd.grad(outputs, inputs, **options)
+    if options["is_grads_batched"]:
+        return _row_by_row(mode, outputs, inputs, options)
     grads, retain_graph, create_graph, allow_unused = (options[name] for name in _OPTIONS)
     return _run(mode, outputs, grads, retain_graph, create_graph, inputs, allow_unused, accumulate_grad=False)
+
+
+def _row_by_row(mode: Mode, outputs: Any, inputs: Any, options: dict[str, Any]) -> Any:
+    """Stack the gradients of each row of `grad_outputs`: no node takes the `vmap` of `is_grads_batched`."""
+    given = _tensor_or_tensors_to_tuple(options["grad_outputs"], len(outputs))
+    plain = {**options, "is_grads_batched": False}
+    count = next((len(grad) for grad in given if grad is not None), 0)
+    if count == 0:
+        return torch.autograd.grad(outputs, inputs, **options)
+    rows = [
+        _grad(
+            mode,
+            outputs,
+            inputs,
+            **plain
+            | {
+                "grad_outputs": [None if grad is None else grad[index] for grad in given],
+                "retain_graph": index + 1 < count or options["retain_graph"],
+            },
+        )
+        for index in range(count)
+    ]
+    return tuple(None if row[0] is None else torch.stack(row) for row in zip(*rows, strict=True))
 
 
 def _run(

@@ -1,7 +1,6 @@
 """Training and inference of float32 volumes on the CPU by this package's layers."""
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,11 +25,13 @@ def fast_layers() -> Iterator[None]:
             loss = objective(model(x), y)
             loss.backward()
 
-    Convolutions, plain and transposed, and instance norms with the activation right behind them, of float32
-    volumes `[B, C, D, H, W]` on the CPU: their outputs and gradients are those of PyTorch but for rounding,
-    and are the same for any number of threads. Their results take memory that is kept until the context
-    ends. All else runs as it does without: other layers, types and devices, grouped convolutions, autocast,
-    `torch.compile`, `torch.func` and forward-mode differentiation.
+    Convolutions, plain and transposed, with groups or without, of float32 volumes `[B, C, D, H, W]`, images
+    and rows of points on the CPU, and instance, group and batch norms of them with the ReLU, LeakyReLU or
+    PReLU right behind: their outputs and gradients are those of PyTorch but for rounding, and are the same
+    for any number of threads. Their results take memory that is kept until the context ends. Under autocast
+    to bfloat16 volumes are stored in it, weights, their gradients and sums in float32;
+    `timm_ext.layers.half.half_path` tells how. All else runs as it does without: other layers, types and
+    devices, `torch.compile`, `torch.func` and forward-mode differentiation.
 
     With non-reentrant checkpoints the backward has to run inside the context, too: it calls layers again.
 
@@ -51,20 +52,26 @@ class _Summed(Call):
 
 
 class _Volumes(Tape):
-    """Claims the layers of float32 volumes on the CPU."""
+    """Claims the layers of float32 volumes, images and rows of points on the CPU; under autocast bfloat16."""
 
     def claim(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Call | None:
         self.forget()
-        given = [tensor for tensor in (input, weight, bias) if tensor is not None]
-        served = input.dim() == 5 and input.numel() > 0 and all(map(_is_plain, given))
+        parameters = (tensor for tensor in (weight, bias) if tensor is not None)
+        types = (torch.float32, torch.bfloat16) if _autocast_to_half() else (torch.float32,)
+        served = 3 <= input.dim() <= 5 and input.numel() > 0 and _is_plain(input, *types)
+        served = served and all(map(_is_plain, parameters))
         return _Summed(self) if served and not _in_other_hands() else None
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Tell whether a tensor is float32 on the CPU and nothing special."""
+def _autocast_to_half() -> bool:
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+
+
+def _is_plain(tensor: Tensor, *types: torch.dtype) -> bool:
+    """Tell whether a tensor is of these types, else float32, on the CPU and nothing special."""
     return (
         type(tensor) in (Tensor, nn.Parameter)
-        and tensor.dtype == torch.float32
+        and tensor.dtype in (types or (torch.float32,))
         and tensor.device.type == "cpu"
         and tensor.layout == torch.strided
     )
@@ -73,7 +80,7 @@ def _is_plain(tensor: Tensor) -> bool:
 def _in_other_hands() -> bool:
     """Tell whether something is about that changes what a call computes or records."""
     return (
-        torch.is_autocast_enabled("cpu")
+        (torch.is_autocast_enabled("cpu") and not _autocast_to_half())
         or transformed()
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
@@ -81,55 +88,9 @@ def _in_other_hands() -> bool:
     )
 
 
-def _convolution(
-    tape: Tape,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | str | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-) -> Tensor | None:
-    return rules.convolution(tape, input, weight, bias, stride, padding, dilation) if groups == 1 else None
-
-
-def _transposed_convolution(
-    tape: Tape,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
-    output_padding: int | Sequence[int] = 0,
-    groups: int = 1,
-    dilation: int | Sequence[int] = 1,
-) -> Tensor | None:
-    if groups != 1:
-        return None
-    around = stride, padding, output_padding
-    return rules.transposed_convolution(tape, input, weight, bias, *around, dilation=dilation)
-
-
-def _group_norm(
-    tape: Tape,
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor | None:
-    """As an instance norm, where each channel is a group."""
-    if input.dim() < 3 or num_groups != input.shape[1] or math.prod(input.shape[2:]) < 2:
-        return None
-    return rules.group_norm(tape, input, num_groups, weight, bias, eps)
-
-
 RULES: dict[Callable[..., Any], rules.Rule] = {
     **rules.RULES,
-    torch.conv3d: _convolution,
-    torch.conv_transpose3d: _transposed_convolution,
-    functional.group_norm: _group_norm,
+    functional.batch_norm: rules.batch_norm,
 }
 
 

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-from timm_ext.layers import fused
+from timm_ext.layers import fused, half_convolution
 from timm_ext.layers.convolution import Geometry
+from timm_ext.layers.half import cast
 from timm_ext.ops.conv3d import conv3d_weight_gradient
 from timm_ext.ops.fisher import conv_weight_grad_square_, square_accumulate_
 from timm_ext.ops.upsampled_conv3d import upsampled_conv3d_weight_grad_square_
@@ -83,8 +85,10 @@ class ConvolutionWeightGradients(ExampleGradients):
 
     def square_into(self, accumulator: Tensor, scale: float) -> None:
         """Use the fused kernel where it is faster; a pointwise convolution is a product of matrices."""
-        geometry = self._geometry
-        grad, input = (self._input, self._grad) if geometry.transposed else (self._grad, self._input)
+        geometry, grad, input = self._geometry, self._grad, self._input
+        if half_convolution.is_half(input, self._weight):
+            grad, input = cast(grad, torch.float32), cast(input, torch.float32)
+        grad, input = (input, grad) if geometry.transposed else (grad, input)
         if geometry.pointwise(accumulator) or not fused.serves(accumulator, grad, input, geometry.groups):
             super().square_into(accumulator, scale)
             return

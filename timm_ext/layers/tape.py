@@ -54,6 +54,16 @@ class Call(ABC):
         """
 
 
+@dataclass(frozen=True)
+class Norm:
+    """A call of a norm, and what its node was given."""
+
+    call: Call
+    input: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+
+
 class Tape(ABC):
     """Decides which calls are recorded.
 
@@ -63,7 +73,7 @@ class Tape(ABC):
     """
 
     def __init__(self) -> None:
-        self.normalised: Call | None = None
+        self.normalised: Norm | None = None
         self.upsampled: tuple[Tensor, Tensor] | None = None
 
     def forget(self) -> None:

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from timm_ext.errors import InputError, listed
 from timm_ext.layout import check_compatible
 from timm_ext.merging.modalities import fit_to_target
+from timm_ext.merging.responses import correlations
 from timm_ext.networks.channel_trace import trace_channels
 from timm_ext.networks.channels import ChannelAxis, ChannelGroup, ChannelMap
 from timm_ext.parameters import matches, named_parameters
+from timm_ext.vocabulary.modalities import modality_key
 
 if TYPE_CHECKING:
     from timm_ext.fisher.result import Fisher
@@ -28,7 +31,8 @@ class Alignment:
         model: a copy of the network that computes the same function.
         permutations: group of channels → `[n]`: for each place, the channel of the network that came there.
         similarity: Σ θ_ref · π(θ) over the compared parameters, at the start and after each permutation that
-            was taken; it grows from entry to entry, and |θ_ref − π(θ)|² falls by twice as much.
+            was taken; it grows from entry to entry, and |θ_ref − π(θ)|² falls by twice as much. By responses
+            to images the sum of the correlations, before and after.
         channels: the network's groups of channels.
     """
 
@@ -41,6 +45,14 @@ class Alignment:
         """Permute tensors named and shaped as the network's parameters and buffers, as these were."""
         return self.channels.permute(tensors, self.permutations)
 
+    def moved(self) -> dict[str, dict[int, int]]:
+        """Return how many channels of each tensor have another place than before, by axis."""
+        moved: dict[str, dict[int, int]] = {}
+        for axis in self.channels.axes:
+            if count := int((axis.order(self.permutations) != torch.arange(axis.length)).sum()):
+                moved.setdefault(axis.tensor, {})[axis.axis] = count
+        return moved
+
     def permute_fisher(self, fisher: "Fisher") -> "Fisher":
         """Return the Fisher of the aligned network, from that of the network."""
         return replace(fisher, tensors=self.permute(fisher.tensors))
@@ -51,24 +63,29 @@ def align(
     reference: nn.Module | Mapping[str, Tensor],
     *,
     ignore: Sequence[str] = (),
+    images: Sequence[Tensor] | None = None,
     example: Tensor | None = None,
     seed: int = 0,
 ) -> Alignment:
-    """Permute the channels of a network so that its parameters come close to those of another.
+    """Permute the channels of a network so that they are in the order of another's.
 
-    Looked for are permutations π that leave the network's function as it is and maximise Σ θ_ref · π(θ),
-    which minimises |θ_ref − π(θ)|², by coordinate descent: groups of channels are visited in random order,
-    each is permuted best while the others stay (a linear assignment), until no group gains. Channels are
-    followed through skips, sums and norms; those of a group norm move as whole groups, and within them.
+    Every permutation π leaves the network's function as it is. Without images looked for are those that
+    maximise Σ θ_ref · π(θ), which minimises |θ_ref − π(θ)|², by coordinate descent: groups of channels are
+    visited in random order, each is permuted best while the others stay (a linear assignment), until no
+    group gains. With images each group is permuted so that its responses to them correlate most with those
+    of the reference, see `timm_ext.merging.responses.correlations`. Channels are followed through skips, sums
+    and norms; those of a group norm move as whole groups, and within them.
 
-    Source: weight matching, Ainsworth, Hayase, Srinivasa, "Git Re-Basin: Merging Models modulo Permutation
-    Symmetries", ICLR 2023, algorithm 1.
+    Source: weight and activation matching, Ainsworth, Hayase, Srinivasa, "Git Re-Basin: Merging Models modulo
+    Permutation Symmetries", ICLR 2023, section 3.
 
     Args:
         model: the network; it is not changed.
         reference: a network of the same architecture, or its parameters by name.
         ignore: shell patterns of parameters that are not compared, such as heads of another task; they are
             permuted with the rest. They may be missing in the reference, or have another shape.
+        images: batches `[B, C, ...]` that both networks take, of cases such as they are for (no labels); the
+            reference must be a network then.
         example: images that the network takes, see `trace_channels`.
         seed: of the order of visits.
 
@@ -77,7 +94,8 @@ def align(
 
     Raises:
         InputError: the networks differ in compared parameters, all of which are listed, or the channels
-            cannot be followed, see `trace_channels`.
+            cannot be followed, see `trace_channels`; images beside a reference that is no network, or that a
+            network does not run on.
     """
     channels = trace_channels(model, example)
     tensors = {name: p.detach() for name, p in named_parameters(model).items()}
@@ -85,8 +103,29 @@ def align(
     compared = {name: tensor for name, tensor in tensors.items() if not matches(name, ignore)}
     others = {name: tensor.detach() for name, tensor in others.items() if not matches(name, ignore)}
     check_compatible({"reference": others, "network": compared})
-    permutations, similarity = _Matching(channels, compared, others).run(seed)
+    if images is None:
+        permutations, similarity = _Matching(channels, compared, others).run(seed)
+    else:
+        permutations, similarity = _by_responses(model, reference, channels, images)
     return Alignment(_permuted(model, channels, permutations), permutations, similarity, channels)
+
+
+def _by_responses(
+    model: nn.Module,
+    reference: nn.Module | Mapping[str, Tensor],
+    channels: ChannelMap,
+    images: Sequence[Tensor],
+) -> tuple[dict[str, Tensor], tuple[float, ...]]:
+    """Return the permutation of each group, and the sum of correlations before and after."""
+    if not isinstance(reference, nn.Module) or not images:
+        what = "no image" if isinstance(reference, nn.Module) else "tensors for a reference"
+        raise InputError(f"alignment: expected two networks and images that both take (got {what})")
+    found = correlations(model, reference, channels, images)
+    order = {name: torch.arange(group.size) for name, group in channels.groups.items()}
+    order |= {name: assign(alike, channels.groups[name]) for name, alike in found.items()}
+    before = sum(float(alike.trace()) for alike in found.values())
+    after = sum(float(alike[:, order[name]].trace()) for name, alike in found.items())
+    return order, (before, after)
 
 
 def align_to_first(
@@ -96,6 +135,7 @@ def align_to_first(
     ignore: Sequence[str] = (),
     modalities: Sequence[Sequence[str]] | None = None,
     input_layers: Sequence[str] = (),
+    images: Sequence[Tensor] | None = None,
     example: Tensor | None = None,
     seed: int = 0,
 ) -> "tuple[list[nn.Module], list[Fisher] | None]":
@@ -108,6 +148,7 @@ def align_to_first(
         modalities: input images of each network, where they differ; the first network's input channels are
             then compared by the rule of `match_input_channels`.
         input_layers: names of the weights that read the images; needed with `modalities`.
+        images: see `align`; the networks must take the same ones.
         example: see `align`; None also where the networks take different images.
         seed: see `align`.
 
@@ -115,11 +156,41 @@ def align_to_first(
         The networks and Fishers, in their order.
 
     Raises:
-        InputError: as for `align` and `match_input_channels`.
+        InputError: as for `align` and `match_input_channels`; images for networks of unlike modalities.
     """
+    found = alignments(
+        models,
+        ignore=ignore,
+        modalities=modalities,
+        input_layers=input_layers,
+        images=images,
+        example=example,
+        seed=seed,
+    )
+    aligned = [models[0], *(alignment.model for alignment in found)]
+    if fishers is None:
+        return aligned, None
+    pairs = zip(found, fishers[1:], strict=True)
+    return aligned, [fishers[0], *(alignment.permute_fisher(fisher) for alignment, fisher in pairs)]
+
+
+def alignments(
+    models: Sequence[nn.Module],
+    *,
+    ignore: Sequence[str] = (),
+    modalities: Sequence[Sequence[str]] | None = None,
+    input_layers: Sequence[str] = (),
+    images: Sequence[Tensor] | None = None,
+    example: Tensor | None = None,
+    seed: int = 0,
+) -> list[Alignment]:
+    """Align all models but the first to it; arguments and errors are those of `align_to_first`."""
     first, *others = models
+    if images is not None:
+        _check_same_images(modalities or ())
+        return [align(m, first, ignore=ignore, images=images, example=example, seed=seed) for m in others]
     reference: dict[str, Tensor] = {name: p.detach() for name, p in named_parameters(first).items()}
-    aligned, aligned_fishers = [first], list(fishers or ())
+    found = []
     for number, model in enumerate(others, 1):
         if modalities is not None:
             mine = named_parameters(model)
@@ -131,17 +202,18 @@ def align_to_first(
                 target_modalities=modalities[number],
                 input_layers=input_layers,
             )
-        found = align(
-            model,
-            reference if modalities is None else fitted,
-            ignore=ignore,
-            example=example,
-            seed=seed,
+        compared = reference if modalities is None else fitted
+        found.append(align(model, compared, ignore=ignore, example=example, seed=seed))
+    return found
+
+
+def _check_same_images(modalities: Sequence[Sequence[str]]) -> None:
+    keys = [[modality_key(name) for name in own] for own in modalities]
+    if unlike := [own for own, key in zip(modalities, keys, strict=True) if key != keys[0]]:
+        raise InputError(
+            "alignment: expected networks of the same modalities, to compare them on images (got "
+            f"{listed(modalities[0])} and {listed(unlike[0])})"
         )
-        aligned.append(found.model)
-        if fishers is not None:
-            aligned_fishers[number] = found.permute_fisher(fishers[number])
-    return aligned, aligned_fishers if fishers is not None else None
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Weights and Fishers of all source models as two planes that the merge reads once."""
+"""Weights and Fishers of all source models as two matrices that the merge reads once."""
 
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -34,7 +34,7 @@ class Bank:
     The rows are padded to a stride that suits the merge; `theta` and `fisher` are views without the padding.
 
     Attributes:
-        planes: `[1 or 2, T, stride]`, the weights and, if there are Fishers, those.
+        matrices: `[1 or 2, T, stride]`, the weights and, if there are Fishers, those.
         layout: what the P elements are.
         sources: names of the T models.
         normalize: how the Fishers were scaled, see `build`.
@@ -42,7 +42,7 @@ class Bank:
         buffers: of the source models, as far as they belong to the layout's tensors and were given.
     """
 
-    planes: Tensor
+    matrices: Tensor
     layout: Layout
     sources: tuple[str, ...]
     normalize: Normalization | None = None
@@ -95,9 +95,9 @@ class Bank:
         fisher_storage = _choose_storage(fisher_storage, dtype)
         _check_tensors(models, fishers or (), layout)
         buffers = Buffers.collect(models, layout.buffers)
-        planes = empty_planes(1 if fishers is None else 2, len(models), layout.numel, dtype)
+        matrices = empty_matrices(1 if fishers is None else 2, len(models), layout.numel, dtype)
         stored = None if fishers is None else fisher_storage
-        bank = cls(planes, layout, tuple(models), normalize, stored, buffers)
+        bank = cls(matrices, layout, tuple(models), normalize, stored, buffers)
         for row, tensors in zip(bank.theta, models.values(), strict=True):
             layout.flatten(tensors, out=row)
         _check_stored(bank.theta, models, layout)
@@ -109,23 +109,23 @@ class Bank:
     @property
     def theta(self) -> Tensor:
         """Weights `[T, P]`."""
-        return self.planes[0, :, : self.layout.numel]
+        return self.matrices[0, :, : self.layout.numel]
 
     @property
     def fisher(self) -> Tensor | None:
         """Fishers `[T, P]`, or None."""
-        return self.planes[1, :, : self.layout.numel] if len(self.planes) > 1 else None
+        return self.matrices[1, :, : self.layout.numel] if len(self.matrices) > 1 else None
 
     def __len__(self) -> int:
         return len(self.sources)
 
     def without_fisher(self) -> "Bank":
         """Return the same weights, not copied, with F = 1."""
-        return replace(self, planes=self.planes[:1], normalize=None, fisher_storage=None)
+        return replace(self, matrices=self.matrices[:1], normalize=None, fisher_storage=None)
 
     def to(self, device: torch.device | str) -> "Bank":
         """Return the bank on a device; it is not copied if it is there."""
-        return replace(self, planes=self.planes.to(device))
+        return replace(self, matrices=self.matrices.to(device))
 
     def save(self, path: Path | str, **metadata: Any) -> str:
         """Write all of it as one safetensors file.
@@ -145,8 +145,8 @@ class Bank:
         }
         rows = {
             f"{kind}.{index}": row[: self.layout.numel]
-            for kind, plane in zip(("theta", "fisher"), self.planes, strict=False)
-            for index, row in enumerate(plane)
+            for kind, matrix in zip(("theta", "fisher"), self.matrices, strict=False)
+            for index, row in enumerate(matrix)
         }
         buffers = {f"{_VALUES}{name}": value for name, value in self.buffers.values.items()}
         buffers |= {f"{_FIXED}{name}": value for name, value in self.buffers.fixed.items()}
@@ -169,11 +169,11 @@ class Bank:
         if any(value.shape[:1] != (len(about.sources),) for value in buffers.values.values()):
             raise InputError(f"{path}: expected buffers of {len(about.sources)} models (got others)")
         dtype = checkpoint.tensors[rows[0][0]].dtype
-        planes = empty_planes(len(kinds), len(about.sources), layout.numel, dtype)
-        for plane, names in zip(planes, rows, strict=True):
-            for row, name in zip(plane, names, strict=True):
+        matrices = empty_matrices(len(kinds), len(about.sources), layout.numel, dtype)
+        for matrix, names in zip(matrices, rows, strict=True):
+            for row, name in zip(matrix, names, strict=True):
                 row[: layout.numel] = checkpoint.tensors.pop(name)
-        return cls(planes, layout, about.sources, about.normalize, about.fisher_storage, buffers)
+        return cls(matrices, layout, about.sources, about.normalize, about.fisher_storage, buffers)
 
 
 @dataclass(frozen=True)
@@ -238,14 +238,14 @@ def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def empty_planes(planes: int, models: int, elements: int, dtype: torch.dtype) -> Tensor:
-    """Return uninitialised planes `[planes, T, stride]` as the merge reads them best.
+def empty_matrices(matrices: int, models: int, elements: int, dtype: torch.dtype) -> Tensor:
+    """Return uninitialised matrices `[matrices, T, stride]` as the merge reads them best.
 
     The stride is at least P, the padding 0; on the CPU huge pages are asked for, of which the merge touches
     fewer at a time.
 
     Args:
-        planes: one, or two with Fishers.
+        matrices: one, or two with Fishers.
         models: T.
         elements: P.
         dtype: of the elements.
@@ -253,7 +253,7 @@ def empty_planes(planes: int, models: int, elements: int, dtype: torch.dtype) ->
     stride = -(-elements // _ALIGNMENT) * _ALIGNMENT
     if stride * dtype.itemsize % _PAGE == 0:
         stride += _ALIGNMENT
-    result = torch.empty(planes, models, stride, dtype=dtype)
+    result = torch.empty(matrices, models, stride, dtype=dtype)
     prefer_huge_pages(result)
     result[:, :, elements:] = 0
     return result
@@ -315,11 +315,11 @@ def _fisher_problems(tensor: Tensor) -> list[str]:
     return [f"{count} of {tensor.numel()} elements are {what}" for what, count in problems.items() if count]
 
 
-def _check_stored(plane: Tensor, rows: Iterable[str], layout: Layout) -> None:
-    dtype = str(plane.dtype).removeprefix("torch.")
+def _check_stored(matrix: Tensor, rows: Iterable[str], layout: Layout) -> None:
+    dtype = str(matrix.dtype).removeprefix("torch.")
     lines = [
         f"{row}: {line}"
-        for row, flat in zip(rows, plane, strict=True)
+        for row, flat in zip(rows, matrix, strict=True)
         for line in non_finite(layout.split(flat))
     ]
     _refuse(f"finite values as {dtype}", lines)
@@ -344,7 +344,7 @@ def _fill_fishers(bank: Bank, fishers: "Sequence[Fisher]") -> None:
         elif sums is not None:
             values /= sums[:, None]
         stored = _shares(values) if bank.fisher_storage == "shares" else values
-        bank.planes[1, :, start : start + entry.numel] = stored
+        bank.matrices[1, :, start : start + entry.numel] = stored
 
 
 def _shares(values: Tensor) -> Tensor:
@@ -365,5 +365,5 @@ def _totals(bank: Bank, fishers: "Sequence[Fisher]", plain: Set[str]) -> Tensor:
         if name not in plain:
             totals += _values(name, fishers).sum(dim=1)
     if empty := [source for source, total in zip(bank.sources, totals, strict=True) if total == 0]:
-        raise InputError(f"bank: expected Fishers above zero somewhere (got none for {', '.join(empty)})")
+        raise InputError(f"bank: expected Fishers above zero somewhere (got none for {listed(empty)})")
     return totals

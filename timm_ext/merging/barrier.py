@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from timm_ext.errors import InputError
+from timm_ext.errors import InputError, listed
 from timm_ext.layout import check_compatible
 from timm_ext.modes import evaluating
 from timm_ext.parameters import named_parameters
@@ -85,5 +85,5 @@ def _moving(model: nn.Module, names: Collection[str] | None) -> dict[str, Tensor
         buffers = ((name, b) for name, b in model.named_buffers() if b.is_floating_point())
         return {**parameters, **dict(buffers)}
     if unknown := sorted(set(names) - parameters.keys()):
-        raise InputError(f"names: expected parameters of the network (got {', '.join(unknown)})")
+        raise InputError(f"names: expected parameters of the network (got {listed(unknown)})")
     return {name: parameters[name] for name in parameters if name in set(names)}

@@ -54,7 +54,9 @@ def assemble_bank(
     buffers = (name for name, _ in network.named_buffers(remove_duplicate=False))
     models, fishers = under_names((*parameters, *buffers), models, fishers)
     own_buffers = [name for name in network.state_dict() if name not in {*parameters, *layout.buffers}]
-    check_compatible(models, ignore=(*split.specific, *input_layers, *own_buffers))
+    apart = {*split.specific, *input_layers}
+    aliases = [name for name, first in parameters.items() if first in apart]
+    check_compatible(models, ignore=(*apart, *aliases, *own_buffers))
     one_each = _one_each(fishers, source_modalities, len(models))
     shared_inputs = [name for name in input_layers if name in split.shared]
     own = named_parameters(network)
@@ -142,6 +144,6 @@ def _merged_buffers(bank: Bank, merge: Callable[[Bank], Tensor]) -> dict[str, Te
     rows = {name: {n: v[t].double() for n, v in values.items()} for t, name in enumerate(bank.sources)}
     layout = Layout.from_tensors({name: value[0] for name, value in values.items()})
     plain = Bank.build(rows, None, layout, dtype=torch.float64)
-    ones = torch.ones_like(plain.planes)
-    merged = layout.split(merge(replace(plain, planes=torch.cat([plain.planes, ones]))))
+    ones = torch.ones_like(plain.matrices)
+    merged = layout.split(merge(replace(plain, matrices=torch.cat([plain.matrices, ones]))))
     return {name: merged[name].to(value.dtype) for name, value in values.items()} | bank.buffers.fixed

@@ -1,8 +1,9 @@
 """Pure merges: from the bank of source models to the shared weights of a target network, without data."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from math import isfinite
 from typing import TypeVar
 
 import torch
@@ -68,9 +69,16 @@ def uniform_merge(bank: Bank, *, with_fisher: bool) -> Tensor:
     """
     if with_fisher and bank.fisher is None:
         raise InputError("mode-imm: expected a bank with Fishers (got one without)")
-    whole = torch.tensor([0, bank.layout.numel], device=bank.planes.device)
-    equal = torch.zeros(1, len(bank), device=bank.planes.device)
+    whole = torch.tensor([0, bank.layout.numel], device=bank.matrices.device)
+    equal = torch.zeros(1, len(bank), device=bank.matrices.device)
     return fused_merge(bank.theta, bank.fisher if with_fisher else None, equal, whole)
+
+
+def merge_by(bank: Bank, *, ratios: tuple[float, ...], with_fisher: bool) -> Tensor:
+    """Return the merge `[P]` with given ratios r, θ*_p = Σ_t r_t F[t,p] θ[t,p] / Σ_t r_t F[t,p], or F = 1."""
+    whole = torch.tensor([0, bank.layout.numel], device=bank.matrices.device)
+    given = torch.tensor([ratios], dtype=torch.float64, device=bank.matrices.device)
+    return fused_merge(bank.theta, bank.fisher if with_fisher else None, given, whole, mixing="ratios")
 
 
 def one_model(bank: Bank, *, index: int) -> Tensor:
@@ -114,6 +122,32 @@ def transfer(number: int) -> Merge:
     weights = partial(one_model, index=number - 1)
     paper = "all shared weights of one source model"
     return Merge(f"transfer-{number}", f"Transfer from M{number}", paper, weights, models=number)
+
+
+def by_ratios(ratios: Sequence[float], models: int, *, with_fisher: bool) -> Merge:
+    """Return the merge of all source models by given ratios; their sum does not matter.
+
+    Raises:
+        InputError: as for `check_ratios`.
+    """
+    check_ratios(ratios, models)
+    weights = partial(merge_by, ratios=tuple(ratios), with_fisher=with_fisher)
+    title = f"merge by ratios {', '.join(f'{ratio / sum(ratios):.4g}' for ratio in ratios)}"
+    equation = "θ* = Σ r_t F_t θ_t / Σ r_t F_t" if with_fisher else "θ* = Σ r_t θ_t / Σ r_t"
+    return Merge("ratios", title, equation, weights, needs_fisher=with_fisher, models=models)
+
+
+def check_ratios(ratios: Sequence[float], models: int) -> None:
+    """Refuse ratios that are not one non-negative number for each model, or all 0.
+
+    Raises:
+        InputError: as said.
+    """
+    got = ", ".join(map(str, ratios))
+    if not models or len(ratios) != models:
+        raise InputError(f"ratios: expected one for each of {models} checkpoints (got {len(ratios)}: {got})")
+    if not all(isfinite(ratio) and ratio >= 0 for ratio in ratios) or max(ratios) == 0:
+        raise InputError(f"ratios: expected finite numbers >= 0, not all of them 0 (got {got})")
 
 
 def merges(*numbers: int) -> dict[str, Merge]:

@@ -14,8 +14,8 @@ from timm_ext.groups import Granularity, make_groups
 from timm_ext.layout import check_compatible
 from timm_ext.merging.bank import Bank
 from timm_ext.merging.buffers import check_buffers, holds_buffers, ratios_beside, set_buffers
-from timm_ext.merging.mixing import Mixing, merge_planes, ratios_of, starting_logits
-from timm_ext.parameters import buffer_owners, named_parameters, parameter_aliases
+from timm_ext.merging.mixing import Mixing, merge_matrices, ratios_of, starting_logits
+from timm_ext.parameters import buffer_owners, named_parameters, parameter_aliases, slots_of
 
 _MOST_LISTED = 10_000  # logits of more groups than this stay out of a file's metadata
 
@@ -59,7 +59,7 @@ class MergedModel(nn.Module):
 
     offset: nn.Parameter | None
     _like: Tensor
-    _planes: Tensor
+    _matrices: Tensor
     _offsets: Tensor
     _rows: Tensor | None
 
@@ -95,7 +95,8 @@ class MergedModel(nn.Module):
         self.layout, self.sources = bank.layout, bank.sources
         self.granularity, self.mixing = granularity, mixing
         shared = set(bank.layout.names)
-        self._aliases = {name: first for name, first in parameter_aliases(network).items() if first in shared}
+        aliases = parameter_aliases(network)
+        self._aliases = {name: aliases[name] for name, _ in slots_of(network) if aliases.get(name) in shared}
         self._views = _views_of_aliases(network, self._aliases)
         self.network = copy.deepcopy(network)
         for name in self._aliases:
@@ -104,13 +105,13 @@ class MergedModel(nn.Module):
         groups = make_groups(bank.layout, granularity)
         self.group_names = groups.names
         own_rows = torch.equal(groups.rows, torch.arange(len(groups.rows)))
-        self.register_buffer("_planes", bank.planes, persistent=False)
+        self.register_buffer("_matrices", bank.matrices, persistent=False)
         self.register_buffer("_offsets", groups.offsets, persistent=False)
         self.register_buffer("_rows", None if own_rows else groups.rows, persistent=False)
         # Has the dtype of the shared weights, also after the module was moved to another.
         self.register_buffer("_like", parameters[bank.layout.names[0]].new_empty(0), persistent=False)
         # DistributedDataParallel would send the bank to all ranks in each forward.
-        self._ddp_params_and_buffers_to_ignore = ["_planes", "_offsets", "_rows", "_like"]
+        self._ddp_params_and_buffers_to_ignore = ["_matrices", "_offsets", "_rows", "_like"]
         if mixing == "free" and bank.fisher is not None:
             raise InputError("mixing: expected a bank without Fishers for 'free' weights (got one with them)")
         self.logits = nn.Parameter(starting_logits(initial_logits, (len(groups.names), len(bank)), mixing))
@@ -138,12 +139,12 @@ class MergedModel(nn.Module):
     def merge(self) -> Tensor:
         """Return the shared weights `[P]`, θ* or θ* + Δ, in the network's dtype; differentiable."""
         elements = self.layout.numel
-        fisher = self._planes[1, :, :elements] if len(self._planes) > 1 else None
-        theta = self._planes[0, :, :elements]
+        fisher = self._matrices[1, :, :elements] if len(self._matrices) > 1 else None
+        theta = self._matrices[0, :, :elements]
         narrow = theta.dtype == torch.float16 and self._like.dtype != torch.float16
         scale = _GradientScale() if narrow else None
         logits = self.logits if scale is None else scale.leave(self.logits)
-        merged = merge_planes(theta, fisher, logits, self._offsets, mixing=self.mixing, groups=self._rows)
+        merged = merge_matrices(theta, fisher, logits, self._offsets, mixing=self.mixing, groups=self._rows)
         merged = merged.to(self._like.dtype)
         merged = merged if scale is None else scale.enter(merged)
         return merged if self.offset is None else merged + self.offset
@@ -180,7 +181,7 @@ class MergedModel(nn.Module):
             "sources": list(self.sources),
             "granularity": self.granularity,
             "mixing": self.mixing,
-            "fisher": len(self._planes) > 1,
+            "fisher": len(self._matrices) > 1,
             "mean_ratios": self.ratios().mean(dim=0).tolist(),
         }
         if len(self.group_names) <= _MOST_LISTED:
@@ -257,16 +258,16 @@ class MergedModel(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MergedModel":
         """Move the bank, too, but as bytes: Fishers would leave the range of another dtype."""
         self._take_back()
-        dtype = self._planes.dtype
-        self._planes = self._planes.view(torch.uint8)
+        dtype = self._matrices.dtype
+        self._matrices = self._matrices.view(torch.uint8)
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
-            self._planes = self._planes.view(dtype)
+            self._matrices = self._matrices.view(dtype)
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MergedModel":
-        memo[id(self._planes)] = self._planes  # constant and large
+        memo[id(self._matrices)] = self._matrices  # constant and large
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         left = self._take_back()

@@ -12,7 +12,7 @@ Mixing = Literal["sigmoid", "softmax", "ratios", "free"]
 MIXINGS: tuple[Mixing, ...] = (*ops.MIXINGS, "free")
 
 
-def merge_planes(
+def merge_matrices(
     theta: Tensor,
     fisher: Tensor | None,
     logits: Tensor,
@@ -37,7 +37,7 @@ def merge_planes(
 class _WeightedSum(torch.autograd.Function):
     """θ*_p = Σ_t w[s, t] θ[t, p] for the elements p of segment s, and ∂/∂w[s, t] = Σ_p g_p θ[t, p].
 
-    Plain PyTorch, one model at a time: beside each plane, the forward writes and reads P weights (float32),
+    Plain PyTorch, one model at a time: beside each row, the forward writes and reads P weights (float32),
     the backward P products (float64, so that long segments lose nothing), and either holds one such buffer.
     """
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from timm_ext.errors import InputError
+from timm_ext.errors import InputError, listed
 from timm_ext.vocabulary.modalities import distinct_keys, modality_key
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ def match_input_channels(
 
     Raises:
         InputError: a weight has another number of channels than `source` or `target` names, the two weights
-            do not fit, a name occurs twice, or a rule for a modality of the target names one the source has
-            not.
+            do not fit, a name occurs twice, or a rule for a modality of the target that the source lacks
+            names one that it lacks, too.
     """
     _check_channels(tensor, source)
     _check_channels(own, target)
@@ -152,6 +152,10 @@ def _rules(unseen: Mapping[str, str], target: Sequence[str], place: Mapping[str,
     distinct_keys(list(unseen), "unseen")
     wanted = {modality_key(name) for name in target}
     for name, stand_in in unseen.items():
-        if modality_key(name) in wanted and modality_key(stand_in) not in place:
-            raise InputError(f"unseen: expected a modality of the source for {name} (got {stand_in})")
+        needed = modality_key(name) in wanted and modality_key(name) not in place
+        if needed and modality_key(stand_in) not in place:
+            raise InputError(
+                f"unseen: expected a modality of the source for {name} (got {stand_in}; "
+                f"it has {listed(place)})"
+            )
     return {modality_key(name): modality_key(stand_in) for name, stand_in in unseen.items()}

@@ -144,10 +144,10 @@ def _take_over(
                 kept = [(end, place) for end, place in enumerate(channels) if place is not None]
                 ends[axis] = torch.tensor([end for end, _ in kept], dtype=torch.int64)
                 places[axis] = torch.tensor([place for _, place in kept], dtype=torch.int64)
-        own[_grid(ends)] = tensor[_grid(places)].to(own)
+        own[_index_mesh(ends)] = tensor[_index_mesh(places)].to(own)
 
 
-def _grid(places: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _index_mesh(places: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Return indices that select the cross product of some places along each axis."""
     axes = len(places)
     return tuple(one.view(*[-1 if axis == n else 1 for n in range(axes)]) for axis, one in enumerate(places))

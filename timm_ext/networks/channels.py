@@ -63,10 +63,12 @@ class ChannelMap:
     Attributes:
         groups: by name.
         axes: of all tensors that hold channels of the groups.
+        unfollowed: functions whose channels stay where they are.
     """
 
     groups: Mapping[str, ChannelGroup]
     axes: tuple[ChannelAxis, ...]
+    unfollowed: tuple[str, ...] = ()
 
     def permute(self, tensors: Mapping[str, Tensor], permutations: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Give channels new places, in parameters and buffers or in anything of their shapes, as a Fisher.

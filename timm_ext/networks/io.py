@@ -82,8 +82,29 @@ def load_network(
     """
     path = Path(path)
     config = None if network is None else network_config(network, "network")
-    names = None if config is None else list(_outline(config, path, _size_of(path)).state_dict())
+    names = None if config is None else names_of(config, path)
     checkpoint = load_checkpoint(path, kind=("network", "merged"), names=names)
+    return restore_network(checkpoint, config)
+
+
+def names_of(config: NetworkConfig, path: Path) -> list[str]:
+    """Return the names of the tensors of a network, aliases included, that a file holds.
+
+    Raises:
+        InputError: the file cannot be read, or the network cannot be built, or would be much larger.
+    """
+    return list(_outline(config, path, _size_of(path)).state_dict())
+
+
+def restore_network(
+    checkpoint: Checkpoint, config: NetworkConfig | None = None
+) -> tuple[nn.Module, Checkpoint]:
+    """Build the network that a checkpoint notes, or the one of `config`, with the checkpoint's tensors.
+
+    Raises:
+        InputError: as for `load_network`.
+    """
+    path = checkpoint.path or Path("network")
     if config is None:
         config = _noted_config(checkpoint, path)
     model = _build_within(config, path, checkpoint.tensors)
@@ -103,7 +124,9 @@ def _noted_config(checkpoint: Checkpoint, path: Path) -> NetworkConfig:
     noted = checkpoint.metadata.get("network")
     if noted is None:
         raise InputError(
-            f"{path}: expected a network saved by timm_ext; say which network a foreign checkpoint holds"
+            f"{path}: expected a network whose file says how it is built (got tensors alone): name it by "
+            "--network CLASS:OPTION=VALUE,…, such as SegResNet:init_filters=16, or in Python by "
+            "load_network(FILE, network=…)"
         )
     return network_config(noted, path)
 

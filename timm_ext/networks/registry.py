@@ -1,8 +1,7 @@
 """Networks by name: the package's own, MONAI's, and those that users register."""
 
 import json
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -11,11 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from timm_ext.errors import InputError, first_line, listed
+from timm_ext.errors import InputError, first_line, listed, shown
+from timm_ext.networks import monai, nnunet
 from timm_ext.networks.isensee2017 import Isensee2017
-
-_MONAI = "monai."
-_UNKNOWN_DIVISOR = 32  # the coarsest grid of MONAI's networks is 1/32 of the input
+from timm_ext.networks.plugins import load_installed
 
 
 @dataclass(frozen=True)
@@ -32,6 +30,8 @@ class NetworkSpec:
             `in_channels`.
         defaults: options that are set unless the caller sets them.
         divisor: number by which every edge of an image must be divisible, from the options.
+        divisors: those along each axis, where they are not one.
+        axes: spatial axes of its images, from the options.
         depth: the option that says on how many grids it works, each half as fine as the one before; None for
             a network whose depth is not one number.
     """
@@ -41,28 +41,11 @@ class NetworkSpec:
     heads: tuple[str, ...] | None = None
     input_layers: tuple[str, ...] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    divisor: Callable[[Mapping[str, Any]], int] = lambda options: _UNKNOWN_DIVISOR
+    divisor: Callable[[Mapping[str, Any]], int] = lambda options: monai.UNKNOWN_DIVISOR
+    divisors: Callable[[Mapping[str, Any]], tuple[int, ...]] | None = None
+    axes: Callable[[Mapping[str, Any]], int] = lambda options: int(options.get("spatial_dims", 3))
     depth: str | None = None
 
-
-def _stride_product(options: Mapping[str, Any]) -> int:
-    return math.prod(max(s) if isinstance(s, (list, tuple)) else s for s in options["strides"])
-
-
-_UNET = {"spatial_dims": 3, "channels": [16, 32, 64, 128, 256], "strides": [2, 2, 2, 2], "num_res_units": 2}
-_DYNUNET = {
-    "spatial_dims": 3,
-    "kernel_size": [3, 3, 3, 3, 3],
-    "strides": [1, 2, 2, 2, 2],
-    "upsample_kernel_size": [2, 2, 2, 2],
-}
-_MONAI_OPTIONS: dict[str, tuple[dict[str, Any], Callable[[Mapping[str, Any]], int]]] = {
-    "UNet": (_UNET, _stride_product),
-    "AttentionUnet": ({k: v for k, v in _UNET.items() if k != "num_res_units"}, _stride_product),
-    "DynUNet": (_DYNUNET, _stride_product),
-    "SegResNet": ({"blocks_down": [1, 2, 2, 4]}, lambda options: 2 ** (len(options["blocks_down"]) - 1)),
-    "BasicUNet": ({}, lambda options: 16),
-}
 
 _SPECS: dict[str, NetworkSpec] = {
     "isensee2017": NetworkSpec(
@@ -73,7 +56,19 @@ _SPECS: dict[str, NetworkSpec] = {
         defaults={"base_filters": 16, "levels": 5, "dropout": 0.3, "negative_slope": 0.01},
         divisor=lambda options: 2 ** (options["levels"] - 1),
         depth="levels",
-    )
+    ),
+    **{
+        f"{nnunet.PREFIX}{name}": NetworkSpec(
+            name=f"{nnunet.PREFIX}{name}",
+            build=nnunet.builder(name),
+            heads=nnunet.HEADS,
+            input_layers=(nnunet.INPUT_LAYERS[name],),
+            divisor=lambda options: max(nnunet.divisors_of(options)),
+            divisors=nnunet.divisors_of,
+            axes=nnunet.axes_of,
+        )
+        for name in nnunet.ARCHITECTURES
+    },
 }
 
 
@@ -83,14 +78,15 @@ def register_network(spec: NetworkSpec) -> None:
     Raises:
         InputError: the name is taken.
     """
-    if spec.name in _SPECS or spec.name.startswith(_MONAI):
+    if spec.name in _SPECS or spec.name.startswith(monai.PREFIX):
         raise InputError(f"network: the name {spec.name!r} is taken")
     _SPECS[spec.name] = spec
 
 
 def network_names() -> tuple[str, ...]:
     """Return the names `build_network` takes; any other network of `monai.networks.nets` works as well."""
-    return (*_SPECS, *(f"{_MONAI}{name}" for name in _MONAI_OPTIONS))
+    load_installed()
+    return (*_SPECS, *(f"{monai.PREFIX}{name}" for name in monai.OPTIONS))
 
 
 def network_spec(name: str) -> NetworkSpec:
@@ -102,18 +98,15 @@ def network_spec(name: str) -> NetworkSpec:
     Raises:
         InputError: there is no such network.
     """
+    if name not in _SPECS and not name.startswith(monai.PREFIX):
+        load_installed()
     if name in _SPECS:
         return _SPECS[name]
-    if name.startswith(_MONAI):
-        from monai.networks import nets
-
-        short = name.removeprefix(_MONAI)
-        build = getattr(nets, short, None)
-        if isinstance(build, type) and issubclass(build, nn.Module):
-            options, divisor = _MONAI_OPTIONS.get(short, ({}, lambda options: _UNKNOWN_DIVISOR))
-            return NetworkSpec(name=name, build=build, defaults=options, divisor=divisor)
+    if name.startswith(monai.PREFIX) and (kind := monai.network_class(name.removeprefix(monai.PREFIX))):
+        options, divisor = monai.OPTIONS.get(kind.__name__, ({}, lambda options: monai.UNKNOWN_DIVISOR))
+        return NetworkSpec(name=name, build=kind, defaults=options, divisor=divisor)
     raise InputError(
-        f"network: expected one of {', '.join(network_names())} or monai.<class of monai.networks.nets> "
+        f"network: expected one of {listed(network_names())} or monai.<class of monai.networks.nets> "
         f"(got {name!r})"
     )
 
@@ -145,7 +138,8 @@ def build_network(
         "out_channels": out_channels,
         "options": {**spec.defaults, **options},
     }
-    if config["options"].get("deep_supervision"):
+    trained_alone = name.startswith(nnunet.PREFIX) or name.removeprefix(monai.PREFIX) in monai.SUPERVISED
+    if config["options"].get("deep_supervision") and not trained_alone:
         raise InputError(
             f"network: {name} with deep_supervision returns several maps; expected one map of logits"
         )
@@ -235,6 +229,36 @@ def channel_axes_of(model: nn.Module, argument: str) -> dict[str, tuple[int, ...
     return {name: changed for name, changed in axes.items() if changed}
 
 
+def counted_channels(
+    config: Mapping[str, Any], argument: str, shapes: Mapping[str, Sequence[int]]
+) -> int | None:
+    """Return the number of channels that tensors of a network show; None where they show none.
+
+    Args:
+        config: of the network, with any number of channels.
+        argument: `in_channels` or `out_channels`.
+        shapes: of its tensors, by name.
+
+    Raises:
+        InputError: the network cannot be built.
+    """
+    for name, (before, after) in _shape_changes(argument, json.dumps(dict(config))).tensors.items():
+        for axis, lengths in enumerate(zip(before, after, strict=True)):
+            if lengths[0] == config[argument] != lengths[1] and len(shapes.get(name, ())) == len(before):
+                return shapes[name][axis]
+    return None
+
+
+def axes_of(model: nn.Module) -> int:
+    """Return the number of spatial axes of a network's images.
+
+    Raises:
+        InputError: the model was not built by `build_network`.
+    """
+    config = config_of(model)
+    return network_spec(config["name"]).axes(config["options"])
+
+
 def size_divisor_of(model: nn.Module) -> int:
     """Return the number every edge of an image must be divisible by; 1 for a model that does not say.
 
@@ -246,15 +270,16 @@ def size_divisor_of(model: nn.Module) -> int:
 
 def _construct(spec: NetworkSpec, config: Mapping[str, Any]) -> nn.Module:
     try:
-        return spec.build(
+        model = spec.build(
             in_channels=config["in_channels"], out_channels=config["out_channels"], **config["options"]
         )
+        return monai.prepare(model)
     except InputError:
         raise
     except Exception as error:
         # A network of a library may refuse its options with any exception.
         reason = first_line(error)
-        raise InputError(f"network: {spec.name} cannot be built from {dict(config)}: {reason}") from error
+        raise InputError(f"network: {spec.name} cannot be built from {shown(config)}: {reason}") from error
 
 
 class _Changes(NamedTuple):

@@ -1,20 +1,25 @@
-"""Convolutions of single layers in float32 on the CPU. None is differentiable.
+"""Convolutions of single layers on the CPU. None is differentiable.
 
-All compute in IEEE float32, with the same bits for any number of threads. Argument errors are `RuntimeError`s
+All compute in IEEE float32, but for volumes in bfloat16 where one takes them, with the same bits for any
+number of threads. Argument errors are `RuntimeError`s
 that read "op: X must ... (got ...)".
 """
 
 from collections.abc import Sequence
 from math import prod
 
+import torch
 from torch import Tensor
 
 from timm_ext.ops.operands import Operator, check_tensors, integers
 from timm_ext.ops.shapes import (
     are_known,
+    check_axes,
     check_bias,
+    check_dtype,
     check_numbers,
     check_padded,
+    check_stored_volume,
     check_volume,
     convolved,
     empty,
@@ -43,8 +48,8 @@ def conv3d_weight_gradient(
     With `grad` and `input` exchanged that of a transposed convolution.
 
     Args:
-        grad: of the output, `[B, O, D', H', W']` float32; sizes may be smaller than the output's.
-        input: `[B, I, D, H, W]` float32.
+        grad: of the output, `[B, O, D', H', W']` float32 or bfloat16; sizes may be smaller than the output's.
+        input: `[B, I, D, H, W]` of the same type.
         kernel: sizes of the weight.
         stride: of each axis.
         padding: zeros on both sides of each axis.
@@ -52,7 +57,7 @@ def conv3d_weight_gradient(
         groups: of the convolution.
 
     Returns:
-        `[O, I / groups, *kernel]`.
+        `[O, I / groups, *kernel]` float32.
     """
     check_tensors(grad=grad, input=input)
     sizes = integers("kernel", kernel)
@@ -72,8 +77,9 @@ def _(
     groups: int,
 ) -> Tensor:
     op = _conv3d_weight_gradient.name
-    check_volume(op, "input", input)
-    check_volume(op, "grad", grad)
+    check_stored_volume(op, "input", input)
+    check_dtype(op, "grad", grad, input.dtype, " like input")
+    check_axes(op, "grad", grad, 5)
     check_numbers(op, "kernel", kernel, 3, 1)
     check_numbers(op, "stride", stride, 3, 1)
     check_numbers(op, "padding", padding, 3, 0)
@@ -93,7 +99,7 @@ def _(
     require(op, "grad must have no larger sizes than the output", larger, *reached)
     inputs = input.shape[1] // groups
     check_padded(op, input.shape[2:], padding, (inputs, outputs // groups), examples)
-    return empty(input, (outputs, inputs, *kernel))
+    return input.new_empty((outputs, inputs, *kernel), dtype=torch.float32)
 
 
 def small_conv3d(
@@ -223,15 +229,19 @@ def winograd_conv3d(
     padding: Sequence[int],
     mirrored: bool = False,
 ) -> Tensor:
-    """Convolve with stride 1 by Winograd's F(2 x 2, 3 x 3) over planes and rows.
+    """Convolve with stride 1 by Winograd's F(4, 3), F(2, 3) or F(2, 5) over planes and over rows.
 
-    Four multiplications in place of nine for each column of the kernel (Lavin and Gray, CVPR 2016); errors
-    are those of the direct sum.
+    F(4, 3) takes 6 multiplications in place of 12 for four outputs of an axis, F(2, 3) 4 in place of 6
+    for two, F(2, 5) 6 in place of 10 (Lavin and Gray, CVPR 2016); of the first two, whichever takes fewer
+    for the output's size. The error's norm is at most 1e-6 of the result's, of kernels of 5 rows 1.5e-6,
+    that of the direct sum about a third of it. Outputs of a tile, up to four on each of the two axes,
+    share their products: near a value that is far larger than the others errors are relative to it, and
+    one that is not finite, or near float32's limit, makes the whole tile NaN.
 
     Args:
         input: `[B, I, D, H, W]` float32.
-        weight: `[O, I, 3, 3, K]` float32; mirrored `[I, O, 3, 3, K]`, its taps taken backwards, which makes
-            the input's gradient of that of the output.
+        weight: `[O, I, 1 or R, R, K]` float32, R = 3 or 5; mirrored `[I, O, 1 or R, R, K]`, its taps taken
+            backwards, which makes the input's gradient of that of the output.
         bias: `[O]` float32, contiguous.
         padding: zeros on both sides of each axis.
         mirrored: how the weight is meant.
@@ -250,9 +260,11 @@ def _(input: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int], mi
     check_volume(op, "weight", weight)
     examples, channels = input.shape[:2]
     inputs, outputs = weight.shape[:2] if mirrored else weight.shape[1::-1]
-    wanted = f"[{channels}, O, 3, 3, K], mirrored," if mirrored else f"[O, {channels}, 3, 3, K]"
+    taps = "1 or R, R, K] with R = 3 or 5"
+    wanted = f"[{channels}, O, {taps}, mirrored," if mirrored else f"[O, {channels}, {taps}"
     planes, rows, columns = weight.shape[2:]
-    _require_weight(op, wanted, input, weight, inputs == channels, planes == 3, rows == 3, columns >= 1)
+    fits = inputs == channels, planes in (1, rows), rows in (3, 5), columns >= 1
+    _require_weight(op, wanted, input, weight, *fits)
     check_numbers(op, "padding", padding, 3, 0)
     points = convolved(op, input, weight, (1, 1, 1), padding, (1, 1, 1))
     check_padded(op, input.shape[2:], padding, (inputs, outputs), examples)

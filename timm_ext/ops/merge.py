@@ -234,8 +234,8 @@ class _Merge(Function):
         rows = call(_GradientOfRows, grad, *inputs) if rows_wanted else None
         if not (theta_wanted or fisher_wanted):
             return None, None, rows, None
-        planes = call(_GradientOfPlanes, grad, *inputs, theta_wanted, fisher_wanted)
-        return planes[0] if theta_wanted else None, planes[1] if fisher_wanted else None, rows, None
+        matrices = call(_GradientOfMatrices, grad, *inputs, theta_wanted, fisher_wanted)
+        return matrices[0] if theta_wanted else None, matrices[1] if fisher_wanted else None, rows, None
 
     @staticmethod
     @nested
@@ -247,7 +247,7 @@ class _Merge(Function):
         elements, wide = theta.shape[1], log_weight.dtype
         inputs = theta.to(wide), None if fisher is None else fisher.to(wide), log_weight, offsets
         ones = inputs[0].new_ones(()).expand(elements)
-        share, slope = call(_GradientOfPlanes, ones, *inputs, True, d_fisher is not None)
+        share, slope = call(_GradientOfMatrices, ones, *inputs, True, d_fisher is not None)
         tangent = torch.zeros_like(ones)
         if d_theta is not None:
             tangent = tangent + (share * d_theta).sum(0)
@@ -264,11 +264,11 @@ class _Merge(Function):
 
 
 _GradientOfRows = defined_by(_ops.fused_merge_backward_log_weight.default, formulas.gradient_of_rows)
-_GradientOfPlanes = defined_by(_ops.fused_merge_backward_planes.default, formulas.gradient_of_planes)
+_GradientOfMatrices = defined_by(_ops.fused_merge_backward_matrices.default, formulas.gradient_of_matrices)
 
 register("fused_merge", _Merge)
 register("fused_merge_backward_log_weight", _GradientOfRows)
-register("fused_merge_backward_planes", _GradientOfPlanes)
+register("fused_merge_backward_matrices", _GradientOfMatrices)
 
 
 @fake_kernel("fused_merge")
@@ -293,7 +293,7 @@ def _(grad: Tensor, theta: Tensor, fisher: Tensor | None, log_weight: Tensor, of
     return empty(log_weight, log_weight.shape)
 
 
-@fake_kernel("fused_merge_backward_planes")
+@fake_kernel("fused_merge_backward_matrices")
 def _(
     grad: Tensor,
     theta: Tensor,
@@ -335,16 +335,16 @@ def _check_operands(theta: Tensor, fisher: Tensor | None, log_weight: Tensor, of
     fitting = len(rows) == 2, *(a == b for a, b in zip(rows, (segments, models), strict=False))
     require(_OP, f"log_weight must be [S, T] = [{segments}, {models}]", sizes_of(log_weight), *fitting)
     wide = torch.float64 if theta.dtype == torch.float64 else torch.float32
-    check_dtype(_OP, "log_weight", log_weight, wide, " for planes of this dtype")
+    check_dtype(_OP, "log_weight", log_weight, wide, " for matrices of this dtype")
     strides = f"strides {list(log_weight.stride())}"
     require(_OP, "log_weight must be contiguous", strides, is_contiguous(log_weight))
 
 
-def _check_rows_apart(name: str, plane: Tensor) -> None:
-    models, elements = plane.shape
-    unit = not are_known(plane) or elements <= 1 or plane.stride(1) == 1
-    apart = not are_known(plane) or models <= 1 or plane.stride(0) >= elements
-    got = f"strides {list(plane.stride())} for {sizes_of(plane)}"
+def _check_rows_apart(name: str, matrix: Tensor) -> None:
+    models, elements = matrix.shape
+    unit = not are_known(matrix) or elements <= 1 or matrix.stride(1) == 1
+    apart = not are_known(matrix) or models <= 1 or matrix.stride(0) >= elements
+    got = f"strides {list(matrix.stride())} for {sizes_of(matrix)}"
     require(_OP, f"{name} must have stride 1 along P and rows at least P apart", got, unit, apart)
 
 

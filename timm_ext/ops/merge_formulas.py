@@ -51,7 +51,7 @@ def gradient_of_rows(
     return sums.index_add(0, segment, (grad.double() * share * apart).T).to(log_weight.dtype)
 
 
-def gradient_of_planes(
+def gradient_of_matrices(
     grad: Tensor,
     theta: Tensor,
     fisher: Tensor | None,

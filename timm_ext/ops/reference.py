@@ -68,7 +68,7 @@ def fused_merge_backward_log_weight(
     return torch.autograd.grad(merged, leaf, grad)[0]
 
 
-def fused_merge_backward_planes(
+def fused_merge_backward_matrices(
     grad: Tensor,
     theta: Tensor,
     fisher: Tensor | None,
@@ -147,6 +147,38 @@ def conv3d_weight_gradient(
     return result
 
 
+def depthwise_conv3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """Convolve each channel of `[B, C, D, H, W]` by its own kernel, `[C, 1, ...]`."""
+    around = tuple(stride), tuple(padding), tuple(dilation)
+    return functional.conv3d(input, weight, bias, *around, groups=input.shape[1])
+
+
+def depthwise_conv_transpose3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    size: Sequence[int],
+) -> Tensor:
+    """Make the gradient of the input, of that size, of `depthwise_conv3d` of that of its output."""
+    large = input.new_empty(*input.shape[:2], *size)
+    around = tuple(stride), tuple(padding), tuple(dilation), False, (0,) * 3, input.shape[1]
+    mask = True, False, False
+    result: Tensor = torch.ops.aten.convolution_backward(input, large, weight, None, *around, mask)[0]
+    return result if bias is None else result + bias.view(-1, 1, 1, 1)
+
+
 def small_conv3d(
     input: Tensor,
     weight: Tensor,
@@ -181,6 +213,18 @@ def strided_conv3d_input_gradient(grad: Tensor, weight: Tensor, size: Sequence[i
     return functional.conv_transpose3d(grad, weight, stride=2, padding=1, output_padding=more)
 
 
+def upsample_trilinear3d(input: Tensor) -> Tensor:
+    """Enlarge every axis of a volume by two, linearly."""
+    return functional.interpolate(input, scale_factor=2, mode="trilinear", align_corners=False)
+
+
+def upsample_trilinear3d_backward(grad: Tensor) -> Tensor:
+    """Return the gradient of what `upsample_trilinear3d` took."""
+    sizes = [*grad.shape[:2], *(size // 2 for size in grad.shape[2:])]
+    result: Tensor = torch.ops.aten.upsample_trilinear3d_backward(grad, grad.shape[2:], sizes, False)
+    return result
+
+
 def upsample_nearest3d(input: Tensor) -> Tensor:
     """Enlarge every voxel of `[B, C, D, H, W]` to 2 x 2 x 2."""
     return input.repeat_interleave(2, 2).repeat_interleave(2, 3).repeat_interleave(2, 4)
@@ -212,14 +256,32 @@ def upsampled_conv3d_weight_grad_square_(
     return acc
 
 
-def instance_norm(
+def group_norm(
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    groups: int,
+    epsilon: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return γ (x − μ) / sqrt(σ² + ε) + β `[B, C, ...]`, and μ and σ², `[B · G]` each."""
+    points = input.reshape(len(input), groups, -1)
+    mean, variance = points.mean(2, keepdim=True), points.var(2, unbiased=False, keepdim=True)
+    normal = ((points - mean) * (variance + epsilon).rsqrt()).view(input.flatten(2).shape)
+    return _affine(normal, weight, bias).view_as(input), mean.flatten(), variance.flatten()
+
+
+def batch_norm(
     input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, epsilon: float = 1e-5
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return γ (x − μ) ρ + β `[B, C, ...]`, and μ and ρ = 1 / sqrt(variance + ε), `[B · C]` each."""
+    """Return γ (x − μ) / sqrt(σ² + ε) + β `[B, C, ...]`, and μ and σ², `[C]` each."""
     points = input.flatten(2)
-    mean, rstd = points.mean(2), (points.var(2, unbiased=False) + epsilon).rsqrt()
-    normal = (points - mean.unsqueeze(2)) * rstd.unsqueeze(2)
-    return _affine(normal, weight, bias).view_as(input), mean.flatten(), rstd.flatten()
+    mean, variance = (
+        points.mean((0, 2), keepdim=True),
+        points.var((0, 2), unbiased=False, keepdim=True),
+    )
+    normal = (points - mean) * (variance + epsilon).rsqrt()
+    return _affine(normal, weight, bias).view_as(input), mean.flatten(), variance.flatten()
 
 
 def _affine(normal: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -228,23 +290,50 @@ def _affine(normal: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tenso
     return scaled if bias is None else scaled + bias.view(-1, 1)
 
 
-def instance_norm_backward(
+def norm_backward(
     grad: Tensor,
     input: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    mean: Tensor | None = None,
+    variance: Tensor | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
+    slope: Tensor | None = None,
     *,
-    slope: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, γ and β, of an instance norm with its LeakyReLU, example by example."""
-    rows = (*input.shape[:2], 1)
-    normal = (input.flatten(2) - mean.view(rows)) * rstd.view(rows)
-    above = torch.where(_affine(normal, weight, bias) > 0, 1, slope) * grad.flatten(2)
-    for_weight, for_bias, points = (above * normal).sum(2), above.sum(2), normal.shape[2]
-    down = above - (for_bias.unsqueeze(2) + normal * for_weight.unsqueeze(2)) / points
-    return (_affine(down, weight, None) * rstd.view(rows)).view_as(input), for_weight, for_bias
+    epsilon: float = 1e-5,
+    over: str = "groups",
+    slope_wanted: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, γ, β and the slope, of a norm with its LeakyReLU, example by example."""
+    x, grad = input.flatten(2), grad.flatten(2)
+
+    def rows(statistic: Tensor | None, default: float) -> Tensor:
+        """One number for each channel of each example."""
+        if statistic is None:
+            return x.new_full((len(x), x.shape[1], 1), default)
+        if over != "groups":
+            return statistic.view(-1, 1).expand(len(x), -1, 1)
+        groups = statistic.view(len(x), -1, 1)
+        return groups.repeat_interleave(x.shape[1] // max(groups.shape[1], 1), 1)
+
+    rstd = rows(None if variance is None else (variance + epsilon).rsqrt(), 1.0)
+    normal = (x - rows(mean, 0.0)) * rstd
+    before = _affine(normal, weight, bias)
+    steep = torch.ones_like(grad) if slope is None else slope.view(-1, 1).expand_as(grad)
+    above = torch.where(before > 0, 1, steep) * grad
+    below = (grad * before.clamp(max=0)).sum(2) if slope_wanted else x.new_empty(0)
+    down = _affine(above, weight, None)
+    if over != "nothing":
+        down = down - _mean_over(down, mean, over) - normal * _mean_over(down * normal, mean, over)
+    return (down * rstd).view_as(input), (above * normal).sum(2), above.sum(2), below
+
+
+def _mean_over(values: Tensor, mean: Tensor | None, over: str) -> Tensor:
+    """Replace `[B, C, N]` by its means over what shares a mean."""
+    if over == "batch":
+        return values.mean((0, 2), keepdim=True)
+    assert mean is not None
+    groups = values.reshape(mean.numel(), -1)
+    return groups.mean(1, keepdim=True).expand_as(groups).reshape(values.shape)
 
 
 def uniform(keys: Tensor, count: int) -> Tensor:

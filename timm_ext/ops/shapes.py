@@ -96,8 +96,20 @@ def check_sizes(op: str, name: str, tensor: Tensor) -> None:
 def check_volume(op: str, name: str, tensor: Tensor, axes: int = 5) -> None:
     """Refuse what is not float32 with so many axes."""
     check_dtype(op, name, tensor, torch.float32)
+    check_axes(op, name, tensor, axes)
+
+
+def check_axes(op: str, name: str, tensor: Tensor, axes: int) -> None:
+    """Refuse another number of axes, and sizes that no kernel can reckon with."""
     require(op, f"{name} must have {axes} axes", sizes_of(tensor), tensor.ndim == axes)
     check_sizes(op, name, tensor)
+
+
+def check_stored_volume(op: str, name: str, tensor: Tensor) -> None:
+    """Refuse what is not `[B, C, D, H, W]` float32 or bfloat16."""
+    stored = tensor.dtype in (torch.float32, torch.bfloat16)
+    require(op, f"{name} must be float32 or bfloat16", name_of(tensor.dtype), stored)
+    check_axes(op, name, tensor, 5)
 
 
 def check_bias(op: str, bias: Tensor | None, outputs: int) -> None:

@@ -1,4 +1,4 @@
-"""The machine that a plan is made for: its kind, its memory, and what of it prepared cases take."""
+"""The machine that a training is planned for: its kind, its memory, and what of it prepared cases take."""
 
 import os
 from collections.abc import Sequence

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_ext.networks.registry import build_network
 
 _EDGE = 32  # of the volume that is tried, at least
 _STATE = 16  # bytes of weight, gradient and Adam's two moments per parameter
+_WRITTEN = 16  # bytes of the copy that is written while training goes on: weight, moments, best weight
 _BEYOND_SAVED = 2.0  # peak of a step over what its forward saves: gradients on their way, work space
 _INFERENCE = 0.6  # peak of a pass without gradients over what training would save
 
@@ -38,7 +40,7 @@ class Footprint:
 
     def step_bytes(self, voxels: int) -> int:
         """Return the peak of a training step on a batch of so many voxels together."""
-        return round(_STATE * self.parameters + _BEYOND_SAVED * self.saved * voxels)
+        return round((_STATE + _WRITTEN) * self.parameters + _BEYOND_SAVED * self.saved * voxels)
 
     def inference_bytes(self, voxels: int) -> int:
         """Return the peak of a pass without gradients over so many voxels together."""
@@ -86,6 +88,11 @@ def _tried(config: Mapping[str, Any], device: str) -> Footprint:
     )
 
 
+def total_of(outputs: Any) -> Tensor:
+    """Return the sum over all maps that a network returns; in deep supervision there are several."""
+    return torch.stack([each.sum() for each in tree_leaves(outputs)]).sum()
+
+
 def _measured(model: nn.Module, images: Tensor) -> tuple[int, int]:
     """Return the bytes that the forward saves, and the operations of forward and backward."""
     own = {value.untyped_storage()._cdata for value in model.parameters()}
@@ -98,5 +105,5 @@ def _measured(model: nn.Module, images: Tensor) -> tuple[int, int]:
         return value
 
     with FlopCounterMode(display=False) as counter, saved_tensors_hooks(note, lambda value: value):
-        model(images).sum().backward()
+        total_of(model(images)).backward()
     return sum(storage.nbytes() for storage in kept.values()), counter.get_total_flops()

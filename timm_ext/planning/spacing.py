@@ -15,7 +15,7 @@ _FINE_PERCENTILE = 10
 
 
 @dataclass(frozen=True)
-class SpacingPlan:
+class TargetSpacing:
     """A voxel size in mm along R, A, S for a data set.
 
     Attributes:
@@ -33,8 +33,8 @@ class SpacingPlan:
     cases: int
 
 
-def plan_spacing(cases: Sequence[Case]) -> SpacingPlan | None:
-    """Plan the median of the cases' voxel sizes, axis by axis, as nnU-Net does; nothing but headers is read.
+def target_spacing(cases: Sequence[Case]) -> TargetSpacing | None:
+    """Return the median of the cases' voxel sizes, axis by axis, as nnU-Net does; only headers are read.
 
     An axis whose voxels are more than three times as long as the others' and on which there are less than a
     third as many takes the 10th percentile, or the others' largest if that is more: interpolation over slices
@@ -46,7 +46,7 @@ def plan_spacing(cases: Sequence[Case]) -> SpacingPlan | None:
         cases: the cases; files that cannot be read do not count, preparation names them.
 
     Returns:
-        The plan, None where no file can be read.
+        The target, None where no file can be read.
     """
     grids = [grid for case in cases if (grid := _geometry(case)) is not None]
     if not grids:
@@ -65,7 +65,7 @@ def plan_spacing(cases: Sequence[Case]) -> SpacingPlan | None:
         target[worst] = max(fine, target[others].max())
     first, second, third = (float(f"{length:.6g}") for length in target)
     apart = (np.abs(spacings / target - 1) > SPACING_TOLERANCE).any(axis=1)
-    return SpacingPlan(
+    return TargetSpacing(
         first if first == second == third else (first, second, third),
         tuple(spacings.min(axis=0).tolist()),
         tuple(spacings.max(axis=0).tolist()),

@@ -29,7 +29,7 @@ _PASS = 1 / 3  # of a step: its forward
 
 @dataclass(frozen=True)
 class Choice:
-    """The network of a plan, and what the user has decided already; None is left to the plan.
+    """The network, and what the user has decided already; None is left to planning.
 
     Attributes:
         network: `network_config`; its depth is planned unless `fixed` or among its options.
@@ -51,7 +51,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class TrainingPlan:
+class TrainingConfiguration:
     """A training that fits the data and the machine.
 
     Attributes:
@@ -87,13 +87,13 @@ class TrainingPlan:
         return _PASS * self.validation / self.voxels
 
 
-def plan_training(
+def configure_training(
     train_shapes: Sequence[Triple],
     val_shapes: Sequence[Triple],
     spacing: tuple[float, float, float],
     machine: Machine,
     choice: Choice,
-) -> TrainingPlan:
+) -> TrainingConfiguration:
     """Plan a training, a function of its arguments alone.
 
     As in nnU-Net, the patch begins with the proportions of the field of view of 256³ isotropic voxels, cut to
@@ -127,13 +127,13 @@ def plan_training(
         patch = choice.patch or _shrunk(_start(median, spacing), median, batch, machine, choice)
         network = _of_depth(choice, patch, exact=True)
         footprint = footprint_of(network)
-        _check_divisible(patch, footprint.divisor, network["name"])
+        _check_divisible(patch, network)
         size = patch
     if choice.batch_size is None and machine.kind == "gpu":
         batch = _larger(batch, prod(size), float(median.prod()) * len(train_shapes), footprint, machine)
     epoch = ceil(len(train_shapes) / batch)
     steps = min(max(_EPOCHS * epoch, _FEWEST_STEPS), _MOST_STEPS[machine.kind])
-    plan = TrainingPlan(
+    made = TrainingConfiguration(
         network=network,
         patch=patch,
         size=size,
@@ -144,8 +144,8 @@ def plan_training(
         validation=sum(sliding_voxels(shape, patch, footprint.divisor) for shape in val_shapes),
         step_bytes=footprint.step_bytes(ceil(batch * prod(size) / machine.devices)),
     )
-    seldom = ceil(_TRAINING_PER_VALIDATION * plan.validation_in_steps)
-    return replace(plan, validate_every=min(max(epoch, seldom), plan.steps))
+    seldom = ceil(_TRAINING_PER_VALIDATION * made.validation_in_steps)
+    return replace(made, validate_every=min(max(epoch, seldom), made.steps))
 
 
 def sliding_voxels(shape: Triple, window: Triple | None, divisor: int, overlap: float = 0.5) -> int:
@@ -160,10 +160,13 @@ def sliding_voxels(shape: Triple, window: Triple | None, divisor: int, overlap: 
     return prod(size) * prod(counts)
 
 
-def _check_divisible(patch: Triple, divisor: int, name: str) -> None:
-    if any(edge % divisor for edge in patch):
+def _check_divisible(patch: Triple, network: Mapping[str, Any]) -> None:
+    spec, options = network_spec(network["name"]), network["options"]
+    divisors = (spec.divisor(options),) * 3 if spec.divisors is None else spec.divisors(options)
+    if any(edge % divisor for edge, divisor in zip(patch, divisors, strict=True)):
+        by = divisors[0] if len(set(divisors)) == 1 else list(divisors)
         raise InputError(
-            f"train.patch: expected edges that {name} takes, divisible by {divisor} (got {list(patch)})"
+            f"train.patch: expected edges that {spec.name} takes, divisible by {by} (got {list(patch)})"
         )
 
 

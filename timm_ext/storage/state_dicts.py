@@ -26,6 +26,7 @@ _NESTINGS = (
     *("ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "ema", "swa_state_dict", "swa_model"),
     *("averaged_model", "averaged"),
 )
+_OF_ONE_PROGRAM = ("network_weights",)  # where nnU-Net always has them: nothing to tell
 _MOST_LEVELS = 6
 # Parts that wrappers put into names, at any place: torch.compile, FSDP, activation checkpoints, DeepSpeed.
 _PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
@@ -72,7 +73,7 @@ def find_state_dict(content: Any, path: Path, names: Collection[str] | None = No
     if not found:
         raise InputError(f"{path}: expected tensors by name (got {_what(content)})")
     place, tensors = _choose(found, content, path, names)
-    where = (f"taken from {'.'.join(place)!r}",) if place else ()
+    where = (f"taken from {'.'.join(place)!r}",) if place not in ((), _OF_ONE_PROGRAM) else ()
     others = [".".join(other) for other, _ in found if other[: len(place)] != place]
     left = (f"left alone: {listed(others)}",) if others else ()
     only = _tensors_of(tensors)
@@ -119,7 +120,7 @@ def _unwrapped(
     taken = [f"{part}." for part in parts if any(part in name.split(".") for name in tensors)]
     if len(renamed) < len(tensors):  # two names became one: these parts tell tensors apart
         renamed, taken = dict(tensors), []
-    prefixes = [_front_of(renamed)] if names is None else _prefixes_of(renamed, names)
+    prefixes = [_front_of(renamed)] if names is None else prefixes_of(renamed, names)
     prefix = prefixes[0]
     kept = {n.removeprefix(prefix): t for n, t in renamed.items() if n.startswith(prefix)}
     left = [name for name in renamed if not name.startswith(prefix)]
@@ -250,11 +251,14 @@ def _front_of(tensors: Mapping[str, Tensor]) -> str:
     return commonprefix(fronts)  # noqa: RUF071 - of words that all begin differently
 
 
-def _prefixes_of(tensors: Mapping[str, Tensor], names: Collection[str]) -> list[str]:
-    """Return the prefixes behind which most names lie, averages only where there is nothing else."""
+def prefixes_of(found: Iterable[str], names: Collection[str]) -> list[str]:
+    """Return the prefixes of found names behind which most of a network's lie, empty where there is none.
+
+    Those of averaged weights are returned only where there is nothing else.
+    """
     counts = Counter(
         ".".join([*parts[:cut], ""]) if cut else ""
-        for parts in (name.split(".") for name in tensors)
+        for parts in (name.split(".") for name in found)
         for cut in range(len(parts))
         if ".".join(parts[cut:]) in names
     )

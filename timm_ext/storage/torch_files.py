@@ -5,8 +5,8 @@ import re
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from timm_ext.files import reading
 from timm_ext.system.machine import check_memory
 
 _BLOCK = 1 << 20
+_MOST_DEPTH = 32
 # What training tools keep beside weights, as values that nobody reads: in their place comes an object without
 # any behaviour.
 _BESIDE = (
@@ -70,6 +71,35 @@ def read_torch_file(path: Path) -> Any:
         raise InputError(
             f"{path}: expected a whole PyTorch file (got: {shown(first_line(error))})"
         ) from error
+
+
+def json_values(content: Any) -> dict[str, Any]:
+    """Return the entries of a file's content that are JSON values by name; tuples become lists.
+
+    Entries that hold anything else somewhere lack that part.
+    """
+    plain = _plain(content) if isinstance(content, Mapping) else None
+    return plain if isinstance(plain, dict) else {}
+
+
+class _NotPlainError(Exception):
+    """A value has no form in JSON."""
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if depth < _MOST_DEPTH and isinstance(value, (Mapping, list, tuple)):
+        pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
+        kept = {}
+        for key, item in pairs:
+            with suppress(_NotPlainError):
+                kept[str(key)] = _plain(item, depth + 1)
+        if isinstance(value, Mapping):
+            return kept
+        if len(kept) == len(value):
+            return list(kept.values())
+    raise _NotPlainError
 
 
 def _check_archive(path: Path) -> None:

@@ -10,7 +10,7 @@ from rich.progress import Progress, TaskID, TextColumn
 from timm_ext.study.records import Folder
 from timm_ext.study.runner import Event, Listener
 from timm_ext.study.step import Step
-from timm_ext.system.terminal import duration, make_progress, tell
+from timm_ext.system.terminal import duration, make_bars, tell
 
 # The estimate weighs as much as measurements of this share of the work.
 _TRUST = 0.1
@@ -25,7 +25,7 @@ def step_bars(steps: Iterable[Step], folder: Folder, console: Console, workers: 
     """
     pending = folder.pending(steps)
     share = TextColumn("{task.percentage:>3.0f} %")
-    with make_progress(share, console=console, transient=True, speed_estimate_period=300) as bars:
+    with make_bars(share, console=console, transient=True, speed_estimate_period=300) as bars:
         yield _Display(bars, pending, workers).hear
 
 
@@ -47,7 +47,7 @@ class TimeLeft:
     def hear(self, event: Event) -> None:
         """Take in what happened to a step."""
         step = event.step
-        if event.kind == "progress":
+        if event.kind == "advanced":
             self._unfinished[step] = event.fraction
             self._begun.setdefault(step, (time.monotonic(), event.fraction))
         elif event.kind != "started":
@@ -87,7 +87,7 @@ class _Display:
         self._left.hear(event)
         if event.kind == "started":
             self._running[step] = self._bars.add_task(f"  {step.name}", total=step.cost)
-        elif event.kind == "progress":
+        elif event.kind == "advanced":
             self._bars.update(self._running[step], completed=event.fraction * step.cost)
         else:
             self._finish(event)

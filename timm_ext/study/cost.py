@@ -86,6 +86,7 @@ def measure_step(plan: StudyPlan) -> float:
     try:
         torch.set_num_threads(1)
         device = torch.device("cuda" if cuda else "cpu")
-        return step_seconds(model, shape, device, size_divisor_of(model), plan.precision)
+        divisor, fast = size_divisor_of(model), plan.fast_layers
+        return step_seconds(model, shape, device, divisor, plan.precision, fast_layers=fast)
     finally:
         torch.set_num_threads(threads)

@@ -90,7 +90,8 @@ def publish_checkpoints(study: Study, folder: Folder) -> Path:
     files |= {f"fisher-M{n}": folder.run_path(step) / FISHER for n, step in enumerate(study.fishers, 1)}
     first = study.runs[0]
     for run in study.runs:
-        if (run.train_cases, run.draw, run.seed) == (first.train_cases, first.draw, first.seed):
+        places = [(one.train_cases, one.source_set, one.draw, one.seed) for one in (run, first)]
+        if places[0] == places[1]:
             files[run.arm] = folder.run_path(run.step) / NETWORK
             files[f"{run.arm}-initial"] = folder.run_path(run.adaptation or run.step) / INITIAL
     target = folder.path / CHECKPOINTS

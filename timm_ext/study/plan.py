@@ -16,7 +16,9 @@ from pydantic import (
     model_validator,
 )
 
+from timm_ext.data.download import download_decathlon
 from timm_ext.data.prepare import PrepareSettings
+from timm_ext.data.tasks import Task
 from timm_ext.documents import validated
 from timm_ext.documents.bounds import LEAST_MM, MOST_EDGE, MOST_MM
 from timm_ext.documents.fields import VOXELS, Batch, Cases, Flag, Rate, Seed, Steps, number, whole, written_as
@@ -24,6 +26,7 @@ from timm_ext.errors import InputError, listed
 from timm_ext.files import real_path, visible
 from timm_ext.fisher.settings import EstimateSettings
 from timm_ext.study.arms import get_row
+from timm_ext.study.source import DataPath, PlannedSource
 from timm_ext.synthesis.generate import PHANTOM
 from timm_ext.training.settings import TIES, TrainSettings
 from timm_ext.transfer.arms import Arm
@@ -31,16 +34,17 @@ from timm_ext.transfer.settings import AdaptSettings
 
 PLANS = Path(__file__).with_name("plans")
 EXTENDABLE = (
-    *("title", "methods", "method_train", "method_adapt", "method_merge"),
-    *("seeds", "draws", "train_cases", "fractions", "references"),
+    *("title", "methods", "method_lr", "method_train", "method_adapt", "method_merge"),
+    *("seeds", "draws", "source_sets", "train_cases", "fractions", "references"),
 )
 """Fields of a study that may change from one start to the next: their steps do not disturb each other."""
 
 _MOST_LISTED = 1000
+_MOST_LABELS = 255
 _MOST_RUNS = 100_000
 
 _ELSEWHERE = {"steps", "epochs", "batch_size", "lr", "validate_every", "seed", "devices", "tensorboard"}
-_ELSEWHERE |= {"accelerator", "precision"}
+_ELSEWHERE |= {"accelerator", "precision", "fast_layers"}
 _TRAIN = {field.name for field in fields(TrainSettings)} - _ELSEWHERE
 _ADAPT = {field.name for field in fields(AdaptSettings)}
 _KNOWN = {
@@ -70,7 +74,6 @@ def _absolute(path: str) -> str:
 
 Values = dict[str, Any]
 Edge = Annotated[int, whole(8, MOST_EDGE)]
-DataPath = Annotated[str, AfterValidator(_absolute)]
 Once = AfterValidator(_listed_once)
 Names = Annotated[tuple[str, ...], Once]
 Seeds = Annotated[tuple[Seed, ...], Once]
@@ -92,7 +95,7 @@ class FisherOptions(EstimateSettings):
 
 
 class StudyPlan(BaseModel):
-    """A study: methods × numbers of training cases × draws of them × seeds.
+    """A study: methods × numbers of training cases × source sets × draws of the cases × seeds.
 
     Attributes:
         title: of the report.
@@ -100,22 +103,25 @@ class StudyPlan(BaseModel):
         references: those that each of them is compared with; none compares every pair.
         train_cases: numbers of training cases of the target task; give this or `fractions`.
         fractions: of the available training cases, in (0, 1].
-        pool: how many there are, where they are generated; of those on disk all count that are neither for
-            test nor for validation.
+        pool: how many there are, where they are generated; of those on disk the number that draws choose
+            from, the rest is for validation. None: of those on disk all that are neither for test nor for
+            validation.
         draws: each draws other training and validation cases; the test cases are the same in all.
-        seeds: each repeats adaptation and fine-tuning.
+        seeds: each repeats adaptation and fine-tuning, in each source set by a seed of its own.
+        sources: the source networks.
+        source_sets: how often all of them are trained: on other cases, from other seeds and in another order;
+            every run is repeated with each set.
         source: where generated images come from: `"phantom"`, or a folder of label maps.
-        source_data: cases on disk for the source tasks, one folder or list for each; empty generates them.
-            Tasks that name the same folder share no case.
+        source_data: cases on disk of the sources that name none of their own; None generates them. Source
+            sets share no case of a data set; nor do sources, unless `source_cases_shared`.
+        source_cases_shared: the sources of a set that have one data set are trained on the same of its cases.
         target_data: cases on disk for the target task; None generates them.
-        source_tasks: tasks of the source networks.
-        chain: each source network starts from the one before it; otherwise from its own seed.
         target_task: the new task.
         network: its name; `options` are its own.
         spacing: of the images that networks see, in mm; `size` is theirs in voxels.
         prepare: further fields of `PrepareSettings`.
-        source_cases: training cases of each source task.
-        source_test: held-out cases of each source task, at least one, for the forgetting table.
+        source_cases: training cases of each source.
+        source_test: held-out cases of each source, at least one, for the forgetting table.
         val_cases: validation cases of the target task, at least one.
         test_cases: test cases of the target task.
         batch_size: examples per step.
@@ -124,8 +130,9 @@ class StudyPlan(BaseModel):
         source_train: further fields of its `TrainSettings`.
         steps: optimiser steps of every run at most, adaptation included; `epochs` are epochs instead.
         lr: learning rate of the runs, by default constant; also of the task-specific layers in an adaptation.
-            A run ends with its weights of the lowest validation loss.
-        train: further fields of the runs' `TrainSettings`.
+        method_lr: learning rates of single methods instead, by name.
+        train: further fields of the runs' `TrainSettings`; unless `keep` says otherwise, a run ends with its
+            weights of the lowest validation loss.
         method_train: such fields for single methods, by name; they go before the method's own, which go
             before those of `train`.
         adapt_steps: optimiser steps of an adaptation at most; `adapt_epochs` are epochs instead.
@@ -142,6 +149,7 @@ class StudyPlan(BaseModel):
         source_seed: of the source networks.
         accelerator: `cpu`, `cuda`, `auto`, … (Lightning Fabric).
         precision: of all trainings.
+        fast_layers: train and predict on a CPU by `timm_ext.fast_layers`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -163,14 +171,15 @@ class StudyPlan(BaseModel):
     pool: Cases | None = None
     draws: Annotated[Seeds, Field(min_length=1)] = (0,)
     seeds: Annotated[Seeds, Field(min_length=1)] = (0, 1, 2)
-    source: DataPath = PHANTOM
-    source_data: tuple[DataPath, ...] = ()
-    target_data: DataPath | None = None
-    source_tasks: Annotated[tuple[str, ...], Field(min_length=1, max_length=_MOST_LISTED)] = (
-        "parcellation-1-7",
-        "parcellation-8-14",
+    sources: Annotated[tuple[PlannedSource, ...], Field(min_length=1, max_length=_MOST_LISTED)] = (
+        PlannedSource(task="parcellation-1-7"),
+        PlannedSource(task="parcellation-8-14", after=1),
     )
-    chain: Flag = True
+    source_sets: Annotated[int, whole(1, _MOST_LISTED)] = 1
+    source: Annotated[str, AfterValidator(_absolute)] = PHANTOM
+    source_data: DataPath | None = None
+    source_cases_shared: Flag = False
+    target_data: DataPath | None = None
     target_task: str = "brats"
     network: str = "isensee2017"
     options: Values = {"base_filters": 6, "levels": 4}
@@ -189,6 +198,7 @@ class StudyPlan(BaseModel):
     steps: Steps = 100
     epochs: Steps | None = None
     lr: Rate = 3e-3
+    method_lr: dict[str, Rate] = {}
     train: Values = {}
     method_train: dict[str, Values] = {}
     adapt_steps: Steps = 20
@@ -204,6 +214,7 @@ class StudyPlan(BaseModel):
     source_seed: Seed = 0
     accelerator: str = "cpu"
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    fast_layers: Flag = True
 
     @field_validator(*_KNOWN)
     @classmethod
@@ -218,19 +229,29 @@ class StudyPlan(BaseModel):
     @model_validator(mode="after")
     def _fits_together(self) -> "StudyPlan":
         self._check_size()
+        self._check_sources()
         self._check_methods()
-        if self.source_data and len(self.source_data) != len(self.source_tasks):
-            raise InputError(
-                f"source_data: expected one data set for each of the {len(self.source_tasks)} source tasks "
-                f"(got {len(self.source_data)})"
-            )
-        tied = [name for name in TIES if self.source_train.get(name)]
-        if tied and not (self.chain and len(self.source_tasks) > 1):
-            raise InputError(
-                f"source_train: expected chain and several source tasks with {tied[0]}, which keeps a source "
-                "network near the one before"
-            )
         return self
+
+    def _check_sources(self) -> None:
+        for place, source in enumerate(self.sources, 1):
+            if source.after is not None and source.after >= place:
+                raise InputError(
+                    f"sources: expected after to be the number of an earlier source than {place} "
+                    f"(got {source.after})"
+                )
+            if source.regions and self.data_of(place) is None:
+                raise InputError(
+                    f"sources: expected data or source_data, the whole heads for {source.name} (got none)"
+                )
+        if (count := len(self.head_labels)) > _MOST_LABELS:
+            raise InputError(f"sources: expected at most {_MOST_LABELS} labels in all regions (got {count})")
+        tied = [name for name in TIES if self.source_train.get(name)]
+        if tied and not any(source.after for source in self.sources):
+            raise InputError(
+                f"source_train: expected a source that starts after another with {tied[0]}, which keeps a "
+                "source network near the one before"
+            )
 
     def _check_size(self) -> None:
         if bool(self.train_cases) == bool(self.fractions):
@@ -239,7 +260,7 @@ class StudyPlan(BaseModel):
                 f"{listed(self.train_cases) or 'none'} and {listed(self.fractions) or 'none'})"
             )
         sizes = len(self.train_cases) or len(self.fractions)
-        runs = len(self.methods) * len(self.seeds) * len(self.draws) * sizes
+        runs = len(self.methods) * len(self.seeds) * len(self.draws) * self.source_sets * sizes
         if runs > _MOST_RUNS:
             raise InputError(f"expected at most {_MOST_RUNS} runs (got {runs})")
 
@@ -248,9 +269,9 @@ class StudyPlan(BaseModel):
         rows = {name: get_row(name) for name in self.methods}
         for name, row in rows.items():
             needed = row.merge.models if isinstance(row, Arm) else row.models
-            if needed > (count := len(self.source_tasks)):
-                raise InputError(f"{name}: expected at least {needed} source tasks (got {count})")
-        for field in ("references", "method_train", "method_adapt", "method_merge"):
+            if needed > (count := len(self.sources)):
+                raise InputError(f"{name}: expected at least {needed} sources (got {count})")
+        for field in ("references", "method_lr", "method_train", "method_adapt", "method_merge"):
             if strangers := sorted({*getattr(self, field)} - {*self.methods}):
                 raise InputError(
                     f"{field}: expected some of {', '.join(self.methods)} (got {strangers[0]!r})"
@@ -262,6 +283,29 @@ class StudyPlan(BaseModel):
         for name in self.method_merge:
             if name not in arms or not arms[name].learns_ratios:
                 raise InputError(f"method_merge: expected methods that learn ratios (got {name})")
+
+    @cached_property
+    def head_labels(self) -> tuple[int, ...]:
+        """All labels of whole heads that are in a region of some source, ascending."""
+        regions = (labels for source in self.sources for labels in source.regions.values())
+        return tuple(sorted({label for labels in regions for label in labels}))
+
+    @cached_property
+    def source_tasks(self) -> tuple[Task, ...]:
+        """The tasks of the sources.
+
+        Raises:
+            InputError: there is no such task.
+        """
+        return tuple(source.settled(self.head_labels) for source in self.sources)
+
+    def data_of(self, number: int) -> str | None:
+        """Return the data set of a source, counted from 1; None where its cases are generated."""
+        return self.sources[number - 1].data or self.source_data
+
+    def lr_of(self, method: str) -> float:
+        """Return the learning rate of the runs of a method."""
+        return self.method_lr.get(method, self.lr)
 
     @cached_property
     def preparation(self) -> PrepareSettings:
@@ -293,11 +337,23 @@ class StudyPlan(BaseModel):
             "seed": seed,
             "accelerator": self.accelerator,
             "precision": self.precision,
+            "fast_layers": self.fast_layers,
             "devices": 1,
             "tensorboard": False,
         }
         values = {"stop_patience": None, "keep": "last", **defaults, **given, **own}
         return validated(TrainSettings, values, "training")
+
+
+def fetch_target(plan: StudyPlan) -> None:
+    """Download the target's data set as `download_decathlon` does.
+
+    Raises:
+        InputError: the plan names no data set, or one that cannot be downloaded.
+    """
+    if plan.target_data is None:
+        raise InputError("target_data: expected a data set to download (got none: its cases are generated)")
+    download_decathlon(Path(plan.target_data))
 
 
 def bundled_plans() -> dict[str, Path]:

@@ -17,7 +17,7 @@ from timm_ext.system.locks import LOCK_NAME, folder_lock
 RECORD = "record.json"
 FAILURE = "failed.json"
 PLAN = "plan.json"
-FORMAT = 2
+FORMAT = 3
 """Of the folder; counts the changes after which older folders cannot be gone on with."""
 
 Kind = TypeVar("Kind")

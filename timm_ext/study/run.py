@@ -12,6 +12,7 @@ from timm_ext.errors import InputError, lines_of
 from timm_ext.study.bars import step_bars
 from timm_ext.study.cost import costs_of, measure_step
 from timm_ext.study.plan import EXTENDABLE, StudyPlan
+from timm_ext.study.power import power_rows
 from timm_ext.study.records import Folder
 from timm_ext.study.report.page import write_report
 from timm_ext.study.report.reading import read_results
@@ -40,6 +41,7 @@ def run_study(
     workers: int | None = None,
     retry: bool = False,
     dry_run: bool = False,
+    power_from: Path | None = None,
     console: Console | None = None,
 ) -> Finished | None:
     """Run a study, or go on with one that was interrupted or extended, and write its report.
@@ -50,7 +52,8 @@ def run_study(
         workers: processes; default: one for each GPU where the study computes on GPUs, else one for each
             core, of one thread.
         retry: try steps again that failed in an earlier call.
-        dry_run: print the steps and what they cost, compute nothing and return None.
+        dry_run: print the steps, what they cost and what the study can see, compute nothing and return None.
+        power_from: earlier study whose spread tells what this one can see; None takes a usual one.
         console: for progress.
 
     Raises:
@@ -58,10 +61,12 @@ def run_study(
             steps that failed; they are listed, and all that does not need them is done.
     """
     console, folder = console or make_console(), Folder(out)
-    make_study(plan)  # settings and data, then the folder, are checked before anything is timed
+    study = make_study(plan)  # settings and data, then the folder, are checked before anything is timed
     workers = workers or _usual_workers(plan)
     if dry_run:
+        rows = power_rows(plan, study.train_cases, power_from)
         _costed(plan, folder, workers, console)
+        _show_power(rows, power_from, console)
         return None
     facts = environment()
     with folder.lock():
@@ -94,6 +99,14 @@ def finish_steps(
         )
     if not ending.complete:
         raise InputError(_failures(ending, folder))
+
+
+def _show_power(rows: Sequence[tuple[int, float, float]], earlier: Path | None, console: Console) -> None:
+    heads = ("Training cases", "Alone", "Among all comparisons (Holm)")
+    told = [(str(count), f"{alone:.3f}", f"{among:.3f}") for count, alone, among in rows]
+    show_table(console, heads, told, title="Smallest difference of mean Dice that is seen")
+    origin = f"variances as in {earlier}" if earlier else "variances of a tumour task, none of source sets"
+    tell(console, f"At a power of 80 % and α = 0.05, two-sided; {origin}.")
 
 
 def _failures(ending: Ending, folder: Folder) -> str:

@@ -26,7 +26,7 @@ Listener = Callable[["Event"], None]
 
 @dataclass(frozen=True)
 class Event:
-    """What a listener hears of a step: `started`, `progress`, `done`, `failed` or `skipped`."""
+    """What a listener hears of a step: `started`, `advanced`, `done`, `failed` or `skipped`."""
 
     kind: str
     step: Step
@@ -78,7 +78,7 @@ def run_steps(
     count = min(workers or available_cores(), len(pending))
     check_workers(count)
     with _worker_processes(count, types) as crew:
-        return _Run(folder, crew, pending, listener, dict(facts or {}), retry).work()
+        return _Execution(folder, crew, pending, listener, dict(facts or {}), retry).work()
 
 
 def available_cores() -> int:
@@ -153,7 +153,7 @@ def _worker_processes(count: int, types: Sequence[type[Step]]) -> Iterator[_Crew
                 os.environ[name] = value
 
 
-class _Run:
+class _Execution:
     """One pass over the pending steps: hands out what is ready, longest remaining path first."""
 
     def __init__(
@@ -211,8 +211,8 @@ class _Run:
             wait_for_signal()
             self._fail(step, f"its worker process ended with status {status} (out of memory?)")
             return
-        if reply.kind == "progress":
-            self._listener(Event("progress", step, fraction=reply.value))
+        if reply.kind == "advanced":
+            self._listener(Event("advanced", step, fraction=reply.value))
             return
         del self._running[connection]
         self._crew.idle.append(connection)

@@ -9,7 +9,7 @@ from timm_ext.data.tasks import get_task
 from timm_ext.study.arms import JointTransfer, get_row
 from timm_ext.study.cost import Costs
 from timm_ext.study.plan import StudyPlan
-from timm_ext.study.schedule.cases import Cases, train_case_numbers
+from timm_ext.study.schedule.cases import Cases, in_set, train_case_numbers
 from timm_ext.study.schedule.runs import Run, RunSteps
 from timm_ext.study.schedule.sources import SourceSteps
 from timm_ext.study.step import Step, with_needs
@@ -37,12 +37,14 @@ class Remembered:
 
     Attributes:
         train_cases: that it was learned on; None, as are draw and seed, where it was not learned.
+        source_set: of the sources that are merged.
         step: that scores it, among others.
         key: of the merge in the step's table.
     """
 
     arm: str
     train_cases: int | None
+    source_set: int
     draw: int | None
     seed: int | None
     step: Step
@@ -57,10 +59,10 @@ class Study:
         train_cases: the numbers of training cases, ascending.
         subjects: part of the data → label maps that it is drawn from; empty for phantoms and data on disk.
         tests: the step that provides the test cases, the same in all runs.
-        models: the steps that train the source networks, one for each source task.
+        models: the steps that train the source networks of the first source set, one for each source.
         fishers: of these networks.
-        sources: the source networks that runs start from.
-        runs: by number of training cases, draw, arm and seed.
+        sources: the source networks that runs start from, of all sets.
+        runs: by source set, number of training cases, draw, arm and seed.
         forgetting: merges that are scored on the source tasks: fixed ones, then learned ones.
     """
 
@@ -87,36 +89,37 @@ def make_study(plan: StudyPlan, step_seconds: float | None = None) -> Study:
         InputError: settings that do not fit together, or data that cannot be read or are too few; before
             anything is computed.
     """
-    *_, target = (get_task(name) for name in (*plan.source_tasks, plan.target_task))
+    target, _ = get_task(plan.target_task), plan.source_tasks
     channels = len(target.modalities) + _LEAST_CHANNELS
     needed = 4 * plan.batch_size * channels * prod(plan.size)
     size = " × ".join(map(str, plan.size))
     check_memory(needed, f"size: a batch of {plan.batch_size} images of {size} voxels")
     counts, costs, cases = train_case_numbers(plan), Costs(plan, step_seconds), Cases(plan)
-    sources = SourceSteps(plan, costs, cases)
+    cases.check_apart()
+    sets = [SourceSteps(plan, costs, cases, number) for number in range(plan.source_sets)]
     targets = {(count, draw): cases.target(count, draw) for count in counts for draw in plan.draws}
-    cells = [RunSteps(plan, sources, costs, own, *place) for place, own in targets.items()]
+    cells = [RunSteps(plan, own, costs, c, *place) for own in sets for place, c in targets.items()]
     runs = tuple(run for cell in cells for run in cell.runs())
     return Study(
         plan=plan,
         train_cases=counts,
         subjects=cases.subjects,
         tests=next(iter(targets.values()))["test"],
-        models=tuple(sources.models),
-        fishers=tuple(sources.fishers),
-        sources=tuple(_used_sources(plan, sources, runs)),
+        models=tuple(sets[0].models),
+        fishers=tuple(sets[0].fishers),
+        sources=tuple(source for own in sets for source in _used_sources(plan, own, runs)),
         runs=runs,
-        forgetting=tuple(_forgetting(plan, sources, runs, costs)),
+        forgetting=tuple(row for own in sets for row in _forgetting(plan, own, runs, costs)),
     )
 
 
 def _used_sources(plan: StudyPlan, sources: SourceSteps, runs: Sequence[Run]) -> list[Source]:
     needed = {*with_needs(run.step for run in runs)}
     rows = [row for row in map(get_row, plan.methods) if isinstance(row, JointTransfer)]
-    together = plan.source_cases * len(plan.source_tasks)
+    together = plan.source_cases * len(plan.sources)
     return [
         *(
-            Source(f"M{number}: {plan.source_tasks[number - 1]}", step, plan.source_cases)
+            Source(f"M{number}: {plan.source_tasks[number - 1].name}", step, plan.source_cases)
             for number, step in enumerate(sources.models, 1)
             if step in needed
         ),
@@ -133,11 +136,12 @@ def _forgetting(plan: StudyPlan, sources: SourceSteps, runs: Sequence[Run], cost
     def scored(ending: str, fixed: Sequence[str], learned: Mapping[str, Run]) -> Step:
         adaptations = {key: run.adaptation for key, run in learned.items() if run.adaptation}
         return ScoreMerges(
-            name=f"forgetting{ending}",
+            name=f"forgetting{ending}{in_set(sources.number)}",
             prepare=plan.preparation,
             fixed=tuple(fixed),
             learned={key: run.arm for key, run in learned.items()},
             accelerator=plan.accelerator,
+            fast_layers=plan.fast_layers,
             needs={**sources.inputs, **sources.tests, **adaptations},
             cost=10 * costs.step,
         )
@@ -146,13 +150,14 @@ def _forgetting(plan: StudyPlan, sources: SourceSteps, runs: Sequence[Run], cost
     rows = []
     if fixed := [arm.name for arm in arms if arm.merge.models and arm == Arm.of(arm.merge)]:
         step = scored("", fixed, {})
-        rows = [Remembered(name, None, None, None, step, name) for name in fixed]
+        rows = [Remembered(name, None, sources.number, None, None, step, name) for name in fixed]
     learning = {arm.name for arm in arms if arm.learns_ratios}
     places: dict[tuple[int, int], dict[str, Run]] = {}
-    for run in runs:
+    for run in (run for run in runs if run.source_set == sources.number):
         if run.adaptation and run.adaptation.arm == run.arm and run.arm in learning:
             places.setdefault((run.train_cases, run.draw), {})[f"{run.arm}-seed{run.seed}"] = run
     for (count, draw), learned in places.items():
         step = scored(f"-n{count}-draw{draw}", (), learned)
-        rows += [Remembered(run.arm, count, draw, run.seed, step, key) for key, run in learned.items()]
+        place = sources.number, draw
+        rows += [Remembered(run.arm, count, *place, run.seed, step, key) for key, run in learned.items()]
     return rows

@@ -1,4 +1,4 @@
-"""The worker process of the runner: takes steps from a connection and answers with progress and results."""
+"""The worker process of the runner: takes steps from a connection, answers with advances and results."""
 
 import os
 import queue
@@ -37,7 +37,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Reply:
-    """A worker's message: `progress` with a fraction, `done` with a result, or `failed` with a message."""
+    """A worker's message: `advanced` with a fraction, `done` with a result, or `failed` with a message."""
 
     kind: str
     value: Any
@@ -98,6 +98,6 @@ def _throttled(connection: Connection) -> Callable[[float], None]:
         now = time.monotonic()
         if now - last >= REPORT_EVERY:
             last = now
-            connection.send(Reply("progress", min(max(fraction, 0.0), 1.0)))
+            connection.send(Reply("advanced", min(max(fraction, 0.0), 1.0)))
 
     return report

@@ -134,7 +134,7 @@ def generate_cases(
     count: int,
     *,
     workers: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Case]:
     """Draw cases and write them as `ID/ID_MODALITY.nii.gz`, `ID/ID_label.nii.gz` and the list `cases.json`.
 
@@ -146,7 +146,7 @@ def generate_cases(
         settings: of the data set.
         count: number of cases; a later call may ask for more.
         workers: processes to draw with.
-        progress: called with the cases done and the count.
+        on_progress: called with the cases done and the count.
 
     Returns:
         The cases, sorted by id; `read_cases(out_dir, task)` returns the same.
@@ -169,8 +169,8 @@ def generate_cases(
         apart = workers if min(workers, len(missing)) > 1 else 0
         with closing(run_each(write, missing, apart, "draws cases", folders)) as written:
             for done, _ in enumerate(written, count - len(missing) + 1):
-                if progress:
-                    progress(done, count)
+                if on_progress:
+                    on_progress(done, count)
         write_list(out_dir / LIST_NAME, cases)
     return sorted(cases, key=lambda case: case.id)
 

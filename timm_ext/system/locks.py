@@ -6,12 +6,12 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
 from timm_ext.errors import InputError
-from timm_ext.files import LONGEST_NAME, writing
+from timm_ext.files import LONGEST_NAME, made_folder, writing
 
 LOCK_NAME = ".lock"
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK")  # of torchrun and Lightning Fabric
@@ -56,24 +56,26 @@ def is_first_of_launched() -> bool:
 
 @contextmanager
 def _lock(place: Path, what: Path) -> Iterator[None]:
-    file = _acquire(place, what)
-    owner = os.getpid()
-    _held[file] = place
-    try:
-        yield
-    finally:
-        if os.getpid() == owner:
-            del _held[file]
-            with suppress(OSError):
-                if _has_its_name(file, place):
-                    place.unlink()  # still locked: whoever has just opened it sees that its name is gone
-            file.close()
+    with ExitStack() as stack:
+        with writing(what):
+            stack.enter_context(made_folder(place.parent))
+        file = _acquire(place, what)
+        owner = os.getpid()
+        _held[file] = place
+        try:
+            yield
+        finally:
+            if os.getpid() == owner:
+                del _held[file]
+                with suppress(OSError):
+                    if _has_its_name(file, place):
+                        place.unlink()  # still locked: whoever has just opened it sees that its name is gone
+                file.close()
 
 
 def _acquire(place: Path, what: Path) -> TextIO:
     while True:
         with writing(what):
-            place.parent.mkdir(parents=True, exist_ok=True)
             file = open(place, "a+", encoding="utf-8")  # noqa: SIM115 - open for as long as it is locked
         try:
             _lock_or_refuse(file, what)

@@ -77,13 +77,13 @@ def show_table(
 
     table = Table(title=Text(printable(title), "italic"))
     for head in heads:
-        table.add_column(Text(printable(head)))
+        table.add_column(Text(printable(head)), overflow="fold")
     for row in rows:
         table.add_row(*(Text(printable(str(cell))) for cell in row))
     console.print(table)
 
 
-def make_progress(*columns: "ProgressColumn", console: "Console | None" = None, **options: Any) -> "Progress":
+def make_bars(*columns: "ProgressColumn", console: "Console | None" = None, **options: Any) -> "Progress":
     """Return progress bars, each headed by its description as it is, with the time taken and left at its end.
 
     The time left is a task's field `left` in seconds, or what its speed gives where it has none.

@@ -6,7 +6,7 @@ from rich.progress import MofNCompleteColumn, TextColumn
 from torch import Tensor
 
 from timm_ext.errors import InputError, listed
-from timm_ext.system.terminal import clock, make_progress, say
+from timm_ext.system.terminal import clock, make_bars, say
 from timm_ext.training.device import is_first_process
 from timm_ext.training.log import Row
 
@@ -108,7 +108,7 @@ class ProgressBar(Callback):
 
     def on_start(self, step: int, total: int) -> None:
         """Show the bar."""
-        self._bar = make_progress(
+        self._bar = make_bars(
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]}  Dice {task.fields[dice]}"),
             speed_estimate_period=_SPEED_OVER,

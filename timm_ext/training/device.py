@@ -4,8 +4,10 @@ import atexit
 import ctypes
 import gc
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from lightning_fabric import Fabric
@@ -13,6 +15,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from timm_ext.errors import InputError
+from timm_ext.layers.half import half_path
 from timm_ext.training.settings import TrainSettings
 
 
@@ -39,7 +42,7 @@ def launch(settings: TrainSettings) -> Fabric:
             accelerator=settings.accelerator,
             devices=devices,
             num_nodes=nodes,
-            precision=settings.precision,
+            precision=_arithmetic(settings),
             strategy="ddp" if world > 1 else "auto",
         )
         started = torch.distributed.is_initialized()
@@ -62,13 +65,25 @@ def check_precision(settings: TrainSettings) -> None:
     Raises:
         InputError: as said.
     """
-    gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
-    cpu = settings.accelerator == "cpu" or (settings.accelerator == "auto" and not gpu)
-    if cpu and settings.precision == "16-mixed":
+    if _on_cpu(settings) and settings.precision == "16-mixed":
         raise InputError(
             "training: expected a GPU for precision 16-mixed (got a CPU: use 32-true, or bf16-mixed for "
             "bfloat16)"
         )
+
+
+def _arithmetic(settings: TrainSettings) -> Literal["32-true", "bf16-mixed", "16-mixed"]:
+    """Return the precision, float32 with a warning for bfloat16 on a CPU that is slower in it."""
+    path, reason = half_path()
+    if settings.precision != "bf16-mixed" or not _on_cpu(settings) or path != "float32":
+        return settings.precision
+    warnings.warn(f"training: precision bf16-mixed is computed in float32 here: {reason}", stacklevel=3)
+    return "32-true"
+
+
+def _on_cpu(settings: TrainSettings) -> bool:
+    gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    return settings.accelerator == "cpu" or (settings.accelerator == "auto" and not gpu)
 
 
 def keep_freed_memory() -> bool:

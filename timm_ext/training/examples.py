@@ -3,17 +3,20 @@
 import os
 import signal
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from timm_ext.data.dataset import Sample, collate
 from timm_ext.data.noise import keyed_generator
+from timm_ext.data.tasks import Task
 from timm_ext.errors import InputError
 from timm_ext.system.machine import check_workers
 from timm_ext.system.processes import mortal_children
@@ -22,6 +25,9 @@ from timm_ext.training.settings import TrainSettings
 
 Key = tuple[int, int]
 """Epoch and index of an example."""
+Batch = dict[str, Any] | InputError
+
+LogitsOf = Callable[[nn.Module, Tensor], Tensor]
 
 
 class Examples(Protocol):
@@ -40,10 +46,18 @@ class Examples(Protocol):
 
 @dataclass(frozen=True)
 class Data:
-    """What a network is trained on, and validated on where there are validation cases."""
+    """What a network is trained on, and validated on where there are validation cases.
+
+    Attributes:
+        train: the training cases.
+        val: the validation cases, whole images.
+        logits_of: a network and whole images `[B, C, D, H, W]`, its logits; None is `predict_logits` in
+            windows of the patches that are trained on.
+    """
 
     train: Examples
     val: Examples | None = None
+    logits_of: LogitsOf | None = None
 
 
 @lru_cache(maxsize=4)
@@ -90,13 +104,13 @@ class LoaderDiedError(InputError):
     """A process that loads data was killed."""
 
 
-class _Batches(Dataset[dict[str, Any] | InputError]):
+class _Batches(Dataset[Batch]):
     """Batches by their keys; an error is handed over as a value: PyTorch would wrap it in its traceback."""
 
     def __init__(self, examples: Examples) -> None:
         self._examples = examples
 
-    def __getitem__(self, keys: Sequence[Key]) -> dict[str, Any] | InputError:
+    def __getitem__(self, keys: Sequence[Key]) -> Batch:
         try:
             return collate([self._examples.sample(index, epoch) for epoch, index in keys])
         except InputError as error:
@@ -111,7 +125,7 @@ def training_batches(
     Args:
         examples: the cases.
         order: which of them make each batch.
-        workers: loader processes; 0 loads in this one. They end with this process, however it ends.
+        workers: loader processes, which end with this one, however it ends; 0 loads in a thread of this one.
 
     Yields:
         `{"id": list of B, "image": [B, C, D, H, W], "target": [B, R, D, H, W]}`.
@@ -121,7 +135,7 @@ def training_batches(
             loader process was killed.
     """
     check_workers(workers)
-    loader: DataLoader[dict[str, Any] | InputError] = DataLoader(
+    loader: DataLoader[Batch] = DataLoader(
         _Batches(examples),
         sampler=order,
         batch_size=None,
@@ -135,7 +149,7 @@ def training_batches(
         with mortal_children():
             with _child_handler_kept(), uninterrupted():  # what is raised amid a fork is lost
                 batches = iter(loader)
-            for batch in batches:
+            for batch in batches if workers else _ahead(batches):
                 if isinstance(batch, InputError):
                     raise batch
                 yield batch
@@ -147,6 +161,19 @@ def training_batches(
             f"training: a process that loads data was killed (out of memory? train.workers is {workers}); "
             "the run can be resumed"
         ) from error
+
+
+def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Make each batch in a thread, by one of PyTorch's, while the one before it is trained on."""
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            coming = pool.submit(next, batches, None)
+            while (batch := coming.result()) is not None:
+                coming = pool.submit(next, batches, None)
+                yield batch
+        finally:
+            torch.set_num_threads(threads)  # of threads that begin later: it is told to all of them
 
 
 def _tells_of_a_dead_loader(error: Exception, workers: int) -> bool:
@@ -185,14 +212,20 @@ def identity_of(examples: Examples) -> dict[str, Any]:
     return {"count": len(examples), **({} if told is None else told())}
 
 
-def region_names(examples: Examples, count: int) -> tuple[str, ...]:
-    """Return the names of the regions of a data set that has a `task`, else their numbers."""
+def task_of(examples: Examples) -> Task | None:
+    """Return the task of a data set that has one."""
     task = getattr(examples, "task", None)
-    return tuple(map(str, range(count))) if task is None else tuple(task.region_names)
+    return task if isinstance(task, Task) else None
+
+
+def region_names(examples: Examples, count: int) -> tuple[str, ...]:
+    """Return the names of the regions of a data set that has a `task`, else the outputs' numbers."""
+    task = task_of(examples)
+    return tuple(map(str, range(count))) if task is None else task.region_names
 
 
 def examine(examples: Examples, what: str) -> tuple[int, list[tuple[int, ...]]]:
-    """Return the number of regions and the shapes `[C, D, H, W]` of the images.
+    """Return the number of outputs and the shapes `[C, D, H, W]` of the images.
 
     The shapes are all those of a data set that says them (`image_shapes`), else that of the first image.
 

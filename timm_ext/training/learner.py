@@ -7,13 +7,15 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from timm_ext.data.tasks import Task
 from timm_ext.errors import InputError, listed
+from timm_ext.layers import layers_on
 from timm_ext.system.signals import received
 from timm_ext.training.examples import dropout_seed
 from timm_ext.training.log import Row
-from timm_ext.training.objective import Objective
+from timm_ext.training.objective import Objective, loss_of, over_heads
 from timm_ext.training.parameter_groups import hold_back, rate_columns
-from timm_ext.training.saved import SavedRun, check_adam
+from timm_ext.training.saved import SavedTraining, check_adam
 from timm_ext.training.schedule import Schedule
 from timm_ext.training.settings import TrainSettings
 from timm_ext.training.ties import make_tie
@@ -37,9 +39,11 @@ class Learner:
         objective: see `Trainer.fit`.
         settings: likewise.
         total: steps at most.
+        task: of the data, where it is known; it decides the loss unless the objective does.
 
     Attributes:
         schedule: of the learning rates.
+        loss: of logits and targets.
         columns: names of the learning rates in logs.
         stop: whether a signal came to one of several processes in the last step.
     """
@@ -52,13 +56,16 @@ class Learner:
         objective: Objective,
         settings: TrainSettings,
         total: int,
+        task: Task | None = None,
     ) -> None:
         self.fabric, self.model, self.objective, self.settings = fabric, model, objective, settings
         self.columns = rate_columns(groups)
         self.stop = False
-        self._adam = torch.optim.Adam(groups, lr=settings.lr)
+        fused = True if fabric.device.type == "cpu" else None  # one pass over the memory in place of ten
+        self._adam = torch.optim.Adam(groups, lr=settings.lr, fused=fused)
         self.schedule = Schedule(self._adam, settings, total)
         self._module, self._optimizer = fabric.setup(model, self._adam)
+        self.loss = objective.loss or loss_of(task)
         self._tie = make_tie(model, objective.tied, settings)
         self._frozen = frozen_digest(model)
 
@@ -77,25 +84,22 @@ class Learner:
         torch.manual_seed(dropout_seed(self.settings.seed, step, self.fabric.global_rank))
         images, targets = self.fabric.to_device((batch["image"], batch["target"]))
         self._optimizer.zero_grad(set_to_none=True)
-        logits = self._tie.forward(self._module, images, step)
-        if not isinstance(logits, Tensor) or logits.shape != targets.shape:
-            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise InputError(f"training: expected logits {list(targets.shape)} from the network (got {got})")
-        loss = self.objective.loss(logits, targets)
-        value = self._mean_and_stop(loss)
-        if not math.isfinite(value):
-            raise InputError(
-                f"training: the loss is {value} at step {step + 1} (cases {', '.join(batch['id'])}); "
-                f"{self._advice()}"
-            )
-        self.fabric.backward(loss + self._tie.penalty() + self.objective.penalty(step))
+        with layers_on(self.fabric.device, self.settings.fast_layers):
+            loss = self._loss(images, targets, step)
+            value = self._mean_and_stop(loss)
+            if not math.isfinite(value):
+                raise InputError(
+                    f"training: the loss is {value} at step {step + 1} (cases {listed(batch['id'])}); "
+                    f"{self._advice()}"
+                )
+            self.fabric.backward(loss + self._tie.penalty() + self.objective.penalty(step))
         hold_back(self._adam, step)
         self._optimizer.step()
         self.schedule.after_step()
         return value
 
     def state(self) -> dict[str, Any]:
-        """Return what the next step depends on, but for the data: parts of a `SavedRun`."""
+        """Return what the next step depends on, but for the data: parts of a `SavedTraining`."""
         return {
             "frozen": self._frozen,
             "weights": weights_of(self.model),
@@ -105,7 +109,7 @@ class Learner:
             "start": self._tie.start,
         }
 
-    def check(self, saved: SavedRun, where: object) -> None:
+    def check(self, saved: SavedTraining, where: object) -> None:
         """Refuse the state of another network, or of another training of it.
 
         Raises:
@@ -130,13 +134,16 @@ class Learner:
                 f"{where}: expected the loss scaling {listed(scaler) or 'none'} (got {listed(saved.scaler)})"
             )
 
-    def restore(self, saved: SavedRun, where: object) -> None:
+    def restore(self, saved: SavedTraining, where: object) -> None:
         """Take over a state that fits."""
         restore_weights(self.model, saved.weights, where)
         self._tie.restore(saved.start)
         self._adam.load_state_dict(dict(saved.optimizer))
         self.fabric.strategy.precision.load_state_dict(saved.scaler)
         self.schedule.load_state_dict(saved.schedule, saved.step)
+
+    def _loss(self, images: Tensor, targets: Tensor, step: int) -> Tensor:
+        return over_heads(self.loss, self._tie.forward(self._module, images, step), targets)
 
     def _mean_and_stop(self, loss: Tensor) -> float:
         """Return the mean loss over all processes; let them agree whether this step is the last for now."""
@@ -149,7 +156,11 @@ class Learner:
         return mean[0].item()
 
     def _advice(self) -> str:
-        if self.fabric.device.type == "cpu" and self.settings.precision != "32-true":
+        half = self.fabric.device.type == "cpu" and self.settings.precision != "32-true"
+        if half and not self.settings.fast_layers:
             # oneDNN's bfloat16 weight gradient of a 2³ grid reads memory that nobody wrote (torch 2.13.0).
-            return "use precision=32-true on a CPU, where half precision can give NaN on the coarsest grids"
+            return (
+                "use fast_layers=true or precision=32-true on a CPU, where PyTorch's half precision can give "
+                "NaN on the coarsest grids"
+            )
         return "check these cases or lower the learning rate"

@@ -22,7 +22,7 @@ EVENTS_NAME = "tensorboard"
 _WHOLE = ("step", "epoch")
 
 
-class RunLog:
+class TrainingLog:
     """Appends rows to `log.csv`, whose bytes are a function of the run alone: times are kept elsewhere.
 
     Args:

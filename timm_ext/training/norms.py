@@ -9,7 +9,7 @@ from timm_ext.errors import InputError
 from timm_ext.inference import fitting_size
 from timm_ext.modes import evaluating, in_mode
 from timm_ext.networks.registry import size_divisor_of
-from timm_ext.parameters import is_norm
+from timm_ext.parameters import is_norm, slots_of
 from timm_ext.training.settings import TrainSettings
 
 Shape = tuple[int, ...]
@@ -77,11 +77,12 @@ def _refusal(model: nn.Module, shape: Shape) -> ValueError | None:
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             mode = FakeTensorMode(allow_non_fake_inputs=True)
-            tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-            values: dict[str, Tensor] = {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
+            values: dict[str, Tensor] = {name: mode.from_tensor(one) for name, one in slots_of(model)}
             with mode:
                 # Called with tensors for its own: a batch norm counts its steps and moves its statistics.
-                torch.func.functional_call(model, values, (torch.empty(shape, device=device),))
+                image = torch.empty(shape, device=device)
+                # A layer under several names has its tensors by the first one alone.
+                torch.func.functional_call(model, values, (image,), tie_weights=False)
     except InputError:
         raise
     except ValueError as error:

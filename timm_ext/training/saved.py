@@ -70,7 +70,7 @@ class SavedData(_Part):
     validation: Facts | None
 
 
-class SavedRun(_Part):
+class SavedTraining(_Part):
     """All that the next step of a run depends on; see `History` for what is observed and timed.
 
     Attributes:
@@ -103,7 +103,7 @@ class SavedRun(_Part):
     start: Tensors
 
     @model_validator(mode="after")
-    def _agrees_with_itself(self) -> "SavedRun":
+    def _agrees_with_itself(self) -> "SavedTraining":
         step = self.step
         if self.best is not None and not 0 < self.best.step <= step:
             raise ValueError(f"the best weights are of step {self.best.step} of {step}")
@@ -173,13 +173,15 @@ def check_data(saved: SavedData, own: Mapping[str, Facts | None], where: object)
     counts, now = [then.get("count", 0) for _, then, _ in both], [here.get("count", 0) for *_, here in both]
     changes = [f"{name} set: {change}" for name, then, here in both for change in _changes(then, here)]
     if counts != now:
-        detail = f": {'; '.join(changes)}" if changes else ""
+        detail = f": {listed(changes, separator='; ')}" if changes else ""
         raise InputError(
             f"{where}: expected {counts} training and validation cases, as before the interruption "
             f"(got {now}{detail})"
         )
     if changes:
-        raise InputError(f"{where}: expected the data of before the interruption (got {'; '.join(changes)})")
+        raise InputError(
+            f"{where}: expected the data of before the interruption (got {listed(changes, separator='; ')})"
+        )
 
 
 def _changes(then: Facts, now: Facts) -> Iterator[str]:
@@ -208,7 +210,7 @@ def _digests(identity: Facts) -> dict[str, list[Any]]:
     return found
 
 
-def check_rows(rows: list[Row], saved: SavedRun, where: object) -> None:
+def check_rows(rows: list[Row], saved: SavedTraining, where: object) -> None:
     """Compare a log with the state it belongs to.
 
     Raises:

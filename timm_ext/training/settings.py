@@ -49,15 +49,20 @@ class TrainSettings:
         validate_every: steps between validations; None is once an epoch.
         keep: return the weights with the lowest validation loss (`best`) or those of the last step (`last`).
             Without validation cases it is always the last.
+        head: what the heads start as: `given`, as the network comes, which is at random unless it was trained
+            for the same regions; `fitted` to the training cases before the first step
+            (`timm_ext.transfer.head`).
         patch: edges D, H, W of the patches that are trained on, None for whole volumes; validation then
             uses a sliding window of this size. The data set cuts the patches.
         augment: whether the training examples are turned, scaled, mirrored and recoloured at random
             (`timm_ext.data.augment`).
-        precision: `32-true`, `bf16-mixed` or `16-mixed`; the last two are for GPUs.
+        precision: `32-true`, `bf16-mixed` or `16-mixed`; the last is for GPUs, `bf16-mixed` also for CPUs
+            with AMX or AVX512-BF16 (others compute in float32, with a warning).
+        fast_layers: train and validate on a CPU by `timm_ext.fast_layers`; elsewhere without effect.
         seed: decides the order of the examples, their augmentation and the dropout.
         accelerator: `auto`, `cpu`, `cuda`, ... (Lightning Fabric).
         devices: number of devices of this machine; under torchrun its number of processes holds instead.
-        workers: processes that load data; 0 loads in the training process.
+        workers: processes that load data; 0 loads in a thread of the training process.
         save_every: steps between states saved for a resume; None saves at every validation.
         tensorboard: write TensorBoard events beside the CSV log.
         l2_transfer: weight λ of L2-transfer, λ ‖θ − θ_start‖² in the loss; 0 is without. It acts, as
@@ -75,9 +80,11 @@ class TrainSettings:
     stop_patience: Steps | None = 50
     validate_every: Steps | None = None
     keep: Literal["best", "last"] = "best"
+    head: Literal["given", "fitted"] = "given"
     patch: Edges | None = None
     augment: Flag = True
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    fast_layers: Flag = True
     seed: Seed = 0
     accelerator: str = "auto"
     devices: Annotated[int, whole(1, MOST_WORKERS)] = 1
@@ -125,14 +132,16 @@ class TrainSettings:
     def check_resume(self, saved: dict[str, Any], where: object) -> None:
         """Refuse to continue a run under settings that would have changed it.
 
-        A longer or shorter budget of steps is allowed unless the schedule depends on it.
+        A longer or shorter budget of steps is allowed unless the schedule depends on it. Settings that do not
+        say `fast_layers` or `head` are of a run without.
 
         Raises:
             InputError: settings differ; all of them are named.
         """
         free = _FREE_ON_RESUME | ({"steps", "epochs"} if self.schedule != "cosine" else set())
         now = {name: value for name, value in self.to_dict().items() if name not in free}
-        check_facts({name: saved.get(name) for name in now}, now, where)
+        before = {"fast_layers": False, "head": "given", **saved}
+        check_facts({name: before.get(name) for name in now}, now, where)
 
 
 def check_facts(saved: dict[str, Any], now: dict[str, Any], where: object) -> None:

@@ -3,10 +3,13 @@
 import hashlib
 import io
 import struct
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from timm_ext.errors import InputError
 from timm_ext.files import atomic_write, reading
@@ -40,14 +43,98 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     Raises:
         InputError: the folder cannot be written or the disk is full; the state before it stays.
     """
-    # PyTorch's own writer reports a full disk as a RuntimeError with a C++ trace.
-    buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **state}, buffer)
-    content = bytearray(buffer.getbuffer())
-    content[-2:] = _DIGEST.to_bytes(2, "little")
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        file.write(content)
-        file.write(hashlib.sha256(content).hexdigest().encode())
+        archive = _Archive(file)
+        torch.save({"format": FORMAT, **state}, archive)  # type: ignore[arg-type]
+        archive.finish()
+
+
+class StateWriter:
+    """Writes states one after the other in a thread, while training goes on.
+
+    Args:
+        path: of the file; it holds the state before until the next one is whole.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._pool = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+
+    def write(self, state: dict[str, Any]) -> None:
+        """Copy a state and begin to write it, once the one before is written.
+
+        Raises:
+            InputError: the one before could not be written; see `save_state`.
+        """
+        self.finish()
+        self._writing = self._pool.submit(save_state, self._path, tree_map(_copied, state))
+
+    def finish(self) -> None:
+        """Wait until all states are on the disk.
+
+        Raises:
+            InputError: the last one could not be written; see `save_state`.
+        """
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+    def close(self) -> None:
+        """Wait for what is being written, and end the thread."""
+        self._pool.shutdown()
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+
+class _Archive:
+    """A file that PyTorch writes a zip archive to: passed on and hashed piece by piece, without a copy.
+
+    The last two bytes, the length of the archive's comment, wait for `finish`.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._digest = file, hashlib.sha256()
+        self._last = b""
+        self._failure: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Take a piece; a failure waits for `finish`, since PyTorch's writer would hide its reason."""
+        piece = memoryview(data).cast("B")
+        if self._failure is None:
+            try:
+                self._pass_on(piece)
+            except OSError as error:
+                self._failure = error
+        return len(piece)
+
+    def flush(self) -> None:
+        """Do nothing: the file is brought to the disk when it is whole."""
+
+    def finish(self) -> None:
+        """Write the length of the comment, and as the comment the digest of all before it.
+
+        Raises:
+            OSError: something could not be written.
+        """
+        if self._failure is not None:
+            raise self._failure
+        self._add(_DIGEST.to_bytes(2, "little"))
+        self._file.write(self._digest.hexdigest().encode())
+
+    def _pass_on(self, piece: memoryview) -> None:
+        if len(piece) < 2:
+            piece = memoryview(self._last + bytes(piece))
+        else:
+            self._add(self._last)
+        self._last = bytes(piece[-2:])
+        self._add(piece[:-2])
+
+    def _add(self, piece: bytes | memoryview) -> None:
+        self._digest.update(piece)
+        self._file.write(piece)
 
 
 def load_state(path: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Training that stays near its starting weights: L2-transfer and drop-transfer."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from torch.func import functional_call
 from timm_ext.data.noise import keyed_generator
 from timm_ext.errors import InputError, listed
 from timm_ext.layout import Entry, Layout
-from timm_ext.parameters import named_parameters
+from timm_ext.parameters import named_parameters, slots_of
 from timm_ext.training.settings import TrainSettings
 
 
@@ -59,12 +59,11 @@ class Tie:
         if not self._rate or not self._parameters:
             return module(images)
         masks = self._masks(step)
-        mixed = {
+        mixed: dict[Tensor, Tensor] = {
             value: torch.lerp(self.start[name], value, masks[name].to(value))
             for name, value in self._parameters.items()
         }
-        named = {place: mixed[value] for place, value in _places(module) if value in mixed}
-        # A module that is registered twice, as Fabric's wrapper does, must be swapped and restored once.
+        named = {place: mixed[value] for place, value in slots_of(module) if value in mixed}
         return functional_call(module, named, (images,), tie_weights=False)
 
     def restore(self, start: Mapping[str, Tensor]) -> None:
@@ -100,14 +99,6 @@ def make_tie(model: nn.Module, names: Collection[str] | None, settings: TrainSet
         raise InputError(f"tied: expected names of the model's parameters (got {listed(unknown)})")
     trained = [name for name in names if parameters[name].requires_grad]
     return Tie(model, trained, settings)
-
-
-def _places(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Name each parameter in each module that holds it, modules under their first name."""
-    for path, inner in module.named_modules():
-        for name, value in inner._parameters.items():
-            if value is not None:
-                yield f"{path}.{name}" if path else name, value
 
 
 def _by_channel(values: Tensor, entry: Entry) -> Tensor:

@@ -9,28 +9,30 @@ from typing import Any
 from torch import nn
 
 from timm_ext.errors import InputError
+from timm_ext.layers import memory_on
 from timm_ext.system.locks import folder_lock
 from timm_ext.system.signals import watched
 from timm_ext.training.callbacks import Callback
 from timm_ext.training.device import launch, only_trained, reproducible
-from timm_ext.training.examples import Data, examine, region_names
+from timm_ext.training.examples import Data, examine, region_names, task_of
 from timm_ext.training.history import History
 from timm_ext.training.learner import Learner
+from timm_ext.training.loop import TrainingLoop
 from timm_ext.training.norms import check_norms
 from timm_ext.training.objective import Objective
 from timm_ext.training.parameter_groups import named_groups
-from timm_ext.training.run import Run
 from timm_ext.training.settings import TrainSettings
 
 
 class Trainer:
-    """Trains parameters of a module by Adam on the soft Dice loss, in a folder of its own.
+    """Trains parameters of a module by Adam on the loss of the data's task, in a folder of its own.
 
     The folder receives `settings.json`, `log.csv`, `tensorboard/` and `state.pt`. Every random number
     derives from the seed and the step (dropout), or the seed, epoch and index (order, augmentation); so a
     run that is killed at any point and resumed ends in the same weights and the same log, bit for bit, as
-    one that was not, with as many threads on the same machine: oneDNN's weight gradients and ATen's sums are
-    shared among threads. (On a GPU this holds as far as PyTorch's kernels are deterministic.)
+    one that was not, with as many threads on the same machine: ATen's sums and, where `timm_ext.fast_layers`
+    does not reach, oneDNN's weight gradients are shared among threads. (On a GPU this holds as far as
+    PyTorch's kernels are deterministic.)
 
     Args:
         settings: how to train.
@@ -57,7 +59,7 @@ class Trainer:
         Args:
             model: from `[B, C, D, H, W]` to logits `[B, R, D, H, W]`.
             data: without validation cases the training loss takes the place of the validation loss.
-            objective: what to make small; by default the soft Dice loss, and the ties of the settings.
+            objective: by default the loss of the data's task, and the ties of the settings.
             callbacks: what watches the run.
             parameter_groups: what to train: `{"params": parameters, "name": str, "lr": float, "start": int}`,
                 all but the first optional; `start` is the number of steps in which they do not move yet. All
@@ -76,18 +78,25 @@ class Trainer:
         """
         settings = self.settings
         groups = named_groups(model, parameter_groups, settings.lr)
-        regions, shapes = examine(data.train, "training set")
-        found, val_shapes = (regions, []) if data.val is None else examine(data.val, "validation set")
-        if found != regions:
+        outputs, shapes = examine(data.train, "training set")
+        found, val_shapes = (outputs, []) if data.val is None else examine(data.val, "validation set")
+        if found != outputs:
             raise InputError(
-                f"validation set: expected the {regions} regions of the training set (got {found})"
+                f"validation set: expected the {outputs} outputs of the training set (got {found})"
             )
         fabric = launch(settings)
         trained = [parameter for group in groups for parameter in group["params"]]
         alone = folder_lock(self.run_dir) if fabric.is_global_zero else nullcontext()
-        with watched((signal.SIGINT,)), alone, only_trained(model, trained), reproducible(fabric.device):
+        with (
+            watched((signal.SIGINT,)),
+            alone,
+            only_trained(model, trained),
+            reproducible(fabric.device),
+            memory_on(fabric.device, settings.fast_layers),
+        ):
             check_norms(model, shapes, val_shapes, settings, fabric.world_size)
             total = settings.total_steps(len(data.train))
-            learner = Learner(fabric, model, groups, objective or Objective(), settings, total)
-            names = region_names(data.train, regions)
-            return Run(self.run_dir, learner, data, names, callbacks, facts or {}).carry_out(resume)
+            task = task_of(data.train)
+            learner = Learner(fabric, model, groups, objective or Objective(), settings, total, task)
+            names = region_names(data.train, outputs)
+            return TrainingLoop(self.run_dir, learner, data, names, callbacks, facts or {}).carry_out(resume)

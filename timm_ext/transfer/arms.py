@@ -26,6 +26,7 @@ KUMAR = (
     "Kumar et al., Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution, "
     "ICLR 2022"
 )
+YOU = "You et al., LogME: Practical Assessment of Pre-trained Models for Transfer Learning, ICML 2021"
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class Arm:
             that it must be one of those (`Merge.uniform`): all sources, with or without Fishers.
         adaptation: None goes from the merge to fine-tuning.
         tuning: of the whole network.
+        by_evidence: in place of the merge, the one source model is taken whose heads, fitted to the training
+            cases, have the highest evidence, with these heads (`timm_ext.transfer.run.settled`).
 
     Raises:
         InputError: ratios are to be learned over another merge.
@@ -92,6 +95,7 @@ class Arm:
     merge: Merge
     adaptation: Adaptation | None = None
     tuning: FineTuning = field(default_factory=FineTuning)
+    by_evidence: bool = False
 
     def __post_init__(self) -> None:
         if self.learns_ratios and not self.merge.uniform:
@@ -107,7 +111,12 @@ class Arm:
 
     @property
     def learns(self) -> bool:
-        """Whether data make the initialisation: an adaptation, or ratios that fine-tuning learns."""
+        """Whether data make the initialisation: a choice, an adaptation, or ratios fine-tuning learns."""
+        return self.by_evidence or self.trains
+
+    @property
+    def trains(self) -> bool:
+        """Whether steps are taken for the initialisation."""
         return self.adaptation is not None or self.tuning.weight_pull > 0
 
     @property
@@ -121,6 +130,13 @@ RATIOS = Adaptation()
 RATIOS_BY_KERNEL = Adaptation(granularity="kernel")
 
 ARMS: tuple[Arm, ...] = (
+    Arm(
+        "best-by-evidence",
+        "Best source by evidence, fitted head",
+        f"{YOU}: the source t of the largest evidence log p(Y | φ_t(X)), logistic heads",
+        transfer(1),
+        by_evidence=True,
+    ),
     Arm(
         "mean-imm-probe",
         "Mean-IMM, linear probe first",

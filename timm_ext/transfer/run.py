@@ -1,16 +1,20 @@
 """From an initialised network to a trained one: adaptation, fine-tuning, or one after the other."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from timm_ext.merging import MergedModel
 from timm_ext.training.history import History
 from timm_ext.transfer.adapt import Adapted, adapt, warm_up
+from timm_ext.transfer.head import fit_head
 from timm_ext.transfer.session import Session
 from timm_ext.transfer.settings import AdaptSettings
 from timm_ext.transfer.start import Start
 from timm_ext.transfer.tune import fine_tune, tune_merged
+
+OWN = "start"
+"""Under which the evidence of a start without alternatives stands."""
 
 
 @dataclass(frozen=True)
@@ -18,11 +22,13 @@ class Learned:
     """What came of a start.
 
     Attributes:
+        start: with what the cases decided of it.
         network: the plain network.
         histories: of the trainings, in order.
         adapted: how ratios were learned; None where none were.
     """
 
+    start: Start
     network: nn.Module
     histories: tuple[History, ...]
     adapted: Adapted | None = None
@@ -41,6 +47,8 @@ def run(
     network these alone (`warm_up`). Fine-tuning trains everything: a merged model with an offset while its
     ratios are learned (`tune_merged`), any other as the plain network that it is or folds into (`fine_tune`).
 
+    What the training cases decide of the start is decided before (`settled`).
+
     Args:
         start: see `start_from`.
         adaptation: the first training; None leaves it out.
@@ -50,6 +58,8 @@ def run(
     Raises:
         InputError: as for the four functions.
     """
+    if (first := adaptation or tuning) is not None:
+        start = settled(start, first)
     model, histories, adapted = start.model, [], None
     if adaptation is not None and isinstance(model, MergedModel):
         adapted = adapt(model, adaptation, options)
@@ -63,4 +73,29 @@ def run(
         model, history = fine_tune(model, tuning, tied=start.split.shared)
         histories.append(history)
     network = model.fold() if isinstance(model, MergedModel) else model
-    return Learned(network, tuple(histories), adapted)
+    return Learned(start, network, tuple(histories), adapted)
+
+
+def settled(start: Start, session: Session) -> Start:
+    """Decide what the training cases decide of a start: heads that are to be fitted, and the source.
+
+    Of alternatives that is taken whose fitted heads have the highest evidence, the first of equals, with
+    these heads. A start that is settled already is returned as it is.
+
+    Args:
+        start: its model gets the heads in place.
+        session: the first training; its `settings.head` says whether the heads of a single model are fitted.
+
+    Raises:
+        InputError: as for `fit_head`.
+    """
+    if start.evidence or not (start.alternatives or session.settings.head == "fitted"):
+        return start
+    fits = {}
+    for name, model in (start.alternatives or {OWN: start.model}).items():
+        plain = model.fold() if isinstance(model, MergedModel) else model
+        fits[name] = fit_head(plain, session.data.train, session.settings)
+    best = max(fits, key=lambda name: fits[name].evidence)
+    model = start.alternatives.get(best, start.model)
+    fits[best].put(model)
+    return replace(start, model=model, evidence={name: found.evidence for name, found in fits.items()})

@@ -12,7 +12,7 @@ from timm_ext.data.dataset import CaseDataset
 from timm_ext.data.prepare import Prepared
 from timm_ext.data.tasks import Task
 from timm_ext.training.callbacks import Callback
-from timm_ext.training.examples import Data
+from timm_ext.training.examples import Data, LogitsOf
 from timm_ext.training.history import History
 from timm_ext.training.objective import Objective
 from timm_ext.training.settings import TrainSettings
@@ -72,6 +72,8 @@ def make_data(
     settings: TrainSettings,
     *,
     in_memory: bool = True,
+    flip_axes: tuple[int, ...] = AugmentSettings.flip_axes,
+    logits_of: LogitsOf | None = None,
 ) -> Data:
     """Turn prepared cases into a training set as the settings want it and a validation set of whole volumes.
 
@@ -81,6 +83,8 @@ def make_data(
         task: says which regions become the targets' channels.
         settings: of the training.
         in_memory: hold all cases in memory instead of reading them for each sample; samples are the same.
+        flip_axes: axes of the images that augmentation mirrors.
+        logits_of: a network and whole validation volumes, see `Data`.
 
     Raises:
         InputError: there is no training case, or a case has no label.
@@ -89,8 +93,9 @@ def make_data(
         train_cases,
         task,
         patch=settings.patch,
-        augment=AugmentSettings() if settings.augment else None,
+        augment=AugmentSettings(flip_axes=flip_axes) if settings.augment else None,
         seed=settings.seed,
         in_memory=in_memory,
     )
-    return Data(train_set, CaseDataset(val_cases, task, in_memory=in_memory) if val_cases else None)
+    val_set = CaseDataset(val_cases, task, in_memory=in_memory) if val_cases else None
+    return Data(train_set, val_set, logits_of)

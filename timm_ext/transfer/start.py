@@ -1,20 +1,22 @@
 """Target networks, and how they start from source networks."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from timm_ext.data.tasks import Task
-from timm_ext.errors import InputError
+from timm_ext.errors import InputError, listed
 from timm_ext.merging import Bank, Merge, MergedModel, anchored_logits
 from timm_ext.merging.initialise import build_initialisation, check_bank
+from timm_ext.merging.merge import transfer
 from timm_ext.networks.registry import build_network, config_of, heads_of
 from timm_ext.parameters import Split, split_parameters
 from timm_ext.transfer.arms import Adaptation, Arm, get_arm
 from timm_ext.transfer.settings import Recipe
 from timm_ext.transfer.sources import Sources
+from timm_ext.transfer.uses import TensorUse, uses_of
 
 _NOTHING_SHARED = Split((), ())
 
@@ -22,7 +24,7 @@ _NOTHING_SHARED = Split((), ())
 def new_network(name: str, options: Mapping[str, Any], task: Task, seed: int) -> nn.Module:
     """Build a network for a task, its weights a function of the seed."""
     return build_network(
-        name, in_channels=len(task.modalities), out_channels=len(task.regions), seed=seed, **options
+        name, in_channels=len(task.modalities), out_channels=len(task.output_names), seed=seed, **options
     )
 
 
@@ -39,10 +41,18 @@ class Start:
     Attributes:
         model: a `MergedModel` where ratios are learned, else a plain network.
         split: of the target network's parameters; without any nothing is shared with a source.
+        uses: what became of each of its tensors; empty where it did not start from source networks.
+        alternatives: for an arm that chooses one by evidence, the network started from each source by its
+            name, the first of which is `model`.
+        evidence: by the names of the alternatives, or that of `model` under its own; empty until heads were
+            fitted, see `timm_ext.transfer.run.settled`.
     """
 
     model: nn.Module
     split: Split = _NOTHING_SHARED
+    uses: tuple[TensorUse, ...] = ()
+    alternatives: Mapping[str, nn.Module] = field(default_factory=dict)
+    evidence: Mapping[str, float] = field(default_factory=dict)
 
 
 def start_from(
@@ -53,6 +63,7 @@ def start_from(
     recipe: Recipe,
     *,
     initial_logits: Tensor | None = None,
+    keep_heads: bool = False,
 ) -> Start:
     """Initialise a target network as an arm does; its task-specific parameters stay as they are.
 
@@ -65,12 +76,16 @@ def start_from(
         sources: None for an arm without any.
         recipe: how they are merged.
         initial_logits: where they are learned, see `MergedModel`.
+        keep_heads: the sources solve the target's task, and their heads and norms are merged, too.
 
     Raises:
-        InputError: as for `assemble_bank` and `initialise`.
+        InputError: as for `assemble_bank` and `initialise`; heads to be kept of other tasks.
     """
     arm = get_arm(arm) if isinstance(arm, str) else arm
     split = split_by(target, arm.merge, recipe)
+    if keep_heads:
+        _check_one_task(task, sources)
+        split = split_parameters(target, heads=(), transfer_norms=True)
     if arm.merge.needs_fisher and sources is not None and sources.fishers is None:
         sources.bank(target, task, split, unseen=recipe.unseen)  # networks that differ need no Fishers
         raise InputError(
@@ -82,7 +97,28 @@ def start_from(
         sources = in_order(sources, arm.merge, recipe)
         normalize = recipe.normalize or arm.merge.normalize
         bank = sources.bank(target, task, split, normalize=normalize, unseen=recipe.unseen)
-    return Start(initialise(arm, target, bank, recipe, initial_logits), split)
+    uses = uses_of(target, task, split, sources, bank, recipe.unseen)
+    if arm.by_evidence and bank is not None:
+        each = {
+            name: build_initialisation(transfer(number), target, bank)
+            for number, name in enumerate(bank.sources, 1)
+        }
+        return Start(each[bank.sources[0]], split, uses, each)
+    return Start(initialise(arm, target, bank, recipe, initial_logits), split, uses)
+
+
+def _check_one_task(task: Task, sources: Sources | None) -> None:
+    """Refuse to keep the heads of sources that have other outputs than the target.
+
+    Raises:
+        InputError: naming the first of them.
+    """
+    for name, other in zip(sources.names, sources.tasks, strict=True) if sources is not None else ():
+        if other.output_names != task.output_names:
+            raise InputError(
+                f"keep heads: expected sources with the outputs {listed(task.output_names)} (got "
+                f"{listed(other.output_names)} of {name})"
+            )
 
 
 def initialise(
@@ -105,11 +141,13 @@ def initialise(
         A `MergedModel` for an arm that learns ratios, otherwise a plain network.
 
     Raises:
-        InputError: as for `build_initialisation` and `MergedModel`.
+        InputError: as for `build_initialisation` and `MergedModel`; an arm that chooses by evidence.
     """
     arm = get_arm(arm) if isinstance(arm, str) else arm
     recipe = recipe or Recipe()
     check_bank(arm.merge, bank, arm.name)
+    if arm.by_evidence:
+        raise InputError(f"{arm.name}: expected cases to choose by (got none); start_from leaves that to run")
     if bank is None or not arm.learns_ratios:
         return build_initialisation(arm.merge, network, bank)
     if initial_logits is None and recipe.anchor != 0:

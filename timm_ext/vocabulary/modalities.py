@@ -1,7 +1,7 @@
 """The names of image modalities, in one table for data sets and for the input channels of networks."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from timm_ext.errors import InputError
 
@@ -62,6 +62,12 @@ def distinct_keys(names: Sequence[str], where: object) -> list[str]:
     return list(seen)
 
 
+def may_be(name: str, modality: str) -> bool:
+    """Whether a name that says no more than MRI is given to an image of a modality of MRI."""
+    known = {key for key in _SPELLINGS if key != "ct"}
+    return {*_words(name)} <= _FILLERS and bool(_words(name)) and modality_key(modality) in known
+
+
 def in_hounsfield_units(name: str) -> bool:
     """Whether a modality's intensities are Hounsfield units: water is 0, air −1000, in every scan.
 
@@ -72,5 +78,5 @@ def in_hounsfield_units(name: str) -> bool:
     return bool(words & _HOUNSFIELD_WORDS) and not words & _NUCLEAR_WORDS
 
 
-def _words(name: str) -> Iterable[str]:
+def _words(name: str) -> list[str]:
     return "".join(letter if letter.isalpha() else " " for letter in name.lower()).split()

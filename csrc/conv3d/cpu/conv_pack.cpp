@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <cstring>
 
 #include "conv3d/cpu/conv_square.h"
+#include "math/half.h"
 #include "math/shuffle.h"
 #include "math/simd.h"
 
@@ -21,10 +23,23 @@ int64_t first_point(int64_t position, int64_t stride, int64_t count) {
   return std::min(round_up(std::max<int64_t>(position, 0), stride) / stride, count);
 }
 
+float value_of(float x) { return x; }
+float value_of(math::BFloat16 x) { return math::to_float(x); }
+
+FloatQuad load_quad(const float* from) { return math::load<FloatQuad>(from); }
+FloatQuad load_quad(const math::BFloat16* from) {
+  typedef uint16_t Halves __attribute__((vector_size(8)));
+  typedef uint32_t Bits __attribute__((vector_size(16)));
+  Halves halves;
+  std::memcpy(&halves, from, sizeof(halves));
+  return (FloatQuad)(__builtin_convertvector(halves, Bits) << 16);
+}
+
 /// What the lanes of a row's points are read from: four channels at a time, since channels often lie a multiple of a
 /// cache's size apart, where it holds eight lines at most.
+template <class S>
 struct Lanes {
-  const float* from[kUnitValues];
+  const S* from[kUnitValues];
 
   /// to[point, lane] = from[lane][point].
   void transpose(int64_t lanes, int64_t points, float* to) const {
@@ -32,21 +47,22 @@ struct Lanes {
       int64_t q = 0;
       for (; q + 4 <= points; q += 4) {
         FloatQuad four[4];
-        for (int k = 0; k < 4; ++k) four[k] = math::load<FloatQuad>(from[lane + k] + q);
+        for (int k = 0; k < 4; ++k) four[k] = load_quad(from[lane + k] + q);
         math::transpose(four);
         for (int k = 0; k < 4; ++k) math::store(to + (q + k) * lanes + lane, four[k]);
       }
       for (; q < points; ++q) {
-        for (int k = 0; k < 4; ++k) to[q * lanes + lane + k] = from[lane + k][q];
+        for (int k = 0; k < 4; ++k) to[q * lanes + lane + k] = value_of(from[lane + k][q]);
       }
     }
   }
 };
 
 /// The channels of a block of one example: [channels, planes, rows, columns].
+template <class S>
 class Channels {
  public:
-  Channels(const float* first, int64_t channels, const int64_t (&size)[3], int64_t halves, int64_t half_planes)
+  Channels(const S* first, int64_t channels, const int64_t (&size)[3], int64_t halves, int64_t half_planes)
       : first_(first),
         channels_(channels),
         size_(size),
@@ -56,11 +72,11 @@ class Channels {
 
   /// The columns [begin, end) of a row of all halves, as to[column, lanes]; zeros outside.
   void read(int64_t plane, int64_t row, int64_t begin, int64_t end, int64_t lanes, float* to) const {
-    Lanes from;
+    Lanes<S> from;
     for (int64_t half = 0; half < halves_; ++half) {
       const int64_t d = plane + half * half_planes_;
       const bool there = d >= 0 && d < size_[0] && row >= 0 && row < size_[1];
-      const float* channel = first_ + (d * size_[1] + row) * size_[2] + begin;
+      const S* channel = first_ + (d * size_[1] + row) * size_[2] + begin;
       for (int64_t lane = half; lane < lanes; lane += halves_, channel += size_[0] * size_[1] * size_[2]) {
         from.from[lane] = there && lane < channels_ * halves_ ? channel : zeros_.data();
       }
@@ -69,12 +85,12 @@ class Channels {
   }
 
  private:
-  const float* first_;
+  const S* first_;
   int64_t channels_;
   const int64_t (&size_)[3];
   int64_t halves_;
   int64_t half_planes_;  // from a half to the other
-  std::vector<float> zeros_;
+  std::vector<S> zeros_;
 };
 
 /// Whether taking planes and rows in pairs is possible, and pays: of few, packing takes what it saves.
@@ -137,7 +153,8 @@ ConvTap ConvLayout::tap_at(const ConvShape& s, const std::array<int64_t, 3>& at)
   return tap;
 }
 
-void pack_grad(const ConvShape& s, const ConvLayout& layout, WriteForms write_forms, const float* grad, float* packed,
+template <class S>
+void pack_grad(const ConvShape& s, const ConvLayout& layout, WriteForms write_forms, const S* grad, float* packed,
                int64_t slab, int64_t first_row, int64_t last_row) {
   const int64_t channel = s.out[0] * s.out[1] * s.out[2], point = layout.grad_point();
   const int64_t channels = point / layout.halves, row = layout.grad_row(s);
@@ -145,8 +162,8 @@ void pack_grad(const ConvShape& s, const ConvLayout& layout, WriteForms write_fo
   const float* rows[4];
   for (int64_t k = 0; k < 4; ++k) rows[k] = memory.data() + k * row;
   for (int64_t block = 0; block < layout.grad_blocks(); ++block) {
-    const Channels from(grad + block * channels * channel, std::min(channels, s.outputs - block * channels), s.out,
-                        layout.halves, layout.planes * (layout.pairs ? 2 : 1));
+    const Channels<S> from(grad + block * channels * channel, std::min(channels, s.outputs - block * channels), s.out,
+                           layout.halves, layout.planes * (layout.pairs ? 2 : 1));
     float* to = packed + block * layout.grad_block(s) + (first_row - slab) * row;
     for (int64_t r = first_row; r < last_row; ++r, to += row) {
       const int64_t d = r / layout.rows, h = r % layout.rows;
@@ -162,7 +179,8 @@ void pack_grad(const ConvShape& s, const ConvLayout& layout, WriteForms write_fo
   }
 }
 
-void pack_input(const ConvShape& s, const ConvLayout& layout, WriteForms write_forms, const float* input, float* packed,
+template <class S>
+void pack_input(const ConvShape& s, const ConvLayout& layout, WriteForms write_forms, const S* input, float* packed,
                 int64_t slab, int64_t first_row, int64_t last_row) {
   const int64_t channel = s.in[0] * s.in[1] * s.in[2], point = layout.input_point();
   const int64_t channels = point / layout.halves, row = layout.input_row();
@@ -170,8 +188,8 @@ void pack_input(const ConvShape& s, const ConvLayout& layout, WriteForms write_f
   inside(s.in[2], -s.padding[2], layout.size[2], first, last);
   std::vector<float> memory(layout.pairs ? kForms * kForms * row : 0);
   for (int64_t block = 0; block < layout.input_blocks(); ++block) {
-    const Channels from(input + block * channels * channel, std::min(channels, s.inputs - block * channels), s.in,
-                        layout.halves, layout.planes * (layout.pairs ? 2 : s.stride[0]));
+    const Channels<S> from(input + block * channels * channel, std::min(channels, s.inputs - block * channels), s.in,
+                           layout.halves, layout.planes * (layout.pairs ? 2 : s.stride[0]));
     const auto read = [&](int64_t d, int64_t h, float* to) {
       std::fill(to, to + first * point, 0.0f);
       from.read(d - s.padding[0], h - s.padding[1], first - s.padding[2], last - s.padding[2], point,
@@ -197,6 +215,15 @@ void pack_input(const ConvShape& s, const ConvLayout& layout, WriteForms write_f
     }
   }
 }
+
+template void pack_grad(const ConvShape&, const ConvLayout&, WriteForms, const float*, float*, int64_t, int64_t,
+                        int64_t);
+template void pack_grad(const ConvShape&, const ConvLayout&, WriteForms, const math::BFloat16*, float*, int64_t,
+                        int64_t, int64_t);
+template void pack_input(const ConvShape&, const ConvLayout&, WriteForms, const float*, float*, int64_t, int64_t,
+                         int64_t);
+template void pack_input(const ConvShape&, const ConvLayout&, WriteForms, const math::BFloat16*, float*, int64_t,
+                         int64_t, int64_t);
 
 int64_t conv_sums_elements(const ConvLayout& layout, const ConvShape& s) {
   return layout.plane_taps * layout.row_taps * s.kernel[2] * layout.values * layout.inputs;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The lanes of vectors are outputs (and halves), a value of the input is broadcast to them; a block of outputs × inputs
-// is summed in registers, over a stretch of points that stays in the second-level cache. Compiled with fused
+// is summed in registers, over rows of points that stay in a cache. Compiled with fused
 // multiply-add where there is one: the bits hang on the instruction set, but not on the number of threads.
 #include <cstring>
 
@@ -12,39 +12,79 @@
 namespace timm_ext::cpu::TIMM_EXT_ISA {
 namespace {
 
-/// The planes of the kernel whose squares a unit writes.
-struct KernelPlanes {
-  int64_t first;
-  int64_t count;
+constexpr int64_t kRows = 1 << 12;      // elements of grad and input of a unit: they stay in the first-level cache
+constexpr int64_t kTogether = 1 << 16;  // elements of the sums of units that go through the rows together
+
+/// Sums and totals of a unit, [taps, vectors of values, inputs]: those of one example, and those of all.
+struct UnitSums {
+  static constexpr int64_t kTap = kUnitValues / kLanes * kUnitInputs;
+
+  explicit UnitSums(const ConvSquareProblem& p)
+      : planes(p.layout->pairs ? p.shape->kernel[0] : 1),
+        sum_taps((p.layout->pairs ? p.layout->plane_taps : 1) * p.layout->row_taps * p.shape->kernel[2]),
+        total_taps(planes * p.shape->kernel[1] * p.shape->kernel[2]) {}
+
+  int64_t vectors() const { return (sum_taps + total_taps) * kTap; }
+
+  /// Where those of a block begin.
+  template <class B>
+  static int64_t before(int64_t first_value, int64_t first_input) {
+    return first_value % kUnitValues / kLanes * kUnitInputs + first_input % kUnitInputs * B::kVectors;
+  }
+
+  int64_t planes;  // of the kernel
+  int64_t sum_taps;
+  int64_t total_taps;
 };
 
-/// Whole examples, their squares, or they themselves, added up before they are written.
-struct SquareExamples {
+/// A unit's part in the sums of whole examples: blocks × the planes of the kernel from `plane` on.
+struct SquareUnit {
   const ConvSquareProblem& p;
-  KernelPlanes planes;
+  const UnitSums& shape;
+  int64_t plane;
   V* memory;
 
   template <class B>
-  void run(int64_t first_value, int64_t first_input) const {
-    const ConvShape& s = *p.shape;
-    const int64_t columns = s.kernel[2], plane = s.kernel[1] * columns;
-    const int64_t plane_taps = p.layout->row_taps * columns;
-    const int64_t taps = (p.layout->pairs ? p.layout->plane_taps : 1) * plane_taps;
-    V* const totals = memory + taps * B::kSums;
-    std::memset(static_cast<void*>(memory), 0, (taps + planes.count * plane) * B::kSums * sizeof(V));
-    const Block<B> block(p, first_value, first_input);
-    for (int64_t b = 0; b < p.examples; ++b) {
-      block.add_taps(b, planes.first * plane_taps, planes.first * plane_taps + taps, memory);
-      if (!p.squared && b + 1 < p.examples) continue;
-      if (p.layout->pairs) block.combine(memory);
-      block.take(memory, planes.count, totals);
-    }
-    for (int64_t d = 0; d < planes.count; ++d) block.write(totals + d * plane * B::kSums, planes.first + d);
+  V* sums(int64_t first_value, int64_t first_input) const {
+    return memory + shape.sum_taps * UnitSums::before<B>(first_value, first_input);
   }
+  template <class B>
+  V* totals(int64_t first_value, int64_t first_input) const {
+    return memory + shape.sum_taps * UnitSums::kTap + shape.total_taps * UnitSums::before<B>(first_value, first_input);
+  }
+};
 
-  static int64_t vectors(const ConvSquareProblem& p) {
-    const int64_t planes = p.layout->pairs ? p.layout->plane_taps : 1;
-    return planes * (p.layout->row_taps + p.shape->kernel[1]) * p.shape->kernel[2] * 2 * kUnitInputs;
+struct AddRows : SquareUnit {
+  int64_t example;
+  int64_t first_row;
+  int64_t last_row;
+
+  template <class B>
+  void run(int64_t first_value, int64_t first_input) const {
+    const int64_t first = plane * shape.sum_taps;
+    Block<B>(p, first_value, first_input)
+        .add_taps(example, first_row, last_row, first, first + shape.sum_taps, sums<B>(first_value, first_input));
+  }
+};
+
+/// An example, or all of them: squares, or they themselves, are added to the totals.
+struct TakeExample : SquareUnit {
+  template <class B>
+  void run(int64_t first_value, int64_t first_input) const {
+    const Block<B> block(p, first_value, first_input);
+    V* const from = sums<B>(first_value, first_input);
+    if (p.layout->pairs) block.combine(from);
+    block.take(from, shape.planes, totals<B>(first_value, first_input));
+  }
+};
+
+struct WriteTotals : SquareUnit {
+  template <class B>
+  void run(int64_t first_value, int64_t first_input) const {
+    const int64_t step = shape.total_taps / shape.planes * B::kSums;
+    const V* const from = totals<B>(first_value, first_input);
+    const Block<B> block(p, first_value, first_input);
+    for (int64_t d = 0; d < shape.planes; ++d) block.write(from + d * step, plane + d);
   }
 };
 
@@ -65,7 +105,7 @@ struct AddSlab {
   void run(int64_t first_value, int64_t first_input) const {
     const int64_t taps = p.layout->row_taps * p.shape->kernel[2];
     V* const sums = slab_sums<B>(p, first_value, first_input) + plane * taps * B::kSums;
-    Block<B>(p, first_value, first_input).add_taps(0, plane * taps, (plane + 1) * taps, sums);
+    Block<B>(p, first_value, first_input).add_taps(0, 0, p.rows, plane * taps, (plane + 1) * taps, sums);
   }
 };
 
@@ -138,17 +178,35 @@ void run_unit(const Task& task, int64_t unit) {
   }
 }
 
+/// Some units, all of whose sums stay in a cache while the rows go through it once.
+void square_units(const ConvSquareProblem& p, const UnitSums& shape, int64_t first_unit, int64_t last_unit, V* memory) {
+  const int64_t kernel_planes = p.layout->pairs ? 1 : p.shape->kernel[0];
+  const int64_t row = p.shape->out[2] * (p.layout->grad_point() + p.layout->input_point() * p.shape->stride[2]);
+  const int64_t rows = p.layout->pairs ? p.rows : larger_of(kRows / row, 1);
+  std::memset(static_cast<void*>(memory), 0, (last_unit - first_unit) * shape.vectors() * sizeof(V));
+  const auto each_unit = [&](const auto& run) {
+    for (int64_t unit = first_unit; unit < last_unit; ++unit) {
+      const SquareUnit one{p, shape, unit % kernel_planes, memory + (unit - first_unit) * shape.vectors()};
+      run_unit(run(one), unit / kernel_planes);
+    }
+  };
+  for (int64_t b = 0; b < p.examples; ++b) {
+    for (int64_t first = 0; first < p.rows; first += rows) {
+      each_unit([&](const SquareUnit& unit) { return AddRows{unit, b, first, smaller_of(first + rows, p.rows)}; });
+    }
+    if (p.squared || b + 1 == p.examples) each_unit([](const SquareUnit& unit) { return TakeExample{unit}; });
+  }
+  each_unit([](const SquareUnit& unit) { return WriteTotals{unit}; });
+}
+
 }  // namespace
 
 void conv_square(const ConvSquareProblem& p, int64_t first_unit, int64_t last_unit) {
-  const Buffer<V> memory(SquareExamples::vectors(p));
-  const int64_t planes = p.shape->kernel[0];
-  for (int64_t unit = first_unit; unit < last_unit; ++unit) {
-    if (p.layout->pairs) {
-      run_unit(SquareExamples{p, {0, planes}, memory.get()}, unit);
-    } else {
-      run_unit(SquareExamples{p, {unit % planes, 1}, memory.get()}, unit / planes);
-    }
+  const UnitSums shape(p);
+  const int64_t together = larger_of(kTogether / kLanes / shape.vectors(), 1);
+  const Buffer<V> memory(smaller_of(together, last_unit - first_unit) * shape.vectors());
+  for (int64_t unit = first_unit; unit < last_unit; unit += together) {
+    square_units(p, shape, unit, smaller_of(unit + together, last_unit), memory.get());
   }
 }
 

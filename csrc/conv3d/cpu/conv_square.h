@@ -90,10 +90,13 @@ struct ConvLayout {
 /// Writes the forms of two by two rows of grad, or of four by four of the input, `form` elements apart.
 using WriteForms = void (*)(const float* const* rows, int64_t row, float* to, int64_t form);
 
-/// Packs rows [first_row, last_row) of one example, or pairs of them, of a slab that begins at row `slab`.
-void pack_grad(const ConvShape&, const ConvLayout&, WriteForms, const float* grad, float* packed, int64_t slab,
+/// Packs rows [first_row, last_row) of one example, or pairs of them, of a slab that begins at row `slab`; stored as
+/// S, float or bfloat16.
+template <class S>
+void pack_grad(const ConvShape&, const ConvLayout&, WriteForms, const S* grad, float* packed, int64_t slab,
                int64_t first_row, int64_t last_row);
-void pack_input(const ConvShape&, const ConvLayout&, WriteForms, const float* input, float* packed, int64_t slab,
+template <class S>
+void pack_input(const ConvShape&, const ConvLayout&, WriteForms, const S* input, float* packed, int64_t slab,
                 int64_t first_row, int64_t last_row);
 
 /// accumulator[o, i, tap] += scale Σ_b (Σ_points grad · input)², or += scale Σ_b Σ_points grad · input.

@@ -4,30 +4,22 @@
 #pragma once
 
 #include "conv3d/cpu/conv_square_rows.h"
+#include "conv3d/cpu/weight_block.h"
 #include "math/shuffle.h"
 
 namespace timm_ext::cpu::TIMM_EXT_ISA {
 
-constexpr int64_t kStretch = 1 << 17;  // elements of grad and input
+constexpr int64_t kStretch = 1 << 17;  // elements of the forms of grad and input
 
 TIMM_EXT_FN int64_t stretch_rows(const ConvSquareProblem& p) {
-  const int64_t point = p.layout->values + p.layout->inputs * p.layout->halves * p.shape->stride[2];
+  const int64_t point = p.layout->values + p.layout->inputs * p.layout->halves;
   const int64_t row = p.layout->forms() * p.shape->out[2] * point;
-  return row < kStretch ? kStretch / row : 1;
+  return p.layout->pairs ? larger_of(kStretch / row, 1) : p.rows;
 }
 
 TIMM_EXT_FN int64_t smallest(int64_t a, int64_t b, int64_t c) {
   const int64_t ab = a < b ? a : b;
   return ab < c ? ab : c;
-}
-
-/// to += scale · values, of which there are up to four.
-TIMM_EXT_FN void add_scaled(math::FloatQuad values, float scale, int64_t count, float* to) {
-  if (count == 4) {
-    math::store(to, math::load<math::FloatQuad>(to) + scale * values);
-  } else {
-    for (int64_t k = 0; k < count; ++k) to[k] += scale * values[k];
-  }
 }
 
 template <class B>
@@ -41,12 +33,13 @@ class Block {
         input_(p.input + first_input / kUnitInputs * p.layout->input_block() +
                first_input % kUnitInputs * p.layout->halves) {}
 
-  /// sums[taps, inputs, vectors] += Σ grad · input over the packed rows of an example.
-  void add_taps(int64_t example, int64_t first_tap, int64_t last_tap, V* sums) const {
+  /// sums[taps, inputs, vectors] += Σ grad · input over packed rows of an example.
+  void add_taps(int64_t example, int64_t first_row, int64_t last_row, int64_t first_tap, int64_t last_tap,
+                V* sums) const {
     const int64_t stretch = stretch_rows(p_), group = p_.layout->group;
-    for (int64_t row = 0, last = 0; row < p_.rows; row = last) {
+    for (int64_t row = first_row, last = 0; row < last_row; row = last) {
       const int64_t group_end = row / group * group + group;
-      last = smallest(row + stretch, group_end, p_.rows);
+      last = smallest(row + stretch, group_end, last_row);
       for (int64_t tap = first_tap; tap < last_tap; tap += B::kTaps) {
         add_products(example, p_.taps[tap], row, last, sums + (tap - first_tap) * B::kSums);
       }

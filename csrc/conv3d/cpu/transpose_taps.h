@@ -18,9 +18,15 @@ TIMM_EXT_FN void first_weights(const float* from, int64_t block, int64_t outputs
   }
 }
 
-/// g[tap · step + output] = from[output][tap] or, mirrored, from[output][taps - 1 - tap], of four taps or more.
+/// g[tap · step + output] = from[output][tap] or, mirrored, from[output][taps - 1 - tap].
 TIMM_EXT_FN void transpose_taps(const float* const (&from)[kTapOutputs], int64_t taps, bool mirrored, float* g,
                                 int64_t step) {
+  if (taps < 4) {
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      for (int64_t o = 0; o < kTapOutputs; ++o) g[tap * step + o] = from[o][mirrored ? taps - 1 - tap : tap];
+    }
+    return;
+  }
   for (int64_t o = 0; o < kTapOutputs; o += 4) {
     for (int64_t next = 0; next < taps; next += 4) {
       const int64_t first = next + 4 <= taps ? next : taps - 4;  // the last four may overlap those before

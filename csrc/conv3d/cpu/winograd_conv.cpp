@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The lanes of vectors are columns of the output. Rows are taken in pairs of planes × pairs of rows, whose inputs'
-// forms are made once and met by all outputs. Compiled with fused multiply-add where there is one: the bits hang on the
-// instruction set, but not on the number of threads.
+// The lanes of vectors are columns of the output. The forms of the inputs of some tile rows are made once and met by
+// all outputs. Compiled with fused multiply-add where there is one: the bits hang on the instruction set, but not on
+// the number of threads.
 #include <cstring>
+#include <type_traits>
 
 #include "conv3d/cpu/kernels.h"
 #include "conv3d/cpu/tile.h"
-#include "conv3d/cpu/winograd_forms.h"
+#include "conv3d/cpu/winograd_places.h"
 #include "cpu/buffer.h"
 #include "math/shuffle.h"
 
@@ -16,85 +17,71 @@ namespace {
 
 constexpr int64_t kChain = 16;  // channels of the input that are summed by themselves: long chains round more
 constexpr int kOutputs = kTileOutputs;
+constexpr int64_t kAhead = 6;           // channels of the input whose forms are fetched before they are met
+constexpr int kGroup = 2;               // vectors that are computed together, or one
+constexpr int64_t kManyInputs = 64;     // from which the weights of a form are worth reading once for some groups
+constexpr int64_t kGroupsTogether = 4;  // whose products stay in the second-level cache
 
-/// Where a vector of the output lies.
-struct Place {
-  int64_t pair;    // of rows, the first, among those of a tile
-  int64_t column;  // the first
-};
-
-/// Some rows of two planes of the output of one example.
-class Planes {
+/// Sums of products of weights and forms of the input, form by form.
+class Products {
  public:
-  Planes(const WinogradProblem& p, float* memory)
+  Products(const WinogradProblem& p, const WinogradTiling& tiling, const InputForms& forms, const Places& places)
       : s_(*p.shape),
-        p_(p),
-        tile_(s_),
-        row_groups_(winograd_row_groups(s_)),
-        plane_pairs_((s_.out[0] + 1) / 2),
-        channel_(s_.out[0] * s_.out[1] * s_.out[2]),
-        forms_(s_, tile_, memory) {}
+        weights_(p.forms),
+        block_(winograd_block_elements(s_)),
+        weight_form_(winograd_weight_form(s_)),
+        pitch_(tiling.pitch),
+        form_count_(tiling.forms()),
+        forms_(forms),
+        places_(places),
+        memory_(kGroupsTogether * kGroup * tiling.forms() * kOutputs) {}
 
-  void write(int64_t unit) const {
-    const int64_t first = unit % row_groups_ * kWinogradRows, last = smaller_of(first + kWinogradRows, s_.out[1]);
-    const int64_t plane = unit / row_groups_ % plane_pairs_ * 2, example = unit / row_groups_ / plane_pairs_;
-    const float* const input = p_.input + example * s_.inputs * s_.in[0] * s_.in[1] * s_.in[2];
-    float* const output = p_.output + example * s_.outputs * channel_;
-    for (int64_t row = first; row < last; row += 2 * tile_.pairs) {
-      forms_.make(input, plane, row);
-      for (int64_t o = 0; o < s_.outputs; o += kOutputs) write_rows(o, plane, row, output);
+  /// Vectors whose products are made at a time.
+  int64_t together() const { return kGroup * (s_.inputs >= kManyInputs ? kGroupsTogether : 1); }
+
+  /// Those of vectors [first, last) and of kOutputs channels of the output.
+  void make(int64_t first_output, int64_t first, int64_t last) const {
+    const float* weights = weights_ + first_output / kWinogradOutputs * block_ + first_output % kWinogradOutputs;
+    for (int64_t form = 0; form < form_count_; ++form, weights += weight_form_) {
+      V* to = memory_.get() + form * kOutputs * kGroup;
+      int64_t v = first;
+      for (; v + 2 <= last; v += 2, to += form_count_ * kOutputs * kGroup) {
+        if (places_.halves()) {
+          add_inputs<true, 2>(weights, form, v, to);
+        } else {
+          add_inputs<false, 2>(weights, form, v, to);
+        }
+      }
+      if (v == last) continue;
+      if (places_.halves()) {
+        add_inputs<true, 1>(weights, form, v, to);
+      } else {
+        add_inputs<false, 1>(weights, form, v, to);
+      }
     }
+  }
+
+  /// Of a vector and an output among those last made.
+  const V& at(int64_t form, int64_t output, int64_t vector) const {
+    const int64_t group = vector / kGroup;
+    return memory_.get()[((group * form_count_ + form) * kOutputs + output) * kGroup + vector % kGroup];
   }
 
  private:
-  /// All rows of a tile of some outputs.
-  void write_rows(int64_t first, int64_t plane, int64_t row, float* output) const {
-    const int64_t count = tile_.row_vectors * tile_.pairs / tile_.vector_rows;
-    for (int64_t v = 0; v < count; v += 2) {
-      if (v + 1 == count) {
-        write_vectors<1, false>({place(v)}, first, plane, row, output);
-      } else if (tile_.vector_rows == 2) {
-        write_vectors<2, true>({place(v), place(v + 1)}, first, plane, row, output);
-      } else {
-        write_vectors<2, false>({place(v), place(v + 1)}, first, plane, row, output);
-      }
-    }
-  }
-
-  Place place(int64_t v) const {
-    const int64_t column = smaller_of(v % tile_.row_vectors * kLanes, s_.out[2] - kLanes);
-    return {v / tile_.row_vectors * tile_.vector_rows, larger_of(0, column)};
-  }
-
-  template <int Vectors, bool Halves>
-  void write_vectors(const Place (&places)[Vectors], int64_t first, int64_t plane, int64_t row, float* output) const {
-    V products[kWinogradForms][kOutputs][Vectors];
-    const float* weights = p_.forms + first / kWinogradOutputs * winograd_block_elements(s_) + first % kWinogradOutputs;
-    const float* x[Vectors];  // from form to form
-    for (int v = 0; v < Vectors; ++v) x[v] = forms_.row(0, 0, places[v].pair) + places[v].column;
-    for (int64_t form = 0; form < kWinogradForms; ++form) {
-      for (int64_t i = 0; i < s_.inputs; i += kChain) {
-        V sums[kOutputs][Vectors] = {};
-        const int64_t inputs = smaller_of(kChain, s_.inputs - i);
-        weights = s_.kernel[2] == 3 ? add_channels<Halves, 3>(weights, inputs, x, sums)
-                                    : add_channels<Halves, 0>(weights, inputs, x, sums);
-        for (int o = 0; o < kOutputs; ++o) {
-          for (int v = 0; v < Vectors; ++v) {
-            products[form][o][v] = i == 0 ? sums[o][v] : products[form][o][v] + sums[o][v];
-          }
+  template <bool Halves, int Vectors>
+  void add_inputs(const float* weights, int64_t form, int64_t vector, V* to) const {
+    const float* x[Vectors];
+    for (int v = 0; v < Vectors; ++v) x[v] = forms_.form(form) + places_.at(vector + v);
+    for (int64_t i = 0; i < s_.inputs; i += kChain) {
+      V sums[kOutputs][Vectors] = {};
+      const int64_t inputs = smaller_of(kChain, s_.inputs - i);
+      weights = s_.kernel[2] == 3 ? add_channels<Halves, 3>(weights, inputs, x, sums)
+                                  : add_channels<Halves, 0>(weights, inputs, x, sums);
+      for (int o = 0; o < kOutputs; ++o) {
+        for (int v = 0; v < Vectors; ++v) {
+          V& sum = to[o * kGroup + v];
+          sum = i == 0 ? sums[o][v] : sum + sums[o][v];
         }
-      }
-    }
-    const int64_t outputs = smaller_of(kOutputs, s_.outputs - first);
-    for (int v = 0; v < Vectors; ++v) {
-      const int64_t first_row = row + 2 * places[v].pair;
-      for (int64_t o = 0; o < outputs; ++o) {
-        const auto product = [&](int form) { return products[form][o][v]; };
-        float* const to = output + (first + o) * channel_;
-        const V bias = p_.bias != nullptr ? math::broadcast(p_.bias + first + o) : V{};
-        V four[2][2];
-        combine(product, bias, four);
-        write_four(four, to + (plane * s_.out[1] + first_row) * s_.out[2] + places[v].column, plane, first_row);
       }
     }
   }
@@ -105,69 +92,123 @@ class Planes {
                             V (&sums)[kOutputs][Vectors]) const {
     const int64_t columns = Columns > 0 ? Columns : s_.kernel[2];
     for (int64_t i = 0; i < inputs; ++i, weights += columns * kWinogradOutputs) {
+      for (int v = 0; v < Vectors; ++v) __builtin_prefetch(x[v] + kAhead * forms_.line() + kLanes / 2);
       add_products(
           columns, [&](int64_t w, int o) { return math::broadcast(weights + w * kWinogradOutputs + o); },
           [&](int64_t w, int v) {
-            return Halves ? math::load_halves(x[v] + w, x[v] + tile_.pitch + w) : math::load<V>(x[v] + w);
+            return Halves ? math::load_halves(x[v] + w, x[v] + pitch_ + w) : math::load<V>(x[v] + w);
           },
           sums);
-      for (int v = 0; v < Vectors; ++v) x[v] += tile_.pairs * tile_.pitch;
+      for (int v = 0; v < Vectors; ++v) x[v] += forms_.line();
     }
     return weights;
   }
 
-  /// The outputs of two planes × two rows from the products of all forms.
-  template <class Product>
-  static TIMM_EXT_FN void combine(const Product& product, V bias, V (&to)[2][2]) {
-    V y[2][4];
-    for (int h = 0; h < 4; ++h) {
-      const V m0 = product(h), m1 = product(4 + h), m2 = product(8 + h), m3 = product(12 + h);
-      y[0][h] = m0 + m1 + m2;
-      y[1][h] = m1 - m2 - m3;
-    }
-    for (int d = 0; d < 2; ++d) {
-      to[d][0] = y[d][0] + y[d][1] + y[d][2] + bias;
-      to[d][1] = y[d][1] - y[d][2] - y[d][3] + bias;
+  const ConvShape& s_;
+  const float* weights_;
+  int64_t block_;
+  int64_t weight_form_;
+  int64_t pitch_;
+  int64_t form_count_;
+  const InputForms& forms_;
+  const Places& places_;
+  Buffer<V> memory_;  // [groups, forms, outputs, vectors of a group]
+};
+
+/// Units of work with these tiles.
+template <class Planes, class Rows>
+class Convolution {
+ public:
+  Convolution(const WinogradProblem& p, const WinogradTiling& tiling, float* memory)
+      : s_(*p.shape),
+        p_(p),
+        tiling_(tiling),
+        units_(p),
+        channel_(s_.out[0] * s_.out[1] * s_.out[2]),
+        forms_(s_, tiling, units_.rows, memory),
+        places_(s_, tiling, units_.rows),
+        products_(p, tiling, forms_, places_) {}
+
+  void write(int64_t unit) {
+    const int64_t first = unit / units_.parts * units_.rows, last = smaller_of(first + units_.rows, units_.all_rows);
+    for (int64_t r = first; r < last; ++r)
+      forms_.template make<Planes, Rows>(p_.input, WinogradTile(s_, tiling_, r), r - first);
+    places_.find(first, last);
+    const int64_t part = units_.part_blocks * kWinogradOutputs, begin = unit % units_.parts * part;
+    for (int64_t o = begin; o < smaller_of(begin + part, s_.outputs); o += kOutputs) write_outputs(o);
+  }
+
+ private:
+  void write_outputs(int64_t first) const {
+    const int64_t outputs = smaller_of(kOutputs, s_.outputs - first), together = products_.together();
+    for (int64_t v = 0; v < places_.count(); v += together) {
+      const int64_t last = smaller_of(v + together, places_.count());
+      products_.make(first, v, last);
+      for (int64_t o = 0; o < outputs; ++o) {
+        for (int64_t vector = v; vector < last; ++vector) write_vector(first + o, o, vector, vector - v);
+      }
     }
   }
 
-  void write_four(const V (&four)[2][2], float* to, int64_t plane, int64_t row) const {
-    for (int64_t d = 0; d < 2 && plane + d < s_.out[0]; ++d) {
-      for (int64_t h = 0; h < 2 && row + h < s_.out[1]; ++h) {
-        float* const at = to + (d * s_.out[1] + h) * s_.out[2];
-        if (s_.out[2] >= kLanes) {
-          math::store(at, four[d][h]);
+  /// All planes and rows of a tile, of one output.
+  void write_vector(int64_t output, int64_t o, int64_t vector, int64_t made) const {
+    V over_planes[Planes::kOutputs][Rows::kForms];
+    for (int h = 0; h < Rows::kForms; ++h) {
+      V products[Planes::kForms], sums[Planes::kOutputs];
+      for (int d = 0; d < Planes::kForms; ++d) products[d] = products_.at(d * Rows::kForms + h, o, made);
+      Planes::outputs(products, sums);
+      for (int d = 0; d < Planes::kOutputs; ++d) over_planes[d][h] = sums[d];
+    }
+    const V bias = p_.bias != nullptr ? math::broadcast(p_.bias + output) : V{};
+    V tile[Planes::kOutputs][Rows::kOutputs];
+    for (int d = 0; d < Planes::kOutputs; ++d) {
+      Rows::outputs(over_planes[d], tile[d]);
+      for (int h = 0; h < Rows::kOutputs; ++h) tile[d][h] += bias;
+    }
+    places_.each_segment(vector, [&](const Segment& segment) { store(tile, segment, output); });
+  }
+
+  template <int TilePlanes, int TileRows>
+  void store(const V (&tile)[TilePlanes][TileRows], const Segment& segment, int64_t output) const {
+    float* const first = p_.output + output * channel_ + segment.to;
+    for (int64_t d = 0; d < segment.planes; ++d) {
+      for (int64_t h = 0; h < segment.rows; ++h) {
+        float* const to = first + (d * s_.out[1] + h) * s_.out[2];
+        if (segment.count < kLanes) {
+          math::store_lanes(to, tile[d][h], segment.lane, segment.count);
+        } else if (p_.streamed && reinterpret_cast<uintptr_t>(to) % sizeof(V) == 0) {
+          math::stream(to, tile[d][h]);
         } else {
-          write_short(four[d][h], at, row + h);
+          math::store(to, tile[d][h]);
         }
       }
     }
   }
 
-  /// A row of less than a vector, or two of them.
-  void write_short(V values, float* to, int64_t row) const {
-    std::memcpy(to, &values, s_.out[2] * sizeof(float));
-    if (tile_.vector_rows == 1 || row + 2 >= s_.out[1]) return;
-    std::memcpy(to + 2 * s_.out[2], reinterpret_cast<const float*>(&values) + kLanes / 2, s_.out[2] * sizeof(float));
-  }
-
   const ConvShape& s_;
   const WinogradProblem& p_;
-  WinogradTile tile_;
-  int64_t row_groups_;
-  int64_t plane_pairs_;
+  const WinogradTiling& tiling_;
+  WinogradUnits units_;
   int64_t channel_;  // elements of a channel of the result
   InputForms forms_;
+  Places places_;
+  Products products_;
 };
 
 }  // namespace
 
 void winograd_conv(const WinogradProblem& p, int64_t first_unit, int64_t last_unit) {
-  const int64_t elements = InputForms::elements(*p.shape);
+  const WinogradTiling tiling(*p.shape);
+  const int64_t elements = InputForms::elements(*p.shape, tiling, WinogradUnits(p).rows);
   const Buffer<float> memory(elements);
   std::memset(memory.get(), 0, elements * sizeof(float));
-  const Planes planes(p, memory.get());
-  for (int64_t unit = first_unit; unit < last_unit; ++unit) planes.write(unit);
+  with_winograd_axes(p.shape->kernel[1], tiling.planes, tiling.rows, [&](auto* planes, auto* rows) {
+    using Planes = std::remove_pointer_t<decltype(planes)>;
+    using Rows = std::remove_pointer_t<decltype(rows)>;
+    Convolution<Planes, Rows> convolution(p, tiling, memory.get());
+    for (int64_t unit = first_unit; unit < last_unit; ++unit) convolution.write(unit);
+  });
+  math::end_stream();
 }
 
 }  // namespace timm_ext::cpu::TIMM_EXT_ISA

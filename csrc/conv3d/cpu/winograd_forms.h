@@ -1,101 +1,112 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The forms of the inputs of a few rows of the output, in the second-level cache: [16, inputs, pairs of rows, columns],
-// zero where the padding is.
+// The forms of the inputs of some tile rows, in the second-level cache: [forms, inputs, tile rows, pitch] and some
+// lanes more behind the last tile row. Zero where the padding is.
 #pragma once
 
-#include "conv3d/cpu/row_forms.h"
+#include <cstring>
+
 #include "conv3d/cpu/winograd.h"
+#include "conv3d/cpu/winograd_axis.h"
 #include "cpu/lanes.h"
+#include "math/partial.h"
 
 namespace timm_ext::cpu::TIMM_EXT_ISA {
 
-/// What two vectors of the output cover.
+/// The first row of a tile in the output of an example.
 struct WinogradTile {
-  explicit WinogradTile(const ConvShape& s)
-      : vector_rows(2 * s.out[2] <= kLanes ? 2 : 1),
-        row_vectors((s.out[2] + kLanes - 1) / kLanes),
-        pairs(row_vectors % 2 == 1 ? 2 * vector_rows : 1),
-        lead(whole_vectors(s.padding[2])),
-        pitch(whole_vectors(
-            larger_of(larger_of(s.out[2], kLanes / vector_rows) + s.kernel[2] - 1, s.in[2] + 2 * s.padding[2]) -
-            s.padding[2])) {}
+  WinogradTile(const ConvShape& s, const WinogradTiling& tiling, int64_t tile_row)
+      : example(tile_row / tiling.tile_rows),
+        plane(tile_row % tiling.tile_rows / tiling.row_tiles * tiling.planes),
+        row(tile_row % tiling.row_tiles * tiling.rows),
+        planes(smaller_of(tiling.planes, s.out[0] - plane)),
+        rows(smaller_of(tiling.rows, s.out[1] - row)) {}
 
-  int64_t vector_rows;  // two short rows share a vector
-  int64_t row_vectors;  // or some vectors a row, of which the last may overlap the one before
-  int64_t pairs;        // of rows whose forms are made at a time
-  int64_t lead;         // zeros in front of a row's first column
-  int64_t pitch;        // from a row of a form to the next: of whole vectors, whose zeros at the end lead the next one
+  int64_t example;
+  int64_t plane;
+  int64_t row;
+  int64_t planes;  // that the output has
+  int64_t rows;
 };
 
 class InputForms {
  public:
-  static int64_t elements(const ConvShape& s) {
-    const WinogradTile tile(s);
-    return zeros(s) + tile.lead + kWinogradForms * s.inputs * tile.pairs * tile.pitch + tile.lead + kLanes;
+  static int64_t elements(const ConvShape& s, const WinogradTiling& tiling, int64_t tile_rows) {
+    const int64_t beyond = s.padding[2] + s.kernel[2] + 2 * kLanes;
+    return whole_vectors(s.in[2]) +
+           tiling.forms() * winograd_form_step(s.inputs * line_elements(s, tiling, tile_rows)) + beyond;
   }
 
   /// In memory that is zero.
-  InputForms(const ConvShape& s, const WinogradTile& tile, float* memory)
-      : s_(s), tile_(tile), zeros_(memory), forms_(memory + zeros(s) + tile.lead - s.padding[2]) {}
+  InputForms(const ConvShape& s, const WinogradTiling& tiling, int64_t tile_rows, float* memory)
+      : s_(s),
+        tiling_(tiling),
+        line_(line_elements(s, tiling, tile_rows)),
+        form_(winograd_form_step(s.inputs * line_)),
+        zeros_(memory),
+        forms_(memory + whole_vectors(s.in[2])) {}
 
-  /// Makes those for rows of the output from a plane and a row on.
-  void make(const float* input, int64_t plane, int64_t row) const {
-    for (int64_t pair = 0; pair < tile_.pairs; ++pair) make_pair(input, plane, row + 2 * pair, pair);
-  }
+  const float* form(int64_t number) const { return forms_ + number * form_; }
+  int64_t line() const { return line_; }  // from a channel to the next
 
-  float* row(int64_t form, int64_t input, int64_t pair) const {
-    return forms_ + ((form * s_.inputs + input) * tile_.pairs + pair) * tile_.pitch;
+  /// Those of a tile row, the r-th here; others after it must be made later.
+  template <class Planes, class Rows>
+  void make(const float* input, const WinogradTile& tile, int64_t r) const {
+    constexpr int kTileRows = Planes::kForms * Rows::kForms;
+    const int64_t channel = s_.in[0] * s_.in[1] * s_.in[2];
+    const float* rows[kTileRows];
+    int64_t steps[kTileRows];
+    for (int k = 0; k < kTileRows; ++k) {
+      const float* const from = input_row(input, tile, k / Rows::kForms, k % Rows::kForms);
+      rows[k] = from != nullptr ? from : zeros_;
+      steps[k] = from != nullptr ? channel : 0;
+    }
+    float* to = forms_ + r * tiling_.pitch + s_.padding[2];
+    for (int64_t i = 0; i < s_.inputs; ++i, to += line_) {
+      int64_t w = 0;
+      for (; w + kLanes <= s_.in[2]; w += kLanes) {
+        for (int k = 0; k < kTileRows; ++k) __builtin_prefetch(rows[k] + steps[k] + w);
+        write<Planes, Rows>([&](int k) { return math::load<V>(rows[k] + w); }, to + w);
+      }
+      if (w < s_.in[2]) write<Planes, Rows>([&](int k) { return math::load_first(rows[k] + w, s_.in[2] - w); }, to + w);
+      for (int k = 0; k < kTileRows; ++k) rows[k] += steps[k];
+    }
   }
 
  private:
-  using Rows = const float* [kWinogradForms];  // four planes of four
-
-  static int64_t zeros(const ConvShape& s) { return (s.in[2] + kLanes - 1) / kLanes * kLanes; }
+  /// What whole vectors write beyond a tile row, the next one covers.
+  static int64_t line_elements(const ConvShape& s, const WinogradTiling& tiling, int64_t tile_rows) {
+    return tile_rows * tiling.pitch + whole_vectors(s.in[2]) - s.in[2];
+  }
 
   /// A row of the first channel of the input, or null where there is none.
-  const float* input_row(const float* input, int64_t plane, int64_t row) const {
-    const int64_t d = plane - s_.padding[0], h = row - s_.padding[1];
+  const float* input_row(const float* input, const WinogradTile& tile, int64_t plane, int64_t row) const {
+    const int64_t d = tile.plane + plane - s_.padding[0], h = tile.row + row - s_.padding[1];
     const bool there = d >= 0 && d < s_.in[0] && h >= 0 && h < s_.in[1];
-    return there ? input + (d * s_.in[1] + h) * s_.in[2] : nullptr;
+    return there ? input + ((tile.example * s_.inputs * s_.in[0] + d) * s_.in[1] + h) * s_.in[2] : nullptr;
   }
 
-  /// Of all channels; the rows of the next one are fetched ahead.
-  void make_pair(const float* input, int64_t plane, int64_t first_row, int64_t pair) const {
-    const int64_t channel = s_.in[0] * s_.in[1] * s_.in[2];
-    Rows rows;
-    int64_t steps[kWinogradForms];
-    for (int64_t r = 0; r < kWinogradForms; ++r) {
-      const float* const from = input_row(input, plane + r / 4, first_row + r % 4);
-      rows[r] = from != nullptr ? from : zeros_;
-      steps[r] = from != nullptr ? channel : 0;
+  /// A vector of each form of the rows that load(number) gives.
+  template <class Planes, class Rows, class Load>
+  TIMM_EXT_FN void write(const Load& load, float* to) const {
+    V over_rows[Rows::kForms][Planes::kForms];
+    for (int d = 0; d < Planes::kForms; ++d) {
+      V row[Rows::kForms], factors[Rows::kForms];
+      for (int h = 0; h < Rows::kForms; ++h) row[h] = load(d * Rows::kForms + h);
+      Rows::inputs(row, factors);
+      for (int h = 0; h < Rows::kForms; ++h) over_rows[h][d] = factors[h];
     }
-    for (int64_t i = 0; i < s_.inputs; ++i) {
-      float* const to = row(0, i, pair) + s_.padding[2];
-      if (s_.in[2] >= kLanes) {
-        make_row<V, kLanes>(rows, to);
-      } else if (2 * s_.in[2] >= kLanes) {
-        make_row<math::HalfFloatV, kLanes / 2>(rows, to);
-      } else {
-        make_row<float, 1>(rows, to);
-      }
-      for (int64_t r = 0; r < kWinogradForms; ++r) rows[r] += steps[r];
-    }
-  }
-
-  /// At least C's lanes; the last of them may overlap those before.
-  template <class C, int64_t Lanes>
-  void make_row(const Rows& rows, float* to) const {
-    const int64_t form = row(1, 0, 0) - row(0, 0, 0), channel = s_.in[0] * s_.in[1] * s_.in[2];
-    for (int64_t w = 0; w < s_.in[2]; w += Lanes) {
-      for (int64_t r = 0; r < kWinogradForms; ++r) __builtin_prefetch(rows[r] + channel + w);
-      const int64_t at = smaller_of(w, s_.in[2] - Lanes);
-      write_input_forms<C>(rows, at, to + at, form);
+    for (int h = 0; h < Rows::kForms; ++h) {
+      V factors[Planes::kForms];
+      Planes::inputs(over_rows[h], factors);
+      for (int d = 0; d < Planes::kForms; ++d) math::store(to + (d * Rows::kForms + h) * form_, factors[d]);
     }
   }
 
   const ConvShape& s_;
-  const WinogradTile& tile_;
+  const WinogradTiling& tiling_;
+  int64_t line_;
+  int64_t form_;        // elements
   const float* zeros_;  // a row of the input
   float* forms_;
 };

@@ -26,7 +26,7 @@ __device__ __forceinline__ ConvSource<kElement> source_of(const void* tensor, co
 }
 
 template <Element kElement>
-__device__ __forceinline__ void stage(const ConvSquareProblem& problem, const ConvPlan& p, const ConvPlace& place,
+__device__ __forceinline__ void stage(const ConvSquareProblem& problem, const ConvTiling& p, const ConvPlace& place,
                                       const ConvOrigin& origin, int64_t example, float* grads, float* slab) {
   const auto grad = source_of<kElement>(problem.grad, p.size.out, p.size.outputs, p.groups, place.group, example);
   const auto input = source_of<kElement>(problem.input, p.size.in, p.size.inputs, p.groups, place.group, example);
@@ -36,7 +36,7 @@ __device__ __forceinline__ void stage(const ConvSquareProblem& problem, const Co
 
 /// Brings a box into shared memory. The element type is looked at here alone: a kernel for each would take long to
 /// build.
-__device__ __forceinline__ void stage_box(const ConvSquareProblem& problem, const ConvPlan& p, const ConvPlace& place,
+__device__ __forceinline__ void stage_box(const ConvSquareProblem& problem, const ConvTiling& p, const ConvPlace& place,
                                           const ConvOrigin& origin, int64_t example, float* grads, float* slab) {
   if (problem.element == Element::kBFloat16) {
     stage<Element::kBFloat16>(problem, p, place, origin, example, grads, slab);
@@ -48,7 +48,7 @@ __device__ __forceinline__ void stage_box(const ConvSquareProblem& problem, cons
 }
 
 /// Where a tile's sum is squared into.
-__device__ __forceinline__ float* accumulator_of(const ConvSquareProblem& problem, const ConvPlan& p,
+__device__ __forceinline__ float* accumulator_of(const ConvSquareProblem& problem, const ConvTiling& p,
                                                  const ConvPlace& place, int output, int column) {
   const int64_t columns = static_cast<int64_t>(p.unit_count) * p.rows * p.window;
   const int64_t row = static_cast<int64_t>(place.group) * p.size.outputs + place.output + output;
@@ -58,7 +58,7 @@ __device__ __forceinline__ float* accumulator_of(const ConvSquareProblem& proble
 /// A block sums one slice of a tile for one example, or, where there is one slice, all of it for one after another.
 template <int kWindow>
 __global__ void __launch_bounds__(kConvThreads, kBlocksPerMultiprocessor)
-    conv_square_kernel(const __grid_constant__ ConvSquareProblem problem, const __grid_constant__ ConvPlan p,
+    conv_square_kernel(const __grid_constant__ ConvSquareProblem problem, const __grid_constant__ ConvTiling p,
                        const __grid_constant__ Part part) {
   TIMM_EXT_DYNAMIC_SHARED(float4, shared);
   float* const slab = reinterpret_cast<float*>(shared);
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kConvThreads, kBlocksPerMultiprocessor)
 
 /// Adds up the slices of 32 elements of a tile, each warp a share of them, and squares the sums, example by example.
 __global__ void __launch_bounds__(kFinishWarps* kWarp, 1)
-    conv_square_finish_kernel(const __grid_constant__ ConvSquareProblem problem, const __grid_constant__ ConvPlan p,
+    conv_square_finish_kernel(const __grid_constant__ ConvSquareProblem problem, const __grid_constant__ ConvTiling p,
                               const __grid_constant__ Part part) {
   TIMM_EXT_SHARED(double, shares, kFinishWarps* kWarp);
   const int blocks = (p.tile_floats() + kWarp - 1) / kWarp;
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kFinishWarps* kWarp, 1)
   }
 }
 
-int launch_sums(const ConvSquareProblem& problem, const ConvPlan& p, const Part& part, void* stream) {
+int launch_sums(const ConvSquareProblem& problem, const ConvTiling& p, const Part& part, void* stream) {
   const int64_t runs = part.workspace ? static_cast<int64_t>(part.examples) * p.slices : 1;
   const Grid grid = {static_cast<unsigned>(part.tiles * runs), static_cast<unsigned>(p.threads),
                      static_cast<size_t>(p.shared_floats()) * sizeof(float)};
@@ -144,7 +144,7 @@ int launch_sums(const ConvSquareProblem& problem, const ConvPlan& p, const Part&
   return launch(conv_square_kernel<1>, grid, stream, problem, p, part);
 }
 
-int launch_part(const ConvSquareProblem& problem, const ConvPlan& p, const Part& part, void* stream) {
+int launch_part(const ConvSquareProblem& problem, const ConvTiling& p, const Part& part, void* stream) {
   const int error = launch_sums(problem, p, part, stream);
   if (error != 0 || !part.workspace) return error;
   const unsigned blocks = static_cast<unsigned>(part.tiles) * ((p.tile_floats() + kWarp - 1) / kWarp);
@@ -154,7 +154,7 @@ int launch_part(const ConvSquareProblem& problem, const ConvPlan& p, const Part&
 }  // namespace
 
 int conv_square(const ConvSquareProblem& problem, void* workspace, void* stream) {
-  const ConvPlan p = conv_plan(problem);
+  const ConvTiling p = conv_tiling(problem);
   const ConvPasses passes(p, problem);
   float* const memory = p.slices > 1 ? static_cast<float*>(workspace) : nullptr;
   for (int tile = 0; tile < p.tiles(); tile += passes.tiles) {

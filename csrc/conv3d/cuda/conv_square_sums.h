@@ -12,7 +12,7 @@ class ConvSums {
  public:
   static constexpr int kRows = conv_rows(kWindow);
 
-  __device__ __forceinline__ ConvSums(const ConvPlan& p, const ConvPlace& place) {
+  __device__ __forceinline__ ConvSums(const ConvTiling& p, const ConvPlace& place) {
     const int rows = place.units * p.rows;
     TIMM_EXT_UNROLL
     for (int r = 0; r < kRows; ++r) {
@@ -39,7 +39,7 @@ class ConvSums {
   }
 
   /// Adds the products of a box's points in the given numbers of planes and lines.
-  __device__ __forceinline__ void add_box(const ConvPlan& p, const float* slab, const float* grad, int planes,
+  __device__ __forceinline__ void add_box(const ConvTiling& p, const float* slab, const float* grad, int planes,
                                           int lines) {
     const int output_thread = static_cast<int>(threadIdx.x) / p.lanes;
     if (output_thread >= p.output_threads) return;
@@ -57,7 +57,7 @@ class ConvSums {
   /// Hands out the sums in the order of memory: for each k, the kth outputs of all threads go through shared memory to
   /// sink(output, column, sum).
   template <class Sink>
-  __device__ __forceinline__ void hand_out(const ConvPlan& p, const ConvPlace& place, float* shared,
+  __device__ __forceinline__ void hand_out(const ConvTiling& p, const ConvPlace& place, float* shared,
                                            const Sink& sink) const {
     const int output_thread = static_cast<int>(threadIdx.x) / p.lanes;
     const int rows = place.units * p.rows, columns = rows * kWindow;
@@ -88,12 +88,12 @@ class ConvSums {
 
  private:
   /// Threads next to each other take windows next to each other, which lie in different banks, or else single columns.
-  __device__ __forceinline__ int row_of(const ConvPlan& p, int r) const {
+  __device__ __forceinline__ int row_of(const ConvTiling& p, int r) const {
     const int lane = static_cast<int>(threadIdx.x) % p.lanes;
     return kWindow == 3 ? lane * kRows + r : r * p.lanes + lane;
   }
 
-  __device__ __forceinline__ void add_line(const ConvPlan& p, const float* slab, const float* grad) {
+  __device__ __forceinline__ void add_line(const ConvTiling& p, const float* slab, const float* grad) {
     if constexpr (kWindow == 3) {
       add_windows(p, slab, grad);
     } else {
@@ -111,7 +111,7 @@ class ConvSums {
   }
 
   /// The last tap of four points is the first of the next four: each value is loaded once, in vectors.
-  __device__ __forceinline__ void add_windows(const ConvPlan& p, const float* slab, const float* grad) {
+  __device__ __forceinline__ void add_windows(const ConvTiling& p, const float* slab, const float* grad) {
     float values[kRows][kConvStep + 2];
     float4 next[kRows];
     TIMM_EXT_UNROLL
@@ -136,7 +136,8 @@ class ConvSums {
     }
   }
 
-  __device__ __forceinline__ void add_products(const ConvPlan& p, const float (&values)[kRows][kConvStep + kWindow - 1],
+  __device__ __forceinline__ void add_products(const ConvTiling& p,
+                                               const float (&values)[kRows][kConvStep + kWindow - 1],
                                                const float* grad) {
     TIMM_EXT_UNROLL
     for (int k = 0; k < kConvOutputs; ++k) {

@@ -3,7 +3,7 @@
 // Which part of a convolution a block works on, and how it brings the grad and input of a box into shared memory.
 #pragma once
 
-#include "conv3d/cuda/conv_square_plan.h"
+#include "conv3d/cuda/conv_square_tiling.h"
 #include "conv3d/cuda/copy_async.h"
 #include "cuda/storage.h"
 
@@ -15,7 +15,7 @@ struct ConvPlace {
   int outputs, units;
 };
 
-TIMM_EXT_FN ConvPlace conv_place(const ConvPlan& p, int tile) {
+TIMM_EXT_FN ConvPlace conv_place(const ConvTiling& p, int tile) {
   ConvPlace place = {};
   place.unit = tile % p.unit_tiles * p.units;
   tile /= p.unit_tiles;
@@ -31,7 +31,7 @@ TIMM_EXT_FN ConvPlace conv_place(const ConvPlan& p, int tile) {
 struct ConvOrigin {
   int point[3];
 
-  __device__ __forceinline__ ConvOrigin(const ConvPlan& p, int box) {
+  __device__ __forceinline__ ConvOrigin(const ConvTiling& p, int box) {
     point[2] = box % p.boxes[2] * p.box[2];
     box /= p.boxes[2];
     point[1] = box % p.boxes[1] * p.box[1];
@@ -92,7 +92,7 @@ __device__ __forceinline__ void conv_walk(const ConvWalk& walk, int count, const
 }
 
 template <int kCount, Element kElement>
-__device__ __forceinline__ void stage_grad(const ConvPlan& p, const ConvPlace& place, const ConvOrigin& origin,
+__device__ __forceinline__ void stage_grad(const ConvTiling& p, const ConvPlace& place, const ConvOrigin& origin,
                                            const ConvSource<kElement>& source, float* grad) {
   conv_walk(p.grad_walk, p.outputs(), [&](int output, int d, int h, int value) {
     const int w = value * kCount;
@@ -103,7 +103,7 @@ __device__ __forceinline__ void stage_grad(const ConvPlan& p, const ConvPlace& p
 }
 
 template <int kCount, Element kElement>
-__device__ __forceinline__ void stage_input(const ConvPlan& p, const ConvPlace& place, const ConvOrigin& origin,
+__device__ __forceinline__ void stage_input(const ConvTiling& p, const ConvPlace& place, const ConvOrigin& origin,
                                             const ConvSource<kElement>& source, float* slab) {
   const ConvSize& s = p.size;
   conv_walk(p.input_walk, place.units, [&](int unit, int plane, int line, int value) {

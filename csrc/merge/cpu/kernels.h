@@ -24,7 +24,7 @@ TIMM_EXT_KERNEL(merge_backward_log_weight, const MergeInputs&, const MergeGradie
 /// Adds up the edges of cut segments, block by block, and writes their rows.
 void stitch_edges(const MergeInputs& inputs, const double* edges, void* grad_log_weight);
 
-TIMM_EXT_KERNEL(merge_backward_planes, const MergeInputs&, const MergeGradient&, const MergePlaneGradients&,
+TIMM_EXT_KERNEL(merge_backward_matrices, const MergeInputs&, const MergeGradient&, const MergeMatrixGradients&,
                 int64_t first_block, int64_t last_block);
 
 /// Rows of `models` logits, of Element kFloat32 or kFloat64.

@@ -29,7 +29,7 @@ struct View {
   int64_t segments;
   const int64_t* ends;  // of the segments in the buffer, the last one beyond the view; null for one segment
   int models;
-  const int64_t* index;       // [models], of the models in the planes; null where they are all there
+  const int64_t* index;       // [models], of the models in the matrices; null where they are all there
   const C* const* theta;      // [models] rows
   const C* const* fisher;     // [models] rows, or null
   const C* alpha;             // [segments, models]
@@ -114,8 +114,8 @@ class ViewReader {
     }
   }
 
-  const C* row(const void* plane, int64_t offset, int64_t count, int64_t slot, C padding) const {
-    const S* const from = static_cast<const S*>(plane) + offset;
+  const C* row(const void* matrix, int64_t offset, int64_t count, int64_t slot, C padding) const {
+    const S* const from = static_cast<const S*>(matrix) + offset;
     stored_.get()[slot] = reinterpret_cast<const char*>(from);
     return padded_row(from, count, scratch_.get() + slot * kChunk, padding);
   }

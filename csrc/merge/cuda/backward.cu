@@ -147,8 +147,8 @@ int merge_backward_log_weight(const MergeInputs& in, const MergeGradient& gradie
   const Edges edges = Edges::at(workspace, in.models, tiling.tiles);
   int error = 0;
   if (packed(in)) {
-    error = with_packed<AllModels>(in, [&](auto* planes) {
-      using P = std::remove_pointer_t<decltype(planes)>;
+    error = with_packed<AllModels>(in, [&](auto* packs) {
+      using P = std::remove_pointer_t<decltype(packs)>;
       return launch(backward_kernel<P>, grid_size(tiling.tiles, kWarps), kThreads, stream, in, gradient, tiling,
                     P::aligned_in(in), GradientPack<P>::aligned_in(gradient), edges, grad_log_weight);
     });

@@ -6,7 +6,7 @@
 
 #include <type_traits>
 
-#include "merge/cuda/planes.h"
+#include "merge/cuda/packs.h"
 
 namespace timm_ext::cuda {
 
@@ -30,13 +30,13 @@ int with_models(ModelChoices<kFirst, kRest...>, int64_t models, const F& call) {
   return call(std::integral_constant<int, kFirst>{});
 }
 
-/// call(planes) with a null pointer to the Planes of the packed kernel that serves these inputs.
+/// call(packs) with a null pointer to the Packs of the packed kernel that serves these inputs.
 template <class Choices, class F>
 int with_packed(const MergeInputs& in, const F& call) {
   const auto typed = [&](auto element) {
     return with_models(Choices{}, in.models, [&](auto models) {
-      if (in.fisher) return call(static_cast<Planes<element(), models(), true>*>(nullptr));
-      return call(static_cast<Planes<element(), models(), false>*>(nullptr));
+      if (in.fisher) return call(static_cast<Packs<element(), models(), true>*>(nullptr));
+      return call(static_cast<Packs<element(), models(), false>*>(nullptr));
     });
   };
   switch (in.element) {

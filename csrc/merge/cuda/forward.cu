@@ -38,8 +38,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 int merge_forward(const MergeInputs& in, void* merged, void* stream) {
   if (in.elements == 0) return 0;
   if (!packed(in)) return merge_forward_general(in, merged, stream);
-  return with_packed<AllModels>(in, [&](auto* planes) {
-    using P = std::remove_pointer_t<decltype(planes)>;
+  return with_packed<AllModels>(in, [&](auto* packs) {
+    using P = std::remove_pointer_t<decltype(packs)>;
     const Tiling tiling = tiling_of(in.elements, P::kRow);
     return launch(forward_kernel<P>, grid_size(tiling.tiles, kWarps), kThreads, stream, in, tiling, P::aligned_in(in),
                   aligned(merged, 0, 1, sizeof(typename P::Vector)), merged);

@@ -155,8 +155,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <Element kElement>
 __global__ void __launch_bounds__(kThreads, 1)
-    planes_general_kernel(const __grid_constant__ MergeInputs in, MergeGradient gradient, Tiling tiling,
-                          MergePlaneGradients outputs) {
+    matrices_general_kernel(const __grid_constant__ MergeInputs in, MergeGradient gradient, Tiling tiling,
+                            MergeMatrixGradients outputs) {
   using Compute = typename Storage<kElement>::Compute;
   using Bits = typename Storage<kElement>::Bits;
   TIMM_EXT_SHARED(Compute, cache, kWarps * kCached);
@@ -212,11 +212,11 @@ int merge_backward_general(const MergeInputs& in, const MergeGradient& gradient,
   });
 }
 
-int merge_planes_general(const MergeInputs& in, const MergeGradient& gradient, const MergePlaneGradients& outputs,
-                         void* stream) {
+int merge_matrices_general(const MergeInputs& in, const MergeGradient& gradient, const MergeMatrixGradients& outputs,
+                           void* stream) {
   const Tiling tiling = tiling_of(in.elements, kWarp);
   return with_element(in.element, [&](auto element) {
-    return launch(planes_general_kernel<element()>, grid_size(tiling.tiles, kWarps), kThreads, stream, in, gradient,
+    return launch(matrices_general_kernel<element()>, grid_size(tiling.tiles, kWarps), kThreads, stream, in, gradient,
                   tiling, outputs);
   });
 }

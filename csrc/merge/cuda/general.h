@@ -11,7 +11,7 @@ namespace timm_ext::cuda {
 int merge_forward_general(const MergeInputs& in, void* merged, void* stream);
 int merge_backward_general(const MergeInputs& in, const MergeGradient& gradient, const Tiling& tiling,
                            const Edges& edges, void* grad_log_weight, void* stream);
-int merge_planes_general(const MergeInputs& in, const MergeGradient& gradient, const MergePlaneGradients& outputs,
-                         void* stream);
+int merge_matrices_general(const MergeInputs& in, const MergeGradient& gradient, const MergeMatrixGradients& outputs,
+                           void* stream);
 
 }  // namespace timm_ext::cuda

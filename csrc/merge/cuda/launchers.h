@@ -24,7 +24,7 @@ int merge_backward_log_weight(const MergeInputs& inputs, const MergeGradient& gr
                               void* workspace, void* stream);
 
 /// The gradients with respect to θ and F. One launch.
-int merge_backward_planes(const MergeInputs& inputs, const MergeGradient& gradient, const MergePlaneGradients& outputs,
-                          void* stream);
+int merge_backward_matrices(const MergeInputs& inputs, const MergeGradient& gradient,
+                            const MergeMatrixGradients& outputs, void* stream);
 
 }  // namespace timm_ext::cuda

@@ -4,7 +4,7 @@
 // element(i, inputs, merge) for element i of the lane's pack, and what it needs of `Steps`.
 #pragma once
 
-#include "merge/cuda/planes.h"
+#include "merge/cuda/packs.h"
 #include "merge/cuda/window.h"
 
 namespace timm_ext::cuda {
@@ -27,7 +27,7 @@ struct Steps {
 
 /// One row; `own` is the position of the lane's pack.
 template <class P, class W, class Body>
-__device__ __forceinline__ void walk_row(const P& planes, W& window, int own, bool crossing, Body& body) {
+__device__ __forceinline__ void walk_row(const P& packs, W& window, int own, bool crossing, Body& body) {
   using Compute = typename P::Compute;
   constexpr int kModels = P::kModelCount;
   Compute weights[kModels];
@@ -37,7 +37,7 @@ __device__ __forceinline__ void walk_row(const P& planes, W& window, int own, bo
     return window.ends[segment];
   };
   const auto element = [&](int i) {
-    const PackedElement<P> inputs = {planes, weights, i};
+    const PackedElement<P> inputs = {packs, weights, i};
     body.element(i, inputs, math::merge<Compute>(inputs, kModels));
   };
   if constexpr (kModels <= 8) {  // with more models, the look for an end at each element does not count
@@ -79,14 +79,14 @@ __device__ __forceinline__ void walk(const MergeInputs& in, const Tiling& tiling
     for (int row = 0; row < length; row += P::kRow) {
       const int own = row + lane * P::kSize;
       const int row_end = row + P::kRow < length ? row + P::kRow : length;
-      P planes;
-      planes.load(in, start + own, length - own, vectors);  // on its way while the warp looks for the segments
+      P packs;
+      packs.load(in, start + own, length - own, vectors);  // on its way while the warp looks for the segments
       body.load(start + own, length - own);
       window.cover(in, row_end);
       if (row == 0) body.begin_tile(tile, window);
       const bool crossing = window.ends[window.cursor] <= row_end;
       body.begin_row(crossing, window);
-      walk_row(planes, window, own, crossing, body);
+      walk_row(packs, window, own, crossing, body);
       body.end_row(crossing, start + own, length - own);
     }
     body.end_tile(window);

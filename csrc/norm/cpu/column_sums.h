@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cmath>
+
 #include "cpu/lanes.h"
 
 namespace timm_ext::cpu::TIMM_EXT_ISA {
@@ -16,6 +18,11 @@ inline double total(V (&sums)[kVectors]) {
   double sum = 0;
   for (int c = 0; c < 16; ++c) sum += sums[c / kLanes][c % kLanes];
   return sum;
+}
+
+/// 1 / sqrt(variance + epsilon).
+inline float inverse_deviation(float variance, double epsilon) {
+  return static_cast<float>(1 / std::sqrt(variance + epsilon));
 }
 
 }  // namespace timm_ext::cpu::TIMM_EXT_ISA

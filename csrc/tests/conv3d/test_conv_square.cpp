@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The CUDA conv_square kernels, run by the host executor, and how a plan divides the work.
+// The CUDA conv_square kernels, run by the host executor, and how a tiling divides the work.
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <string>
 
-#include "conv3d/cuda/conv_square_plan.h"
+#include "conv3d/cuda/conv_square_tiling.h"
 #include "tests/check.h"
 #include "tests/conv3d/conv_case.h"
 
@@ -34,12 +34,12 @@ void test_squares() {
     timm_ext::executor::set_seed(2 * i);
     run(first);
     first.check_result();
-    const cuda::ConvPlan plan = cuda::conv_plan(first.problem());
-    (plan.slices > 1 ? more : one_slice) = true;
-    (plan.outside > 0 ? single_taps : whole) = true;
-    const cuda::ConvPasses passes(plan, first.problem());
+    const cuda::ConvTiling tiling = cuda::conv_tiling(first.problem());
+    (tiling.slices > 1 ? more : one_slice) = true;
+    (tiling.outside > 0 ? single_taps : whole) = true;
+    const cuda::ConvPasses passes(tiling, first.problem());
     few_examples |= passes.examples < table[i].examples;
-    few_tiles |= passes.tiles < plan.tiles() && passes.examples == table[i].examples;
+    few_tiles |= passes.tiles < tiling.tiles() && passes.examples == table[i].examples;
     if (i % 4 != 0) continue;
     timm_ext::executor::set_seed(2 * i + 1);
     run(second);
@@ -49,7 +49,7 @@ void test_squares() {
         "the table leaves out a way through the kernel");
 }
 
-cuda::ConvPlan plan_of(int64_t outputs, int64_t inputs, int64_t edge, int64_t kernel = 3, int64_t stride = 1) {
+cuda::ConvTiling tiling_of(int64_t outputs, int64_t inputs, int64_t edge, int64_t kernel = 3, int64_t stride = 1) {
   const int64_t out = (edge + 2 * (kernel / 2) - kernel) / stride + 1, pad = kernel / 2;
   cuda::ConvSquareProblem problem = {};
   problem.shape = {outputs,
@@ -61,7 +61,7 @@ cuda::ConvPlan plan_of(int64_t outputs, int64_t inputs, int64_t edge, int64_t ke
                    {pad, pad, pad},
                    {1, 1, 1}};
   problem.groups = problem.examples = 1;
-  return cuda::conv_plan(problem);
+  return cuda::conv_tiling(problem);
 }
 
 /// The layers of the published network at 128³ and at 32³ fill a GPU and fit into memory.
@@ -69,8 +69,8 @@ void test_plans() {
   for (int64_t edge : {128, 32}) {
     for (int64_t level = 0; level < 5; ++level) {
       const int64_t width = 16 << level, size = edge >> level;
-      for (const auto& p : {plan_of(width, width, size), plan_of(2 * width, width, size, 3, 2),
-                            plan_of(width, 2 * width, size), plan_of(width, 4, size)}) {
+      for (const auto& p : {tiling_of(width, width, size), tiling_of(2 * width, width, size, 3, 2),
+                            tiling_of(width, 2 * width, size), tiling_of(width, 4, size)}) {
         const std::string name = std::to_string(width) + " channels at " + std::to_string(size);
         check(p.shared_floats() <= cuda::kConvSharedFloats, "%s: shared memory", name.c_str());
         check(p.threads <= cuda::kConvThreads && p.threads % 32 == 0, "%s: %d threads", name.c_str(), p.threads);

@@ -83,7 +83,7 @@ struct DeviceCase {
     inputs.offsets = static_cast<const int64_t*>(offsets.data());
   }
 
-  MergePlaneGradients planes() const {
+  MergeMatrixGradients matrices() const {
     return {grad_theta.data(), inputs.fisher ? grad_fisher.data() : nullptr, host.spec.elements, host.spec.elements};
   }
 
@@ -91,7 +91,7 @@ struct DeviceCase {
     const MergeGradient upstream = {gradient.data(), host.upstream.stride};
     must(cuda::merge_forward(inputs, merged.data(), stream), "merge_forward");
     must(cuda::merge_backward_log_weight(inputs, upstream, rows.data(), workspace.data(), stream), "backward");
-    must(cuda::merge_backward_planes(inputs, upstream, planes(), stream), "merge_backward_planes");
+    must(cuda::merge_backward_matrices(inputs, upstream, matrices(), stream), "merge_backward_matrices");
   }
 
   std::vector<unsigned char> results() const {
@@ -115,7 +115,7 @@ void check_case(const CaseSpec& spec, uint64_t seed, cudaStream_t stream) {
   check_rows(c, truth, device.rows.to_host().data());
   auto theta = device.grad_theta.to_host();
   auto fisher = c.inputs.fisher ? device.grad_fisher.to_host() : std::vector<unsigned char>();
-  check_planes(c, truth, {theta.data(), c.inputs.fisher ? fisher.data() : nullptr, spec.elements, spec.elements});
+  check_matrices(c, truth, {theta.data(), c.inputs.fisher ? fisher.data() : nullptr, spec.elements, spec.elements});
 
   cudaGraph_t graph;
   cudaGraphExec_t replay;

@@ -95,11 +95,11 @@ MergeCase::MergeCase(const CaseSpec& spec_, uint64_t seed)
 
 Reference MergeCase::reference() const {
   Reference r;
-  const int64_t planes = spec.models * spec.elements;
+  const int64_t matrices = spec.models * spec.elements;
   const int64_t rows = segments() * spec.models;
   for (auto* values : {&r.merged, &r.magnitude}) values->assign(spec.elements, 0.0);
   for (auto* values : {&r.rows, &r.rows_magnitude}) values->assign(rows, 0.0);
-  for (auto* values : {&r.theta, &r.fisher, &r.fisher_magnitude}) values->assign(planes, 0.0);
+  for (auto* values : {&r.theta, &r.fisher, &r.fisher_magnitude}) values->assign(matrices, 0.0);
   for (int64_t s = 0; s < segments(); ++s) {
     for (int64_t p = offsets[s]; p < offsets[s + 1]; ++p) reference_element(s, p, r);
   }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// One random input of the merge, in storage that ends where the planes end, and its merge in plain extended precision.
+// One random input of the merge, in storage that ends where the matrices end, and its merge in plain extended
+// precision.
 #pragma once
 
 #include <cstdint>

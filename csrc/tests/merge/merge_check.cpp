@@ -59,7 +59,7 @@ void check_rows(const MergeCase& c, const Reference& truth, const void* rows) {
   }
 }
 
-void check_planes(const MergeCase& c, const Reference& truth, const MergePlaneGradients& outputs) {
+void check_matrices(const MergeCase& c, const Reference& truth, const MergeMatrixGradients& outputs) {
   const Element e = c.spec.element;
   const double unit = 16 * arithmetic_rounding(e);
   const double stored = storage_rounding(e);

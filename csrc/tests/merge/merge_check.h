@@ -12,9 +12,9 @@ namespace timm_ext::test {
 /// Every element type and instance of T over sizes, kinds of segments and Fishers, strides and alignments that rotate.
 std::vector<CaseSpec> case_table();
 
-/// `merged` [P], `rows` [S, T] and the planes of `outputs` are host memory.
+/// `merged` [P], `rows` [S, T] and the matrices of `outputs` are host memory.
 void check_merged(const MergeCase& c, const Reference& truth, const void* merged);
 void check_rows(const MergeCase& c, const Reference& truth, const void* rows);
-void check_planes(const MergeCase& c, const Reference& truth, const MergePlaneGradients& outputs);
+void check_matrices(const MergeCase& c, const Reference& truth, const MergeMatrixGradients& outputs);
 
 }  // namespace timm_ext::test

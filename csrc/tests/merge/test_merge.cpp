@@ -19,7 +19,7 @@
 namespace {
 
 using namespace timm_ext::test;
-using timm_ext::MergePlaneGradients;
+using timm_ext::MergeMatrixGradients;
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
@@ -52,9 +52,9 @@ void check_case(const CaseSpec& spec, uint64_t seed) {
   const int64_t stride = c.stride() + 3;
   const int64_t count = (spec.models - 1) * stride + spec.elements;
   Buffer theta(spec.element, count), fisher(spec.element, count);
-  const MergePlaneGradients outputs = {theta.data(), c.inputs.fisher ? fisher.data() : nullptr, stride, stride};
-  check(timm_ext::cuda::merge_backward_planes(c.inputs, c.upstream, outputs, nullptr) == 0, "planes failed");
-  check_planes(c, truth, outputs);
+  const MergeMatrixGradients outputs = {theta.data(), c.inputs.fisher ? fisher.data() : nullptr, stride, stride};
+  check(timm_ext::cuda::merge_backward_matrices(c.inputs, c.upstream, outputs, nullptr) == 0, "matrices failed");
+  check_matrices(c, truth, outputs);
 }
 
 void test_table() {
@@ -89,7 +89,7 @@ void test_same_bits_under_other_schedules() {
   }
 }
 
-/// Planes that start or lie off a vector are read element by element; nothing else changes.
+/// Matrices that start or lie off a vector are read element by element; nothing else changes.
 void test_same_bits_under_other_alignments() {
   for (Element element : kElements) {
     for (int64_t models : {2, 5, 8, 16}) {
@@ -149,7 +149,7 @@ void test_empty() {
   const int64_t before = timm_ext::executor::launches();
   check(timm_ext::cuda::merge_forward(in, nullptr, nullptr) == 0, "empty forward");
   check(timm_ext::cuda::merge_backward_log_weight(in, {}, nullptr, nullptr, nullptr) == 0, "empty backward");
-  check(timm_ext::cuda::merge_backward_planes(in, {}, {}, nullptr) == 0, "empty planes");
+  check(timm_ext::cuda::merge_backward_matrices(in, {}, {}, nullptr) == 0, "empty matrices");
   check(timm_ext::executor::launches() == before, "an empty merge launches nothing");
 }
 

@@ -1,6 +1,7 @@
 """BraTS releases: old and new names, spellings of the kinds, what is there twice or hidden."""
 
 import pytest
+from files_for_tests import touch
 
 from timm_ext.data.formats.cases import read_cases
 from timm_ext.data.tasks import TASKS, task_from_dict
@@ -11,12 +12,6 @@ PARCELLATION = TASKS["parcellation"]
 ONE = task_from_dict({"name": "one", "modalities": ["T1"], "regions": {"lesion": [1]}})
 OLD = {"T1": "_t1", "T1c": "_t1ce", "T2": "_t2", "FLAIR": "_flair", "label": "_seg"}
 NEW = {"T1": "-t1n", "T1c": "-t1c", "T2": "-t2w", "FLAIR": "-t2f", "label": "-seg"}
-
-
-def touch(path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    return path
 
 
 def brats_case(folder, name, endings=OLD, suffix=".nii.gz"):
@@ -124,3 +119,19 @@ def test_ten_problems_of_many_are_told(tmp_path):
     lines = str(error.value).splitlines()
     assert len(lines) == 12
     assert lines[-1].strip() == "and 2492 more"
+
+
+def test_label_maps_of_other_names_are_named(tmp_path):
+    brats_case(tmp_path, "a")["label"].unlink()
+    touch(tmp_path / "a" / "a_seg_manual.nii.gz")
+    touch(tmp_path / "a" / "ab_mask.nii.gz")
+    with pytest.raises(InputError, match=r"missing label; not recognised as one: .*a_seg_manual\.nii\.gz$"):
+        read_cases(tmp_path, BRATS, require_labels=True)
+
+
+@pytest.mark.parametrize("kind", ["label", "labels"])
+def test_label_files_may_be_called_so(kind, tmp_path):
+    for name in ("a_T1.nii.gz", f"a_{kind}.nii.gz"):
+        (tmp_path / name).touch()
+    (case,) = read_cases(tmp_path, TASKS["hippocampus"], require_labels=True)
+    assert case.label == tmp_path / f"a_{kind}.nii.gz"

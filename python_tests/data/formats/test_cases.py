@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from files_for_tests import touch
 
 from timm_ext.data.formats.cases import Case, read_cases, split_cases, write_list
 from timm_ext.data.tasks import TASKS, task_from_dict
@@ -13,12 +14,6 @@ from timm_ext.vocabulary.modalities import modality_key
 BRATS = TASKS["brats"]
 PARCELLATION = TASKS["parcellation"]
 SHARED = Path(__file__).parents[4] / "shared" / "data"
-
-
-def touch(path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    return path
 
 
 def nnunet(root, names, channels, **extra):
@@ -103,6 +98,9 @@ def test_unknown_places(tmp_path):
         read_cases(tmp_path / "nowhere", BRATS)
     with pytest.raises(InputError, match="expected cases in a known format"):
         read_cases(tmp_path, BRATS)
+    touch(tmp_path / "flat" / "a_0000.nii.gz")
+    with pytest.raises(InputError, match=r"got a_0000, but no dataset\.json in or beside the folder"):
+        read_cases(tmp_path / "flat", BRATS)
     with pytest.raises(InputError, match=r"a\.txt: expected a folder, a \.csv or a \.json"):
         read_cases(touch(tmp_path / "a.txt"), BRATS)
     (tmp_path / "a.csv").write_bytes(b"id\xff\xfe")
@@ -186,3 +184,29 @@ def test_ids_that_no_file_should_have(tmp_path, name):
 @pytest.mark.parametrize("name", ["sub-01", "1.2.840.113619", "Müller 3", "a (copy)", "-x", "x" * 150])
 def test_ids_of_every_day(name):
     assert Case(name, {"T1": Path("x.nii")}, None).id == name
+
+
+def test_label_maps_named_as_images_are_named(tmp_path):
+    nnunet(tmp_path, ["a", "ab"], {"0": "T1", "1": "T2"})
+    (tmp_path / "labelsTr" / "a.nii.gz").rename(tmp_path / "labelsTr" / "a_0000.nii.gz")
+    with pytest.raises(
+        InputError, match=r"missing file .*labelsTr/a\.nii\.gz; not recognised as one: .*a_0000\.nii\.gz$"
+    ):
+        read_cases(tmp_path, PARCELLATION)
+
+
+@pytest.mark.parametrize("name", ["MRI", "MR image", "T1"])
+def test_one_image_that_is_only_called_mri_is_the_one_modality_of_a_task(name, tmp_path):
+    (tmp_path / "a.nii.gz").touch()
+    (tmp_path / "cases.json").write_text(json.dumps([{"id": "a", name: "a.nii.gz"}]))
+    (case,) = read_cases(tmp_path, TASKS["hippocampus"])
+    assert [*case.images] == ["T1"]
+
+
+def test_an_image_that_is_only_called_mri_is_no_ct_and_not_one_of_several(tmp_path):
+    (tmp_path / "a.nii.gz").touch()
+    (tmp_path / "cases.json").write_text(json.dumps([{"id": "a", "MRI": "a.nii.gz"}]))
+    ct = task_from_dict({"name": "ct", "modalities": ["CT"], "regions": {"a": [1]}})
+    for task in (ct, TASKS["parcellation"]):
+        with pytest.raises(InputError, match=r"missing modality"):
+            read_cases(tmp_path, task)

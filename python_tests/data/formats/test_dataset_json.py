@@ -148,7 +148,11 @@ def test_a_task_with_regions_writes_the_numbers_that_are_stated(tmp_path):
     several = {"background": 0, "whole": [1, 2, 3], "core": [3]}
     task = get_task(header(tmp_path, channel_names=channels, labels=several, regions_class_order=[2, 3]))
     assert task.paint_order() == ((0, 2), (1, 3))
-    with pytest.raises(InputError, match=r"regions_class_order: expected 1, .* inside 'whole' \(got 3\)"):
+    task = get_task(header(tmp_path, channel_names=channels, labels=several, regions_class_order=[3, 1]))
+    assert task.paint_order() == ((0, 3), (1, 1))
+    with pytest.raises(
+        InputError, match=r"class_order: expected one of the labels \[1, 2, 3\].*\(got \[3, 3\]\)"
+    ):
         get_task(header(tmp_path, channel_names=channels, labels=several, regions_class_order=[3, 3]))
     with pytest.raises(InputError, match=r"a number for each of 2 regions \(got \[1\]\)"):
         get_task(header(tmp_path, channel_names=channels, labels=several, regions_class_order=[1]))
@@ -170,6 +174,17 @@ def test_a_task_with_regions_writes_the_numbers_that_are_stated(tmp_path):
 def test_labels_that_make_no_task(tmp_path, labels, message):
     with pytest.raises(InputError, match=message):
         get_task(header(tmp_path, channel_names={"0": "T1"}, labels=labels))
+
+
+def test_labels_of_one_number_each_are_classes_of_a_softmax(tmp_path):
+    labels = {"background": 0, "Anterior": 1, "Posterior": 2}
+    task = get_task(header(tmp_path, channel_names={"0": "MRI"}, labels=labels))
+    assert task.softmax
+    assert task.output_names == ("background", "Anterior", "Posterior")
+    overlapping = {"background": 0, "whole": [1, 2], "core": 2}
+    task = get_task(header(tmp_path, channel_names={"0": "MRI"}, labels=overlapping))
+    assert not task.softmax
+    assert task.output_names == ("whole", "core")
 
 
 def test_the_background_has_any_name(tmp_path):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from files_for_tests import touch
 
 from timm_ext.data.formats.cases import Case, read_cases
 from timm_ext.data.tasks import TASKS, task_from_dict
@@ -10,12 +11,6 @@ from timm_ext.errors import InputError
 
 PARCELLATION = TASKS["parcellation"]
 ONE = task_from_dict({"name": "one", "modalities": ["T1"], "regions": {"lesion": [1]}})
-
-
-def touch(path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    return path
 
 
 def test_csv_list(tmp_path):

@@ -16,7 +16,8 @@ from fuzz import Outcome, kind, mutate
 from timm_ext.config import RunSettings, load_settings, settings_to_dict, settings_to_yaml, write_settings
 from timm_ext.data.formats.cases import read_cases
 from timm_ext.data.tasks import TASKS, get_task, task_from_dict, task_to_dict
-from timm_ext.documents import parse_json, parse_yaml, read_csv, read_json, read_text
+from timm_ext.documents import parse_json, parse_yaml, read_csv, read_json, read_text, validated
+from timm_ext.interop.monai.preparation import settings_of
 from timm_ext.study.outcomes import Scored, Times
 from timm_ext.study.plan import StudyPlan, bundled_plans
 from timm_ext.study.records import Folder
@@ -274,6 +275,23 @@ def case_list(rng: random.Random, folder: Path) -> Outcome:
     return Outcome.RIGHT
 
 
+@kind("bids")
+def bids_tables(rng: random.Random, folder: Path) -> Outcome:
+    for name in ("sub-1_CT", "sub-1_T1w", "sub-1_run-1_dseg", "sub-1_run-2_dseg")[: rng.randint(2, 4)]:
+        if rng.random() < 0.2:
+            name = mutate.damaged(rng, name.encode()).decode("latin-1").replace("/", "_").replace("\0", "_")
+        (folder / "sub-1" / "anat").mkdir(parents=True, exist_ok=True)
+        (folder / "sub-1" / "anat" / f"{name}.nii.gz").touch()
+    for name, rows in (("dseg", ["index", 1, 2]), ("participants", ["participant_id", "sub-1", "sub-2"])):
+        table = [[row, second] for row, second in zip(rows, ["name", "liver", "tumour"], strict=True)]
+        tree = mutate.damaged_tree(rng, table)
+        lines = ["\t".join(map(str, row)) if isinstance(row, list) else str(row) for row in tree]
+        written(rng, folder / f"{name}.tsv", "\n".join(lines))
+    cases = read_cases(folder, task_from_dict(ORGANS))
+    assert all(image.is_file() for case in cases for image in case.images.values())
+    return Outcome.RIGHT
+
+
 @functools.cache
 def smoke_plan() -> dict[str, Any]:
     values: dict[str, Any] = yaml.safe_load(bundled_plans()["smoke"].read_text(encoding="utf-8"))
@@ -339,3 +357,44 @@ def no_file(rng: random.Random, folder: Path) -> Outcome:
     read = rng.choice([read_text, read_json, read_csv, lambda p: load_settings(RunSettings, p), get_task])
     read(path)
     raise AssertionError(f"{path} was read")
+
+
+BUNDLE = {
+    "image": "image",
+    "size": [96, 96, 96],
+    "preprocessing": {
+        "_target_": "Compose",
+        "transforms": [
+            {"_target_": "LoadImaged", "keys": "@image"},
+            {"_target_": "Orientationd", "keys": "@image", "axcodes": "RAS"},
+            {
+                "_target_": "Spacingd",
+                "keys": ["@image", "label"],
+                "pixdim": [1.5, 1.5, 2.0],
+                "mode": ["bilinear"],
+            },
+            {
+                "_target_": "ScaleIntensityRanged",
+                "a_min": -57,
+                "a_max": 164,
+                "b_min": 0,
+                "b_max": 1,
+                "clip": True,
+            },
+            {"_target_": "NormalizeIntensityd", "keys": "image", "nonzero": True, "channel_wise": True},
+            {"_target_": "CropForegroundd", "keys": "@image", "source_key": "@image", "margin": 0},
+        ],
+    },
+    "inferer": {"_target_": "SlidingWindowInferer", "roi_size": "@size", "overlap": 0.5},
+}
+
+
+@kind("bundle-preprocessing")
+def bundle_tree(rng: random.Random, folder: Path) -> Outcome:
+    config = mutate.damaged_tree(rng, BUNDLE)
+    config = config if isinstance(config, dict) else {}
+    parts = (config.get("preprocessing"), config.get("inferer"))
+    values, notes = settings_of(config, parts, ["CT"], 1, "config")
+    assert all(isinstance(note, str) for note in notes)
+    validated(RunSettings, values, "config")
+    return Outcome.RIGHT

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 import timm_ext
 from timm_ext.ops import conv3d, norm, reference
+from timm_ext.ops import depthwise_conv3d as depthwise
 from timm_ext.ops import merge as ops
 from timm_ext.ops import upsampled_conv3d as upsampled
 from timm_ext.ops.memory import kept_memory
@@ -20,7 +21,7 @@ from timm_ext.ops.memory import kept_memory
 # --- the merge ------------------------------------------------------------------------------------------
 
 
-def planes(rng: random.Random, values: Tensor) -> Tensor:
+def matrices(rng: random.Random, values: Tensor) -> Tensor:
     """Rows further apart, and not aligned."""
     models, elements = values.shape
     before, behind = rng.choice([0, 0, 1, 7]), rng.choice([0, 0, 1, 24])
@@ -57,9 +58,9 @@ def merge(rng: random.Random, folder: Path) -> Outcome:
     logits = drawn(rng, rows, models, dtype=torch.float64) * rng.choice([1, 1, 30])
     if mixing == "ratios":
         logits = logits.abs() + 0.1
-    theta = planes(rng, drawn(rng, models, elements, dtype=dtype))
+    theta = matrices(rng, drawn(rng, models, elements, dtype=dtype))
     fisher = fishers(rng, models, elements, dtype)
-    fisher = None if fisher is None else planes(rng, fisher)
+    fisher = None if fisher is None else matrices(rng, fisher)
     logits = view(rng, logits.to(torch.float64 if dtype == torch.float64 else torch.float32))
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     _check_merge(rng, (theta, fisher, logits, offsets), {"mixing": mixing, "groups": groups})
@@ -139,7 +140,7 @@ def squares(rng: random.Random, folder: Path) -> Outcome:
 def convolutions(rng: random.Random, folder: Path) -> Outcome:
     """Every convolution of volumes."""
     with kept_memory():
-        rng.choice([_small, _winograd, _back_through_a_stride, _upsampled])(rng)
+        rng.choice([_small, _winograd, _back_through_a_stride, _upsampled, _depthwise])(rng)
     return Outcome.RIGHT
 
 
@@ -150,7 +151,9 @@ def _small(rng: random.Random) -> None:
 
 
 def _winograd(rng: random.Random) -> None:
-    kernel, padding = [3, 3, rng.choice([1, 2, 3, 3, 5])], [rng.randint(0, 3) for _ in range(3)]
+    rows = rng.choice([3, 5])
+    kernel = [rng.choice([1, rows]), rows, rng.choice([1, 2, 3, 3, 5])]
+    padding = [rng.randint(0, 3) for _ in range(3)]
     _convolve(rng, "winograd_conv3d", kernel, 20, padding=padding, mirrored=rng.random() < 0.3)
 
 
@@ -187,6 +190,24 @@ def _upsampled(rng: random.Random) -> None:
     geometry = {"stride": [1] * 3, "padding": [1] * 3, "dilation": [1] * 3}
     reference.conv_weight_grad_square_(wide, grad.double(), large.double(), **geometry)
     assert_near(acc, wide, wide.amax(), 2 * ERROR)
+
+
+def _depthwise(rng: random.Random) -> None:
+    """Forward, back to the input, and to the weight."""
+    stride, dilation = ([rng.randint(1, 3) for _ in range(3)] for _ in range(2))
+    around = {"stride": stride, "padding": [rng.randint(0, 4) for _ in range(3)], "dilation": dilation}
+    channels, kernel = rng.choice([0, 1, 3, 5]), [rng.randint(1, 9) for _ in range(3)]
+    least = [d * (k - 1) + 1 - 2 * p for d, k, p in zip(dilation, kernel, around["padding"], strict=True)]
+    sizes = [max(n, least_size) for n, least_size in zip(sizes_of(rng, 3, 40), least, strict=True)]
+    input, weight = drawn(rng, rng.randint(0, 2), channels, *sizes), drawn(rng, channels, 1, *kernel)
+    bias = drawn(rng, channels) if rng.random() < 0.5 else None
+    output = clear(lambda: depthwise.depthwise_conv3d(view(rng, input), view(rng, weight), bias, **around))
+    if not output.numel():
+        return
+    _check(rng, depthwise.depthwise_conv3d, reference.depthwise_conv3d, (input, weight), bias, **around)
+    grad = drawn(rng, *output.shape)
+    ours, twin = depthwise.depthwise_conv_transpose3d, reference.depthwise_conv_transpose3d
+    _check(rng, ours, twin, (grad, weight), bias, **around, size=sizes)
 
 
 def _operands(rng: random.Random, kernel: Sequence[int], most: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -228,22 +249,30 @@ def _norm(rng: random.Random) -> None:
     batch, channels = rng.randint(0, 3), rng.randint(1, 5)
     input = drawn(rng, batch, channels, *sizes_of(rng, rng.randint(1, 3), 13)) * 3 + rng.choice([0, 5])
     weight, bias = (drawn(rng, channels) if rng.random() < 0.7 else None for _ in range(2))
-    slope, epsilon = rng.choice([1.0, 0.0, 0.01]), rng.choice([1e-5, 1e-2])
-    output, mean, rstd = clear(lambda: norm.instance_norm(view(rng, input), weight, bias, epsilon=epsilon))
+    slope, epsilon = rng.choice([None, torch.zeros(1), torch.rand(channels)]), rng.choice([1e-5, 1e-2])
+    groups = rng.choice([n for n in range(1, channels + 1) if channels % n == 0] + [0])
+    over = "groups" if groups else "batch"
+
+    def normalise(module: Any, x: Tensor, *affine: Tensor | None) -> Any:
+        if groups:
+            return module.group_norm(x, *affine, groups=groups, epsilon=epsilon)
+        return module.batch_norm(x, *affine, epsilon=epsilon)
+
+    output, mean, variance = clear(lambda: normalise(norm, view(rng, input), weight, bias))
     grad = drawn(rng, *input.shape)
-    got = clear(
-        lambda: norm.instance_norm_backward(
-            view(rng, grad), view(rng, input), mean, rstd, weight, bias, slope=slope
-        )
-    )
+    options = {"epsilon": epsilon, "over": over, "slope_wanted": rng.random() < 0.5}
+    parameters = mean, variance, weight, bias, slope
+    got = clear(lambda: norm.norm_backward(view(rng, grad), view(rng, input), *parameters, **options))
     if not input.numel():
         return
     wide = [None if v is None else v.double() for v in (input, weight, bias)]
-    normal, centre, scale = reference.instance_norm(*wide, epsilon=epsilon)
+    normal, *moments = normalise(reference, *wide)
+    scale = (moments[1] + epsilon).rsqrt()
     assert_near(output, normal, 100.0)
-    if bool((normal.abs() < 1e-3).any()) and slope != 1.0:
+    if bool((normal.abs() < 1e-3).any()) and slope is not None:
         return  # float32 may lie on the other side of the kink
-    right = reference.instance_norm_backward(grad.double(), wide[0], centre, scale, *wide[1:], slope=slope)
+    steep_wide = None if slope is None else slope.double()
+    right = reference.norm_backward(grad.double(), wide[0], *moments, *wide[1:], steep_wide, **options)
     steep = float(scale.max()) * (1.0 if weight is None else float(weight.abs().max())) + 1
     for one, other in zip(got, right, strict=True):
         assert_near(one, other, 30 * (float(grad.abs().sum()) + 1) * steep)

@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from streaming_samples import assert_refused, fisher_of, load, save, weights
 
 from timm_ext.checkpoint import load_checkpoint, save_checkpoint
 from timm_ext.errors import InputError
+from timm_ext.files import sha256
 from timm_ext.merging.streaming.merge import merge_checkpoints
 
 NETWORK = {"name": "x", "in_channels": 1, "out_channels": 1, "options": {}}
@@ -136,7 +138,64 @@ def test_results_of_other_programs_networks_keep_their_metadata(tmp_path: Path) 
         assert file.metadata()["modelspec.title"] == "ü"
 
 
-def test_a_pytorch_file_is_named_with_what_to_do(tmp_path: Path) -> None:
-    torch.save({"w": torch.ones(3)}, tmp_path / "x.safetensors")
-    with pytest.raises(InputError, match=r"\(got a PyTorch file; convert it: save_file"):
-        merge_checkpoints([tmp_path / "x.safetensors"] * 2, tmp_path / "out.safetensors", ratios=[1, 1])
+def test_pytorch_files_are_merged_as_safetensors_are(tmp_path: Path) -> None:
+    paths, fishers = [], []
+    for seed in range(2):
+        tensors = weights(seed)
+        record = {"state_dict": {f"module.{name}": tensor for name, tensor in tensors.items()}, "epoch": seed}
+        paths.append((tmp_path / f"m{seed}.ckpt", save(tmp_path / f"m{seed}.safetensors", tensors)))
+        fishers.append((tmp_path / f"f{seed}.pt", save(tmp_path / f"f{seed}.safetensors", fisher_of(seed))))
+        torch.save(record, paths[-1][0])
+        torch.save(fisher_of(seed), fishers[-1][0])
+    (theirs, ours), (their_fishers, our_fishers) = zip(*paths, strict=True), zip(*fishers, strict=True)
+    out, again = tmp_path / "out.safetensors", tmp_path / "again.safetensors"
+    before = set(tmp_path.iterdir())
+    done = merge_checkpoints(theirs, out, ratios=[3, 1], fishers=their_fishers, hashes=True)
+    assert set(tmp_path.iterdir()) == before | {out}
+    merge_checkpoints([theirs[0], ours[1]], again, ratios=[3, 1], fishers=our_fishers)
+    merge_checkpoints(ours, tmp_path / "ours.safetensors", ratios=[3, 1], fishers=our_fishers)
+    expected = load(tmp_path / "ours.safetensors")
+    for found in (load(out), load(again)):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert done.notes[0] == f"{theirs[0]}: taken from 'state_dict'; 'module.' taken off the names"
+    noted = load_checkpoint(out).metadata["merge"]["sources"]
+    assert noted[0]["sha256"] == {"m0.ckpt": sha256(theirs[0])}
+
+
+def test_tied_tensors_of_pytorch_files_stay_tied(tmp_path: Path) -> None:
+    paths = []
+    for value in (1.0, 3.0):
+        tied = torch.full((4,), value)
+        paths.append(tmp_path / f"{value}.bin")
+        torch.save({"embed": tied, "head": tied}, paths[-1])
+    merge_checkpoints(paths, tmp_path / "out.safetensors", ratios=[1, 1])
+    assert load_checkpoint(tmp_path / "out.safetensors").tensors["head"].tolist() == [2.0] * 4
+
+
+def test_folders_of_pytorch_shards(tmp_path: Path) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for value, folder in enumerate(folders):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        for number, name in enumerate("uv", 1):
+            file = folder / f"pytorch_model-{number:05d}-of-00002.bin"
+            torch.save({name: torch.full((3,), float(value))}, file)
+        torch.save({"state": 1}, folder / "optimizer.bin")
+    merge_checkpoints(folders, tmp_path / "out", ratios=[1, 1])
+    assert {name: tensor.tolist() for name, tensor in load(tmp_path / "out").items()} == {
+        "u": [0.5] * 3,
+        "v": [0.5] * 3,
+    }
+    assert (tmp_path / "out" / "config.json").is_file()
+    (folders[1] / "pytorch_model-00002-of-00002.bin").unlink()
+    assert_refused(tmp_path, "missing 1 of 2 shards", folders)
+
+
+def test_bad_values_of_a_pytorch_file_are_told_by_its_name(tmp_path: Path) -> None:
+    paths = [tmp_path / "a.pt", tmp_path / "b.pt"]
+    torch.save({"w": torch.ones(3)}, paths[0])
+    torch.save({"w": torch.tensor([1.0, float("nan"), 1.0])}, paths[1])
+    assert_refused(tmp_path, rf"^{paths[1]}: expected finite weights", paths)
+    paths[1].write_bytes(paths[1].read_bytes()[:300])
+    assert_refused(tmp_path, rf"^{paths[1]}: expected a whole PyTorch file", paths)

@@ -226,7 +226,7 @@ def test_progress_and_threads(tmp_path, pair):
     counts = []
     threads = torch.get_num_threads()
     done = merge_checkpoints(
-        pair, tmp_path / "out.safetensors", ratios=[1, 1], progress=lambda *c: counts.append(c)
+        pair, tmp_path / "out.safetensors", ratios=[1, 1], on_progress=lambda *c: counts.append(c)
     )
     assert counts[-1] == (done.nbytes_read, done.nbytes_read)
     assert torch.get_num_threads() == threads

@@ -4,7 +4,7 @@ import os
 import pytest
 import torch
 from safetensors.torch import save_file
-from streaming_samples import fisher_of, refused, save, weights
+from streaming_samples import assert_refused, fisher_of, save, weights
 
 from timm_ext.checkpoint import load_checkpoint, save_checkpoint
 from timm_ext.merging.streaming.merge import merge_checkpoints
@@ -23,7 +23,7 @@ from timm_ext.merging.streaming.merge import merge_checkpoints
     ids=str,
 )
 def test_ratios_that_do_not_fit(tmp_path, pair, ratios, message):
-    refused(tmp_path, f"ratios: expected {message}|ratios: .*{message}", pair, ratios=ratios)
+    assert_refused(tmp_path, f"ratios: expected {message}|ratios: .*{message}", pair, ratios=ratios)
 
 
 def test_all_tensors_that_differ_are_listed(tmp_path, pair):
@@ -33,7 +33,7 @@ def test_all_tensors_that_differ_are_listed(tmp_path, pair):
     other["layers.0.weight"] = other["layers.0.weight"].bfloat16()
     other["more"] = torch.zeros(2)
     save_file(other, pair[1])
-    refused(
+    assert_refused(
         tmp_path,
         r"(?s)same tensors \(got 4 that differ\)"
         r"(?=.*embed.weight: expected F32 \[301, 40\].*\(got F32 \[300, 40\])"
@@ -47,7 +47,7 @@ def test_all_integers_that_differ_are_listed(tmp_path, pair):
     other["position_ids"] = other["position_ids"] + 1
     other["mask"] = ~other["mask"]
     save_file(other, pair[1])
-    refused(
+    assert_refused(
         tmp_path,
         r"(?s)integers and booleans in all of them \(got 2 that differ\).*(mask|position_ids)",
         pair,
@@ -59,7 +59,7 @@ def test_weights_that_are_not_finite(tmp_path, pair, value):
     other = weights(1)
     other["layers.0.weight"][3, 4] = value
     save_file(other, pair[1])
-    refused(
+    assert_refused(
         tmp_path, r"m1\.safetensors: expected finite weights.*1 or more elements of layers\.0\.weight", pair
     )
 
@@ -70,7 +70,7 @@ def test_fisher_values(tmp_path, pair, value):
     fishers[1]["embed.weight"][300, 39] = value
     files = [save(tmp_path / f"f{t}.safetensors", fisher) for t, fisher in enumerate(fishers)]
     message = r"f1\.safetensors: expected a finite, non-negative Fisher .*1 or more elements of embed\.weight"
-    refused(tmp_path, message, pair, fishers=files)
+    assert_refused(tmp_path, message, pair, fishers=files)
 
 
 def test_fishers_that_do_not_fit(tmp_path, pair):
@@ -81,16 +81,16 @@ def test_fishers_that_do_not_fit(tmp_path, pair):
     for fisher in fishers:
         fisher |= {"unknown": torch.zeros(1), "mask": torch.zeros(2)}
     files = [save(tmp_path / f"f{t}.safetensors", fisher) for t, fisher in enumerate(fishers)]
-    refused(
+    assert_refused(
         tmp_path,
         r"(?s)fishers: .*\(got 5 that do not fit\)(?=.*scale: )(?=.*embed.weight: )(?=.*layers.0.norm: )"
         r"(?=.*unknown: expected none)(?=.*mask: expected none)",
         pair,
         fishers=files,
     )
-    refused(tmp_path, "fishers: expected one for each of 2", pair, fishers=files[:1])
+    assert_refused(tmp_path, "fishers: expected one for each of 2", pair, fishers=files[:1])
     nothing = save(tmp_path / "nothing.safetensors", {})
-    refused(tmp_path, "expected a Fisher .got no tensor", pair, fishers=[nothing] * 2)
+    assert_refused(tmp_path, "expected a Fisher .got no tensor", pair, fishers=[nothing] * 2)
 
 
 def test_kinds_are_told_apart(tmp_path, pair):
@@ -100,9 +100,9 @@ def test_kinds_are_told_apart(tmp_path, pair):
     )
     save_checkpoint(tmp_path / "n.safetensors", tensors, kind="network")
     fisher, network = tmp_path / "f.safetensors", tmp_path / "n.safetensors"
-    refused(tmp_path, "f.safetensors: expected a network", [fisher, fisher])
-    refused(tmp_path, "n.safetensors: expected a Fisher", [network] * 2, fishers=[network] * 2)
-    refused(tmp_path, "expected the Fisher of .*n.safetensors", [network] * 2, fishers=[fisher] * 2)
+    assert_refused(tmp_path, "f.safetensors: expected a network", [fisher, fisher])
+    assert_refused(tmp_path, "n.safetensors: expected a Fisher", [network] * 2, fishers=[network] * 2)
+    assert_refused(tmp_path, "expected the Fisher of .*n.safetensors", [network] * 2, fishers=[fisher] * 2)
 
 
 def test_networks_of_other_tasks_are_not_merged_as_they_are(tmp_path):
@@ -110,7 +110,7 @@ def test_networks_of_other_tasks_are_not_merged_as_they_are(tmp_path):
     for task in ("brats", "parcellation"):
         paths.append(tmp_path / f"{task}.safetensors")
         save_checkpoint(paths[-1], weights(0), kind="network", network=network, task={"name": task})
-    refused(tmp_path, r"expected the same task in all.*got several tasks.*merge method", paths)
+    assert_refused(tmp_path, r"expected the same task in all.*got several tasks.*merge method", paths)
     merge_checkpoints([paths[0]] * 2, tmp_path / "soup.safetensors", ratios=[1, 1])
     noted = load_checkpoint(tmp_path / "soup.safetensors").metadata
     assert (noted["network"], noted["task"]) == (network, {"name": "brats"})
@@ -120,13 +120,13 @@ def test_outputs_that_cannot_be_written(tmp_path, pair, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     (tmp_path / "dir.safetensors").mkdir()
-    refused(tmp_path, "full: expected a .safetensors file, or a new or empty folder", pair, out="full")
-    refused(tmp_path, "expected a file .got a folder", pair, out="dir.safetensors")
-    refused(tmp_path, "shards of 5 bytes: expected .* a folder", pair, shard_size=5)
-    refused(tmp_path, "shards of 0 bytes: expected more than 0", pair, shard_size=0, out="out")
-    refused(tmp_path, r"out: cannot be written \(Not a directory\)", pair, out="full/file/out")
+    assert_refused(tmp_path, "full: expected a .safetensors file, or a new or empty folder", pair, out="full")
+    assert_refused(tmp_path, "expected a file .got a folder", pair, out="dir.safetensors")
+    assert_refused(tmp_path, "shards of 5 bytes: expected .* a folder", pair, shard_size=5)
+    assert_refused(tmp_path, "shards of 0 bytes: expected more than 0", pair, shard_size=0, out="out")
+    assert_refused(tmp_path, r"out: cannot be written \(Not a directory\)", pair, out="full/file/out")
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    refused(tmp_path, r"expected 0\.00 GB of room on the disk \(got 0\.00\)", pair)
+    assert_refused(tmp_path, r"expected 0\.00 GB of room on the disk \(got 0\.00\)", pair)
 
 
 @pytest.mark.parametrize("out", ["out.safetensors", "out"])
@@ -136,7 +136,7 @@ def test_disk_that_fails_on_the_way(tmp_path, pair, monkeypatch, number, out):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "pwritev", fail)
-    refused(tmp_path, rf"{out}: cannot be written \({os.strerror(number)}\)", pair, out=out)
+    assert_refused(tmp_path, rf"{out}: cannot be written \({os.strerror(number)}\)", pair, out=out)
 
 
 @pytest.mark.parametrize("out", ["out.safetensors", "out"])
@@ -146,10 +146,10 @@ def test_interruption_leaves_nothing(tmp_path, pair, out):
 
     before = set(tmp_path.iterdir())
     with pytest.raises(KeyboardInterrupt):
-        merge_checkpoints(pair, tmp_path / out, ratios=[1, 1], progress=interrupt)
+        merge_checkpoints(pair, tmp_path / out, ratios=[1, 1], on_progress=interrupt)
     assert set(tmp_path.iterdir()) == before
 
 
 def test_source_that_shrinks_on_the_way(tmp_path, pair, monkeypatch):
     monkeypatch.setattr(os, "preadv", lambda *_: 0)
-    refused(tmp_path, "expected .* bytes or more", pair)
+    assert_refused(tmp_path, "expected .* bytes or more", pair)

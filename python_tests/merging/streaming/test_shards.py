@@ -6,7 +6,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from timm_ext.errors import InputError
-from timm_ext.merging.streaming.shards import INDEX, index_of, open_shards, plan_shards
+from timm_ext.merging.streaming.shards import INDEX, index_of, open_shards, output_shards
 
 TENSORS = {
     "b.weight": torch.arange(12.0).reshape(3, 4),
@@ -159,40 +159,40 @@ def test_companions_of_a_mac_are_no_shards(tmp_path):
     assert open_shards(tmp_path).tensors.keys() == TENSORS.keys()
 
 
-def write_plan(folder, plan, shards):
-    """Write a planned file by itself, an oracle for the stream."""
-    content = bytearray(plan.nbytes)
-    content[: len(plan.header)] = plan.header
-    for name, begin in plan.begins.items():
-        data = bytes_of(shards.tensors[name])
+def write_shard(folder, shard, source):
+    """Write a file by itself, an oracle for the stream."""
+    content = bytearray(shard.nbytes)
+    content[: len(shard.header)] = shard.header
+    for name, begin in shard.begins.items():
+        data = bytes_of(source.tensors[name])
         content[begin : begin + len(data)] = data
-    (folder / plan.name).write_bytes(content)
+    (folder / shard.name).write_bytes(content)
 
 
 @pytest.mark.parametrize("shard_size", [None, 20, 48, 10**9])
-def test_planned_files_are_read_by_safetensors(tmp_path, shard_size):
+def test_output_shards_are_read_by_safetensors(tmp_path, shard_size):
     save_file(TENSORS, tmp_path / "x.safetensors")
-    shards = open_shards(tmp_path / "x.safetensors")
-    plans = plan_shards(shards, None, shard_size, {"format": "pt"})
+    source = open_shards(tmp_path / "x.safetensors")
+    shards = output_shards(source, None, shard_size, {"format": "pt"})
     (tmp_path / "out").mkdir()
     found = {}
-    for plan in plans:
-        write_plan(tmp_path / "out", plan, shards)
-        with safe_open(tmp_path / "out" / plan.name, framework="pt") as file:
+    for shard in shards:
+        write_shard(tmp_path / "out", shard, source)
+        with safe_open(tmp_path / "out" / shard.name, framework="pt") as file:
             found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             assert file.metadata() == {"format": "pt"}
-        if shard_size is not None and len(plan.begins) > 1:
-            assert plan.nbytes - len(plan.header) <= shard_size
+        if shard_size is not None and len(shard.begins) > 1:
+            assert shard.nbytes - len(shard.header) <= shard_size
     assert found.keys() == TENSORS.keys()
     assert all(torch.equal(found[name], TENSORS[name]) for name in TENSORS)
-    index = index_of(plans)
-    assert index["metadata"]["total_size"] == shards.nbytes
-    assert index["weight_map"] == {name: plan.name for plan in plans for name in plan.begins}
+    index = index_of(shards)
+    assert index["metadata"]["total_size"] == source.nbytes
+    assert index["weight_map"] == {name: shard.name for shard in shards for name in shard.begins}
 
 
 def test_wide_types_come_first_so_that_all_are_aligned(tmp_path):
     header = {"mask": entry(0, 3, dtype="BOOL", shape=(3,)), "x": entry(3, 11, dtype="F64")}
     write_raw(tmp_path / "x.safetensors", header, b"12312345678")
-    (plan,) = plan_shards(open_shards(tmp_path / "x.safetensors"), "y.safetensors", None, {})
-    assert plan.begins["x"] % 8 == 0
-    assert plan.begins["mask"] == plan.begins["x"] + 8
+    (shard,) = output_shards(open_shards(tmp_path / "x.safetensors"), "y.safetensors", None, {})
+    assert shard.begins["x"] % 8 == 0
+    assert shard.begins["mask"] == shard.begins["x"] + 8

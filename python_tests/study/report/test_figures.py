@@ -7,7 +7,7 @@ from timm_ext.study.report.tables import make_tables
 
 
 def curves(*runs):
-    rows = [["m", 4, 0, seed, *place] for seed, run in enumerate(runs) for place in run]
+    rows = [["m", 4, 0, 0, seed, *place] for seed, run in enumerate(runs) for place in run]
     return {"M": frame(rows, [*RUN, "step", "val_dice"])}
 
 
@@ -21,7 +21,7 @@ def test_curves_go_as_far_as_the_shortest_run():
 
 def test_runs_without_validation_are_left_out():
     _, (axis,) = new_figure(1, 1, height=2)
-    timeless = frame([["m", 4, 0, 0, float("nan"), 0.5]], [*RUN, "seconds", "val_dice"])
+    timeless = frame([["m", 4, 0, 0, 0, float("nan"), 0.5]], [*RUN, "seconds", "val_dice"])
     draw_curves(axis, {"M": timeless, "N": timeless[:0]}, "seconds")
     assert not axis.lines
 

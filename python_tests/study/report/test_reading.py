@@ -78,8 +78,10 @@ def test_scores_are_those_of_the_records(study, folder):
     place = study.steps.index(
         next(r for r in study.runs if (r.arm, r.train_cases, r.draw) == ("t-imm", 4, 1)).step
     )
-    assert results.scores(4, "t-imm")[1, 0].tolist() == [list(row.values()) for row in scores(place).values()]
-    assert results.scores(4, "t-imm", "hd95_mm")[1, 0, 2, 1] == scores(place, 10.0)["test-002"]["TC"]
+    assert results.scores(4, "t-imm")[0, 1, 0].tolist() == [
+        list(row.values()) for row in scores(place).values()
+    ]
+    assert results.scores(4, "t-imm", "hd95_mm")[0, 1, 0, 2, 1] == scores(place, 10.0)["test-002"]["TC"]
     assert results.diagonals.tolist() == [pytest.approx(8 * np.linalg.norm((20, 24, 20)))] * 3
 
 

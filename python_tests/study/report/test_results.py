@@ -8,10 +8,10 @@ from study_samples import CASES, METHODS, study_results
 def test_scores_keep_draws_and_seeds_apart():
     results = study_results()
     dice = results.scores(8, "t-imm")
-    assert dice.shape == (2, 3, len(CASES), 3)
+    assert dice.shape == (1, 2, 3, len(CASES), 3)
     rows = results.cases.query("method == 't-imm' and train_cases == 8 and draw == 1 and seed == 2")
     one = rows[(rows["case"] == "case-05") & (rows["region"] == "TC")]["dice"].item()
-    assert dice[1, 2, 5, 1] == one
+    assert dice[0, 1, 2, 5, 1] == one
 
 
 def test_an_undefined_distance_is_the_diagonal_of_the_scan():
@@ -20,9 +20,9 @@ def test_an_undefined_distance_is_the_diagonal_of_the_scan():
     lost = (cases["case"] == "case-05") & (cases["region"] == "TC") & (cases["draw"] == 0)
     cases.loc[lost & (cases["seed"] == 0) & (cases["method"] == "scratch"), "hd95_mm"] = np.nan
     distances = replace(results, cases=cases).scores(4, "scratch", "hd95_mm")
-    assert distances[0, 0, 5, 1] == 105.0
+    assert distances[0, 0, 0, 5, 1] == 105.0
     assert np.isfinite(distances).all()
-    assert results.scores(4, "scratch", "hd95_mm")[0, 0, 5, 1] < 10
+    assert results.scores(4, "scratch", "hd95_mm")[0, 0, 0, 5, 1] < 10
 
 
 def test_each_pair_is_compared_once():

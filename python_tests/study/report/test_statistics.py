@@ -10,7 +10,7 @@ from timm_ext.study.report.statistics import (
     holm,
     mean_spread,
     rank_biserial,
-    runs_test,
+    t_test,
     wilcoxon,
 )
 
@@ -105,13 +105,13 @@ def test_rank_biserial_by_hand():
     assert rank_biserial([0.0]) == 0.0
 
 
-def test_runs_test_by_hand():
+def test_t_test_by_hand():
     # Mean 0.2, standard deviation 0.1: t = 2 √3 with two degrees of freedom, p = 1 − t / √(t² + 2).
     t = 2 * np.sqrt(3)
-    assert runs_test([0.1, 0.2, 0.3]) == pytest.approx(1 - t / np.sqrt(t**2 + 2))
-    assert runs_test([0.2, 0.2]) == 0.0
-    assert runs_test([0.0, 0.0]) == 1.0
-    assert runs_test([0.2]) is None
+    assert t_test([0.1, 0.2, 0.3]) == pytest.approx(1 - t / np.sqrt(t**2 + 2))
+    assert t_test([0.2, 0.2]) == 0.0
+    assert t_test([0.0, 0.0]) == 1.0
+    assert t_test([0.2]) is None
 
 
 def test_runs_that_disagree_are_chance_however_many_cases_there_are():
@@ -162,7 +162,10 @@ def test_nothing_to_compare():
 
 @pytest.mark.parametrize(
     ("scores", "message"),
-    [(np.zeros(3), r"\[draws, seeds, cases\] \(got shape"), (np.full((1, 2), np.nan), "finite scores")],
+    [
+        (np.zeros(3), r"\[source sets, draws, seeds, cases\] \(got shape"),
+        (np.full((1, 2), np.nan), "finite scores"),
+    ],
 )
 def test_unusable_scores_are_refused(scores, message):
     with pytest.raises(InputError, match=message):

@@ -12,7 +12,9 @@ def test_conclusions_name_clear_differences_and_no_others():
     text = told(study_results())
     assert text.count("“T-IMM” gains 0.1") == 4
     assert "“IMM-WARMUP” gains" not in text
-    assert "Not told apart from “SCRATCH” with 4 training cases: “IMM-WARMUP”." in text
+    assert "Within ±0.01 mean Dice of “SCRATCH” with 4 training cases: “IMM-WARMUP”." in text
+    assert "Not told apart from" not in text
+    assert "2 are equivalent" in text
     assert "2 of the 6 comparisons are not told apart" in text
     assert "no ranking" in text
 
@@ -23,6 +25,7 @@ def test_noise_is_never_called_a_difference():
     assert "loses" not in text
     assert "Not told apart from “SCRATCH”: “IMM-WARMUP”, “T-IMM”." in text
     assert "with 4" not in text
+    assert "Within" not in text
 
 
 def test_limits_say_when_nothing_could_be_shown():

@@ -112,7 +112,7 @@ def test_a_draw_generates_other_training_cases_and_the_same_test():
 
 def test_source_tasks_of_one_data_set_share_no_case(tmp_path):
     path = data_set(tmp_path / "parcellation", "parcellation", 12)
-    cases = Cases(plan_of(source_data=(path, path), source_cases=4, source_test=2))
+    cases = Cases(plan_of(source_data=path, source_cases=4, source_test=2))
     parts = [chosen(step) for number in (1, 2) for step in cases.source(number).values()]
     assert [len(part) for part in parts] == [4, 2, 4, 2]
     assert len(set.union(*parts)) == 12
@@ -140,6 +140,87 @@ def test_no_case_left_for_training(tmp_path):
 
 def test_too_few_source_cases(tmp_path):
     path = data_set(tmp_path / "parcellation", "parcellation", 5)
-    cases = Cases(plan_of(source_data=(path, path), source_cases=2, source_test=1))
+    cases = Cases(plan_of(source_data=path, source_cases=2, source_test=1))
     with pytest.raises(InputError, match=r"at least 6 cases for 2 training and 1 test cases of 2"):
         cases.source(1)
+
+
+def test_subjects_of_several_cases_are_in_one_part(tmp_path):
+    data = data_set(tmp_path / "pool", "brats", 12)
+    listed = tmp_path / "pool" / "cases.json"
+    rows = [{**row, "subject": f"s{number % 6}"} for number, row in enumerate(json.loads(listed.read_text()))]
+    listed.write_text(json.dumps(rows))
+    subjects = {row["id"]: row["subject"] for row in rows}
+    cases = Cases(plan_of(target_data=data, val_cases=2, test_cases=3))
+    parts = [chosen(step) for step in cases.target(3, 0).values()]
+    apart = [{subjects[case] for case in part} for part in parts]
+    assert [len(part) for part in parts] == [3, 2, 3]
+    assert sum(map(len, apart)) == len(set.union(*apart)) == 5
+    with pytest.raises(InputError, match=r"at least 12 cases .*\(got 12 of 6 subjects, who are kept apart\)"):
+        cases.target(7, 0)
+
+
+REGIONS = (
+    {"name": "near", "regions": {"amygdala": [18, 54]}},
+    {"name": "far", "regions": {"insula": [2035]}},
+)
+
+
+def heads(tmp_path, count=6):
+    return data_set(tmp_path / "heads", "parcellation", count)
+
+
+def test_crops_of_a_head_stay_together_and_sets_share_no_person(tmp_path):
+    shared = {"sources": REGIONS, "source_sets": 2, "source_cases_shared": True}
+    plan = plan_of(source_data=heads(tmp_path), source_cases=4, source_test=2, **shared)
+    parts = [Cases(plan).source(number, k) for k in (0, 1) for number in (1, 2)]
+    assert parts[0] == parts[1] != parts[2] == parts[3]
+    people = [{crop.rpartition("-")[0] for crop in step.crops} for own in parts[::2] for step in own.values()]
+    assert [len(part) for part in people] == [2, 1, 2, 1]
+    assert len(set.union(*people)) == 6
+    assert parts[0]["train"].labels == (18, 54, 2035)
+    assert [step.name for step in parts[2].values()] == ["cases-source-1-set1", "cases-source-1-test-set1"]
+
+
+def test_sources_of_whole_heads_may_have_people_of_their_own(tmp_path):
+    plan = plan_of(source_data=heads(tmp_path), sources=REGIONS, source_cases=4, source_test=2)
+    crops = [set(step.crops) for number in (1, 2) for step in Cases(plan).source(number).values()]
+    assert len(set.union(*crops)) == 12
+
+
+def test_too_few_heads_for_all_sets(tmp_path):
+    shared = {"sources": REGIONS, "source_sets": 3, "source_cases_shared": True}
+    plan = plan_of(source_data=heads(tmp_path), source_cases=4, source_test=2, **shared)
+    with pytest.raises(InputError, match=r"at least 18 cases .* 3 source tasks \(got 12 of 6 subjects"):
+        Cases(plan).source(1)
+
+
+def test_a_pool_is_what_draws_choose_from(tmp_path):
+    plan = on_disk(tmp_path, pool=8, draws=tuple(range(12)))
+    cases = Cases(plan)
+    train = set.union(*(chosen(cases.target(4, draw)["train"]) for draw in plan.draws))
+    val = set.union(*(chosen(cases.target(4, draw)["val"]) for draw in plan.draws))
+    test = chosen(cases.target(4, 0)["test"])
+    assert (len(train), len(val), len(test)) == (8, 7, 5)
+    assert len(train | val | test) == 20
+    assert chosen(cases.target(2, 3)["train"]) < chosen(cases.target(4, 3)["train"])
+    assert train_case_numbers(plan) == (4,)
+    with pytest.raises(InputError, match=r"at most the 3 available"):
+        train_case_numbers(plan_of(target_data=plan.target_data, pool=3))
+
+
+def test_too_few_cases_for_a_pool(tmp_path):
+    with pytest.raises(InputError, match=r"at least 21 cases for 13 training, 3 validation and 5 test"):
+        Cases(on_disk(tmp_path, pool=13)).target(4, 0)
+
+
+def test_sources_of_tested_persons_are_refused(tmp_path):
+    path = heads(tmp_path, 20)
+    cases = on_disk(tmp_path, sources=REGIONS[:1], methods=("scratch",), source_data=path, source_test=1)
+    with pytest.raises(InputError, match=r"sources: expected other persons than .* \(got p\d\d.* in .*heads"):
+        Cases(cases).check_apart()
+    listed = tmp_path / "heads" / "cases.json"
+    listed.write_text(listed.read_text().replace('"id": "p', '"id": "q'))
+    other = tmp_path / "others"
+    (tmp_path / "heads").rename(other)
+    Cases(plan_of(**{**cases.model_dump(), "source_data": str(other)})).check_apart()

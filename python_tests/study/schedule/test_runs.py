@@ -157,3 +157,13 @@ def test_an_arm_is_merged_as_the_plan_says():
 def test_options_that_cannot_be(changes, message):
     with pytest.raises(InputError, match=message):
         study_of(**changes)
+
+
+def test_a_method_may_have_its_own_learning_rate():
+    arms = ("t-imm", "t-imm-extra", "ensemble", "transfer-2")
+    rates = {"t-imm-extra": 1e-3, "transfer-2": 2e-3}
+    study = study_of(methods=arms, seeds=(0,), method_lr=rates)
+    lr = {run.arm: run.step.train.lr for run in study.runs}
+    assert lr == {"t-imm": 3e-3, "t-imm-extra": 1e-3, "ensemble": 3e-3, "transfer-2": 2e-3}
+    assert [run_of(study, arm).adaptation.train.lr for arm in arms[:2]] == [3e-3, 1e-3]
+    assert [step.train.lr for step in run_of(study, "ensemble").members] == [3e-3, 2e-3]

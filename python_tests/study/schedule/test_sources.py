@@ -1,7 +1,8 @@
 import pytest
-from study_plans import run_of, study_of
+from study_plans import plan_of, run_of, study_of
 
 from timm_ext.errors import InputError
+from timm_ext.study.schedule.sources import parents_of
 
 
 def ties_of(step):
@@ -16,7 +17,8 @@ def test_a_fisher_takes_the_batches_of_the_plan_unless_it_has_its_own():
 
 
 def test_independent_sources_start_from_their_own_seed():
-    chained, apart = (study_of(chain=chain).models for chain in (True, False))
+    tasks = [{"task": "parcellation-1-7"}, {"task": "parcellation-8-14"}]
+    chained, apart = study_of().models, study_of(sources=tasks).models
     assert "parent" in chained[1].needs
     assert "parent" not in apart[1].needs
     assert chained[0] == apart[0]
@@ -56,4 +58,52 @@ def test_a_source_task_may_be_trained_on_all_source_cases():
 @pytest.mark.parametrize("name", ["transfer-joint", "transfer-1-all"])
 def test_joint_training_needs_cases_that_fit_all_tasks(name):
     with pytest.raises(InputError, match=r"joint task: expected tasks with the same modalities \(got parc"):
-        study_of(source_tasks=("parcellation-1-7", "brats-2021"), methods=(name,))
+        study_of(sources=({"task": "parcellation-1-7"}, {"task": "brats-2021"}), methods=(name,))
+
+
+TREE = (
+    {"task": "parcellation-1-7"},
+    {"task": "parcellation-8-14", "after": 1},
+    {"task": "parcellation", "after": 2},
+)
+
+
+def test_source_sets_have_other_cases_seeds_and_orders():
+    study = study_of(sources=TREE, source_sets=4, methods=("scratch", "transfer-1", "t-imm"), seeds=(0, 1))
+    models = [step for step in study.steps if step.name.startswith("train-M")]
+    assert len(models) == len({step.seed for step in models}) == 3 * 4
+    assert len({step.needs["train"] for step in models}) == 3 * 4
+    parents = [
+        [
+            step.needs["parent"].name if "parent" in step.needs else None
+            for step in models
+            if step.name == name
+        ]
+        for name in ("train-M1", "train-M2", "train-M3")
+    ]
+    assert parents == [[None], ["train-M1"], ["train-M2"]]
+    orders = {tuple(sorted(parents_of(study.plan, k).items(), key=str)) for k in range(4)}
+    assert len(orders) > 1
+    assert all(list(parents_of(study.plan, k).values()).count(None) == 1 for k in range(4))
+
+
+def test_every_run_is_repeated_with_each_source_set_by_a_seed_of_its_own():
+    few, many = (
+        study_of(sources=TREE, source_sets=k, methods=("scratch", "t-imm"), seeds=(0, 1)) for k in (1, 3)
+    )
+    assert {*few.steps} < {*many.steps}
+    assert [run.source_set for run in many.runs] == [0] * 4 + [1] * 4 + [2] * 4
+    assert len({run.step.recipe.seed for run in many.runs}) == 6
+    assert [row.source_set for row in many.forgetting] == [0, 0, 1, 1, 2, 2]
+    assert len(many.models) == 3
+
+
+def test_shuffled_sources_keep_their_place(tmp_path):
+    regions = {"regions": {"amygdala": [18]}, "data": str(tmp_path)}
+    sources = [{"name": "a", **regions}, {"name": "b", **regions, "after": 1}]
+    sources += [{"name": "bad", **regions, "shuffled": True, "after": 2}]
+    plan = plan_of(sources=sources, source_sets=20)
+    found = [parents_of(plan, k) for k in range(20)]
+    assert found[0] == {1: None, 2: 1, 3: 2}
+    assert {3: 1, 1: 2, 2: None} in found
+    assert all(parents[3] in (1, 2) for parents in found)

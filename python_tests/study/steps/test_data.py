@@ -3,12 +3,12 @@ import shutil
 import nibabel as nib
 import numpy as np
 import pytest
+from study_plans import context
 
 from timm_ext.data.formats.cases import read_cases
 from timm_ext.data.prepare import PrepareSettings
 from timm_ext.data.tasks import get_task
 from timm_ext.errors import InputError
-from timm_ext.study.step import Context
 from timm_ext.study.steps.data import PreparePool, TakeCases
 from timm_ext.study.steps.network_step import NetworkStep
 from timm_ext.synthesis.generate import GenerateSettings, generate_cases
@@ -26,11 +26,6 @@ def brats(tmp_path_factory):
         (folder / case).mkdir(exist_ok=True)
         shutil.copy(file, folder / case / f"{case}_{KINDS[kind]}.nii.gz")
     return folder
-
-
-def context(folder):
-    folder.mkdir(exist_ok=True)
-    return Context(folder, lambda fraction: None)
 
 
 PREPARE = PrepareSettings(spacing=8.0, size=(16, 24, 16))

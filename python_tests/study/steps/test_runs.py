@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from study_plans import context
 
 from timm_ext.data.prepare import PrepareSettings
 from timm_ext.data.tasks import get_task, task_to_dict
 from timm_ext.networks.io import load_network, save_network
 from timm_ext.study.outcomes import FISHER, INITIAL, NETWORK
 from timm_ext.study.records import Folder
-from timm_ext.study.step import Context, Step
+from timm_ext.study.step import Step
 from timm_ext.study.steps.network_step import Network
 from timm_ext.study.steps.runs import Adapt, CombineAndTest, TuneAndTest
 from timm_ext.training.settings import TrainSettings
@@ -26,11 +27,6 @@ COMMON: dict[str, Any] = {
     "prepare": PrepareSettings(spacing=8.0, size=(20, 24, 20)),
     "train": TrainSettings(steps=2, accelerator="cpu", tensorboard=False),
 }
-
-
-def context(folder: Path) -> Context:
-    folder.mkdir(parents=True, exist_ok=True)
-    return Context(folder, lambda fraction: None)
 
 
 @pytest.fixture
@@ -75,6 +71,21 @@ def test_an_annealed_merge_is_tuned_tested_and_told(inputs: dict[str, Path], tmp
         for (name, p), q in zip(initial.named_parameters(), tuned.parameters(), strict=True)
         if not name.endswith("conv.bias")  # in front of a norm: without a gradient
     )
+
+
+def test_the_best_source_by_evidence_is_noted_with_its_fitted_heads(
+    inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    step = TuneAndTest(**COMMON, arm="best-by-evidence", recipe=Recipe(seed=1), network=NET, adapt=None)
+    step.run(inputs, context(tmp_path / "run"))
+    initial, checkpoint = load_network(tmp_path / "run" / INITIAL)
+    evidence = checkpoint.metadata["merge"]["evidence"]
+    assert evidence.keys() == {"M1", "M2"}
+    best = max(evidence, key=evidence.__getitem__)
+    source, _ = load_network(inputs[best.replace("M", "model-")] / NETWORK)
+    name = "encoder.1.entry.conv.weight"
+    assert torch.equal(initial.get_parameter(name), source.get_parameter(name))
+    assert initial.get_parameter("heads.0.bias").abs().max() > 0  # at random it is 0
 
 
 @pytest.fixture

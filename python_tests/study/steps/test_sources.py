@@ -1,17 +1,20 @@
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from study_plans import context
 
 from timm_ext.data.prepare import PrepareSettings
-from timm_ext.data.tasks import get_task, joint_task, task_to_dict
+from timm_ext.data.tasks import get_task, joint_task, task_from_dict, task_to_dict
 from timm_ext.fisher import Fisher, estimate_fisher
+from timm_ext.inference import PredictSettings
 from timm_ext.merging import MergedModel
 from timm_ext.networks.io import load_network, save_network
 from timm_ext.study.outcomes import FISHER, INITIAL, NETWORK
 from timm_ext.study.plan import FisherOptions
-from timm_ext.study.step import Context
 from timm_ext.study.steps import sources as module
 from timm_ext.study.steps.network_step import Network
 from timm_ext.study.steps.sources import EstimateFisher, ScoreMerges, TrainSource, in_source
@@ -22,11 +25,6 @@ from timm_ext.transfer.sources import Sources
 from timm_ext.transfer.start import network_of, start_from
 
 PREPARE = PrepareSettings(spacing=8.0, size=(20, 24, 20))
-
-
-def context(folder: Path) -> Context:
-    folder.mkdir(parents=True, exist_ok=True)
-    return Context(folder, lambda fraction: None)
 
 
 @pytest.mark.parametrize("name", ["t-imm", "t-imm-norms", "t-imm-kernel", "medmerge-aligned"])
@@ -116,10 +114,26 @@ def test_a_merge_of_a_network_with_itself_remembers_as_that_does(
 ) -> None:
     save_network(tmp_path / NETWORK, sources.networks[0], task=task_to_dict(sources.tasks[0]))
     step = ScoreMerges(
-        name="f", prepare=PREPARE, fixed=("transfer-1", "mean-imm"), learned={}, accelerator="cpu"
+        name="f",
+        prepare=PREPARE,
+        fixed=("transfer-1", "mean-imm"),
+        learned={},
+        accelerator="cpu",
+        fast_layers=True,
     )
     inputs = {"model-1": tmp_path, "model-2": tmp_path, "test-1": cases, "test-2": cases}
     outcome = step.run(inputs, context(tmp_path / "forgetting"))
     assert set(outcome["dice"]) == {"transfer-1", "mean-imm"}
     assert outcome["dice"]["mean-imm"] == outcome["dice"]["transfer-1"]
     assert set(outcome["dice"]["mean-imm"]) == {sources.tasks[0].name}
+
+
+def test_classes_of_a_softmax_are_scored_by_the_likeliest_however_sure_the_network_is() -> None:
+    task = task_from_dict({"name": "one", "modalities": ["T1"], "regions": {"a": [1]}, "softmax": True})
+
+    class Sure(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([30 + 0 * x, 40 * x], 1)  # σ is 1 of both
+
+    case = SimpleNamespace(image=np.ones((1, 4, 4, 4), np.float32), label=np.ones((4, 4, 4), np.uint8))
+    assert module._mean_dice(Sure(), [case], task, PredictSettings()) == 1.0

@@ -1,1 +1,1 @@
-"""Data sets on disk in the formats of others: BraTS, nnU-Net, Decathlon, CSV and JSON lists."""
+"""Data sets on disk in the formats of others: BraTS, nnU-Net, Decathlon, BIDS, CSV and JSON lists."""

@@ -3,33 +3,38 @@
 import re
 from pathlib import Path
 
-from timm_ext.data.formats.entries import Entry, Image, Listing
+from timm_ext.data.formats.entries import Entry, Image, Listing, named_after
 from timm_ext.files import visible
 from timm_ext.vocabulary.modalities import BRATS_MODALITIES, modality_key
 
 _ENDING = re.compile(r"\.nii(?:\.gz)?", re.IGNORECASE)
-_KINDS = {"seg", *map(modality_key, BRATS_MODALITIES)}
+_LABELS = {"seg", "label", "labels"}
+_KINDS = {*_LABELS, *map(modality_key, BRATS_MODALITIES)}
 _KINDS_OF_2023 = {"t1n", "t2f"}
 
 
 def brats(folder: Path) -> Listing:
     """Find the cases of a BraTS release, at any depth below a folder.
 
-    Releases from 2023 on (`ID-t1n`, `ID-t2f`) number the enhancing tumour 3.
+    Label files may also be called `ID_label` or `ID_labels`. Releases from 2023 on (`ID-t1n`, `ID-t2f`)
+    number the enhancing tumour 3.
     """
     groups: dict[tuple[Path, str], dict[str, list[Path]]] = {}
+    unknown: dict[Path, list[Path]] = {}
     recent = False
     for file in sorted(visible(folder, "*.nii*", deep=True)):
         if (parts := _parts(file.name)) is None:
+            unknown.setdefault(file.parent, []).append(file)
             continue
         name, kind = parts
         recent |= kind.lower() in _KINDS_OF_2023
         groups.setdefault((file.parent, name), {}).setdefault(kind, []).append(file)
     entries = []
-    for (_, name), files in groups.items():
-        labels = tuple(file for kind, found in files.items() if kind.lower() == "seg" for file in found)
+    for (place, name), files in groups.items():
+        labels = tuple(file for kind, found in files.items() if kind.lower() in _LABELS for file in found)
         images = [Image(kind, file) for kind, found in files.items() for file in found if file not in labels]
-        entries.append(Entry(name, tuple(images), labels))
+        others = named_after(name, unknown.get(place, ()))
+        entries.append(Entry(name, tuple(images), labels, others=others))
     return Listing(tuple(entries), (1, 2, 3) if recent else (), source=folder)
 
 

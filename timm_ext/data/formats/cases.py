@@ -1,23 +1,32 @@
-"""Cases on disk: BraTS folders, nnU-Net and Decathlon data sets, and CSV or JSON lists."""
+"""Cases on disk: BraTS folders, nnU-Net, Decathlon and BIDS data sets, and CSV or JSON lists."""
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
+from timm_ext.data.formats.bids import bids, is_bids
 from timm_ext.data.formats.brats import brats
-from timm_ext.data.formats.dataset_json import HEADER_NAME, nnunet, read_header
+from timm_ext.data.formats.dataset_json import (
+    HEADER_NAME,
+    Header,
+    nnunet,
+    numbered_cases,
+    read_header,
+    refuse_unnamed_channels,
+)
 from timm_ext.data.formats.entries import Entry, Image, Listing, numbers_in, problem_with_id
 from timm_ext.data.formats.lists import csv_list, json_list
+from timm_ext.data.formats.prepared_arrays import holds_prepared, prepared_arrays
 from timm_ext.data.label_names import check_label_names
 from timm_ext.data.tasks import Task
-from timm_ext.errors import InputError, lines_of, printable
+from timm_ext.errors import InputError, lines_of, listed, printable
 from timm_ext.files import write_csv, write_json
-from timm_ext.vocabulary.modalities import modality_key
+from timm_ext.vocabulary.modalities import may_be, modality_key
 
 LIST_NAME = "cases.json"
 """A folder that holds a list of this name is read by it."""
@@ -33,6 +42,7 @@ class Case:
         label: the label file, where there is one.
         channels: where a file has four axes, which of its volumes a modality is, from 0.
         numbers: label numbers, besides 0, that the data set says it uses, whether or not a file holds them.
+        subject: who was scanned, where the data set says it; cases of one subject stay together.
 
     Raises:
         InputError: the id cannot be a part of a file name.
@@ -43,6 +53,12 @@ class Case:
     label: Path | None
     channels: Mapping[str, int] = field(default_factory=dict)
     numbers: tuple[int, ...] = ()
+    subject: str = ""
+
+    @property
+    def group(self) -> str:
+        """The subject, or where none is stated the case itself."""
+        return self.subject or self.id
 
     def __post_init__(self) -> None:
         if problem := problem_with_id(self.id):
@@ -50,47 +66,101 @@ class Case:
 
 
 def read_cases(
-    path: Path | str, task: Task, *, require_labels: bool = False, use_labels: bool = True
+    path: Path | str,
+    task: Task,
+    *,
+    require_labels: bool = False,
+    use_labels: bool = True,
+    header: Header | None = None,
 ) -> list[Case]:
     """Read the cases of a data set, whatever its format, sorted by id.
 
-    - a `.csv` file: columns `id`, one per modality, and optionally `label`; an empty cell is a missing file
+    - a `.csv` file: columns `id`, one per modality, and optionally `label` and `subject`; an empty cell is a
+      missing file
     - a `.json` file: a list of objects with the same keys
     - nnU-Net raw: a folder with `dataset.json` (or that file), read by its `channel_names`, `imagesTr` and
       `labelsTr`; or one `images*` folder of it, read without labels. Label numbers are those of the files.
     - a Decathlon data set as it is downloaded: likewise, with one file per case whose fourth axis is its
       channels
     - a folder with `cases.json`, read as that list
+    - BIDS: `sub-01/[ses-02/]anat/sub-01_ses-02_T1w.nii.gz` and the like; label maps `_dseg` lie beside the
+      images or in `derivatives` (`timm_ext.data.formats.bids.bids`)
+    - nnU-Net preprocessed: a folder of arrays `CASE.b2nd`, `CASE.npy` or `CASE.npz` beside `dataset.json`
     - BraTS: files `ID_t1`, `ID_t1ce`, `ID_t2`, `ID_flair`, `ID_seg` (2017–2021) or `ID-t1n`, `ID-t1c`,
       `ID-t2w`, `ID-t2f`, `ID-seg` (2023) as `.nii` or `.nii.gz`, at any depth below the folder
 
+    Modality names match in any spelling (`modality_key`); the one image of a case that is only called MRI is
+    taken for the one modality of MRI that a task asks for, modalities the task does not ask for are left out.
+
     Relative names in a list are relative to the list's folder; `FILE[2]` is the third volume of a file with
-    four axes. Modality names match in any spelling (`modality_key`); modalities the task does not ask for are
-    left out. Names that begin with a dot, and `__MACOSX`, are not looked at.
+    four axes. Names that begin with a dot, and `__MACOSX`, are not looked at.
 
     Args:
         path: the folder or file.
         task: names the modalities.
         require_labels: whether a case without a label file is an error.
         use_labels: whether label files matter; where they do not, nothing is asked of them.
+        header: of the data set that a network of nnU-Net was trained on; it names the channels of a folder of
+            `CASE_0000` files that has no `dataset.json` in or beside it. They are read without labels.
 
     Raises:
         InputError: unknown format, no cases; names of labels that contradict the task; or, in one listing,
             missing modalities and files, two files of one modality, unusable or duplicate ids.
     """
     path = Path(path)
-    listing = _listing(path)
+    found = find_cases(path, task, require_labels=require_labels, use_labels=use_labels, header=header)
+    _refuse(path, [problem for problems in found.problems.values() for problem in problems])
+    return found.cases
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found of a data set.
+
+    Attributes:
+        cases: whose files are all there, sorted by id.
+        problems: what is wrong with others, by their ids; a case may be there twice.
+        remarks: what is odd about the data set as a whole.
+    """
+
+    cases: list[Case]
+    problems: Mapping[str, Sequence[str]]
+    remarks: tuple[str, ...]
+
+
+def find_cases(
+    path: Path,
+    task: Task,
+    *,
+    require_labels: bool = False,
+    use_labels: bool = True,
+    header: Header | None = None,
+) -> Found:
+    """Read a data set as `read_cases` does, but return what is wrong with its cases.
+
+    Raises:
+        InputError: unknown format, no cases; names of labels that contradict the task.
+    """
+    listing = _listing(path, header)
     if not listing.entries:
         raise InputError(
-            f"{path}: expected cases in a known format: BraTS, nnU-Net, Decathlon, CSV or JSON (got none)"
+            f"{path}: expected cases in a known format: BraTS, nnU-Net, Decathlon, BIDS, CSV or JSON "
+            f"({_got(path)})"
         )
     if use_labels and any(entry.labels for entry in listing.entries):
         _check_names(listing.names, task, listing.source)
-    found = [_case(entry, listing, task, require_labels, use_labels) for entry in listing.entries]
-    cases = [case for case in found if isinstance(case, Case)]
-    problems = [problem for case in found if not isinstance(case, Case) for problem in case]
-    _refuse(path, [*problems, *_duplicates(entry.id for entry in listing.entries)])
-    return sorted(cases, key=lambda case: case.id)
+    cases: list[Case] = []
+    problems: dict[str, list[str]] = {}
+    for entry in listing.entries:
+        case = _case(entry, listing, task, require_labels, use_labels)
+        if isinstance(case, Case):
+            cases.append(case)
+        else:
+            problems.setdefault(entry.id, []).extend(case)
+    for name, count in Counter(entry.id for entry in listing.entries).items():
+        if count > 1:
+            problems.setdefault(name, []).append(f"{name}: duplicate id ({count} cases)")
+    return Found(sorted(cases, key=lambda case: case.id), problems, listing.remarks)
 
 
 def check_names_beside(labels: Path, task: Task) -> tuple[int, ...]:
@@ -137,12 +207,12 @@ def split_cases(
     fractions: Sequence[float],
     *,
     seed: int,
-    group: Callable[[Case], str] = lambda case: case.id,
+    group: Callable[[Case], str] = lambda case: case.group,
 ) -> list[list[Case]]:
     """Split cases at random into parts, for example training, validation and test.
 
-    Groups (by default every case is its own; give the subject where a subject has several scans) are sorted
-    by name, shuffled by the seed and cut where the running sum of fractions, rounded, falls.
+    Groups (by default the cases of one subject, as far as the data set states it) are sorted by name,
+    shuffled by the seed and cut where the running sum of fractions, rounded, falls.
 
     Args:
         cases: in any order.
@@ -166,13 +236,27 @@ def split_cases(
     return [[case for case in ordered if group(case) in part] for part in parts]
 
 
-def _listing(path: Path) -> Listing:
+def _got(path: Path) -> str:
+    """Say what is there in place of cases."""
+    if path.is_dir() and (names := numbered_cases(None, path)):
+        return f"got {names[0]}_0000, but no {HEADER_NAME} in or beside the folder, which names channels"
+    return "got none"
+
+
+def _listing(path: Path, header: Header | None) -> Listing:
     if path.is_dir():
         if (path / HEADER_NAME).is_file():
             return nnunet(read_header(path / HEADER_NAME), path / "imagesTr", labelled=True)
         if path.name.startswith("images") and (path.parent / HEADER_NAME).is_file():
             return nnunet(read_header(path.parent / HEADER_NAME), path, labelled=False)
-        return json_list(path / LIST_NAME) if (path / LIST_NAME).is_file() else brats(path)
+        if (path / LIST_NAME).is_file():
+            return json_list(path / LIST_NAME)
+        if (path.parent / HEADER_NAME).is_file() and holds_prepared(path):
+            return prepared_arrays(read_header(path.parent / HEADER_NAME), path)
+        if header is not None and numbered_cases(header, path):
+            refuse_unnamed_channels(header, path)
+            return nnunet(header, path, labelled=False)
+        return bids(path) if is_bids(path) else brats(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file or folder")
     if path.name == HEADER_NAME:
@@ -186,8 +270,9 @@ def _listing(path: Path) -> Listing:
 
 def _check_names(names: Mapping[str, tuple[int, ...]], task: Task, source: Path | None) -> None:
     either = task.either_of(number for numbers in names.values() for number in numbers)
-    remedy = either or f"; --task {source} takes the numbers as they are named there"
-    check_label_names(names, task, source, remedy)
+    own = source is not None and source.name == HEADER_NAME
+    remedy = f"; --task {source} takes the numbers as they are named there" if own else ""
+    check_label_names(names, task, source, either or remedy)
 
 
 def _case(
@@ -202,13 +287,24 @@ def _case(
     if len(labels) > 1:
         problems.append(f"{entry.id}: expected one label file (got {' and '.join(map(str, labels))})")
     if not labels and require_labels:
-        problems.append(f"{entry.id}: missing label")
-    problems += [f"{entry.id}: missing file {label}" for label in labels if not os.path.isfile(label)]
+        problems.append(f"{entry.id}: missing label{_maybe_labels(entry, images)}")
+    problems += [
+        f"{entry.id}: missing file {label}{_maybe_labels(entry, images)}"
+        for label in labels
+        if not os.path.isfile(label)
+    ]
     if problems:
         return problems
     channels = {name: image.channel for name, image in images.items() if image.channel is not None}
     files = {name: image.file for name, image in images.items()}
-    return Case(entry.id, files, labels[0] if labels else None, channels, listing.numbers)
+    label = labels[0] if labels else None
+    return Case(entry.id, files, label, channels, listing.numbers, entry.subject)
+
+
+def _maybe_labels(entry: Entry, images: Mapping[str, Image]) -> str:
+    """Name the files that may be the missing label map of a case, by another name."""
+    others = [file for file in entry.others if file not in {image.file for image in images.values()}]
+    return f"; not recognised as one: {listed(others)}" if others else ""
 
 
 def _images(entry: Entry, task: Task, problems: list[str]) -> dict[str, Image]:
@@ -217,10 +313,12 @@ def _images(entry: Entry, task: Task, problems: list[str]) -> dict[str, Image]:
     for image in entry.images:
         by_key.setdefault(modality_key(image.name), []).append(image)
     images = {}
+    if len(task.modalities) == len(entry.images) == 1 and may_be(entry.images[0].name, task.modalities[0]):
+        by_key = {modality_key(task.modalities[0]): list(entry.images)}
     for modality in task.modalities:
         match by_key.get(modality_key(modality), []):
             case []:
-                found = ", ".join(sorted(image.name for image in entry.images)) or "none"
+                found = listed(sorted(image.name for image in entry.images)) or "none"
                 problems.append(f"{entry.id}: missing modality {modality} of task {task.name} (got {found})")
             case [image]:
                 images[modality] = image
@@ -240,16 +338,12 @@ def _refuse(path: Path, problems: Sequence[str]) -> None:
         raise InputError(f"{path}: {len(problems)} problems in its cases:{lines_of(problems)}")
 
 
-def _duplicates(ids: Iterable[str]) -> list[str]:
-    counts = Counter(ids)
-    return [f"{name}: duplicate id ({count} cases)" for name, count in counts.items() if count > 1]
-
-
 def _row(case: Case, folder: Path) -> dict[str, str]:
     names = {key: _name_from(file, folder) for key, file in case.images.items()}
     for key, channel in case.channels.items():
         names[key] += f"[{channel}]"
-    return {"id": case.id, **names, **({"label": _name_from(case.label, folder)} if case.label else {})}
+    facts = {"subject": case.subject, "label": _name_from(case.label, folder) if case.label else ""}
+    return {"id": case.id, **names, **{key: value for key, value in facts.items() if value}}
 
 
 def _name_from(file: Path, folder: Path) -> str:

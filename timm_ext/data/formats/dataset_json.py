@@ -6,12 +6,12 @@ all channels of a case in one file with four axes.
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from timm_ext.data.formats.entries import Entry, Image, Listing, numbers_in
+from timm_ext.data.formats.entries import Entry, Image, Listing, named_after, numbers_in
 from timm_ext.data.volume import SUFFIXES
 from timm_ext.documents import read_json
 from timm_ext.errors import InputError
@@ -107,11 +107,44 @@ def nnunet(header: Header, folder: Path, *, labelled: bool) -> Listing:
     return Listing(tuple(entries), numbers_in(names), names, header.path)
 
 
+def numbered_cases(header: Header | None, folder: Path) -> list[str]:
+    """Return the ids of the cases whose channels lie in a folder as nnU-Net names them, `CASE_0000`.
+
+    Args:
+        header: says how the names end; without it all endings do.
+        folder: of the images.
+    """
+    endings = SUFFIXES if header is None else (header.ending,)
+    pattern = re.compile(rf"(.+)_\d{{4}}({'|'.join(map(re.escape, endings))})", re.ASCII)
+    return sorted({match[1] for file in visible(folder) if (match := pattern.fullmatch(file.name))})
+
+
+def refuse_unnamed_channels(header: Header, folder: Path) -> None:
+    """Refuse files of channels that a header does not name: they would be left out in silence.
+
+    Args:
+        header: of the data set that a network was trained on.
+        folder: of images `CASE_0000`, `CASE_0001`, … that the network is to see.
+
+    Raises:
+        InputError: there is such a file.
+    """
+    named = [f"{number:04d} {name}" for number, name in header.channels]
+    pattern = re.compile(rf".+_(\d{{4}}){re.escape(header.ending)}", re.ASCII)
+    for file in visible(folder):
+        match = pattern.fullmatch(file.name)
+        if match and int(match[1]) not in dict(header.channels):
+            raise InputError(
+                f"{file}: expected images of the network's channels alone, {', '.join(named)} (got channel "
+                f"{match[1]}; a {HEADER_NAME} in the folder or beside it says which channel is which)"
+            )
+
+
 def task_of(header: Header) -> dict[str, Any]:
     """Describe the task of a data set as `task_from_dict` reads it.
 
-    The channels are the modalities, the labels besides the background the regions; the number as which
-    nnU-Net writes a region of several comes first in it.
+    The channels are the modalities, the labels besides the background the regions: classes of a softmax, as
+    nnU-Net has them, unless one of them is of several numbers; then each is predicted by itself.
 
     Raises:
         InputError: there is no label besides the background, or an `ignore` label, which has no region.
@@ -124,22 +157,20 @@ def task_of(header: Header) -> dict[str, Any]:
             f"{header.path}: a task cannot leave out voxels, expected no label {ignored[0]!r}; give the "
             "label a region in a task file of your own"
         )
-    if header.order is not None:
-        if len(header.order) != len(regions):
-            raise InputError(
-                f"{header.path}: regions_class_order: expected a number for each of {len(regions)} regions "
-                f"(got {list(header.order)})"
-            )
-        regions = {
-            name: sorted(numbers, key=written.__ne__)
-            for written, (name, numbers) in zip(header.order, regions.items(), strict=True)
-        }
+    if header.order is not None and len(header.order) != len(regions):
+        raise InputError(
+            f"{header.path}: regions_class_order: expected a number for each of {len(regions)} regions "
+            f"(got {list(header.order)})"
+        )
+    overlapping = any(len(numbers) > 1 for numbers in regions.values())
     labels = {number for numbers in regions.values() for number in numbers} | {0}
     return {
         "name": header.name,
         "modalities": [name for _, name in header.channels],
         "regions": regions,
         "labels": sorted(labels),
+        "softmax": not overlapping,
+        "class_order": list(header.order or ()) if overlapping else [],
     }
 
 
@@ -221,10 +252,10 @@ def _found(header: Header, folder: Path, labelled: bool) -> list[Entry]:
     listed = _listed_in(header, folder, labelled)
     files = sorted(file.name for file in visible(folder, "*") if file.name.endswith(header.ending))
     if not listed:
-        pattern = re.compile(rf"(.+)_\d{{4}}{re.escape(header.ending)}", re.ASCII)
-        matches = [match for name in files if (match := pattern.fullmatch(name))]
-        if matches or not files:
-            return [_numbered(header, folder, name, labelled) for name in sorted({m[1] for m in matches})]
+        numbered = numbered_cases(header, folder)
+        if numbered or not files:
+            there = set(visible(header.root / "labelsTr")) if labelled else None
+            return [_numbered(header, folder, name, there) for name in numbered]
         listed = {folder / name: header.root / "labelsTr" / name for name in files}
     return [_whole(header, image, label if labelled else None) for image, label in listed.items()]
 
@@ -241,11 +272,15 @@ def _listed_in(header: Header, folder: Path, labelled: bool) -> dict[Path, Path]
     return inside if any(image.is_file() for image in inside) else {}
 
 
-def _numbered(header: Header, folder: Path, case: str, labelled: bool) -> Entry:
+def _numbered(header: Header, folder: Path, case: str, there: Collection[Path] | None) -> Entry:
+    """A file for each channel, and a label map among those that are there; None where none is meant."""
     images = tuple(
         Image(name, folder / f"{case}_{number:04d}{header.ending}") for number, name in header.channels
     )
-    return Entry(case, images, (header.root / "labelsTr" / f"{case}{header.ending}",) if labelled else ())
+    if there is None:
+        return Entry(case, images)
+    label = header.root / "labelsTr" / f"{case}{header.ending}"
+    return Entry(case, images, (label,), others=() if label in there else named_after(case, there))
 
 
 def _whole(header: Header, image: Path, label: Path | None) -> Entry:

@@ -21,11 +21,21 @@ class Image(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """A case as its data set states it: any names of modalities, files not yet looked for."""
+    """A case as its data set states it: any names of modalities, files not yet looked for.
+
+    Attributes:
+        id: of the case.
+        images: its images.
+        labels: its label files, one as a rule.
+        subject: who was scanned, where the data set says it; a subject may have several cases.
+        others: further volumes of the case that may be label maps, by names that the format does not know.
+    """
 
     id: str
     images: tuple[Image, ...]
     labels: tuple[Path, ...] = ()
+    subject: str = ""
+    others: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -37,12 +47,14 @@ class Listing:
         numbers: label numbers, besides 0, that the data set says it uses, whether or not a file holds them.
         names: the numbers by the names that the data set gives them.
         source: the file that says it.
+        remarks: what is odd about the data set as a whole.
     """
 
     entries: tuple[Entry, ...]
     numbers: tuple[int, ...] = ()
     names: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     source: Path | None = None
+    remarks: tuple[str, ...] = ()
 
 
 def problem_with_id(name: str) -> str | None:
@@ -54,6 +66,12 @@ def problem_with_id(name: str) -> str | None:
     if len(os.fsencode(name)) > LONGEST_ID:
         return f"at most {LONGEST_ID} bytes"
     return None
+
+
+def named_after(case: str, files: Iterable[Path]) -> tuple[Path, ...]:
+    """Return the files whose names begin with the id of a case."""
+    pattern = re.compile(rf"{re.escape(case)}(?![^\W_])")
+    return tuple(sorted(file for file in files if pattern.match(file.name)))
 
 
 def numbers_in(names: Mapping[str, Iterable[int]]) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from timm_ext.documents import read_csv, read_json
 from timm_ext.errors import InputError, listed, shown
 
 _ENDINGS = "|".join(re.escape(suffix) for suffix in sorted(SUFFIXES, key=len, reverse=True))
+_FACTS = ("id", "subject", "label")
 _CHANNEL = re.compile(rf"(.+(?:{_ENDINGS}))\[(\d{{1,4}})\]", re.IGNORECASE)
 
 
@@ -22,7 +23,7 @@ def image_at(text: str, folder: Path, name: str) -> Image:
 
 
 def csv_list(path: Path) -> Listing:
-    """Read a CSV list: columns `id`, one per modality, and optionally `label`; empty rows are skipped.
+    """Read a CSV list: columns `id`, one per modality, and optionally `label` and `subject`.
 
     Raises:
         InputError: not a CSV file, or a row without an id.
@@ -33,7 +34,7 @@ def csv_list(path: Path) -> Listing:
 
 
 def json_list(path: Path) -> Listing:
-    """Read a JSON list of objects with the keys `id`, names of modalities, and optionally `label`.
+    """Read a JSON list of objects with the keys `id`, names of modalities, and optionally those of a CSV.
 
     Raises:
         InputError: the file holds something else.
@@ -46,9 +47,9 @@ def json_list(path: Path) -> Listing:
 
 
 def _column(name: str) -> str:
-    """Return the name of a column or key; those of id and label in lower case."""
+    """Return the name of a column or key; those that are no modalities in lower case."""
     plain = name.strip().lower()
-    return plain if plain in ("id", "label") else name.strip()
+    return plain if plain in _FACTS else name.strip()
 
 
 def _entry_of(row: Mapping[str, Any], path: Path, where: str) -> Entry:
@@ -58,9 +59,10 @@ def _entry_of(row: Mapping[str, Any], path: Path, where: str) -> Entry:
         raise InputError(
             f"{path}, {where}: expected an id and file names, all text (got {shown(json.dumps(row))})"
         )
-    if twice := [name for name in ("id", "label") if names.count(name) > 1]:
+    if twice := [name for name in _FACTS if names.count(name) > 1]:
         raise InputError(f"{path}, {where}: expected one {twice[0]} (got {listed(names)})")
     texts = [(name, value.strip()) for name, value in given]
-    images = [image_at(text, path.parent, name) for name, text in texts if name not in ("id", "label")]
+    images = [image_at(text, path.parent, name) for name, text in texts if name not in _FACTS]
     labels = [path.parent / text for name, text in texts if name == "label"]
-    return Entry(dict(texts)["id"], tuple(images), tuple(labels))
+    known = dict(texts)
+    return Entry(known["id"], tuple(images), tuple(labels), known.get("subject", ""))

@@ -118,7 +118,7 @@ def merge_blocks(
     ratios: Sequence[float],
     *,
     workers: int,
-    progress: Callable[[int], object] | None = None,
+    advance: Callable[[int], object] | None = None,
 ) -> None:
     """Merge and write output files; their bits do not depend on the number of workers.
 
@@ -126,7 +126,7 @@ def merge_blocks(
         outputs: what to write.
         ratios: of the models.
         workers: threads; each holds a block and a chunk of every model.
-        progress: called with the number of bytes read, from any worker, after each block.
+        advance: called with the number of bytes read, from any worker, after each block.
 
     Raises:
         InputError: a source cannot be read, or holds values that cannot be merged.
@@ -137,7 +137,7 @@ def merge_blocks(
             file.truncate(output.nbytes)
     blocks = _Shared(blocks_of(outputs))
     with _one_thread_each(), ThreadPoolExecutor(workers) as pool:
-        running = [pool.submit(_work, blocks, ratios, progress) for _ in range(workers)]
+        running = [pool.submit(_work, blocks, ratios, advance) for _ in range(workers)]
         try:
             done, _ = wait(running, return_when=FIRST_EXCEPTION)
             for future in done:
@@ -180,13 +180,13 @@ def _one_thread_each() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _work(blocks: Iterable[Block], ratios: Sequence[float], progress: Callable[[int], object] | None) -> None:
+def _work(blocks: Iterable[Block], ratios: Sequence[float], advance: Callable[[int], object] | None) -> None:
     merger = _Merger(ratios)
     try:
         for block in blocks:
             count = merger.run(block)
-            if progress is not None:
-                progress(count)
+            if advance is not None:
+                advance(count)
     finally:
         merger.close()
 
@@ -201,7 +201,7 @@ class _Merger:
         self._memory = mmap.mmap(-1, BLOCK)  # on a page boundary, as unbuffered writes want it
         self._out = torch.frombuffer(self._memory, dtype=torch.uint8)
         self._out_bytes = memoryview(self._memory)
-        self._planes: dict[str, Tensor] = {}
+        self._matrices: dict[str, Tensor] = {}
 
     def close(self) -> None:
         """Close its files."""
@@ -249,7 +249,7 @@ class _Merger:
         self._merge_rows(theta, fisher, out, item)
 
     def _take_largest(self, item: Item, offset: int, out: Tensor) -> None:
-        rows = self._plane("counter", torch.uint8, out.numel())
+        rows = self._matrix("counter", torch.uint8, out.numel())
         for row, place in zip(rows, item.theta, strict=True):
             self._files.read(place, offset, row.numpy().data)
         dtype = INTEGERS[item.theta[0].dtype]
@@ -261,7 +261,7 @@ class _Merger:
             values = theta[0, kept]
             theta[:, kept] = 0
         dtype = theta.dtype if fisher is None else torch.promote_types(theta.dtype, fisher.dtype)
-        merged = out if dtype == theta.dtype else self._plane("merged", dtype, out.numel())[0]
+        merged = out if dtype == theta.dtype else self._matrix("merged", dtype, out.numel())[0]
         fused_merge(
             self._as("wide theta", theta, dtype),
             None if fisher is None else self._as("wide fisher", fisher, dtype),
@@ -276,22 +276,22 @@ class _Merger:
             out[kept] = values
 
     def _as(self, use: str, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        return rows if rows.dtype == dtype else self._plane(use, dtype, rows.shape[1]).copy_(rows)
+        return rows if rows.dtype == dtype else self._matrix(use, dtype, rows.shape[1]).copy_(rows)
 
     def _read(self, use: str, places: Sequence[Place], offset: int, elements: int) -> Tensor:
         """Read a tensor of every model from the byte `offset` on, as `[T, elements]`."""
-        rows = self._plane(use, DTYPES[places[0].dtype], elements)
+        rows = self._matrix(use, DTYPES[places[0].dtype], elements)
         for row, place in zip(rows.view(torch.uint8), places, strict=True):
             self._files.read(place, offset, row.numpy().data)
         return rows
 
-    def _plane(self, use: str, dtype: torch.dtype, elements: int) -> Tensor:
+    def _matrix(self, use: str, dtype: torch.dtype, elements: int) -> Tensor:
         """Return a buffer `[T, elements]` for one use, kept for the next chunk."""
         nbytes = elements * dtype.itemsize
-        if use not in self._planes or self._planes[use].shape[1] < nbytes:
+        if use not in self._matrices or self._matrices[use].shape[1] < nbytes:
             stride = -(-nbytes // CHUNK) * CHUNK + _APART
-            self._planes[use] = torch.empty(self._models, stride, dtype=torch.uint8)
-        return self._planes[use][:, :nbytes].view(dtype)
+            self._matrices[use] = torch.empty(self._models, stride, dtype=torch.uint8)
+        return self._matrices[use][:, :nbytes].view(dtype)
 
 
 def _check_fisher(fisher: Tensor, item: Item) -> None:

@@ -1,10 +1,10 @@
 """What sources of a streamed merge must have in common, and what their Fishers and ratios must be."""
 
 from collections.abc import Iterable, Sequence
-from math import isfinite
 
-from timm_ext.errors import InputError, lines_of
+from timm_ext.errors import InputError, lines_of, shown
 from timm_ext.files import sha256
+from timm_ext.merging.merge import check_ratios
 from timm_ext.merging.streaming.blocks import CHUNK, DTYPES, Item
 from timm_ext.merging.streaming.open_files import OpenFiles
 from timm_ext.merging.streaming.shards import Place, Shards
@@ -13,7 +13,7 @@ from timm_ext.storage.integrity import check_seal
 
 def check_sources(models: Sequence[Shards], fishers: Sequence[Shards], ratios: Sequence[float]) -> None:
     """Refuse ratios, tensors and Fishers that do not fit; of tensors all that do not are listed."""
-    _check_ratios(ratios, models)
+    check_ratios(ratios, len(models))
     _check_tensors(models)
     if fishers:
         _check_fishers(fishers, models)
@@ -27,16 +27,6 @@ def check_content(models: Sequence[Shards], fishers: Sequence[Shards], items: It
     _check_copied([item for item in items if item.copied])
 
 
-def _check_ratios(ratios: Sequence[float], models: Sequence[Shards]) -> None:
-    got = ", ".join(map(str, ratios))
-    if not models or len(ratios) != len(models):
-        raise InputError(
-            f"ratios: expected one for each of {len(models)} checkpoints (got {len(ratios)}: {got})"
-        )
-    if not all(isfinite(ratio) and ratio >= 0 for ratio in ratios) or max(ratios) == 0:
-        raise InputError(f"ratios: expected finite numbers >= 0, not all of them 0 (got {got})")
-
-
 def _check_tensors(models: Sequence[Shards]) -> None:
     """Refuse checkpoints with other tensors than the first, all differences at once."""
     first, *others = models
@@ -44,6 +34,12 @@ def _check_tensors(models: Sequence[Shards]) -> None:
         raise InputError(f"{first.path}: expected tensors (got none)")
     lines = []
     for other in others:
+        if other.tensors and first.tensors.keys().isdisjoint(other.tensors):
+            instead, wanted = next(iter(other.tensors)), next(iter(first.tensors))
+            raise InputError(
+                f"checkpoints: expected the names of {first.path} in {other.path} (got none of them, but "
+                f"{shown(instead)} in place of {shown(wanted)}): another architecture, or names of a wrapper"
+            )
         for name, place in first.tensors.items():
             got = other.tensors.get(name)
             if got is None or (got.dtype, got.shape) != (place.dtype, place.shape):

@@ -3,7 +3,7 @@
 import json
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,10 @@ from timm_ext.errors import InputError
 from timm_ext.files import real_path, sha256
 from timm_ext.merging.streaming.blocks import Item, merge_blocks
 from timm_ext.merging.streaming.checks import check_content, check_sources
-from timm_ext.merging.streaming.result import is_folder, plan_result
-from timm_ext.merging.streaming.shards import KEY, Shards, open_shards
+from timm_ext.merging.streaming.names import by_common_names
+from timm_ext.merging.streaming.result import Result, is_folder, make_result
+from timm_ext.merging.streaming.shards import KEY, Shards
+from timm_ext.merging.streaming.torch_files import opened
 from timm_ext.storage.integrity import BLANK
 
 _MOST_WORKERS = 8
@@ -34,6 +36,7 @@ class StreamedMerge:
         counters: counters of batches, of which the largest was taken.
         without_fisher: tensors that no Fisher holds, merged by the ratios alone.
         left_out: files beside the first source that were not copied, being links that lead elsewhere.
+        notes: how the tensors of PyTorch files were found, see `Checkpoint`.
     """
 
     tensors: int
@@ -43,6 +46,7 @@ class StreamedMerge:
     counters: tuple[str, ...]
     without_fisher: tuple[str, ...]
     left_out: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def merge_checkpoints(
@@ -54,7 +58,7 @@ def merge_checkpoints(
     shard_size: int | None = None,
     hashes: bool = False,
     workers: int | None = None,
-    progress: Callable[[int, int], object] | None = None,
+    on_progress: Callable[[int, int], object] | None = None,
 ) -> StreamedMerge:
     """Merge every tensor of several checkpoints of one architecture, whatever it is.
 
@@ -64,10 +68,11 @@ def merge_checkpoints(
     range of the sources. Nothing is reset. Of counters of batches (`num_batches_tracked`) the largest is
     taken; other integers, booleans and 8-bit numbers must be the same in all sources. The memory needed is a
     few megabytes for each source and worker, whatever the size of the tensors; the bits do not depend on the
-    number of workers.
+    number of workers. PyTorch files are read first, one after the other and each whole, and copied beside the
+    result for as long as it takes.
 
     Args:
-        sources: safetensors files, or folders of shards.
+        sources: safetensors or PyTorch files, or folders of shards of either.
         out: a `.safetensors` file, or a new or empty folder, which gets the shards of the first source, an
             index, and the first source's configuration and tokenizer files. It appears once it is whole; the
             result of the same merge may be there already.
@@ -76,32 +81,47 @@ def merge_checkpoints(
         shard_size: largest number of bytes of a shard in a folder; None: shards as in the first source.
         hashes: note the SHA-256 of every source file in the result, which reads them once more.
         workers: threads; None: two for each core, since half of them wait for the disk, and at most 8.
-        progress: called with the number of bytes read so far and in all, from any thread.
+        on_progress: called with the number of bytes read so far and in all, from any thread.
 
     Raises:
         InputError: files, tensors, ratios or Fishers do not fit, all tensors that do not being listed; values
             cannot be merged; or the result cannot be written. Nothing is left behind.
     """
     out = Path(out)
-    models, planes = [open_shards(path) for path in sources], [open_shards(path) for path in fishers]
-    check_sources(models, planes, ratios)
     folder = is_folder(out, shard_size)
-    about = _provenance(models, planes, ratios, hashes, sealed=not folder)
-    result = plan_result(out, models[0], about, folder=folder, shard_size=shard_size)
-    items = _items(models, planes)
-    check_content(models, planes, items.values())
-    total = sum(place.nbytes for item in items.values() for place in item.read)
-    threads = workers or min(2 * len(os.sched_getaffinity(0)), _MOST_WORKERS)
-    with result.begun(items) as outputs:
-        merge_blocks(outputs, ratios, workers=threads, progress=_Counter(total, progress))
+    with (
+        opened([Path(path) for path in sources], out, kind="network") as models,
+        opened([Path(path) for path in fishers], out, kind="fisher") as fisher_files,
+    ):
+        models = by_common_names(models)
+        check_sources(models, fisher_files, ratios)
+        about = _provenance(models, fisher_files, ratios, hashes, sealed=not folder)
+        result = make_result(out, models[0], about, folder=folder, shard_size=shard_size)
+        items = _items(models, fisher_files)
+        check_content(models, fisher_files, items.values())
+        total = sum(place.nbytes for item in items.values() for place in item.read)
+        threads = workers or min(2 * len(os.sched_getaffinity(0)), _MOST_WORKERS)
+        with result.begun(items) as outputs:
+            merge_blocks(outputs, ratios, workers=threads, advance=_Counter(total, on_progress))
+    return _told(items, total, models, fisher_files, result)
+
+
+def _told(
+    items: Mapping[str, Item],
+    total: int,
+    models: Sequence[Shards],
+    fisher_files: Sequence[Shards],
+    result: Result,
+) -> StreamedMerge:
     return StreamedMerge(
         tensors=len(items),
         nbytes_read=total,
         nbytes_written=models[0].nbytes,
         copied=tuple(name for name, item in items.items() if item.copied),
         counters=tuple(name for name, item in items.items() if item.counter),
-        without_fisher=tuple(name for name, item in items.items() if planes and item.merged_plainly),
+        without_fisher=tuple(name for name, item in items.items() if fisher_files and item.merged_plainly),
         left_out=tuple(file.name for file in result.left_out),
+        notes=tuple(note for shards in (*models, *fisher_files) for note in shards.notes),
     )
 
 
@@ -158,9 +178,9 @@ def _aliases(model: Shards) -> Any:
 def _source(shards: Shards, hashes: bool) -> dict[str, Any]:
     noted: dict[str, Any] = {"name": real_path(shards.path).name, "bytes": shards.nbytes}
     if hashes:
+        files = shards.origins or shards.files
         with ThreadPoolExecutor(_MOST_WORKERS) as pool:
-            names = [file.name for file in shards.files]
-            noted["sha256"] = dict(zip(names, pool.map(sha256, shards.files), strict=True))
+            noted["sha256"] = dict(zip([f.name for f in files], pool.map(sha256, files), strict=True))
     return noted
 
 
@@ -179,12 +199,12 @@ def _items(models: Sequence[Shards], fishers: Sequence[Shards]) -> dict[str, Ite
 class _Counter:
     """Adds up the bytes that the workers report."""
 
-    def __init__(self, total: int, progress: Callable[[int, int], object] | None) -> None:
-        self._done, self._total, self._progress = 0, total, progress
+    def __init__(self, total: int, on_progress: Callable[[int, int], object] | None) -> None:
+        self._done, self._total, self._on_progress = 0, total, on_progress
         self._lock = threading.Lock()
 
     def __call__(self, count: int) -> None:
         with self._lock:
             self._done += count
-            if self._progress is not None:
-                self._progress(self._done, self._total)
+            if self._on_progress is not None:
+                self._on_progress(self._done, self._total)

@@ -10,7 +10,7 @@ from timm_ext.errors import InputError
 from timm_ext.files import atomic_folder, atomic_write, real_path, remove_stale_partials, write_json
 from timm_ext.merging.streaming.blocks import Item, Output
 from timm_ext.merging.streaming.companions import companions_of, copy_companions
-from timm_ext.merging.streaming.shards import INDEX, SINGLE, ShardPlan, Shards, index_of, plan_shards
+from timm_ext.merging.streaming.shards import INDEX, SINGLE, OutputShard, Shards, index_of, output_shards
 from timm_ext.storage.integrity import BLANK, seal
 
 
@@ -21,14 +21,14 @@ class Result:
     Attributes:
         out: the file or the folder.
         folder: which of the two.
-        plans: of the files of tensors.
+        shards: the files of tensors.
         companions: of the first source, which a folder gets.
         left_out: those that are links out of its folder.
     """
 
     out: Path
     folder: bool
-    plans: Sequence[ShardPlan]
+    shards: Sequence[OutputShard]
     companions: Sequence[Path] = ()
     left_out: Sequence[Path] = ()
 
@@ -36,12 +36,14 @@ class Result:
     def begun(self, items: Mapping[str, Item]) -> Iterator[list[Output]]:
         """Yield the outputs to write at another place, which takes that of the result once they are."""
         with atomic_folder(self.out, over=True) if self.folder else atomic_write(self.out) as place:
-            yield [_output(place / plan.name if self.folder else place, plan, items) for plan in self.plans]
+            yield [
+                _output(place / shard.name if self.folder else place, shard, items) for shard in self.shards
+            ]
             if self.folder:
                 copy_companions(self.companions, place)
-                if len(self.plans) > 1 or self.plans[0].name != SINGLE:
-                    write_json(place / INDEX, index_of(self.plans))
-            elif BLANK.encode() in self.plans[0].header:
+                if len(self.shards) > 1 or self.shards[0].name != SINGLE:
+                    write_json(place / INDEX, index_of(self.shards))
+            elif BLANK.encode() in self.shards[0].header:
                 seal(place)
 
 
@@ -59,7 +61,7 @@ def is_folder(out: Path, shard_size: int | None) -> bool:
     return folder
 
 
-def plan_result(
+def make_result(
     out: Path, first: Shards, metadata: Mapping[str, str], *, folder: bool, shard_size: int | None
 ) -> Result:
     """Lay out the files of the result, like those of the first source.
@@ -68,8 +70,8 @@ def plan_result(
         InputError: there is something else, or no room.
     """
     companions, left_out = companions_of(first.path) if folder else ([], [])
-    plans = plan_shards(first, None if folder else out.name, shard_size, metadata)
-    result = Result(out, folder, plans, companions, left_out)
+    shards = output_shards(first, None if folder else out.name, shard_size, metadata)
+    result = Result(out, folder, shards, companions, left_out)
     _check_room(result, first.nbytes)
     return result
 
@@ -94,10 +96,10 @@ def _is_earlier(result: Result) -> bool:
     if not result.out.is_dir():
         return False
     there = {file.name: file for file in result.out.iterdir()}
-    others = there.keys() - {plan.name for plan in result.plans}
+    others = there.keys() - {shard.name for shard in result.shards}
     if others - {INDEX, *(file.name for file in result.companions)}:
         return False
-    return not there or all(_has_header(there.get(plan.name), plan.header) for plan in result.plans)
+    return not there or all(_has_header(there.get(shard.name), shard.header) for shard in result.shards)
 
 
 def _has_header(file: Path | None, header: bytes) -> bool:
@@ -107,6 +109,6 @@ def _has_header(file: Path | None, header: bytes) -> bool:
         return opened.read(len(header)) == header
 
 
-def _output(path: Path, plan: ShardPlan, items: Mapping[str, Item]) -> Output:
-    placed = tuple((begin, items[name]) for name, begin in plan.begins.items() if items[name].nbytes)
-    return Output(path, plan.header, placed, plan.nbytes)
+def _output(path: Path, shard: OutputShard, items: Mapping[str, Item]) -> Output:
+    placed = tuple((begin, items[name]) for name, begin in shard.begins.items() if items[name].nbytes)
+    return Output(path, shard.header, placed, shard.nbytes)

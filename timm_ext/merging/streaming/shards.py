@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_ext.documents import parse_json, read_json
-from timm_ext.errors import InputError, lines_of, shown
+from timm_ext.errors import InputError, lines_of, listed, shown
 from timm_ext.files import check_file, reading, visible
 from timm_ext.storage.metadata import read_metadata
 
@@ -30,8 +30,6 @@ _BITS = {
     **dict.fromkeys(("F32", "I32", "U32"), 32),
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
 }
-_TORCH_MAGIC = (b"PK\x03\x04", b"\x80\x02")
-_TORCH_FILE = "a PyTorch file; convert it: save_file(load_checkpoint(PATH).tensors, …)"
 
 
 @dataclass(frozen=True)
@@ -62,12 +60,16 @@ class Shards:
         tensors: by name, in the order of the files and of their bytes.
         metadata: of the first file.
         digests: of the files that hold one in their metadata, see `timm_ext.storage.integrity`.
+        origins: the PyTorch files that these are copies of.
+        notes: how the tensors of those were found, see `Checkpoint`.
     """
 
     path: Path
     tensors: dict[str, Place]
     metadata: dict[str, str]
     digests: dict[Path, str]
+    origins: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
@@ -102,7 +104,7 @@ def open_shards(path: Path | str) -> Shards:
         return Shards(path, tensors, metadata, _digests({path: metadata}))
     indices = [path / INDEX] if (path / INDEX).exists() else sorted(visible(path, "*.safetensors.index.json"))
     if len(indices) > 1:
-        raise InputError(f"{path}: expected one index of shards (got {', '.join(i.name for i in indices)})")
+        raise InputError(f"{path}: expected one index of shards (got {listed(i.name for i in indices)})")
     wanted = _read_index(indices[0]) if indices else None
     files = _shard_files(path, wanted)
     headers = [_read_header(file) for file in files]
@@ -161,8 +163,7 @@ def _read_header(path: Path) -> tuple[dict[str, str], dict[str, Place]]:
         start = file.read(8)
         length = int.from_bytes(start, "little")
         if not 2 <= length <= min(size - 8, _LARGEST_HEADER):
-            got = _TORCH_FILE if start.startswith(_TORCH_MAGIC) else "no header"
-            raise _damaged(path, got)
+            raise _damaged(path, "no header")
         data = file.read(length)
     try:
         text = data.decode("utf-8")
@@ -217,7 +218,7 @@ def _check_cover(path: Path, start: int, size: int, tensors: Mapping[str, Place]
 
 
 @dataclass(frozen=True)
-class ShardPlan:
+class OutputShard:
     """A file that is to be written: its name, its header, and where each tensor begins in it."""
 
     name: str
@@ -226,9 +227,9 @@ class ShardPlan:
     nbytes: int
 
 
-def plan_shards(
+def output_shards(
     like: Shards, file_name: str | None, shard_size: int | None, metadata: Mapping[str, str]
-) -> list[ShardPlan]:
+) -> list[OutputShard]:
     """Lay out the tensors of a checkpoint in new files.
 
     Args:
@@ -250,7 +251,7 @@ def plan_shards(
     else:
         groups = {SINGLE: list(like.tensors)}
     return [
-        _plan_shard(file, {name: like.tensors[name] for name in names}, metadata)
+        _output_shard(file, {name: like.tensors[name] for name in names}, metadata)
         for file, names in groups.items()
     ]
 
@@ -271,7 +272,7 @@ def _fill_shards(like: Shards, shard_size: int) -> list[list[str]]:
     return parts
 
 
-def _plan_shard(file_name: str, tensors: Mapping[str, Place], metadata: Mapping[str, str]) -> ShardPlan:
+def _output_shard(file_name: str, tensors: Mapping[str, Place], metadata: Mapping[str, str]) -> OutputShard:
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     widest_first = sorted(tensors, key=lambda name: -_BITS[tensors[name].dtype])
@@ -289,11 +290,11 @@ def _plan_shard(file_name: str, tensors: Mapping[str, Place], metadata: Mapping[
         raise InputError(f"{file_name}: expected fewer names of tensors in one file; give a size of shards")
     header = len(text).to_bytes(8, "little") + text
     begins = {name: len(header) + entries[name]["data_offsets"][0] for name in widest_first}
-    return ShardPlan(file_name, header, begins, len(header) + end)
+    return OutputShard(file_name, header, begins, len(header) + end)
 
 
-def index_of(plans: Sequence[ShardPlan]) -> dict[str, Any]:
-    """Return the index of several shards as JSON values, in the layout of Hugging Face."""
-    total = sum(plan.nbytes - len(plan.header) for plan in plans)
-    names = {name: plan.name for plan in plans for name in plan.begins}
+def index_of(shards: Sequence[OutputShard]) -> dict[str, Any]:
+    """Return the index of several shards as JSON values, as Hugging Face writes it."""
+    total = sum(shard.nbytes - len(shard.header) for shard in shards)
+    names = {name: shard.name for shard in shards for name in shard.begins}
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}

@@ -45,7 +45,7 @@ def study_facts(study: Study, environment: Mapping[str, str], seconds: float) ->
 def notes_of(study: Study) -> tuple[str, ...]:
     """Say what a reader must know of the data to judge the numbers."""
     s = study.plan
-    if s.target_data or s.source_data:
+    if s.target_data or _sources_on_disk(s):
         return ("Cases on disk are taken as they are: scans of one person in several parts would leak.",)
     effects = (
         "Generated images show that the method runs and how large its effects are in this setting, not how "
@@ -56,7 +56,7 @@ def notes_of(study: Study) -> tuple[str, ...]:
         return (effects, "All images are drawn from procedural phantoms; a different person in each case.")
     used = {part: len(names) for part, names in subjects.items()}
     total = len({name for names in subjects.values() for name in names})
-    sources = " and ".join(str(used[f"source-{n}"]) for n in range(1, len(s.source_tasks) + 1))
+    sources = " and ".join(str(used[f"source-{n}"]) for n in range(1, len(s.sources) + 1))
     return (
         effects,
         f"The anatomies come from {total} label maps: {sources} for the source tasks, {used['train']} for "
@@ -67,7 +67,9 @@ def notes_of(study: Study) -> tuple[str, ...]:
 
 
 def _images(s: StudyPlan) -> str:
-    on_disk = (["the target's"] if s.target_data else []) + (["the source tasks'"] if s.source_data else [])
+    on_disk = (["the target's"] if s.target_data else []) + (
+        ["the source tasks'"] if _sources_on_disk(s) else []
+    )
     anatomy = "procedural phantoms" if s.source == PHANTOM else f"label maps of {s.source}"
     origin = f"generated from {anatomy}"
     if on_disk:
@@ -77,20 +79,31 @@ def _images(s: StudyPlan) -> str:
     return f"{size} voxels of {s.spacing:g} mm, {origin} with data seed {s.data_seed}"
 
 
+def _sources_on_disk(s: StudyPlan) -> bool:
+    return any(s.data_of(number) for number in range(1, len(s.sources) + 1))
+
+
 def _sources(study: Study) -> str:
     s, (steps, _, _) = study.plan, study.plan.budget(study.train_cases[0])
-    tasks = "; ".join(f"M{number}: {task}" for number, task in enumerate(s.source_tasks, 1))
-    start = "the one before it" if s.chain else "its own seed"
-    return f"{tasks}; {s.source_cases} training cases each, {steps} steps, each network starting from {start}"
+    told = []
+    for number, (source, task) in enumerate(zip(s.sources, s.source_tasks, strict=True), 1):
+        regions = f" ({', '.join(source.regions)})" if source.regions else ""
+        shuffled = ", labels in wrong places" * source.shuffled
+        start = "" if source.after is None else f", starting from M{source.after}"
+        told.append(f"M{number}: {task.name}{regions}{shuffled}{start}")
+    more = f"; {s.source_sets} sets of them, of other cases, seeds and order" * (s.source_sets > 1)
+    return f"{'; '.join(told)}; {s.source_cases} training cases each, {steps} steps{more}"
 
 
 def _training(study: Study) -> str:
     s, (_, steps, adapting) = study.plan, study.plan.budget(study.train_cases[0])
     smallest = "" if s.epochs is None else f"; here for the smallest number of cases, of {s.epochs} epochs"
+    kept = {"best": "lowest validation loss", "last": "last step"}[s.train.get("keep", "best")]
+    schedule = s.train.get("schedule", "constant")
     return (
-        f"Adam, learning rate {s.lr:g}, batch {s.batch_size}, {steps} steps in all; adaptation takes "
-        f"{adapting} of them (logits' rate {s.logit_lr:g}); a run ends with the weights of its lowest "
-        f"validation loss; {_augmented(s)}{smallest}"
+        f"Adam, learning rate {s.lr:g} ({schedule}), batch {s.batch_size}, {steps} steps in all; adaptation "
+        f"takes {adapting} of them (logits' rate {s.logit_lr:g}); a run ends with the weights of its {kept}; "
+        f"{_augmented(s)}{smallest}"
     )
 
 
@@ -110,6 +123,7 @@ def _augmented(settings: StudyPlan) -> str:
 def _option_facts(settings: StudyPlan) -> list[Fact]:
     """Say what adaptations, or single methods, do otherwise."""
     told = [f"{name} {value}" for name, value in settings.adapt.items()]
+    told += [f"{method}: learning rate {lr:g}" for method, lr in settings.method_lr.items()]
     for given in (settings.method_train, settings.method_adapt, settings.method_merge):
         for method, values in given.items():
             told += [f"{method}: {name} {value}" for name, value in values.items()]
@@ -119,8 +133,8 @@ def _option_facts(settings: StudyPlan) -> list[Fact]:
 def _channel_facts(settings: StudyPlan) -> list[Fact]:
     target = get_task(settings.target_task).modalities
     facts = []
-    for number, name in enumerate(settings.source_tasks, 1):
-        if own := unseen_modalities(get_task(name).modalities, target):
+    for number, task in enumerate(settings.source_tasks, 1):
+        if own := unseen_modalities(task.modalities, target):
             facts.append(f"M{number} never saw {', '.join(own)}")
     end = ": there, transfers start with the first layer's weights of the network from scratch"
     return [("Input images", "; ".join(facts) + end)] if facts else []

@@ -53,7 +53,7 @@ def dice_by_region(results: Results) -> "Figure":
     figure, axes = new_figure(1, len(names), height=1.2 + 0.36 * len(results.methods), sharey=True)
     for row, method in enumerate(results.methods):
         dice = results.scores(count, method)
-        panels = [dice.mean(axis=(2, 3)), *np.moveaxis(dice.mean(axis=2), -1, 0)]
+        panels = [dice.mean(axis=(-2, -1)), *np.moveaxis(dice.mean(axis=-2), -1, 0)]
         style = style_of(row)
         for axis, panel in zip(axes, panels, strict=True):
             axis.plot(panel.ravel(), [row] * panel.size, style["marker"], color=style["color"], alpha=0.7)
@@ -92,7 +92,7 @@ def differences_figure(results: Results) -> "Figure":
     figure, axes = new_figure(len(counts), len(references), height=0.6 + 3.1 * len(counts))
     for place, axis in enumerate(axes):
         count, reference = counts[place // len(references)], references[place % len(references)]
-        means = {name: results.scores(count, name).mean(axis=3).mean(axis=(0, 1)) for name in results.methods}
+        means = {name: results.scores(count, name).mean(axis=(0, 1, 2, 4)) for name in results.methods}
         for row, (method, title) in enumerate(results.methods.items()):
             if method != reference:
                 gains = np.sort(means[method] - means[reference])

@@ -226,7 +226,7 @@ def _takes_more_steps(row: Row) -> bool:
 
 
 def _key(run: Run | Remembered) -> tuple[Any, ...]:
-    return run.arm, run.train_cases, run.draw, run.seed
+    return run.arm, run.train_cases, run.source_set, run.draw, run.seed
 
 
 def _trainings_of(run: Run) -> list[Step]:
@@ -234,7 +234,7 @@ def _trainings_of(run: Run) -> list[Step]:
 
 
 def _frame(rows: Iterable[Cells], columns: list[str]) -> pd.DataFrame:
-    whole = {name: "Int64" for name in ("train_cases", "draw", "seed") if name in columns}
+    whole = dict.fromkeys({"train_cases", *RUN[2:]}.intersection(columns), "Int64")
     return pd.DataFrame(list(rows), columns=columns).astype(whole)
 
 

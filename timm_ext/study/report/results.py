@@ -1,6 +1,6 @@
 """What a study found, as tidy frames: one measurement a row, one variable a column; no files, no figures."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
@@ -12,10 +12,23 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-RUN = ["method", "train_cases", "draw", "seed"]
+RUN = ["method", "train_cases", "source_set", "draw", "seed"]
 """Columns that tell the runs of a study apart."""
 
 METRICS = ("dice", "hd95_mm")
+
+
+def compared(methods: Sequence[str], references: Sequence[str]) -> list[tuple[str, str]]:
+    """Return each method with each reference, no pair twice; all pairs where there is no reference."""
+    if not references:
+        first, *others = methods
+        return [(method, first) for method in others] + list(combinations(others, 2))
+    pairs: dict[frozenset[str], tuple[str, str]] = {}
+    for reference in references:
+        for method in methods:
+            if method != reference:
+                pairs.setdefault(frozenset((method, reference)), (method, reference))
+    return list(pairs.values())
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,7 @@ class Example:
 class Results:
     """All that the report of a study shows.
 
-    The rows of the frames go by number of training cases, method, draw and seed.
+    The rows of the frames go by number of training cases, method, source set, draw and seed.
 
     Attributes:
         title: headline.
@@ -58,8 +71,8 @@ class Results:
         runs: `RUN`, `steps` of the optimiser and `seconds` of computing, adaptation included.
         curves: `RUN`, `step` and `seconds` so far, `val_dice`, the mean validation Dice.
         ratios: `RUN`, `layer`, `source`, `ratio` of the merges that learn theirs.
-        forgetting: `RUN`, `task`, `dice` of an initialisation on a source task; a merge that is the same for
-            all runs has only `method`.
+        forgetting: `RUN`, `task`, `dice` of an initialisation on a source task; a merge that is
+            the same for all runs of a source set has only that and `method`.
         trainings: `stage`, `train_cases`, `steps`, `epochs`, `val_dice` of the weights kept, `seconds`.
         labels: label number → what it shows in the examples.
         examples: slices of test cases from the first run of each method.
@@ -87,6 +100,11 @@ class Results:
         return self._told("train_cases")
 
     @cached_property
+    def source_sets(self) -> tuple[int, ...]:
+        """Sets of source networks."""
+        return self._told("source_set")
+
+    @cached_property
     def draws(self) -> tuple[int, ...]:
         """Draws of the training cases."""
         return self._told("draw")
@@ -108,16 +126,8 @@ class Results:
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """Each method against each reference, no pair twice; all pairs where there is no reference."""
-        if not self.references:
-            first, *others = self.methods
-            return [(method, first) for method in others] + list(combinations(others, 2))
-        pairs: dict[frozenset[str], tuple[str, str]] = {}
-        for reference in self.references:
-            for method in self.methods:
-                if method != reference:
-                    pairs.setdefault(frozenset((method, reference)), (method, reference))
-        return list(pairs.values())
+        """The pairs that are compared, see `compared`."""
+        return compared(tuple(self.methods), self.references)
 
     @property
     def baselines(self) -> tuple[str, ...]:
@@ -125,12 +135,13 @@ class Results:
         return self.references or tuple(self.methods)[:1]
 
     def scores(self, count: int, method: str, metric: str = "dice") -> Array:
-        """Return a metric of every run of a method, `[draws, seeds, cases, regions]`.
+        """Return a metric of every run of a method, `[source sets, draws, seeds, cases, regions]`.
 
         An undefined HD95 is the diagonal of the scan. BraTS scores an empty prediction so, too: leaving it
         out would reward missing a tumour.
         """
-        shape = len(self.draws), len(self.seeds), len(self.test_cases), len(self.regions)
+        factors = self.source_sets, self.draws, self.seeds, self.test_cases, self.regions
+        shape = tuple(map(len, factors))
         values: Array = self._parts[count, method][metric].to_numpy(dtype=np.float64).reshape(shape)
         diagonals = self.diagonals[list(self.test_cases)].to_numpy()[:, None]
         return np.where(np.isnan(values), diagonals, values) if metric == "hd95_mm" else values

@@ -1,8 +1,9 @@
 """Statistics of paired comparisons over cases and seeds.
 
 Scores of one method are an array `[seeds, cases]`, or `[draws, seeds, cases]` where training data were drawn
-several times; the same cases, in the same order, are scored for every method. Cases are the units of the
-test (each case's score is its mean over all runs); the bootstrap resamples cases, draws and seeds of a draw.
+several times, or `[source sets, draws, seeds, cases]`; the same cases, in the same order, are scored for
+every method. Cases are the units of the test (each case's score is its mean over all runs); the bootstrap
+resamples cases, source sets, draws and the seeds of a set and draw.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from timm_ext.errors import InputError
+from timm_ext.study.report.variance import mean_test
 
 Scores = NDArray[np.float64]
 
@@ -35,7 +37,7 @@ def wilcoxon(differences: ArrayLike) -> float:
     return float(stats.wilcoxon(values).pvalue) if values.any() else 1.0
 
 
-def runs_test(differences: ArrayLike) -> float | None:
+def t_test(differences: ArrayLike) -> float | None:
     """Two-sided t-test of the mean difference of runs, `[runs]`, against 0 (Student 1908).
 
     Returns:
@@ -88,12 +90,13 @@ def holm(p_values: ArrayLike) -> Scores:
 def bootstrap_interval(
     scores: ArrayLike, *, confidence: float = 0.95, resamples: int = 4000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean (Efron 1979) over cases and, nested, draws and their seeds.
+    """Percentile bootstrap interval of the mean (Efron 1979) over cases, source sets, draws, nested seeds.
 
-    Each resample takes cases, draws of the training data, and seeds within these draws, with replacement.
+    Each resample takes cases, source sets, draws of the training data, and seeds within a set and draw, with
+    replacement.
 
     Args:
-        scores: `[seeds, cases]` or `[draws, seeds, cases]`.
+        scores: `[seeds, cases]`, `[draws, seeds, cases]` or `[source sets, draws, seeds, cases]`.
         confidence: coverage of the interval.
         resamples: number of draws.
         seed: of the draws.
@@ -105,36 +108,39 @@ def bootstrap_interval(
         InputError: scores of another shape, or that are not finite.
     """
     values = _checked(scores)
-    if values.ndim == 2:
-        values = values[None]
-    draws, seeds, cases = values.shape
+    sets, draws, seeds, cases = values.shape
     generator = np.random.default_rng(seed)
-    which_draw = (
-        generator.integers(draws, size=(resamples, draws)) if draws > 1 else np.zeros((resamples, 1), int)
-    )
-    which_seed = generator.integers(seeds, size=(resamples, draws, seeds))
+
+    def chosen(count: int) -> NDArray[np.int64]:
+        size = (resamples, count)
+        return generator.integers(count, size=size) if count > 1 else np.zeros(size, dtype=np.int64)
+
+    which_set, which_draw = chosen(sets), chosen(draws)
+    which_seed = generator.integers(seeds, size=(resamples, sets, draws, seeds))
     which_case = generator.integers(cases, size=(resamples, cases))
-    # One draw and seed after the other: the whole array of resamples could be many gigabytes.
+    # One run after the other: the whole array of resamples could be many gigabytes.
     per_case = np.zeros((resamples, cases))
-    for draw in range(draws):
-        for number in range(seeds):
-            per_case += values[which_draw[:, draw], which_seed[:, draw, number]]
-    means = np.take_along_axis(per_case, which_case, axis=1).mean(axis=1) / (draws * seeds)
+    for k, d, s in np.ndindex(sets, draws, seeds):
+        per_case += values[which_set[:, k], which_draw[:, d], which_seed[:, k, d, s]]
+    means = np.take_along_axis(per_case, which_case, axis=1).mean(axis=1) / (sets * draws * seeds)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 
-def compare(differences: Sequence[ArrayLike]) -> pd.DataFrame:
+def compare(differences: Sequence[ArrayLike], margin: float = float("nan")) -> pd.DataFrame:
     """Test differences of paired scores against 0, with Holm's correction over all of them.
 
     Args:
-        differences: of two methods each, `[seeds, cases]` or `[draws, seeds, cases]`.
+        differences: of two methods each, in one of the shapes above.
+        margin: differences below it count as none; NaN, none do.
 
     Returns:
         A row for each: `mean`; `low` and `high`, its bootstrap 95 % interval; `sd`, the standard deviation
         over runs of their means; `effect`, see `rank_biserial`; the p-values `p` over cases, `p_holm` after
-        the correction and `p_runs` over runs (NaN for one run); and `beyond_chance`: `p_holm` and `p_runs`
-        are below 0.05 and the interval excludes 0.
+        the correction, `p_runs` over runs (NaN for one run) and `p_mixed` of a mixed model, with
+        `p_equivalence`, that of a difference beyond the margin; `beyond_chance`: `p_holm` and `p_runs` are
+        below 0.05 and the interval excludes 0; and `equivalent`: `p_equivalence` is below 0.05 after Holm's
+        correction.
 
     Raises:
         InputError: see `bootstrap_interval`.
@@ -144,6 +150,7 @@ def compare(differences: Sequence[ArrayLike]) -> pd.DataFrame:
         cases = values.reshape(-1, values.shape[-1]).mean(axis=0)
         runs = values.mean(axis=-1).ravel()
         low, high = bootstrap_interval(values)
+        mixed = mean_test(values, margin)
         rows.append(
             {
                 "mean": float(values.mean()),
@@ -152,24 +159,30 @@ def compare(differences: Sequence[ArrayLike]) -> pd.DataFrame:
                 "sd": mean_spread(runs)[1],
                 "effect": rank_biserial(cases),
                 "p": wilcoxon(cases),
-                "p_runs": runs_test(runs),
+                "p_runs": t_test(runs),
+                "p_mixed": mixed.p,
+                "p_equivalence": mixed.p_equivalence,
             }
         )
-    columns = ["mean", "low", "high", "sd", "effect", "p", "p_runs"]
+    columns = ["mean", "low", "high", "sd", "effect", "p", "p_runs", "p_mixed", "p_equivalence"]
     frame = pd.DataFrame(rows, columns=columns).astype(float)
     frame.insert(columns.index("p_runs"), "p_holm", holm(frame["p"]))
     apart = (frame["low"] > 0) | (frame["high"] < 0)
     runs_agree = frame["p_runs"].isna() | (frame["p_runs"] < 0.05)
-    frame["beyond_chance"] = (frame["p_holm"] < 0.05) & apart & runs_agree
+    beyond = (frame["p_holm"] < 0.05) & apart & runs_agree
+    frame.insert(columns.index("p_equivalence") + 1, "beyond_chance", beyond)
+    frame["equivalent"] = holm(frame["p_equivalence"].fillna(1.0)) < 0.05
     return frame
 
 
 def _checked(scores: ArrayLike) -> Scores:
+    """Return scores as `[source sets, draws, seeds, cases]`."""
     values = np.asarray(scores, dtype=np.float64)
-    if values.ndim not in (2, 3) or values.size == 0:
+    if values.ndim not in (2, 3, 4) or values.size == 0:
         raise InputError(
-            f"statistics: expected scores [seeds, cases] or [draws, seeds, cases] (got shape {values.shape})"
+            "statistics: expected scores [seeds, cases], [draws, seeds, cases] or "
+            f"[source sets, draws, seeds, cases] (got shape {values.shape})"
         )
     if not np.isfinite(values).all():
         raise InputError("statistics: expected finite scores (got NaN or infinity)")
-    return values
+    return values.reshape(*(1,) * (4 - values.ndim), *values.shape)

@@ -18,6 +18,9 @@ from timm_ext.study.report.statistics import bootstrap_interval, compare, mean_s
 
 Tables = dict[str, pd.DataFrame]
 
+MARGIN = 0.01
+"""Differences of mean Dice below it count as none."""
+
 
 def make_tables(results: Results) -> Tables:
     """Return the tables of a study by the name of their file; none without rows."""
@@ -54,7 +57,8 @@ def dice_table(results: Results) -> pd.DataFrame:
         dice = results.scores(count, method)
         runs = results.of(results.runs, count, method)
         for region in (None, *results.regions):
-            of_runs = dice.mean(axis=(2, 3)) if region is None else _of(results, dice, region).mean(axis=2)
+            chosen = dice if region is None else _of(results, dice, region)[..., None]
+            of_runs = chosen.mean(axis=(-2, -1))
             mean, sd = mean_spread(of_runs)
             low, high = bootstrap_interval(_of(results, dice, region))
             rows.append(
@@ -96,8 +100,10 @@ def comparison_table(results: Results, wanted: Sequence[tuple[str, str | None]])
         wanted: pairs of metric and region; None is the mean over regions.
 
     Returns:
-        `a`, `b`, `train_cases`, `metric`, `region`, and what `statistics.compare` returns of a − b.
+        `a`, `b`, `train_cases`, `metric`, `region`, and what `statistics.compare` returns of a − b; HD95 has
+        no margin of equivalence.
     """
+    margin = MARGIN if {metric for metric, _ in wanted} == {"dice"} else float("nan")
     places, differences = [], []
     for metric, region in wanted:
         for count in results.counts:
@@ -105,7 +111,7 @@ def comparison_table(results: Results, wanted: Sequence[tuple[str, str | None]])
             places += [(a, b, count, metric, region or "mean") for a, b in results.pairs]
             differences += [scores[a] - scores[b] for a, b in results.pairs]
     told = pd.DataFrame(places, columns=["a", "b", "train_cases", "metric", "region"])
-    return pd.concat([told, compare(differences)], axis=1)
+    return pd.concat([told, compare(differences, margin)], axis=1)
 
 
 def stage_table(results: Results) -> pd.DataFrame:
@@ -138,6 +144,6 @@ def _named(results: Results, method: str) -> dict[str, Any]:
 
 
 def _of(results: Results, scores: Array, region: str | None) -> Array:
-    """Return the scores `[draws, seeds, cases]` of one region, or their mean over all."""
-    chosen = scores.mean(axis=3) if region is None else scores[..., results.regions.index(region)]
+    """Return the scores `[source sets, draws, seeds, cases]` of one region, or their mean over all."""
+    chosen = scores.mean(axis=-1) if region is None else scores[..., results.regions.index(region)]
     return np.asarray(chosen)

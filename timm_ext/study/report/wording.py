@@ -3,17 +3,20 @@
 import pandas as pd
 
 from timm_ext.study.report.results import Results
+from timm_ext.study.report.tables import MARGIN
 
 
 def runs_told(results: Results) -> str:
     """Say which runs a number is a mean over: `5 seeds × 2 draws of the training cases`."""
-    seeds, draws = len(results.seeds), len(results.draws)
-    return numbered(seeds, "seed") + (f" × {draws} draws of the training cases" if draws > 1 else "")
+    several = {"draws of the training cases": len(results.draws), "source sets": len(results.source_sets)}
+    more = (f" × {count} {name}" for name, count in several.items() if count > 1)
+    return numbered(len(results.seeds), "seed") + "".join(more)
 
 
 def resampled(results: Results) -> str:
     """Say what the bootstrap resamples: `cases, draws and seeds`, as far as there are several."""
-    several = {"draws": len(results.draws), "seeds": len(results.seeds)}
+    several = {"source sets": len(results.source_sets), "draws": len(results.draws)}
+    several["seeds"] = len(results.seeds)
     *first, last = ["cases", *(name for name, count in several.items() if count > 1)]
     return f"{', '.join(first)} and {last}" if first else last
 
@@ -41,20 +44,26 @@ def conclusions(results: Results, comparisons: pd.DataFrame) -> list[str]:
         )
     unclear = comparisons[~comparisons["beyond_chance"]]
     baseline = results.baselines[0]
-    for count, rows in unclear[unclear["b"] == baseline].groupby("train_cases"):
-        names = ", ".join(f"“{title[name]}”" for name in rows["a"])
-        sentences.append(f"Not told apart from “{title[baseline]}”{_where(results, count)}: {names}.")
+    within = f"Within ±{MARGIN:g} mean Dice of"
+    for told, chosen in (
+        (within, comparisons[comparisons["equivalent"]]),
+        ("Not told apart from", unclear[~unclear["equivalent"]]),
+    ):
+        for count, rows in chosen[chosen["b"] == baseline].groupby("train_cases"):
+            names = ", ".join(f"“{title[name]}”" for name in rows["a"])
+            sentences.append(f"{told} “{title[baseline]}”{_where(results, count)}: {names}.")
     if len(comparisons):
         sentences.append(
             f"{len(unclear)} of the {len(comparisons)} comparisons are not told apart from chance; the order "
-            "of such rows in the tables is no ranking."
+            f"of such rows in the tables is no ranking. {comparisons['equivalent'].sum()} are equivalent."
         )
     return sentences
 
 
 def limits(results: Results, comparisons: int) -> list[str]:
     """Say what the study cannot show."""
-    cases, runs = len(results.test_cases), len(results.seeds) * len(results.draws)
+    cases, sets = len(results.test_cases), len(results.source_sets)
+    runs = sets * len(results.draws) * len(results.seeds)
     smallest = 2 / 2**cases
     over_runs = f", and a t-test over the {runs} runs is below 0.05" if runs > 1 else ""
     compared = numbered(comparisons, "comparison")
@@ -62,7 +71,12 @@ def limits(results: Results, comparisons: int) -> list[str]:
         "A difference counts as beyond chance only if Wilcoxon's signed-rank test over cases is below 0.05 "
         f"after Holm's correction over all {compared}, the bootstrap interval over "
         f"{resampled(results)} excludes zero{over_runs}.",
-        "All runs share their source networks: how much other source networks would change is not shown.",
+        f"Two initialisations count as equivalent if a difference of {MARGIN:g} mean Dice or more "
+        f"is refused by two one-sided t-tests in a mixed model of {resampled(results)}, after Holm's "
+        "correction.",
+        "All runs share their source networks: how much other source networks would change is not shown."
+        if sets == 1
+        else f"{sets} sets of source networks say little of how much others would change.",
     ]
     if runs == 1:
         sentences.append("There is one run of each method: what another seed would change is not shown.")

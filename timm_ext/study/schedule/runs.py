@@ -9,7 +9,8 @@ from timm_ext.merging.merge import transfer
 from timm_ext.study.arms import Combination, JointTransfer, Row, get_row
 from timm_ext.study.cost import Costs
 from timm_ext.study.plan import Budget, StudyPlan
-from timm_ext.study.schedule.sources import SourceSteps
+from timm_ext.study.schedule.cases import in_set
+from timm_ext.study.schedule.sources import SourceSteps, seed_in_set
 from timm_ext.study.step import Step
 from timm_ext.study.steps.network_step import Network, TrainingStep
 from timm_ext.study.steps.runs import Adapt, CombineAndTest, TuneAndTest
@@ -20,7 +21,7 @@ from timm_ext.transfer.settings import AdaptSettings, Recipe
 
 @dataclass(frozen=True)
 class Run:
-    """One arm, fine-tuned and tested at one number of training cases, draw of them and seed.
+    """One arm, fine-tuned and tested at one number of training cases, source set, draw of cases and seed.
 
     Attributes:
         step: the last one, which scores the test cases.
@@ -29,6 +30,7 @@ class Run:
 
     arm: str
     train_cases: int
+    source_set: int
     draw: int
     seed: int
     step: TrainingStep
@@ -64,7 +66,7 @@ class RunSteps:
         return [self._run(get_row(name), seed) for name in self.plan.methods for seed in self.plan.seeds]
 
     def _run(self, row: Row, seed: int) -> Run:
-        place = row.name, self.train_cases, self.draw, seed
+        place = row.name, self.train_cases, self.sources.number, self.draw, seed
         if isinstance(row, Combination):
             return Run(*place, self._combined(row, seed))
         if isinstance(row, JointTransfer):
@@ -83,7 +85,13 @@ class RunSteps:
             **self._common(f"adapt-{arm.name}", seed),
             arm=arm.name,
             recipe=self._recipe(arm, seed),
-            train=plan.training(steps, plan.lr, seed, plan.adapt_train, schedule="constant"),
+            train=plan.training(
+                steps,
+                plan.lr_of(arm.name),
+                self._seed(seed),
+                {**self._head(arm), **plan.adapt_train},
+                schedule="constant",
+            ),
             adapt=adapt_settings(plan, arm),
             needs={**self.sources.inputs, "train": self.cases["train"], "val": self.cases["val"]},
             cost=self.costs.training(steps, self.train_cases, plan.val_cases),
@@ -92,7 +100,14 @@ class RunSteps:
     def _adapted_by(self, arm: Arm) -> tuple[Any, ...]:
         assert arm.adaptation is not None
         bare = replace(arm.adaptation, extra_steps=False)
-        return arm.merge, bare, adapt_settings(self.plan, arm), self._recipe(arm, 0)
+        lr = self.plan.lr_of(arm.name)
+        own = adapt_settings(self.plan, arm), self._recipe(arm, 0), self._head(arm)
+        return arm.merge, bare, *own, lr
+
+    def _head(self, arm: Arm) -> dict[str, Any]:
+        """Return what the heads start as, which the first training of an arm decides."""
+        given = tuning_fields(self.plan, arm)
+        return {name: given[name] for name in ("head",) if name in given}
 
     def _tuned(self, arm: Arm, seed: int, start: dict[str, Step]) -> TuneAndTest:
         plan, budget = self.plan, self._budget
@@ -101,7 +116,10 @@ class RunSteps:
             raise InputError(f"plan: adapt_steps must be less than steps {budget.run} (got {taken})")
         # At a constant rate the last step's Dice varies more than the methods differ.
         usual = {"schedule": "constant", "keep": "best"}
-        train = plan.training(budget.run - taken, plan.lr, seed, tuning_fields(plan, arm), **usual)
+        lr, fields = plan.lr_of(arm.name), tuning_fields(plan, arm)
+        if arm.adaptation:
+            fields = {name: value for name, value in fields.items() if name != "head"}
+        train = plan.training(budget.run - taken, lr, self._seed(seed), fields, **usual)
         cost = self.costs.training(budget.run - taken, self.train_cases, plan.val_cases)
         return TuneAndTest(
             **self._common(f"run-{arm.name}", seed),
@@ -132,13 +150,16 @@ class RunSteps:
     def _budget(self) -> Budget:
         return self.plan.budget(self.train_cases)
 
+    def _seed(self, seed: int) -> int:
+        return seed_in_set(seed, self.sources.number)
+
     def _recipe(self, arm: Arm, seed: int) -> Recipe:
-        values = {"seed": seed, **self.plan.method_merge.get(arm.name, {})}
+        values = {"seed": self._seed(seed), **self.plan.method_merge.get(arm.name, {})}
         return validated(Recipe, values, "merge")
 
     def _common(self, name: str, seed: int) -> dict[str, Any]:
         return {
-            "name": f"{name}-seed{seed}-n{self.train_cases}-draw{self.draw}",
+            "name": f"{name}-seed{seed}-n{self.train_cases}-draw{self.draw}{in_set(self.sources.number)}",
             "task": self.plan.target_task,
             "prepare": self.plan.preparation,
         }

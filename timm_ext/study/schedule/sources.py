@@ -2,13 +2,15 @@
 
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
-from timm_ext.data.tasks import get_task, joint_task, task_to_dict
+from timm_ext.data.noise import keyed_generator
+from timm_ext.data.tasks import joint_task, task_to_dict
 from timm_ext.merging.merge import Merge
 from timm_ext.study.arms import JointTransfer
 from timm_ext.study.cost import Costs
 from timm_ext.study.plan import StudyPlan
-from timm_ext.study.schedule.cases import Cases
+from timm_ext.study.schedule.cases import Cases, in_set
 from timm_ext.study.step import Step
 from timm_ext.study.steps.network_step import Network
 from timm_ext.study.steps.sources import EstimateFisher, TrainSource
@@ -16,23 +18,28 @@ from timm_ext.training.settings import TrainSettings
 
 
 class SourceSteps:
-    """Trains a network for each source task of a plan and, where arms want it, one for all together.
+    """Trains the source networks of one source set and, where arms want it, one for all tasks together.
 
     Attributes:
+        number: of the source set, from 0.
         tests: held-out cases of each source task, `test-1` ….
-        models: the networks, one for each source task.
+        models: the networks, one for each source.
         fishers: of these networks.
     """
 
-    def __init__(self, plan: StudyPlan, costs: Costs, cases: Cases) -> None:
-        self._plan, self._costs = plan, costs
+    def __init__(self, plan: StudyPlan, costs: Costs, cases: Cases, number: int = 0) -> None:
+        self._plan, self._costs, self.number = plan, costs, number
         self._network = Network(name=plan.network, options=plan.options)
-        self._cases = [cases.source(number) for number in range(1, len(plan.source_tasks) + 1)]
-        self.tests = {f"test-{number}": own["test"] for number, own in enumerate(self._cases, 1)}
-        self.models: list[TrainSource] = []
-        for number in range(1, len(plan.source_tasks) + 1):
-            self.models.append(self._model(number))
-        self.fishers = [self._fisher(number, model) for number, model in enumerate(self.models, 1)]
+        count = len(plan.sources)
+        self._cases = [cases.source(source, number) for source in range(1, count + 1)]
+        self.tests = {f"test-{source}": own["test"] for source, own in enumerate(self._cases, 1)}
+        parents, trained = parents_of(plan, number), dict[int, TrainSource]()
+        while len(trained) < count:  # parents first
+            for source, parent in parents.items():
+                if source not in trained and (parent is None or parent in trained):
+                    trained[source] = self._model(source, None if parent is None else trained[parent])
+        self.models = [trained[source] for source in range(1, count + 1)]
+        self.fishers = [self._fisher(source, model) for source, model in enumerate(self.models, 1)]
 
     @cached_property
     def inputs(self) -> dict[str, Step]:
@@ -48,14 +55,14 @@ class SourceSteps:
     def joint(self, row: JointTransfer) -> TrainSource:
         """Train on the cases of all source tasks, for as many steps as their networks take together."""
         plan, count = self._plan, len(self.models)
-        tasks = [get_task(name) for name in plan.source_tasks]
+        tasks = plan.source_tasks
         # Made for a single task, too: it refuses label files that do not say the regions of all tasks.
         joint = joint_task(tasks)
         task = joint if row.number is None else tasks[row.number - 1]
-        seed, steps = plan.source_seed + (row.number or count + 1), count * self._steps
+        seed, steps = self._seed(row.number or count + 1), count * self._steps
         parts = {f"{part}-{n}": step for n, own in enumerate(self._cases, 1) for part, step in own.items()}
         return TrainSource(
-            name="train-joint" if row.number is None else f"train-M{row.number}-all",
+            name=("train-joint" if row.number is None else f"train-M{row.number}-all") + in_set(self.number),
             task=task_to_dict(task),
             prepare=plan.preparation,
             network=self._network,
@@ -73,16 +80,23 @@ class SourceSteps:
         plan = self._plan
         return plan.training(steps, plan.source_lr, seed, plan.source_train, schedule="cosine")
 
-    def _model(self, number: int) -> TrainSource:
+    def _seed(self, number: int) -> int:
+        return seed_in_set(self._plan.source_seed + number, self.number)
+
+    def _task(self, number: int) -> str | dict[str, Any]:
+        plan = self._plan
+        return plan.sources[number - 1].task or task_to_dict(plan.source_tasks[number - 1])
+
+    def _model(self, number: int, parent: TrainSource | None) -> TrainSource:
         plan, needs = self._plan, self._cases[number - 1]
-        seed, train = plan.source_seed + number, self._train(self._steps, plan.source_seed + number)
-        if self.models and plan.chain:
-            needs = {**needs, "parent": self.models[-1]}
+        seed, train = self._seed(number), self._train(self._steps, self._seed(number))
+        if parent is not None:
+            needs = {**needs, "parent": parent}
         else:
             train = replace(train, l2_transfer=0.0, drop_transfer=0.0)
         return TrainSource(
-            name=f"train-M{number}",
-            task=plan.source_tasks[number - 1],
+            name=f"train-M{number}{in_set(self.number)}",
+            task=self._task(number),
             prepare=plan.preparation,
             network=self._network,
             seed=seed,
@@ -95,11 +109,35 @@ class SourceSteps:
         plan = self._plan
         batch_size = plan.fisher.batch_size or plan.batch_size
         return EstimateFisher(
-            name=f"fisher-M{number}",
-            task=plan.source_tasks[number - 1],
+            name=f"fisher-M{number}{in_set(self.number)}",
+            task=self._task(number),
             prepare=plan.preparation,
             fisher=plan.fisher.model_copy(update={"batch_size": batch_size}),
             accelerator=plan.accelerator,
             needs={"model": model, "train": self._cases[number - 1]["train"]},
             cost=plan.source_cases * self._costs.step,
         )
+
+
+def seed_in_set(seed: int, source_set: int) -> int:
+    """Return the seed that takes the place of another in a source set; in the first it is itself."""
+    return seed if not source_set else int(keyed_generator("source set", source_set, seed).integers(2**31))
+
+
+def parents_of(plan: StudyPlan, source_set: int) -> dict[int, int | None]:
+    """Return for each source the one that it starts from, both counted from 1.
+
+    In the first set that is what the plan says; in the others the sources that are not shuffled take each
+    other's places at random.
+    """
+    places = [number for number, source in enumerate(plan.sources, 1) if not source.shuffled]
+    order = list(places)
+    if source_set:
+        keyed_generator("order of sources", source_set, plan.source_seed).shuffle(order)
+    at = {number: number for number in range(1, len(plan.sources) + 1)} | dict(
+        zip(places, order, strict=True)
+    )
+    return {
+        at[number]: None if source.after is None else at[source.after]
+        for number, source in enumerate(plan.sources, 1)
+    }

@@ -39,7 +39,7 @@ class MakeCases(Step):
             context.folder / CASES,
             self.generate,
             self.count,
-            progress=lambda done, count: context.report(0.9 * done / count),
+            on_progress=lambda done, count: context.report(0.9 * done / count),
         )
         task, cache = get_task(self.generate.task), context.folder / CACHE
         prepared = prepare_cases(cases, task, self.prepare, cache, workers=0, progress=False)

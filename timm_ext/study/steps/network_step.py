@@ -14,7 +14,7 @@ from timm_ext.data.prepare import Prepared, PrepareSettings, prepare_case
 from timm_ext.data.tasks import Task, get_task, task_from_dict, task_to_dict
 from timm_ext.documents import read_json, validated
 from timm_ext.files import write_json
-from timm_ext.inference import predict_case
+from timm_ext.inference import PredictSettings, predict_case
 from timm_ext.metrics import evaluate_pairs, write_evaluation
 from timm_ext.networks.io import save_network
 from timm_ext.study.outcomes import CACHE, CASES, FISHER, LABELS, NETWORK, PREDICTIONS, TIMES, TRAINING
@@ -88,14 +88,24 @@ class NetworkStep(CaseStep):
             **({} if merge is None else {"merge": dict(merge)}),
         )
 
+
+class TrainingStep(NetworkStep):
+    """A step whose outcome tells of a training; `train` is how."""
+
+    train: TrainSettings
+
+    def session_on(self, data: Data, context: Context) -> Session:
+        """Return the training on some data in the step's folder."""
+        return Session(data, self.train, context.folder / TRAINING, [Report(context.report)], resume=True)
+
     def segment_and_score(
         self, network: nn.Module, cases: Path, task: Task, folder: Path
     ) -> dict[str, dict[str, dict[str, float | None]]]:
         """Write a label map for every test case; return Dice (`scores`) and HD95 by case and region."""
-        pairs = {}
+        pairs, settings = {}, PredictSettings(fast_layers=self.train.fast_layers)
         for case in read_cases(cases / CASES, task, require_labels=True):
             path = folder / PREDICTIONS / f"{case.id}.nii.gz"
-            predict_case(network, replace(case, label=None), task, self.prepare, path)
+            predict_case(network, replace(case, label=None), task, self.prepare, path, settings)
             pairs[case.id] = (path, cast(Path, case.label))
         evaluation = evaluate_pairs(pairs, task)
         write_evaluation(folder, evaluation, task)
@@ -106,16 +116,6 @@ class NetworkStep(CaseStep):
             }
             for key, metric in (("scores", "dice"), ("hd95", "hd95"))
         }
-
-
-class TrainingStep(NetworkStep):
-    """A step whose outcome tells of a training; `train` is how."""
-
-    train: TrainSettings
-
-    def session_on(self, data: Data, context: Context) -> Session:
-        """Return the training on some data in the step's folder."""
-        return Session(data, self.train, context.folder / TRAINING, [Report(context.report)], resume=True)
 
 
 def told(done: Learned, context: Context) -> dict[str, Any]:

@@ -23,9 +23,9 @@ from timm_ext.study.steps.network_step import (
     told,
 )
 from timm_ext.training.device import launch
-from timm_ext.training.objective import soft_dice_loss
+from timm_ext.training.objective import loss_of
 from timm_ext.training.validation import validate
-from timm_ext.transfer.run import run
+from timm_ext.transfer.run import run, settled
 from timm_ext.transfer.session import Session, make_data
 from timm_ext.transfer.settings import AdaptSettings, Recipe
 from timm_ext.transfer.start import Start, network_of, split_by, start_from
@@ -92,15 +92,21 @@ class TuneAndTest(ArmStep):
     def run(self, inputs: Inputs, context: Context) -> dict[str, Any]:
         """Return the course of the training, the scores and, where ratios were learned, these."""
         task = self.settled_task(inputs)
-        start, parents = self._start(inputs, context, task)
+        start, parents = self._start(inputs, task)
+        session = self.session(inputs, task, context)
+        start = settled(start, session)
+        if parents and "start" not in inputs:
+            plain = start.model.fold() if isinstance(start.model, MergedModel) else start.model
+            made = {"method": self.arm, **({"evidence": dict(start.evidence)} if start.evidence else {})}
+            self.save(context.folder / INITIAL, plain, task, parents, made)
         if not isinstance(start.model, MergedModel):
             channels_last(start.model)
-        done = run(start, tuning=self.session(inputs, task, context), options=self.adapt)
+        done = run(start, tuning=session, options=self.adapt)
         self.save(context.folder / NETWORK, done.network, task, parents)
         scores = self.segment_and_score(done.network, inputs["test"], task, context.folder)
         return {**told(done, context), **scores}
 
-    def _start(self, inputs: Inputs, context: Context, task: Task) -> tuple[Start, Sequence[str]]:
+    def _start(self, inputs: Inputs, task: Task) -> tuple[Start, Sequence[str]]:
         """Return what fine-tuning starts from, and the hashes of its parents."""
         arm = arm_of(self.arm)
         if "start" in inputs:
@@ -110,10 +116,7 @@ class TuneAndTest(ArmStep):
         if not arm.merge.models:
             return Start(target), []
         sources = sources_of(inputs)
-        start = start_from(arm, target, task, sources, self.recipe)
-        plain = start.model.fold() if isinstance(start.model, MergedModel) else start.model
-        self.save(context.folder / INITIAL, plain, task, sources.hashes, {"method": self.arm})
-        return start, sources.hashes
+        return start_from(arm, target, task, sources, self.recipe), sources.hashes
 
 
 class CombineAndTest(TrainingStep):
@@ -145,7 +148,7 @@ class CombineAndTest(TrainingStep):
         fabric = launch(self.train)
         val_set = CaseDataset(self.prepared(inputs["val"], task), task, in_memory=True)
         validation = validate(
-            fabric, combined.to(fabric.device), val_set, len(task.regions), soft_dice_loss(), self.train
+            fabric, combined.to(fabric.device), val_set, len(task.regions), loss_of(task), self.train
         )
         context.report(0.3)
         scores = self.segment_and_score(combined, inputs["test"], task, context.folder)

@@ -12,7 +12,7 @@ from timm_ext.data.dataset import CaseDataset
 from timm_ext.data.prepare import Prepared
 from timm_ext.data.tasks import Task, task_from_dict, task_to_dict
 from timm_ext.fisher import estimate_fisher, remove_partial
-from timm_ext.inference import labels_from_probabilities, predict_probabilities
+from timm_ext.inference import PredictSettings, labels_from_probabilities, predict_probabilities
 from timm_ext.merging import fit_to_target
 from timm_ext.metrics import dice_by_region
 from timm_ext.networks.io import load_network
@@ -94,7 +94,7 @@ class EstimateFisher(NetworkStep):
         task = self.settled_task(inputs)
         model, checkpoint = load_network(inputs["model"] / NETWORK)
         data = CaseDataset(self.prepared(inputs["train"], task), task, in_memory=True)
-        begun, options = context.folder / "partial", self.fisher.model_dump()
+        begun, options = context.folder / "partial", self.fisher.options(softmax=task.softmax)
         fisher = estimate_fisher(placed(model, self.accelerator), data, **options, partial=begun)
         fisher.save(
             context.folder / FISHER,
@@ -117,6 +117,7 @@ class ScoreMerges(CaseStep):
         fixed: arms whose merges are scored that need no data.
         learned: role of an adaptation → its arm.
         accelerator: where.
+        fast_layers: as in `PredictSettings`.
     """
 
     kind: ClassVar[str] = "score forgetting"
@@ -124,6 +125,7 @@ class ScoreMerges(CaseStep):
     fixed: tuple[str, ...]
     learned: dict[str, str]
     accelerator: str
+    fast_layers: bool
 
     def run(self, inputs: Inputs, context: Context) -> dict[str, Any]:
         """Return initialisation → source task → mean Dice."""
@@ -137,6 +139,7 @@ class ScoreMerges(CaseStep):
                     placed(in_source(arm_of(name), sources, index, adapted), self.accelerator),
                     self.prepared(inputs[f"test-{index + 1}"], task),
                     task,
+                    PredictSettings(fast_layers=self.fast_layers),
                 )
                 for index, task in enumerate(sources.tasks)
             }
@@ -175,11 +178,12 @@ def in_source(arm: Arm, sources: Sources, index: int, adapted: Path | None) -> n
     return result
 
 
-def _mean_dice(network: nn.Module, cases: Sequence[Prepared], task: Task) -> float:
+def _mean_dice(network: nn.Module, cases: Sequence[Prepared], task: Task, settings: PredictSettings) -> float:
     """Return the mean Dice over cases and regions on the prepared grid."""
     values: list[float] = []
     for case in cases:
-        probabilities = predict_probabilities(network, torch.from_numpy(case.image.copy()))
+        image = torch.from_numpy(case.image.copy())
+        probabilities = predict_probabilities(network, image, settings, softmax=task.softmax)
         assert case.label is not None
         labels = labels_from_probabilities(probabilities, task)
         values += dice_by_region(labels, case.label, task).values()

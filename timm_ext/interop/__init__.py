@@ -1,0 +1,1 @@
+"""Networks of other programs: read into what ours are, and written back."""

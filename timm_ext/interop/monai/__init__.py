@@ -1,0 +1,1 @@
+"""MONAI: bundles, checkpoints of Auto3DSeg, and files that MONAI takes."""

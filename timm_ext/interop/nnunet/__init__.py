@@ -1,0 +1,1 @@
+"""nnU-Net v2: its plans, checkpoints and model folders."""
