@@ -179,11 +179,24 @@ def test_folders_that_were_made_for_nothing_are_gone(tmp_path: Path) -> None:
         pass
     for name in ("", "file"):
         with suppress(KeyError), made_folder(kept / "new" / "deep"):
-            (kept / "new" / "other").mkdir()
             if name:
                 (kept / "new" / name).touch()
             raise KeyError
         assert [path.name for path in kept.rglob("*")] == (["new", "file"] if name else [])
+
+
+def test_folders_that_others_made_stay(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with suppress(KeyError), made_folder(out / "own"):
+        (out / "of others" / "empty").mkdir(parents=True)
+        raise KeyError
+    assert sorted(path.name for path in out.rglob("*")) == ["empty", "of others"]
+
+
+def test_a_write_that_fails_leaves_no_folders(tmp_path: Path) -> None:
+    with suppress(KeyError), made_folder(tmp_path / "out"), atomic_write(tmp_path / "out" / "b" / "x"):
+        raise KeyError
+    assert not list(tmp_path.iterdir())
 
 
 def test_json_round_trip(tmp_path: Path) -> None:

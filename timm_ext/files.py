@@ -79,7 +79,7 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     in the folder is removed when a process first writes there.
 
     Args:
-        path: the final file; its folder is created.
+        path: the final file; its folder is made.
 
     Raises:
         InputError: the folder cannot be written or the disk is full; nothing is left behind.
@@ -122,16 +122,27 @@ def atomic_folder(path: Path | str, *, over: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def made_folder(path: Path | str) -> Iterator[None]:
-    """Make a folder with its parents; if the block fails, what was made and holds no file is gone again."""
+    """Make a folder with its parents; if the block fails, those of them that are empty are gone again.
+
+    Folders that were there before, or that others make in it, stay.
+
+    Raises:
+        NotADirectoryError: there is a file of this name.
+    """
     path = Path(path)
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
+    made: list[Path] = []
     try:
+        for folder in reversed([folder for folder in (path, *path.parents) if not folder.exists()]):
+            with suppress(FileExistsError):  # another process was faster
+                folder.mkdir()
+                made.append(folder)
+        if not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         yield
     except BaseException:
-        for folder, _, _ in os.walk(made[-1], topdown=False) if made else ():
+        for folder in reversed(made):
             with suppress(OSError):  # it holds something
-                os.rmdir(folder)
+                folder.rmdir()
         raise
 
 
@@ -190,7 +201,7 @@ def writing(path: Path | str) -> Iterator[None]:
 @contextmanager
 def _temporary_beside(path: Path) -> Iterator[Path]:
     """Yield a name beside `path`, and remove what has it in the end."""
-    with writing(path):
+    with writing(path), made_folder(path.parent):
         temporary = _partial_beside(path)
         try:
             yield temporary
@@ -203,11 +214,7 @@ def _folded(path: Path) -> str:
 
 
 def _partial_beside(path: Path) -> Path:
-    """Make the folder of `path`, and return a name in it that tells who writes."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
+    """Return a name in the folder of `path` that tells who writes."""
     _clean_once(os.path.abspath(path.parent))
     ending = ending_of(path)
     ending = ending if len(ending) <= _LONGEST_ENDING else ""
