@@ -11,6 +11,7 @@ from timm_ext.interop.monai.preparation import settings_of
 
 _ENTRY = "network"
 _OVERLAP = 0.625  # of its windows
+_KEPT = {"min": 0.75, "max": 1.25}  # voxels of so many times the wanted size are not resampled
 _SCORES = ("meanstd", "mri")  # names of z-scores of what is not 0
 
 
@@ -47,29 +48,46 @@ def described(
         "_target_": "SlidingWindowInfererAdapt",
         "roi_size": config.get("roi_size"),
         "overlap": _OVERLAP,
+        "mode": "gaussian",
     }
     parts = (_transforms(config), inferer)
-    settings, unlike = settings_of(config, parts, modalities, network["in_channels"], "config")
+    changed = _not_of_monai(config)
+    settings, unlike = settings_of(config, parts, modalities, network["in_channels"], "config", changed)
     return network, task, settings, [*notes, *([missing] if missing else []), *unlike]
 
 
 def _transforms(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the transforms that Auto3DSeg's SegResNet makes of a config."""
+    """Return the transforms of MONAI that Auto3DSeg's SegResNet makes of a config."""
     every: list[dict[str, Any]] = []
-    extra = config.get("extra_modalities")
     if config.get("orientation_ras"):
         every.append({"_target_": "Orientationd", "axcodes": "RAS"})
-    if config.get("crop_foreground") and not extra:
-        every.append({"_target_": "CropForegroundd", "margin": 10})
+    if config.get("crop_foreground") and not config.get("extra_modalities"):
+        every.append({"_target_": "CropForegroundd", "margin": 10, "allow_smaller": True})
     if config.get("resample"):
         pixdim = config.get("resample_resolution")
-        every.append({"_target_": "Spacingd", "pixdim": pixdim, "min_pixdim": "0.75 of it"})
-    modes = [config.get("normalize_mode"), *(extra.values() if isinstance(extra, Mapping) else ())]
-    scores = all(mode in _SCORES for mode in modes)
-    step = {"_target_": "NormalizeIntensityd", "nonzero": True, "channel_wise": True}
-    every.append(step if scores else {"_target_": f"normalize_mode {listed(map(str, modes))}"})
-    every += [{"_target_": "custom_transforms"}] if config.get("custom_transforms") else []
-    return every
+        limits = {f"{name}_pixdim": _times(pixdim, factor) for name, factor in _KEPT.items()}
+        every.append({"_target_": "Spacingd", "pixdim": pixdim, **limits})
+    if all(mode in _SCORES for mode in _modes(config)):
+        every.append({"_target_": "NormalizeIntensityd", "nonzero": True, "channel_wise": True})
+    return [{**step, "keys": "image"} for step in every]
+
+
+def _times(lengths: Any, factor: float) -> Any:
+    every = lengths if isinstance(lengths, list) else [lengths]
+    return [factor * one if isinstance(one, (int, float)) else one for one in every]
+
+
+def _modes(config: Mapping[str, Any]) -> list[Any]:
+    """Return how intensities of each modality are normalised."""
+    extra = config.get("extra_modalities")
+    return [config.get("normalize_mode"), *(extra.values() if isinstance(extra, Mapping) else ())]
+
+
+def _not_of_monai(config: Mapping[str, Any]) -> list[str]:
+    """Name what changes intensities and is no transform of MONAI alone."""
+    modes = _modes(config)
+    own = [] if all(mode in _SCORES for mode in modes) else [f"normalize_mode {listed(map(str, modes))}"]
+    return [*own, *(["custom_transforms"] if config.get("custom_transforms") else [])]
 
 
 def _name(one: Any) -> str:

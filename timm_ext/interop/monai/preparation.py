@@ -1,25 +1,38 @@
 """What MONAI's transforms do to images, as settings of this package; nothing in them is run."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from timm_ext.data.normalise import HOUNSFIELD_WINDOW
-from timm_ext.errors import InputError, shown
+from timm_ext.errors import InputError, listed, shown
 from timm_ext.inference import PredictSettings
 from timm_ext.interop.monai.config import literal, place_in
+from timm_ext.interop.monai.transforms import DISABLED, Transform, changes_values, name_of, transforms_of
 from timm_ext.vocabulary.modalities import in_hounsfield_units
 
-_WITHOUT_EFFECT = {
+WITHOUT_EFFECT = {
     *("LoadImaged", "EnsureChannelFirstd", "AddChanneld", "AsChannelFirstd", "EnsureTyped", "CastToTyped"),
-    *("ToTensord", "ToDeviced", "Identityd", "ConcatItemsd", "SelectItemsd", "DeleteItemsd"),
+    *("ToTensord", "ToNumpyd", "ToDeviced", "Identityd", "ConcatItemsd", "CopyItemsd", "SelectItemsd"),
+    *("DeleteItemsd", "DataStatsd", "IntensityStatsd", "SimulateDelayd", "ApplyPendingd"),
 }
-_OF_SHAPE = ("Pad", "Crop", "Resize", "Spacing", "Orientation", "Rotate", "Flip")
-_OF_LABELS = {"label", "labels", "mask", "seg"}
+_WHOLE = ("int", "bool", "long", "short")
 _AXES = ("RL", "AP", "SI")
-_MOST_NESTED = 16
 _LARGEST = 1e30  # of a number in a config
-_MONAI_OVERLAP = 0.25  # where a config does not say it
+_UNLESS_SAID = {"overlap": 0.25, "mode": "constant"}  # what MONAI's inferers do
+_OF_WINDOWS = {
+    "overlap": PredictSettings().overlap,
+    "mode": "gaussian",
+    "sigma_scale": 0.125,
+    "padding_mode": "constant",
+    "cval": 0,
+    "with_coord": False,
+}
+_WITHOUT_EFFECT_ON_WINDOWS = {
+    *("sw_batch_size", "sw_device", "device", "progress", "cache_roi_weight_map", "cpu_thresh"),
+    *("buffer_steps", "buffer_dim"),
+}
+_REMEDY = " unless by --set predict.overlap"
 
 
 @dataclass
@@ -46,14 +59,20 @@ class _Steps:
 
 
 @dataclass(frozen=True)
-class _Arguments:
-    """The arguments of a transform, of which only what is asked for must be a literal."""
+class _Rule:
+    """How a transform is followed.
 
-    definition: Mapping[str, Any]
-    config: Mapping[str, Any]
+    Attributes:
+        follow: changes the settings, and says what of it is unlike.
+        heard: arguments that it reads.
+        same: arguments that it does not read, with the values that mean what is done here.
+        idle: arguments without effect on prepared images.
+    """
 
-    def get(self, name: str, default: Any = None) -> Any:
-        return literal(self.definition.get(name, default), self.config, name)
+    follow: Callable[[Transform, _Steps], str]
+    heard: Collection[str]
+    same: Mapping[str, Any] = field(default_factory=dict)
+    idle: Collection[str] = ("dtype",)
 
 
 def settings_of(
@@ -62,6 +81,7 @@ def settings_of(
     modalities: Sequence[str],
     channels: int,
     where: object,
+    changed: Sequence[str] = (),
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the settings, by section, that prepare images as transforms of MONAI do.
 
@@ -75,19 +95,23 @@ def settings_of(
         modalities: of the network, none where they are not known.
         channels: of the network.
         where: the file, for messages.
+        changed: names of what else changes intensities.
 
     Returns:
-        The settings, and a text for each transform that is not followed.
+        The settings, and a text for each transform and each argument that is not followed.
     """
     window, notes = _window(parts[1], config, where)
     settings: dict[str, Any] = {"predict": {"window": window}}
     try:
-        transforms = _listed(parts[0], config, f"{where}: preprocessing")
+        transforms = transforms_of(parts[0], config, f"{where}: preprocessing")
     except InputError as error:
         return settings, [f"{error}; images are prepared as the settings of timm_ext say", *notes]
     steps = _Steps(modalities, channels)
-    for definition in transforms:
-        _follow(definition, config, steps, where)
+    for transform in transforms:
+        if transform.is_of_images():
+            steps.notes += [f"{where}: {line}" for line in _followed(transform, steps)]
+    steps.notes += [f"{where}: {name} is not followed: no setting is the same" for name in changed]
+    steps.on_values += changed
     if steps.axes is None:
         steps.notes.append(f"{where}: no Orientationd; images are turned to RAS here")
     if steps.on_values and steps.prepare["normalise"] == "none":
@@ -95,69 +119,46 @@ def settings_of(
     return {"prepare": steps.prepare, **settings}, [*steps.notes, *notes]
 
 
-def _listed(
-    transforms: object, config: Mapping[str, Any], place: str, depth: int = 0
-) -> list[Mapping[str, Any]]:
-    """Return the definitions of transforms, those of a `Compose` among them, too."""
-    if depth > _MOST_NESTED:
-        raise InputError(f"{place}: expected a list of transforms (got lists more than {_MOST_NESTED} deep)")
-    found = place_in(transforms, config, place)
-    if isinstance(found, Mapping) and _name_of(found) == "Compose":
-        return _listed(found.get("transforms"), config, place, depth + 1)
-    if isinstance(found, Mapping) and "_target_" in found:
-        return [found]
-    if not isinstance(found, list):
-        raise InputError(f"{place}: expected transforms by _target_ (got {shown(found)})")
-    return [definition for one in found for definition in _listed(one, config, place, depth + 1)]
-
-
-def _name_of(definition: Mapping[str, Any]) -> str:
-    """Return the name of a transform of MONAI in its first spelling for dictionaries; of others the path."""
-    path = str(definition.get("_target_"))
-    module, _, name = path.rpartition(".")
-    if module and not module.startswith("monai."):
-        return path
-    for ending in ("Dict", "D"):
-        if name.endswith(ending):
-            return f"{name.removesuffix(ending)}d"
-    return name
-
-
-def _follow(definition: Mapping[str, Any], config: Mapping[str, Any], steps: _Steps, where: object) -> None:
-    """Change the settings as a transform says, and note in what it is not followed."""
-    name, arguments = _name_of(definition), _Arguments(definition, config)
-    if name in _WITHOUT_EFFECT or definition.get("_disabled_") is True or _is_of_labels(arguments):
-        return
+def _followed(transform: Transform, steps: _Steps) -> list[str]:
+    """Change the settings as a transform of images says, and say in what it is not followed."""
+    name = transform.name
+    if name in WITHOUT_EFFECT:
+        return _cast(transform)
     try:
-        if name not in _KNOWN:
+        if (rule := _KNOWN.get(name)) is None:
             raise InputError("no setting is the same")
-        unlike = _KNOWN[name](arguments, steps)
+        transform.get(DISABLED)  # an expression may switch it off
+        told = rule.follow(transform, steps)
+        unlike = [told] if told else []
+        unlike += transform.unlike(rule.same, {*rule.heard, *rule.idle})
+        said = [f"{name}: {', '.join(unlike)}"] if unlike else []
     except InputError as error:
-        steps.notes.append(f"{where}: {name} is not followed: {error}")
-    else:
-        steps.notes += [f"{where}: {name}: {unlike}"] if unlike else []
-    if not any(word in name for word in _OF_SHAPE):
+        said = [f"{name} is not followed: {error}"]
+    if changes_values(name):
         steps.on_values.append(name)
+    return said
 
 
-def _is_of_labels(arguments: _Arguments) -> bool:
+def _cast(transform: Transform) -> list[str]:
+    """Say where a cast to whole numbers is left out."""
     try:
-        keys = arguments.get("keys")
-    except InputError:  # whichever it is, it is of images
-        return False
-    return set(map(str, keys if isinstance(keys, list) else [keys])) <= _OF_LABELS
+        kind = str(transform.of_image("dtype"))
+    except InputError as error:
+        kind = str(error)
+    whole = transform.name in ("CastToTyped", "EnsureTyped") and any(word in kind for word in _WHOLE)
+    return [f"{transform.name}: dtype {shown(kind)}, here float32"] if whole else []
 
 
-def _orientation(arguments: _Arguments, steps: _Steps) -> str:
-    axes = "RAS" if arguments.get("as_closest_canonical") is True else str(arguments.get("axcodes"))
+def _orientation(transform: Transform, steps: _Steps) -> str:
+    axes = "RAS" if transform.get("as_closest_canonical") is True else str(transform.get("axcodes"))
     if len(axes) != 3 or any(sum(code in pair for code in axes) != 1 for pair in _AXES):
         raise InputError(f"expected axcodes such as RAS (got {shown(axes)})")
     steps.axes = axes
     return "" if axes == "RAS" else f"axes {axes}, here RAS"
 
 
-def _spacing(arguments: _Arguments, steps: _Steps) -> str:
-    given, mode = arguments.get("pixdim"), arguments.get("mode", "bilinear")
+def _spacing(transform: Transform, steps: _Steps) -> str:
+    given, mode = transform.get("pixdim"), transform.of_image("mode", "bilinear")
     lengths = list(given) if isinstance(given, list) else [given]
     lengths += lengths[-1:] * (3 - len(lengths))
     if len(lengths) != 3 or not all(_number(length) and length > 0 for length in lengths):
@@ -166,18 +167,18 @@ def _spacing(arguments: _Arguments, steps: _Steps) -> str:
     places = [next(place for place, code in enumerate(axes) if code in pair) for pair in _AXES]
     steps.prepare["spacing"] = [float(lengths[place]) for place in places]
     unlike = []
-    if (mode[0] if isinstance(mode, list) and mode else mode) not in ("bilinear", 1):
+    if mode not in ("bilinear", 1):
         unlike.append(f"mode {shown(mode)}, here bilinear")
-    if "min_pixdim" in arguments.definition or "max_pixdim" in arguments.definition:
+    if any(transform.definition.get(name) is not None for name in ("min_pixdim", "max_pixdim")):
         unlike.append("voxels of about that size are resampled here, too")
     if steps.on_values:
         unlike.append(f"after {steps.on_values[-1]}, here before it")
     return ", ".join(unlike)
 
 
-def _range(arguments: _Arguments, steps: _Steps) -> str:
-    low, high = arguments.get("a_min"), arguments.get("a_max")
-    target = tuple(arguments.get(key) for key in ("b_min", "b_max", "clip"))
+def _range(transform: Transform, steps: _Steps) -> str:
+    low, high = transform.get("a_min"), transform.get("a_max")
+    target = tuple(transform.get(key) for key in ("b_min", "b_max", "clip"))
     if not _number(low) or not _number(high) or target != (0, 1, True):
         raise InputError(f"a window is clipped to 0 … 1 here (got {low} … {high} to {_told(target)})")
     if steps.modalities and not all(map(in_hounsfield_units, steps.modalities)):
@@ -192,14 +193,14 @@ def _told(target: tuple[Any, Any, Any]) -> str:
     return f"{target[0]} … {target[1]}{'' if target[2] is True else ', not clipped'}"
 
 
-def _normalise(arguments: _Arguments, steps: _Steps) -> str:
-    if arguments.get("subtrahend") is not None or arguments.get("divisor") is not None:
+def _normalise(transform: Transform, steps: _Steps) -> str:
+    if transform.get("subtrahend") is not None or transform.get("divisor") is not None:
         raise InputError("z-scores are of each image's own mean here (got subtrahend or divisor)")
-    if steps.channels > 1 and not _true(arguments.get("channel_wise")):
+    if steps.channels > 1 and not _true(transform.get("channel_wise")):
         raise InputError("z-scores are of each modality here (got them of all together)")
     _check_first(steps)
     steps.prepare |= {"normalise": "zscore", "hounsfield": None}
-    return "" if _true(arguments.get("nonzero")) else "of all voxels, here of those that are not 0"
+    return "" if _true(transform.get("nonzero")) else "of all voxels, here of those that are not 0"
 
 
 def _check_first(steps: _Steps) -> None:
@@ -208,10 +209,14 @@ def _check_first(steps: _Steps) -> None:
         raise InputError(f"intensities are changed by one step here (got {before[-1]} before)")
 
 
-def _crop(arguments: _Arguments, steps: _Steps) -> str:
-    margin, divisible = arguments.get("margin", 0), arguments.get("k_divisible", 1)
-    if (margin, divisible) != (0, 1) or {"select_fn", "channel_indices"} & arguments.definition.keys():
+def _crop(transform: Transform, steps: _Steps) -> str:
+    plain = _all_are(0, transform.get("margin", 0)) and _all_are(1, transform.get("k_divisible", 1))
+    chosen = [transform.definition.get(name) for name in ("select_fn", "channel_indices")]
+    if not plain or any(choice is not None for choice in chosen):
         raise InputError("the box is that of the foreground here (got margin, k_divisible or a choice)")
+    images = [key for key in transform.keys if transform.is_image(key)]
+    if transform.keys and [source := transform.get("source_key")] != images:
+        raise InputError(f"the box is that of {listed(images)} here (got that of {shown(source)})")
     windowed = steps.on_values == ["ScaleIntensityRanged"] and steps.prepare["hounsfield"] is not None
     if not windowed and (steps.on_values or any(map(in_hounsfield_units, steps.modalities))):
         raise InputError("the box is that of what is above the window, or not 0 before z-scores, here")
@@ -219,12 +224,26 @@ def _crop(arguments: _Arguments, steps: _Steps) -> str:
     return ""
 
 
-_KNOWN: dict[str, Callable[[_Arguments, _Steps], str]] = {
-    "Orientationd": _orientation,
-    "Spacingd": _spacing,
-    "ScaleIntensityRanged": _range,
-    "NormalizeIntensityd": _normalise,
-    "CropForegroundd": _crop,
+def _all_are(wanted: int, value: Any) -> bool:
+    """Tell whether a number that is given once or by axis is always the same."""
+    return all(one == wanted for one in (value if isinstance(value, list) else [value]))
+
+
+_KNOWN: dict[str, _Rule] = {
+    "Orientationd": _Rule(_orientation, ("axcodes", "as_closest_canonical")),
+    "Spacingd": _Rule(
+        _spacing,
+        ("pixdim", "mode", "min_pixdim", "max_pixdim"),
+        {"diagonal": False, "padding_mode": "border", "align_corners": False, "scale_extent": False},
+        ("dtype", "recompute_affine", "ensure_same_shape"),
+    ),
+    "ScaleIntensityRanged": _Rule(_range, ("a_min", "a_max", "b_min", "b_max", "clip")),
+    "NormalizeIntensityd": _Rule(_normalise, ("subtrahend", "divisor", "nonzero", "channel_wise")),
+    "CropForegroundd": _Rule(
+        _crop,
+        ("source_key", "margin", "k_divisible", "select_fn", "channel_indices"),
+        idle=("mode", "allow_smaller", "start_coord_key", "end_coord_key"),
+    ),
 }
 
 
@@ -233,19 +252,18 @@ def _window(inferer: object, config: Mapping[str, Any], where: object) -> tuple[
     place = f"{where}: inferer"
     try:
         definition = place_in(inferer, config, place)
-        if not isinstance(definition, Mapping) or (name := _name_of(definition)) == "SimpleInferer":
+        if not isinstance(definition, Mapping) or (name := name_of(definition)) == "SimpleInferer":
             return None, []
         size = literal(definition.get("roi_size"), config, f"{place}: roi_size")
-        overlap = literal(definition.get("overlap", _MONAI_OVERLAP), config, f"{place}: overlap")
     except InputError as error:
         return None, [str(error)]
     edges = size if isinstance(size, list) else [size] * 3
     known = name in ("SlidingWindowInferer", "SlidingWindowInfererAdapt")
     if not known or len(edges) != 3 or not all(type(edge) is int and edge > 0 for edge in edges):
         return None, [f"{place}: {name} of roi_size {shown(size)} is not followed"]
-    own = PredictSettings().overlap
-    unlike = f"{place}: overlap {shown(overlap)}, here {own} unless by --set predict.overlap"
-    return edges, [] if overlap == own else [unlike]
+    given = Transform(name, {**_UNLESS_SAID, **definition}, config)
+    unlike = given.unlike(_OF_WINDOWS, {"roi_size", *_WITHOUT_EFFECT_ON_WINDOWS})
+    return edges, [f"{place}: {told}{_REMEDY if told.startswith('overlap ') else ''}" for told in unlike]
 
 
 def _number(value: Any) -> bool:
