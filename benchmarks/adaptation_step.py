@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.machine import code
 from timm_ext.documents import read_json
 from timm_ext.files import write_json
 from timm_ext.fisher import Fisher, FisherKind
@@ -298,7 +299,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--pairs", type=int, default=60)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    facts = {**machine(options.device, options.threads), "memory_kept": keep_freed_memory()}
+    facts = {**machine(options.device, options.threads), "memory_kept": keep_freed_memory(), "code": code()}
     edge = options.edge or (64 if options.device == "cpu" else 128)
     rows = []
     with reproducible(torch.device(options.device)):

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.machine import environment, median_ratio, milliseconds
+from benchmarks.machine import code, environment, median_ratio, milliseconds
 from timm_ext.files import write_json
 from timm_ext.fisher.precision import precise
 from timm_ext.layers import fused
@@ -136,7 +136,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args(arguments)
-    result: dict[str, Any] = {"environment": environment(options.device), "base": options.base, "rows": []}
+    result: dict[str, Any] = {
+        "environment": {**environment(options.device), "code": code()},
+        "base": options.base,
+        "rows": [],
+    }
     with precise("ieee", torch.device(options.device)), torch.no_grad():
         for edge in options.edge:
             for layer in layers(options.base, edge):

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.conv_square import Layer, layers
-from benchmarks.machine import environment, median_ratio, milliseconds
+from benchmarks.machine import code, environment, median_ratio, milliseconds
 from timm_ext.files import write_json
 from timm_ext.layers.convolution import Geometry, forward_way, gradient_way, upsampled_gradient
 from timm_ext.ops.upsampled_conv3d import neighbour_sums3d, upsampled_conv3d
@@ -162,7 +162,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     result: dict[str, Any] = {
-        "environment": environment("cpu"),
+        "environment": {**environment("cpu"), "code": code()},
         "edge": options.edge,
         "threads": options.threads,
         "rows": [],

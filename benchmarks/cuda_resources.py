@@ -11,7 +11,6 @@ Exits 1, after the file is written, when a kernel spills registers or has fewer 
 """
 
 import argparse
-import os
 import re
 import shutil
 import subprocess
@@ -126,23 +125,13 @@ def main(arguments: list[str]) -> None:
         raise SystemExit("cuda_resources: nvcc is needed (none on PATH)")
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     kernels: list[dict[str, Any]] = []
-    seconds = {}
     with tempfile.TemporaryDirectory() as folder:
         for source in sorted(SOURCES.glob("*/cuda/*.cu")):
-            begin = os.times()
             report = compile_source(nvcc, source, options.architectures, Path(folder, "kernel.o"))
-            end = os.times()
-            used = end.children_user + end.children_system - begin.children_user - begin.children_system
-            name = source.relative_to(SOURCES).as_posix()
-            seconds[name] = round(used, 1)
-            kernels += rows_of(report, name)
+            kernels += rows_of(report, source.relative_to(SOURCES).as_posix())
     kernels.sort(key=lambda row: (row["architecture"], row["source"], row["kernel"]))
     release = re.search(r"release [\d.]+, V([\d.]+)", version)
-    facts = {
-        "nvcc": release.group(1) if release else version,
-        "compile_cpu_seconds": seconds,
-        "kernels": kernels,
-    }
+    facts = {"nvcc": release.group(1) if release else version, "kernels": kernels}
     write_json(options.output, facts)
     print(f"{len(kernels)} kernels, at most {max(row['registers'] for row in kernels)} registers")
     if found := faults(kernels):

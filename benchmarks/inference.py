@@ -1,13 +1,16 @@
 """Times the forward pass of 3-D networks under `timm_ext.fast_layers` against other programs on the CPU.
 
-    python -m benchmarks.inference benchmarks/results/inference_cpu.json
+    python -m benchmarks.inference
 
-The unit is plain PyTorch in float32. Rivals: the same in `channels_last_3d`, by `torch.compile`, under
-bfloat16 autocast; OpenVINO in float32 and with its hint for bfloat16, and ONNX Runtime, where they are
-installed (`pip install openvino onnx onnxruntime`). Every output is compared with float64's before it is
-timed. All take turns in one process, in which malloc keeps what is freed, so that ratios come from
-neighbouring measurements; medians count. Peak memory of PyTorch's ways is taken in fresh processes. Rows
-that the file has from the same code and machine are kept: an interrupted run goes on.
+The unit is plain PyTorch in float32. Rivals: the same in `channels_last_3d`, by `torch.compile` where that is
+asked for; OpenVINO and ONNX Runtime where they are installed (`pip install openvino onnx onnxruntime`); where
+the CPU has instructions for it, bfloat16 autocast and OpenVINO with its hint for bfloat16. Every output is
+compared with float64's before it is timed. All take turns in one process, in which malloc keeps what is
+freed, so that ratios come from neighbouring measurements; medians count. Peak memory of PyTorch's ways is
+taken in fresh processes.
+
+Without options it makes the committed result; rows that the file has from the same code and machine are
+kept, so that a run goes on where it was, and may go in parts.
 """
 
 import argparse
@@ -20,22 +23,33 @@ from torch import Tensor, nn
 from benchmarks.inference_rivals import MAKERS, Forward
 from benchmarks.machine import peak_bytes
 from benchmarks.networks import NETWORKS, check_edge, draw, heads
-from benchmarks.rows import Result, Row, peaks, row_parser, summary, time_in_turns
-from benchmarks.ways import WAYS
+from benchmarks.result import RESULTS, Result
+from benchmarks.rows import (
+    Row,
+    add_rounds,
+    chosen,
+    of_memory,
+    peaks,
+    problems,
+    row_parser,
+    summary,
+    time_in_turns,
+)
+from benchmarks.ways import WAYS, standard
+from timm_ext.layers.half import half_path
 
 ERROR_BOUNDS = {"float32": 1e-3, "bfloat16": 0.1}  # of the norm of the logits in float64
-Edges = tuple[int, ...]
-Threads = tuple[int, ...]
-SELECTION: dict[str, tuple[Edges, Threads]] = {  # of the committed result
-    "isensee2017 16": ((64, 96), (1, 2)),
-    "isensee2017 8": ((64, 96), (1, 2)),
-    "SegResNet 16": ((64,), (1,)),
-    "DynUNet 32-256": ((64,), (1,)),
-    "PlainConvUNet 32-256": ((64,), (1,)),
-}
+STANDARD = {"edge": 64, "batch": 1, "threads": 1}
+SELECTION = [  # of the committed result
+    *problems("isensee2017 8", (64, 96), (1,), (2,)),
+    *problems("isensee2017 16", (64,), (1,), (2,)),
+    *problems("SegResNet 16", (64,), (1,)),
+    *problems("DynUNet 32-256", (64,), (1,)),
+    *problems("PlainConvUNet 32-256", (64,), (1,)),
+]
 
 
-def network(name: str) -> nn.Module:
+def predicting(name: str) -> nn.Module:
     """A network as it predicts."""
     return NETWORKS[name]().eval()
 
@@ -62,10 +76,10 @@ def made(name: str, model: nn.Module, images: Tensor) -> Forward | None:
         return None
 
 
-def measure(options: argparse.Namespace, name: str, edge: int, threads: int) -> Row:
+def measure(options: argparse.Namespace, name: str, edge: int, batch: int, threads: int) -> Row:
     """Errors, times and ratios to plain PyTorch."""
     torch.set_num_threads(threads)
-    model, (images, _) = network(name), draw(1, edge)
+    model, (images, _) = predicting(name), draw(batch, edge)
     expected = expected_logits(model, images)
     calls = {rival: call for rival in options.rivals if (call := made(rival, model, images))}
     errors = {rival: distance(call(), expected) for rival, call in calls.items()}
@@ -84,16 +98,17 @@ def check(name: str, errors: dict[str, float]) -> None:
 def print_peak(way: str, name: str, edge: str, batch: str) -> None:
     """Print the peak memory of one way's second pass in bytes; the first one may compile."""
     torch.set_num_threads(1)
-    call = MAKERS[way](network(name), draw(int(batch), int(edge))[0])
+    call = MAKERS[way](predicting(name), draw(int(batch), int(edge))[0])
     call()
     print(peak_bytes(call, "cpu"))
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = row_parser(__doc__, list(SELECTION), rounds=15, seconds=10.0)
-    parser.add_argument("--edge", type=int, nargs="+", help="of the cubic image")
-    parser.add_argument("--rivals", nargs="+", default=list(MAKERS), choices=MAKERS, help="of the plain way")
+    parser = row_parser(__doc__, RESULTS / "inference_cpu.json")
+    add_rounds(parser, rounds=15, seconds=10.0)
+    rivals = standard(MAKERS, half_path()[0])
+    parser.add_argument("--rivals", nargs="+", default=rivals, choices=MAKERS, help="of the plain way")
     options = parser.parse_args(arguments)
     options.rivals = list(dict.fromkeys(["plain", *options.rivals]))
     return options
@@ -105,18 +120,15 @@ def main(arguments: list[str]) -> None:
         print_peak(*arguments[1:])
         return
     options = parse(arguments)
-    result = Result(options.output, options.again)
+    keys = chosen(SELECTION, options, STANDARD)
+    for key in keys:
+        check_edge(key["network"], key["edge"])
+    result = Result(options.output, options)
+    for key in keys:
+        result.add("rows", key, partial(measure, options, *key.values()))
     ways = [rival for rival in options.rivals if rival in WAYS]
-    for name in options.network:
-        edges, counts = SELECTION.get(name, ((64,), (1,)))
-        for edge in options.edge or edges:
-            check_edge(name, edge)
-            key = {"network": name, "edge": edge, "batch": 1}
-            for threads in options.threads or counts:
-                result.add(
-                    "rows", {**key, "threads": threads}, partial(measure, options, name, edge, threads)
-                )
-            result.add("memory", key, partial(peaks, "benchmarks.inference", ways, key))
+    for key in of_memory(keys):
+        result.add("memory", key, partial(peaks, "benchmarks.inference", ways, key))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Clocks, peak memory and a description of the machine that something is timed on."""
 
 import ctypes
+import hashlib
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 
 import timm_ext
+from timm_ext.layers.half import half_path
 from timm_ext.ops.memory import release_memory
 from timm_ext.system.environment import environment as base_environment
 
@@ -72,6 +75,21 @@ def environment(device: str) -> dict[str, Any]:
             "cuda": torch.version.cuda,
         }
     elif platform.system() == "Linux":
+        numbers = re.findall(
+            r"^(?:cpu family|model)\s*: (\d+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
+        )
+        found |= {"cpu_model": "-".join(numbers[:2]), "bfloat16": half_path()[0]}
         pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
         found["transparent_huge_pages"] = pages.read_text().strip() if pages.exists() else None
     return found
+
+
+def code() -> str:
+    """Hash of the package as it runs: its Python files and its library."""
+    folder = Path(timm_ext.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted([*folder.rglob("*.py"), *folder.glob("*.so")]):
+        digest.update(
+            f"{path.relative_to(folder)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode()
+        )
+    return digest.hexdigest()[:12]

@@ -25,10 +25,11 @@ import torch
 
 import timm_ext
 from benchmarks import merge_rivals as rivals
-from benchmarks.machine import environment, median_ratio, milliseconds
+from benchmarks.machine import code, environment, median_ratio, milliseconds
 from benchmarks.merge_isa import isa_row
 from benchmarks.merge_machine import Bandwidth, copy_loops
 from benchmarks.pages.speed import MERGE_RIVALS
+from benchmarks.result import differing
 from timm_ext.documents import read_json
 from timm_ext.files import write_json
 
@@ -163,6 +164,14 @@ def memory_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def same_machine(found: dict[str, Any], now: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return an existing result, or refuse one of another machine or of other versions."""
+    if found["environment"] != now["environment"]:
+        expected = differing(now["environment"], found["environment"])
+        raise SystemExit(f"{path}: expected rows of the same machine and versions ({expected})")
+    return found
+
+
 def main(arguments: list[str]) -> None:
     """Run all rows and write the result after each."""
     parser = argparse.ArgumentParser(
@@ -180,9 +189,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--add", action="store_true", help="rows to an existing result, without the rest")
     options = parser.parse_args(arguments)
     threads = options.threads if options.device == "cpu" else [torch.get_num_threads()]
-    result: dict[str, Any] = {"environment": environment(options.device), "rows": [], "memory": []}
+    result: dict[str, Any] = {
+        "environment": {**environment(options.device), "code": code()},
+        "rows": [],
+        "memory": [],
+    }
     if options.add:
-        result = read_json(options.output)
+        result = same_machine(read_json(options.output), result, options.output)
     for elements in options.elements:
         for models in options.models:
             for segments in options.segments:

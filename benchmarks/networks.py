@@ -62,8 +62,8 @@ def monai(name: str, *arguments: Any, **settings: Any) -> Build:
 
 CHANNELS = {"in_channels": INPUTS, "out_channels": OUTPUTS}
 BUILDERS: dict[str, Build] = {
-    "isensee2017 16": isensee2017(16),
     "isensee2017 8": isensee2017(8),
+    "isensee2017 16": isensee2017(16),
     "PlainConvUNet 32-256": nnunet("PlainConvUNet", (32, 64, 128, 256), False),
     "PlainConvUNet 32-256, deep supervision": nnunet("PlainConvUNet", (32, 64, 128, 256), True),
     "ResidualEncoderUNet 32-320": nnunet("ResidualEncoderUNet", (32, 64, 128, 256, 320), False),

@@ -1,41 +1,98 @@
-"""Rows of a result that is measured bit by bit, each row by calls that take turns."""
+"""Problems that benchmarks of networks solve, and what is measured of each by calls that take turns."""
 
 import argparse
-import hashlib
-import json
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-import timm_ext
-from benchmarks.machine import environment, median_ratio, milliseconds
+from benchmarks.machine import median_ratio, milliseconds
 from benchmarks.networks import NETWORKS
-from timm_ext.documents import read_json
-from timm_ext.files import write_json
-from timm_ext.training.device import keep_freed_memory
 
 LEAST_ROUNDS = 3
+AXES = ("edge", "batch", "threads")
 Row = dict[str, Any]
 
 
-def row_parser(
-    description: str | None, selection: Sequence[str], *, rounds: int, seconds: float
-) -> argparse.ArgumentParser:
-    """The options that benchmarks of networks share; by default they run the selection."""
+def problems(
+    network: str, edges: Sequence[int], batches: Sequence[int] = (2,), threads: Sequence[int] = (1,)
+) -> list[Row]:
+    """Return the keys of a network's rows: every edge with every batch and number of threads."""
+    return [
+        {"network": network, **dict(zip(AXES, of, strict=True))} for of in product(edges, batches, threads)
+    ]
+
+
+def chosen(selection: Sequence[Row], options: argparse.Namespace, standard: Row) -> list[Row]:
+    """Return the problems that options ask for: by default all of the selection.
+
+    A value of an option takes the network's problems that have it; where none has, all of them with it.
+
+    Args:
+        selection: of the committed result.
+        options: of `row_parser`.
+        standard: edge, batch and threads of a network that the selection lacks.
+    """
+    found: list[Row] = []
+    for name in options.network or dict.fromkeys(row["network"] for row in selection):
+        rows = [row for row in selection if row["network"] == name] or [{"network": name, **standard}]
+        for axis in AXES:
+            rows = _with_values(rows, axis, getattr(options, axis))
+        found += rows
+    return found
+
+
+def _with_values(rows: Sequence[Row], axis: str, values: Iterable[int] | None) -> list[Row]:
+    if values is None:
+        return list(rows)
+    found: list[Row] = []
+    for value in values:
+        there = [row for row in rows if row[axis] == value]
+        found += there or [{**row, axis: value} for row in rows]
+    return _unique(found)
+
+
+def _unique(rows: Iterable[Row]) -> list[Row]:
+    found: list[Row] = []
+    for row in rows:
+        if row not in found:
+            found.append(row)
+    return found
+
+
+def of_memory(rows: Iterable[Row]) -> list[Row]:
+    """Return the keys of the rows of peak memory, which is taken on one thread."""
+    return _unique({name: row[name] for name in ("network", "edge", "batch")} for row in rows)
+
+
+def row_parser(description: str | None, output: Path | None) -> argparse.ArgumentParser:
+    """Return the options that benchmarks of networks share; by default they make the committed result.
+
+    Args:
+        description: the module's own.
+        output: the committed result; None where there are several.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--network", nargs="+", default=list(selection), choices=NETWORKS)
+    parser.add_argument("output", type=Path, nargs="?", default=output, help="default: the committed result")
+    parser.add_argument("--network", nargs="+", choices=NETWORKS, help="default: all of the committed result")
+    parser.add_argument("--edge", type=int, nargs="+", help="of the cubic images")
+    parser.add_argument("--batch", type=int, nargs="+")
     parser.add_argument("--threads", type=int, nargs="+")
+    parser.add_argument("--again", action="store_true", help="measure rows anew that the file has")
+    parser.add_argument("--keep", action="store_true", help="keep rows that other code measured, too")
+    return parser
+
+
+def add_rounds(parser: argparse.ArgumentParser, rounds: int, seconds: float) -> None:
+    """Add how often calls take turns."""
     parser.add_argument("--rounds", type=int, default=rounds, help="at most; at least 3")
     parser.add_argument("--seconds", type=float, default=seconds, help="after which no round of a row begins")
-    parser.add_argument("--again", action="store_true", help="measure rows anew that the file has")
-    return parser
 
 
 def time_in_turns(
@@ -76,43 +133,3 @@ def peaks(module: str, ways: Sequence[str], key: Row) -> Row:
         found[way] = int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     plain = found["plain"]
     return {"plain_bytes": plain, "of_plain": {way: round(peak / plain, 3) for way, peak in found.items()}}
-
-
-def code() -> str:
-    """Hash of the package as it runs: its Python files and its library."""
-    folder = Path(timm_ext.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted([*folder.rglob("*.py"), *folder.glob("*.so")]):
-        digest.update(
-            f"{path.relative_to(folder)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode()
-        )
-    return digest.hexdigest()[:12]
-
-
-class Result:
-    """A result file; rows of the same code on the same machine are kept, so that a run may be interrupted.
-
-    Args:
-        path: of the file.
-        again: measure what is asked for although it is there.
-        device: that is timed.
-    """
-
-    def __init__(self, path: Path, again: bool = False, device: str = "cpu") -> None:
-        self._path, self._again = path, again
-        facts = {**environment(device), "memory_kept": keep_freed_memory(), "code": code()}
-        self.content: Row = {"environment": json.loads(json.dumps(facts)), "rows": [], "memory": []}
-        if path.exists() and (found := read_json(path))["environment"] == self.content["environment"]:
-            self.content = found
-
-    def add(self, table: str, key: Row, measure: Callable[[], Row]) -> None:
-        """Measure a row, unless it is there, and write the file."""
-        rows: list[Row] = self.content.setdefault(table, [])
-        there = [row for row in rows if key.items() <= row.items()]
-        if there and not self._again:
-            print(f"kept: {json.dumps(key)}", flush=True)
-            return
-        row = {**key, **measure()}
-        self.content[table] = [other for other in rows if other not in there] + [row]
-        print(json.dumps(row), flush=True)
-        write_json(self._path, self.content)

@@ -1,13 +1,17 @@
 """Times training steps of 3-D networks under `timm_ext.fast_layers` against other ways on the CPU.
 
-    python -m benchmarks.train_step benchmarks/results/train_step_cpu.json
+    python -m benchmarks.train_step
+    python -m benchmarks.train_step FILE.json --network "UNet 16-128" --edge 64 --ways compile ours
 
 The unit is one plain PyTorch step in float32: forward, Dice with cross entropy over all heads, backward,
-Adam. Rivals: the same in `channels_last_3d`, by `torch.compile`, and under bfloat16 autocast. All gradients
-are compared with float64's on a small volume before anything is timed (those of what `torch.compile` makes
-with PyTorch's, at the size that is timed). All take turns in one process, in which malloc keeps what is
-freed, so that ratios come from neighbouring measurements; medians count. Peak memory is taken in fresh
-processes. Rows that the file has from the same code and machine are kept: an interrupted run goes on.
+Adam. Rivals: the same in `channels_last_3d`, by `torch.compile` where that is asked for, and, where the CPU
+has instructions for it, under bfloat16 autocast. All gradients are compared with float64's on a small volume
+before anything is timed (those of what `torch.compile` makes with PyTorch's, at the size that is timed). All
+take turns in one process, in which malloc keeps what is freed, so that ratios come from neighbouring
+measurements; medians count. Peak memory is taken in fresh processes.
+
+Without options it makes the committed result; rows that the file has from the same code and machine are
+kept, so that a run goes on where it was, and may go in parts.
 """
 
 import argparse
@@ -21,19 +25,32 @@ from torch import Tensor, nn
 
 from benchmarks.machine import peak_bytes
 from benchmarks.networks import EDGE_OF_HALF, LEAST_EDGE, NETWORKS, check_edge, draw, heads
-from benchmarks.rows import Result, Row, peaks, row_parser, summary, time_in_turns
-from benchmarks.ways import WAYS, Way
+from benchmarks.result import RESULTS, Result
+from benchmarks.rows import (
+    Row,
+    add_rounds,
+    chosen,
+    of_memory,
+    peaks,
+    problems,
+    row_parser,
+    summary,
+    time_in_turns,
+)
+from benchmarks.ways import WAYS, Way, standard
+from timm_ext.layers.half import half_path
 
 ERROR_BOUND = 1e-2  # of the norm of all gradients in float64: at kinks of activations rounding decides
 HALF_BOUND = 1.2  # of the error of PyTorch's own bfloat16
 PLAIN = Way("")
-SELECTION = {  # of the committed result: edge and numbers of threads
-    "isensee2017 16": (64, (1, 2)),
-    "isensee2017 8": (64, (1, 2)),
-    "SegResNet 16": (48, (1,)),
-    "DynUNet 32-256": (48, (1,)),
-    "PlainConvUNet 32-256, deep supervision": (48, (1,)),
-}
+STANDARD = {"edge": 64, "batch": 2, "threads": 1}
+SELECTION = [  # of the committed result
+    *problems("isensee2017 8", (64,), threads=(1, 2)),
+    *problems("isensee2017 16", (64,), threads=(1, 2)),
+    *problems("SegResNet 16", (40,)),
+    *problems("DynUNet 32-256", (40,)),
+    *problems("PlainConvUNet 32-256, deep supervision", (40,)),
+]
 
 
 class Objective:
@@ -92,19 +109,19 @@ def gradient_errors(name: str, ways: Sequence[str]) -> dict[str, float]:
     }
 
 
-def measure(options: argparse.Namespace, name: str, edge: int, threads: int) -> Row:
+def measure(options: argparse.Namespace, network: str, edge: int, batch: int, threads: int) -> Row:
     """Errors, times and ratios to the plain step."""
     torch.set_num_threads(threads)
-    errors = gradient_errors(name, options.ways)
-    model, batch = NETWORKS[name](), draw(options.batch, edge)
-    steps = {way: make_step(WAYS[way], model, *batch) for way in options.ways}
+    errors = gradient_errors(network, options.ways)
+    model, examples = NETWORKS[network](), draw(batch, edge)
+    steps = {way: make_step(WAYS[way], model, *examples) for way in options.ways}
     first = {
         way: [g.clone() for g in step()]
         for way, step in steps.items()
         if WAYS[way].compiled or way == "plain"
     }
     errors |= {way: distance(found, first["plain"]) for way, found in first.items() if way != "plain"}
-    steps = {way: steps[way] for way in right_ways(name, errors)}
+    steps = {way: steps[way] for way in right_ways(network, errors)}
     del first
     for way, step in steps.items():
         if not WAYS[way].compiled and way != "plain":
@@ -137,10 +154,10 @@ def print_peak(way: str, name: str, edge: str, batch: str) -> None:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = row_parser(__doc__, list(SELECTION), rounds=9, seconds=20.0)
-    parser.add_argument("--edge", type=int, nargs="+", help="of the cubic images")
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="beside the plain one")
+    parser = row_parser(__doc__, RESULTS / "train_step_cpu.json")
+    add_rounds(parser, rounds=9, seconds=20.0)
+    ways = standard(WAYS, half_path()[0])
+    parser.add_argument("--ways", nargs="+", default=ways, choices=WAYS, help="beside the plain one")
     options = parser.parse_args(arguments)
     options.ways = list(dict.fromkeys(["plain", *options.ways]))
     return options
@@ -152,15 +169,14 @@ def main(arguments: list[str]) -> None:
         print_peak(*arguments[1:])
         return
     options = parse(arguments)
-    result = Result(options.output, options.again)
-    for name in options.network:
-        chosen, threads = SELECTION.get(name, (64, (1,)))
-        for edge in options.edge or [chosen]:
-            check_edge(name, edge)
-            key = {"network": name, "edge": edge, "batch": options.batch}
-            for count in options.threads or threads:
-                result.add("rows", {**key, "threads": count}, partial(measure, options, name, edge, count))
-            result.add("memory", key, partial(peaks, "benchmarks.train_step", options.ways, key))
+    keys = chosen(SELECTION, options, STANDARD)
+    for key in keys:
+        check_edge(key["network"], key["edge"])
+    result = Result(options.output, options)
+    for key in keys:
+        result.add("rows", key, partial(measure, options, **key))
+    for key in of_memory(keys):
+        result.add("memory", key, partial(peaks, "benchmarks.train_step", options.ways, key))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """Times whole trainers on the CPU: this package's, MONAI's `SupervisedTrainer`, and nnU-Net's training step.
 
-    python -m benchmarks.trainers benchmarks/results/trainers_cpu.json
+    python -m benchmarks.trainers
 
 The unit is a bare loop of plain PyTorch steps in float32 on a batch that is there. All train the same network
 on the same patches with Dice and cross entropy, each by its own classes: ours and MONAI's load examples from
 memory and log; nnU-Net's `nnUNetTrainer.train_step` gets a batch and has its own loss and optimizer. A run
 takes one step to warm up and `--steps` more; runs take turns, and medians of seconds per step count. MONAI's
 engines want `pytorch-ignite`; nnU-Net's trainer wants `nnunetv2` and what it imports. What is not installed
-is left out with a word.
+is left out with a word. Where the CPU has instructions for bfloat16, a bare loop and ours run in it, too.
+Without options it makes the committed result; rows that the file has are kept.
 """
 
 import argparse
@@ -20,7 +21,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from itertools import chain, pairwise
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,16 +30,23 @@ from torch import Tensor, nn
 
 from benchmarks.machine import median_ratio
 from benchmarks.networks import NETWORKS, check_edge, draw
-from benchmarks.rows import Result, Row
+from benchmarks.result import RESULTS, Result
+from benchmarks.rows import Row, chosen, problems, row_parser
 from benchmarks.train_step import PLAIN, make_step
+from benchmarks.ways import WAYS, Way, standard
+from timm_ext.layers.half import half_path
 from timm_ext.training.callbacks import Callback
 from timm_ext.training.examples import Data
 from timm_ext.training.objective import Objective
 from timm_ext.training.settings import TrainSettings
 from timm_ext.training.trainer import Trainer
 
-BATCH, RATE = 2, 1e-4
-SELECTION = {"isensee2017 16": 64, "PlainConvUNet 32-256": 48}  # edge of the patches
+RATE = 1e-4
+STANDARD = {"edge": 64, "batch": 2, "threads": 2}
+SELECTION = [  # of the committed result
+    *problems("isensee2017 8", (64,), threads=(2,)),
+    *problems("PlainConvUNet 32-256", (40,), threads=(2,)),
+]
 Train = Callable[[nn.Module, Tensor, Tensor, int], list[float]]
 """Trains a network on images and labels for some steps; returns when each was done."""
 
@@ -74,9 +81,9 @@ class Clock(Callback):
         self.times.append(time.perf_counter())
 
 
-def by_loop(model: nn.Module, images: Tensor, labels: Tensor, steps: int) -> list[float]:
+def by_loop(model: nn.Module, images: Tensor, labels: Tensor, steps: int, way: Way = PLAIN) -> list[float]:
     """The bare loop."""
-    step, clock = make_step(PLAIN, model, images, labels), Clock()
+    step, clock = make_step(way, model, images, labels), Clock()
     for count in range(steps):
         step()
         clock.on_step(count, 0.0)
@@ -85,9 +92,9 @@ def by_loop(model: nn.Module, images: Tensor, labels: Tensor, steps: int) -> lis
 
 def by_ours(model: nn.Module, images: Tensor, labels: Tensor, steps: int, **changes: Any) -> list[float]:
     """`timm_ext.training.Trainer`, with its log and one saved state behind the last step."""
-    values = {"steps": steps, "lr": RATE, "batch_size": BATCH, "schedule": "constant", "augment": False}
+    values = {"steps": steps, "lr": RATE, "batch_size": len(images), "schedule": "constant", "augment": False}
     settings = TrainSettings(**values, accelerator="cpu", keep="last", **changes)
-    data, clock = Data(Examples(images, labels, steps * BATCH)), Clock()
+    data, clock = Data(Examples(images, labels, steps * len(images))), Clock()
     objective = Objective(DiceCELoss(sigmoid=True))
     with tempfile.TemporaryDirectory() as folder:
         Trainer(settings, folder).fit(model, data, objective, [clock])
@@ -99,11 +106,11 @@ def by_monai(model: nn.Module, images: Tensor, labels: Tensor, steps: int) -> li
     from ignite.engine import Events
     from monai.engines import SupervisedTrainer
 
-    clock = Clock()
+    clock, examples = Clock(), Examples(images, labels, steps * len(images))
     trainer = SupervisedTrainer(
         device="cpu",
         max_epochs=1,
-        train_data_loader=torch.utils.data.DataLoader(Examples(images, labels, steps * BATCH), BATCH),
+        train_data_loader=torch.utils.data.DataLoader(examples, len(images)),
         network=model,
         optimizer=torch.optim.Adam(model.parameters(), RATE),
         loss_function=DiceCELoss(sigmoid=True),
@@ -143,39 +150,32 @@ def by_nnunet(model: nn.Module, images: Tensor, labels: Tensor, steps: int) -> l
 
 TRAINERS: dict[str, Train] = {
     "plain": by_loop,
+    "bfloat16": partial(by_loop, way=WAYS["bfloat16"]),
     "ours": by_ours,
     "ours bfloat16": partial(by_ours, precision="bf16-mixed"),
     "ours without fast layers": partial(by_ours, fast_layers=False),
     "monai": by_monai,
     "nnunet": by_nnunet,
 }
-TITLES = {
-    "plain": "bare loop",
-    "ours": "timm_ext",
-    "ours bfloat16": "timm_ext, bf16-mixed",
-    "ours without fast layers": "timm_ext, `fast_layers=false`",
-    "monai": "MONAI `SupervisedTrainer`",
-    "nnunet": "nnU-Net `train_step`",
-}
 
 
-def seconds_per_step(trainer: str, name: str, edge: int, steps: int) -> list[float] | None:
+def seconds_per_step(trainer: str, network: str, edge: int, batch: int, steps: int) -> list[float] | None:
     """Seconds of each step but the first of one run, or a word that the trainer is not installed."""
     try:
-        times = TRAINERS[trainer](NETWORKS[name](), *draw(BATCH, edge), steps + 1)
+        times = TRAINERS[trainer](NETWORKS[network](), *draw(batch, edge), steps + 1)
     except ImportError as error:
         print(f"benchmarks.trainers: {trainer} is left out: {error}", flush=True)
         return None
     return [later - earlier for earlier, later in pairwise(times)]
 
 
-def measure(options: argparse.Namespace, name: str, edge: int) -> Row:
+def measure(options: argparse.Namespace, network: str, edge: int, batch: int, threads: int) -> Row:
     """Seconds per step of each trainer, and their ratios to the bare loop's."""
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(threads)
     found: dict[str, list[list[float]]] = {trainer: [] for trainer in options.trainers}
     for _ in range(options.rounds):
         for trainer in list(found):
-            if (seconds := seconds_per_step(trainer, name, edge, options.steps)) is None:
+            if (seconds := seconds_per_step(trainer, network, edge, batch, options.steps)) is None:
                 del found[trainer]
             else:
                 found[trainer].append(seconds)
@@ -189,25 +189,19 @@ def measure(options: argparse.Namespace, name: str, edge: int) -> Row:
 
 def main(arguments: list[str]) -> None:
     """Run all rows and write the result after each."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--network", nargs="+", default=list(SELECTION), choices=NETWORKS)
-    parser.add_argument("--edge", type=int, nargs="+", help="of the patches")
-    parser.add_argument("--trainers", nargs="+", default=list(TRAINERS), choices=TRAINERS)
-    parser.add_argument("--threads", type=int, default=2)
+    parser = row_parser(__doc__, RESULTS / "trainers_cpu.json")
+    trainers = standard(TRAINERS, half_path()[0])
+    parser.add_argument("--trainers", nargs="+", default=trainers, choices=TRAINERS)
     parser.add_argument("--steps", type=int, default=4, help="of a run, behind the first")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each trainer")
-    parser.add_argument("--again", action="store_true", help="measure rows anew that the file has")
     options = parser.parse_args(arguments)
     options.trainers = list(dict.fromkeys(["plain", *options.trainers]))
-    result = Result(options.output, options.again)
-    for name in options.network:
-        for edge in options.edge or [SELECTION.get(name, 64)]:
-            check_edge(name, edge)
-            key = {"network": name, "edge": edge, "batch": BATCH, "threads": options.threads}
-            result.add("rows", key, partial(measure, options, name, edge))
+    keys = chosen(SELECTION, options, STANDARD)
+    for key in keys:
+        check_edge(key["network"], key["edge"])
+    result = Result(options.output, options)
+    for key in keys:
+        result.add("rows", key, partial(measure, options, **key))
 
 
 if __name__ == "__main__":

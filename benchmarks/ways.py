@@ -1,6 +1,7 @@
 """Ways to run a network on the CPU by PyTorch: plain, as others speed it up, and with our own layers."""
 
 import copy
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -56,3 +57,13 @@ WAYS: dict[str, Way] = {
     "ours": Way("timm_ext", layers=True),
     "ours bfloat16": Way("timm_ext, bfloat16", layers=True, precision=torch.bfloat16),
 }
+
+
+def standard(names: Iterable[str], path: str) -> list[str]:
+    """Return the ways of a committed result: no `torch.compile`, and bfloat16 where the CPU is fast in it.
+
+    Args:
+        names: of ways, or of programs and trainers named alike.
+        path: which `timm_ext.layers.half.half_path` tells.
+    """
+    return [name for name in names if name != "compile" and (path != "float32" or "bfloat16" not in name)]

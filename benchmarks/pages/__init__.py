@@ -23,7 +23,7 @@ from benchmarks.pages.speed import (
     streamed_merge,
 )
 from benchmarks.pages.steps import inference, train_step
-from benchmarks.pages.tables import ROOT, Facts, machine, signed, span
+from benchmarks.pages.tables import ROOT, Facts, codes_of, machine, signed, span, told
 from benchmarks.pages.training import (
     adaptation_search,
     barrier,
@@ -74,7 +74,14 @@ def pages() -> dict[str, str]:
         keep_trailing_newline=True,
         trim_blocks=True,
     )
-    templates.globals |= {"span": span, "machine": machine, "signed": signed, "median": statistics.median}
+    templates.globals |= {
+        "span": span,
+        "machine": machine,
+        "told": told,
+        "codes_of": codes_of,
+        "signed": signed,
+        "median": statistics.median,
+    }
     return {
         make.__name__: reflowed(templates.get_template(f"{make.__name__}.md").render(make()))
         for make in MAKERS

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from benchmarks.pages.steps import times_of, times_table
+from benchmarks.pages.steps import on_other_cpus, ratios, timed, times_of, times_table
 from benchmarks.pages.tables import Facts, Row, read_json, span, table
 
 MERGE_RIVALS = {
@@ -119,8 +119,7 @@ def fisher() -> Facts:
             f"{row['edge']}³",
             row["batch"],
             f"{row['milliseconds']['plain']:.0f} ms",
-            f"{row['of_plain']['ours']:.2f}",
-            *(f"{row['of_plain'][name]:.2f}" if name in row["of_plain"] else None for name in FISHER_RIVALS),
+            *ratios(row, ["ours", *FISHER_RIVALS]),
         ]
         for row in result["rows"]
     ]
@@ -131,7 +130,7 @@ def fisher() -> Facts:
             f"{row['edge']}³",
             row["batch"],
             f"{row['plain_bytes'] / 1e6:.0f} MB",
-            *(f"{row['of_plain'][name]:.2f}" if name in row["of_plain"] else None for name in names),
+            *ratios(row, list(names)),
         ]
         for row in result["memory"]
     ]
@@ -146,7 +145,9 @@ def fisher() -> Facts:
         "others": others,
         "others_times": times_table(others["rows"], ways),
         "others_of_plain": times_of(others["rows"]),
-        "times": table([*size, "timm_ext", *FISHER_RIVALS.values()], rows),
+        "others_elsewhere": on_other_cpus("fisher_networks_cpu", ways),
+        "times": timed([*size, "timm_ext", *FISHER_RIVALS.values()], rows),
+        "elsewhere": on_other_cpus("fisher_cpu", {"ours": "timm_ext", **FISHER_RIVALS}),
         "memory": table([*size, *names.values()], memory),
         "networks": ", ".join(dict.fromkeys(row["network"] for row in result["rows"])),
         "of_plain": {name: [row[name] for row in batches if name in row] for name in names},
@@ -236,8 +237,7 @@ def cuda_resources() -> Facts:
         flight = [row["bytes_in_flight_per_sm"] for row in found if "bytes_in_flight_per_sm" in row]
         least = f"{min(flight) / 1e3:.0f} kB" if flight else None
         registers, spills = (max(row[key] for row in found) for key in ("registers", "spill_bytes"))
-        seconds = f"{result['compile_cpu_seconds'][source]:.0f} s"
-        return [f"`{source}`", architecture, len(found), registers, spills, least, seconds]
+        return [f"`{source}`", architecture, len(found), registers, spills, least]
 
     header = [
         "source",
@@ -249,9 +249,7 @@ def cuda_resources() -> Facts:
     ]
     return {
         "result": result,
-        "table": table(
-            [*header, "to compile"], [line(*key, found) for key, found in sorted(kernels.items())]
-        ),
+        "table": table(header, [line(*key, found) for key, found in sorted(kernels.items())]),
         "flight": [
             row["bytes_in_flight_per_sm"] for row in result["kernels"] if "bytes_in_flight_per_sm" in row
         ],

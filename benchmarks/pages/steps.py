@@ -1,8 +1,14 @@
 """Facts of the pages about whole networks, trained and applied on a CPU, each made from its result."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from benchmarks.pages.tables import Facts, Row, read_json, table
+from benchmarks.pages.tables import RESULTS, Facts, Row, read_json, table
+
+DOUBT, MARK = 1.1, "†"
+DOUBTFUL = (
+    f"A {MARK} marks multiples whose median over the rounds and quotient of median times differ by more than "
+    f"{100 * (DOUBT - 1):.0f} %: the rounds were unlike, and the row is to be measured again."
+)
 
 WAYS = {
     "channels_last": "`channels_last_3d`",
@@ -22,6 +28,7 @@ PROGRAMS = {
     "ours bfloat16": WAYS["ours bfloat16"],
 }
 TRAINERS = {
+    "bfloat16": "bare loop, bfloat16",
     "ours without fast layers": "timm_ext, `fast_layers=false`",
     "monai": "MONAI `SupervisedTrainer`",
     "nnunet": "nnU-Net `train_step`",
@@ -36,8 +43,27 @@ def size(row: Row) -> list[object]:
 
 
 def ratios(row: Row, names: Sequence[str]) -> list[object]:
-    """Multiples of the plain way; empty where a program was not installed."""
-    return [f"{row['of_plain'][name]:.2f}" if name in row["of_plain"] else None for name in names]
+    """Multiples of the plain way, marked where they are in doubt; empty where a program was not installed."""
+    return [
+        f"{row['of_plain'][name]:.2f}{MARK if in_doubt(row, name) else ''}"
+        if name in row["of_plain"]
+        else None
+        for name in names
+    ]
+
+
+def in_doubt(row: Row, name: str) -> bool:
+    """Tell whether the median of ratios is far from the ratio of medians."""
+    times = row.get("milliseconds") or row.get("seconds")
+    if times is None:  # of memory
+        return False
+    return not 1 / DOUBT < times[name] / times["plain"] / row["of_plain"][name] < DOUBT
+
+
+def timed(header: Sequence[str], cells: Sequence[Sequence[object]]) -> str:
+    """Return a table, and below it what its mark means if it has one."""
+    told = table(header, cells)
+    return f"{told}\n\n{DOUBTFUL}" if MARK in told else told
 
 
 def times_table(rows: Sequence[Row], names: dict[str, str]) -> str:
@@ -47,7 +73,15 @@ def times_table(rows: Sequence[Row], names: dict[str, str]) -> str:
     cells = [
         [*size(row), f"{row['milliseconds']['plain']:.0f} ms", *ratios(row, list(names))] for row in rows
     ]
-    return table(header, cells)
+    return timed(header, cells)
+
+
+def trainers_table(rows: Sequence[Row], names: dict[str, str]) -> str:
+    """Return seconds of a step of the bare loop, trainers as multiples of it."""
+    names = columns(rows, names)
+    header = ["network", "patch", "B", "threads", "bare loop", *names.values()]
+    cells = [[*size(row), f"{row['seconds']['plain']:.2f} s", *ratios(row, list(names))] for row in rows]
+    return timed(header, cells)
 
 
 def peaks_table(rows: Sequence[Row]) -> str:
@@ -79,31 +113,36 @@ def times_of(rows: Sequence[Row]) -> Facts:
     return {name: [row["of_plain"][name] for row in rows if name in row["of_plain"]] for name in names}
 
 
-def on_another_cpu(name: str, names: dict[str, str]) -> Facts:
-    """Facts of a result that an earlier version left on another CPU."""
-    result = read_json(f"other-cpu/{name}")
-    return {"environment": result["environment"], "times": times_table(result["rows"], names)}
+def on_other_cpus(
+    name: str, names: dict[str, str], make: Callable[[Sequence[Row], dict[str, str]], str] = times_table
+) -> list[Facts]:
+    """Facts of the results that earlier versions left on other CPUs.
+
+    Args:
+        name: of the result's file, without suffix.
+        names: titles of the ways.
+        make: the table of the rows.
+    """
+    files = sorted((RESULTS / "other-cpu").glob(f"{name}-*.json"))
+    results = [(path.name, read_json(f"other-cpu/{path.name}")) for path in files]
+    return [{"file": file, "result": found, "times": make(found["rows"], names)} for file, found in results]
 
 
 def train_step() -> Facts:
     """Facts of training steps beside other ways to run them, and of whole trainers."""
     result, trainers = read_json("train_step_cpu.json"), read_json("trainers_cpu.json")
-    names = columns(trainers["rows"], TRAINERS)
-    whole = [
-        [*size(row), f"{row['seconds']['plain']:.2f} s", *ratios(row, list(names))]
-        for row in trainers["rows"]
-    ]
-    header = ["network", "patch", "B", "threads", "bare loop", *names.values()]
     return {
         "result": result,
+        "trainers_result": trainers,
         "networks": networks_of(result["rows"]),
         "times": times_table(result["rows"], WAYS),
         "memory": peaks_table(result["memory"]),
         "of_plain": times_of(result["rows"]),
         "peaks": times_of(result["memory"]),
         "errors": errors_of(result["rows"]),
-        "other": on_another_cpu("train_step_cpu.json", WAYS),
-        "trainers": table(header, whole),
+        "others": on_other_cpus("train_step_cpu", WAYS),
+        "trainers": trainers_table(trainers["rows"], TRAINERS),
+        "trainers_others": on_other_cpus("trainers_cpu", TRAINERS, trainers_table),
         "of_loop": times_of(trainers["rows"]),
         "steps": min(row["steps"] for row in trainers["rows"]),
     }
@@ -120,7 +159,7 @@ def inference() -> Facts:
         "memory": peaks_table(result["memory"]),
         "of_plain": times_of(rows),
         "errors": errors_of(rows),
-        "other": on_another_cpu("inference_cpu.json", PROGRAMS),
+        "others": on_other_cpus("inference_cpu", PROGRAMS),
         "of_openvino": [
             row["milliseconds"]["ours"] / row["milliseconds"]["openvino"]
             for row in rows

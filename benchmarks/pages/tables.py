@@ -43,6 +43,19 @@ def signed(value: float) -> str:
     return f"{value:+.3f}".replace("-", "−")
 
 
+def told(result: Row) -> str:
+    """Return where, and by which versions of the package, the rows of a result were measured."""
+    codes = codes_of(result)
+    versions = f", {len(codes)} versions of the package" if len(codes) > 1 else ""
+    return machine(result["environment"]) + (versions if codes else ", an earlier version of the package")
+
+
+def codes_of(result: Row) -> set[str]:
+    """Return the hashes of the code that a result is of; none if it is from before they were noted."""
+    rows = [row for table in result.values() if isinstance(table, list) for row in table]
+    return {noted["code"] for noted in (result["environment"], *rows) if "code" in noted}
+
+
 def machine(environment: Row) -> str:
     """Return where something was timed."""
     cores = f"{environment['cores']} cores, " if "cores" in environment else ""

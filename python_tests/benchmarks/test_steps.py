@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import fisher, inference, networks, rows, train_step
+from benchmarks import fisher, inference, networks, result, rows, train_step
 from benchmarks.inference_rivals import MAKERS
 from benchmarks.ways import WAYS
 
@@ -24,7 +24,7 @@ def tiny(monkeypatch):
         )
 
     monkeypatch.setitem(networks.NETWORKS, "tiny", network)
-    monkeypatch.setattr(rows, "keep_freed_memory", lambda: True)
+    monkeypatch.setattr(result, "keep_freed_memory", lambda: True)
     monkeypatch.setattr(
         rows, "peaks", lambda *arguments: {"plain_bytes": 1, "of_plain": {"plain": 1.0}}
     )  # fresh processes know no tiny network
@@ -67,16 +67,6 @@ def test_fishers_are_checked_timed_and_kept(tmp_path, monkeypatch):
     assert [row["batch"] for row in found["memory"]] == [2]
     assert found["sampling"][0]["multinomial_over_ours"] > 1
     assert run(fisher, path, *chosen) == found
-
-
-def test_rows_of_other_code_are_measured_anew(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_step, "peaks", rows.peaks)
-    path = tmp_path / "steps.json"
-    run(train_step, path, "--ways", "ours")
-    monkeypatch.setattr(rows, "code", lambda: "other")
-    found = run(train_step, path, "--ways", "channels_last")
-    assert [set(row["milliseconds"]) for row in found["rows"]] == [{"plain", "channels_last"}]
-    assert found["environment"]["code"] == "other"
 
 
 def test_wrong_gradients_are_not_timed(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import networks, rows, trainers
+from benchmarks import networks, result, train_step, trainers
 
 
 def tiny():
@@ -28,7 +28,7 @@ def trained(train):
 @pytest.fixture
 def tiny_network(monkeypatch):
     monkeypatch.setitem(networks.NETWORKS, "tiny", tiny)
-    monkeypatch.setattr(rows, "keep_freed_memory", lambda: True)
+    monkeypatch.setattr(result, "keep_freed_memory", lambda: True)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -45,6 +45,19 @@ def test_ours_takes_the_steps_of_plain_pytorch():
     expected = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
     torch.testing.assert_close(trained(trainers.TRAINERS["ours without fast layers"]), expected)
     torch.testing.assert_close(trained(trainers.TRAINERS["ours"]), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_bare_loop_runs_in_bfloat16(monkeypatch):
+    ways = []
+
+    def make_step(way, *arguments):
+        ways.append(way)
+        return train_step.make_step(way, *arguments)
+
+    monkeypatch.setattr(trainers, "make_step", make_step)
+    for trainer in ("plain", "bfloat16"):
+        trained(trainers.TRAINERS[trainer])
+    assert [way.precision for way in ways] == [torch.float32, torch.bfloat16]
 
 
 def test_monais_trainer_takes_the_same_steps():
