@@ -59,6 +59,20 @@ def study_results(
     return replace(results, **changes)
 
 
+def drawn(generator, sds, design, mean=0.0):
+    """Differences of two methods with such standard deviations, in the order of `Components`."""
+    sets, draws, seeds, cases = design
+    shapes = [
+        (sets, 1, 1, 1),
+        (1, draws, 1, 1),
+        (sets, draws, seeds, 1),
+        (1, 1, 1, cases),
+        (1, draws, 1, cases),
+        design,
+    ]
+    return mean + sum(generator.normal(0, sd, shape) for sd, shape in zip(sds, shapes, strict=True))
+
+
 def frame(rows, columns):
     """A frame as the reader makes it: whole numbers that may be absent."""
     whole = {name: "Int64" for name in ("train_cases", "source_set", "draw", "seed") if name in columns}

@@ -18,7 +18,9 @@ def demo() -> Facts:
         runs[name] = {
             "dice": _dice_table(dice),
             "compared": _comparison_table([row for row in compared if row["b"] == "scratch"]),
-            "beyond": [row["pair"] for row in compared if row["beyond_chance"] == "true"],
+            "beyond": [
+                row["pair"] for row in compared if "p_mixed" in row and row["beyond_chance"] == "true"
+            ],
             "over": over,
             "fixed": [lead for title, lead in over.items() if not title.startswith("T-IMM")],
             "mean": {row["pair"]: float(row["mean"]) for row in compared},
@@ -51,7 +53,21 @@ def study() -> Facts:
         "apart": lambda one, other, cases: signed(
             float(mean[one, str(cases)]["mean"]) - float(mean[other, str(cases)]["mean"])
         ),
-        "p_of_runs": lambda one: f"{float(compared[f'{one} − From scratch', '8']['p_runs']):.3g}",
+        "p_mixed": lambda one, cases=8: (
+            f"{float(compared[f'{one} − From scratch', str(cases)]['p_mixed']):.2g}"
+        ),
+        "best": lambda cases: signed(
+            max(
+                float(row["mean"])
+                for (_, count), row in compared.items()
+                if count == str(cases) and row["b"] == "scratch"
+            )
+        ),
+        "beyond": [
+            f"“{pair}” with {count} cases ({signed(float(row['mean']))})"
+            for (pair, count), row in compared.items()
+            if row["beyond_chance"] == "true"
+        ],
         "lead": lambda one, other="From scratch", cases=8: signed(
             float(compared[f"{one} − {other}", str(cases)]["mean"])
         ),
@@ -180,13 +196,17 @@ def _dice_table(rows: Sequence[dict[str, str]]) -> str:
 
 
 def _comparison_table(rows: Sequence[dict[str, str]]) -> str:
-    head = ["Difference", "Mean", "95 % interval", "SD over seeds", "p", "p (Holm)", "p (seeds)"]
+    """Return the comparisons; p-values of the mixed model, and what they decide, where there are some."""
+    head = ["Difference", "Mean", "95 % interval", "SD over seeds"]
+    names = {"p": "p", "p_holm": "p (Holm)", "p_mixed": "p (mixed)", "p_mixed_holm": "p (mixed, Holm)"}
+    names = {name: title for name, title in names.items() if name in rows[0]}
+    decided = "p_mixed" in names
     lines = []
     for row in rows:
-        mean, low, high, sd, *p = _numbers(row, "mean", "low", "high", "sd", "p", "p_holm", "p_runs").values()
+        mean, low, high, sd, *p = _numbers(row, "mean", "low", "high", "sd", *names).values()
         told = [f"{mean:+.3f}", f"{low:+.3f} to {high:+.3f}", f"{sd:.3f}", *(f"{value:.3g}" for value in p)]
-        lines.append([row["pair"], *told, "yes" if row["beyond_chance"] == "true" else "no"])
-    return table([*head, "Beyond chance"], lines)
+        lines.append([row["pair"], *told, *["yes" if row["beyond_chance"] == "true" else "no"] * decided])
+    return table([*head, *names.values(), *["Beyond chance"] * decided], lines)
 
 
 def _numbers(row: dict[str, str], *names: str) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """What a study can see: the smallest difference of two methods that its design detects."""
 
-from math import sqrt
 from pathlib import Path
 
 import numpy as np
@@ -8,40 +7,39 @@ from scipy import stats
 
 from timm_ext.study.plan import StudyPlan
 from timm_ext.study.report.results import compared
-from timm_ext.study.report.variance import Components, components_from
+from timm_ext.study.report.variance import Components, Design, components_from, error_of_mean
 
 ALPHA, POWER = 0.05, 0.8
 
 USUAL = {
-    4: Components(0.0, 0.012**2, 0.031**2, 0.017**2, 0.021**2, 0.113**2),
-    8: Components(0.0, 0.014**2, 0.037**2, 0.018**2, 0.032**2, 0.096**2),
+    4: Components(0.0, 0.0198**2, 0.0611**2, 0.0260**2, 0.0485**2, 0.1155**2),
+    8: Components(0.0, 0.0140**2, 0.0827**2, 0.0340**2, 0.0309**2, 0.1047**2),
 }
-"""Of mean Dice, by number of training cases: a tumour task on 4 mm images, two sources that never varied."""
+"""Of differences of mean Dice, by number of training cases: `components_from` the recorded study `small`.
+
+Means over the pairs of its 14 methods (`benchmarks/results/study/small/cases.csv`: tumours on label maps at
+4 mm, two sources that never varied), one of which fails and makes the spread of runs larger.
+"""
 
 
-def detectable(
-    components: Components, sets: int, draws: int, seeds: int, cases: int, comparisons: int = 1
-) -> float:
-    """Return the smallest mean difference that a paired t-test over runs detects.
+def detectable(components: Components, design: Design, comparisons: int = 1) -> float:
+    """Return the smallest mean difference that `mean_test` is expected to detect.
 
     δ = (t₁₋α′ᐟ₂ + t₀.₈) · SE at α = 0.05, two-sided, and a power of 80 %, with α′ = α / m for the first of m
-    comparisons in Holm's order and as many degrees of freedom as runs less one.
+    comparisons in Holm's order; SE and Satterthwaite's degrees of freedom are those of the expected mean
+    squares. As in the test, what has one level has no part in it.
 
     Args:
         components: of the differences.
-        sets: source sets.
-        draws: draws of the training cases.
-        seeds: of each set and draw.
-        cases: test cases.
+        design: how many source sets, draws, seeds and test cases there are.
         comparisons: m.
 
     Returns:
-        Infinity for a single run.
+        Infinity for a single score.
     """
-    freedom = sets * draws * seeds - 1
-    if freedom < 1:
+    error, freedom = error_of_mean(design.expected @ np.array(components), design)
+    if not freedom:
         return float("inf")
-    error = sqrt(components.of_mean(sets, draws, seeds, cases))
     seen, sure = (float(stats.t.ppf(share, freedom)) for share in (1 - ALPHA / comparisons / 2, POWER))
     return (seen + sure) * error
 
@@ -62,11 +60,11 @@ def power_rows(
         InputError: the earlier study cannot be read.
     """
     known = USUAL if earlier is None else components_from(earlier)
-    design = plan.source_sets, len(plan.draws), len(plan.seeds), plan.test_cases
+    design = Design(plan.source_sets, len(plan.draws), len(plan.seeds), plan.test_cases)
     comparisons = len(compared(plan.methods, plan.references)) * len(counts)
     rows = []
     for count in counts:
         components = known[min(known, key=lambda other: abs(np.log(other / count)))]
-        alone, among = (detectable(components, *design, comparisons=m) for m in (1, max(1, comparisons)))
+        alone, among = (detectable(components, design, m) for m in (1, max(1, comparisons)))
         rows.append((count, alone, among))
     return rows

@@ -103,9 +103,11 @@ def finish_steps(
 
 def _show_power(rows: Sequence[tuple[int, float, float]], earlier: Path | None, console: Console) -> None:
     heads = ("Training cases", "Alone", "Among all comparisons (Holm)")
-    told = [(str(count), f"{alone:.3f}", f"{among:.3f}") for count, alone, among in rows]
+    # No difference of Dice is larger than 1.
+    told = [(str(count), *(f"{d:.3f}" if d <= 1 else "none" for d in seen)) for count, *seen in rows]
     show_table(console, heads, told, title="Smallest difference of mean Dice that is seen")
-    origin = f"variances as in {earlier}" if earlier else "variances of a tumour task, none of source sets"
+    usual = "variances of the recorded study small, which has one source set"
+    origin = f"variances as in {earlier}" if earlier else usual
     tell(console, f"At a power of 80 % and α = 0.05, two-sided; {origin}.")
 
 

@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from timm_ext.errors import InputError
 from timm_ext.study.report.statistics import (
@@ -10,7 +11,6 @@ from timm_ext.study.report.statistics import (
     holm,
     mean_spread,
     rank_biserial,
-    t_test,
     wilcoxon,
 )
 
@@ -105,21 +105,46 @@ def test_rank_biserial_by_hand():
     assert rank_biserial([0.0]) == 0.0
 
 
-def test_t_test_by_hand():
-    # Mean 0.2, standard deviation 0.1: t = 2 √3 with two degrees of freedom, p = 1 − t / √(t² + 2).
-    t = 2 * np.sqrt(3)
-    assert t_test([0.1, 0.2, 0.3]) == pytest.approx(1 - t / np.sqrt(t**2 + 2))
-    assert t_test([0.2, 0.2]) == 0.0
-    assert t_test([0.0, 0.0]) == 1.0
-    assert t_test([0.2]) is None
-
-
 def test_runs_that_disagree_are_chance_however_many_cases_there_are():
-    gain = np.array([[0.02], [0.16], [0.03]])  # t = 1.54, p = 0.26
+    gain = np.array([[0.02], [0.16], [0.03]])  # over runs t = 1.54, p = 0.26
     (found,) = compare([np.broadcast_to(gain, (3, 60)) + 1e-4 * np.arange(60)]).itertuples()
     assert found.p_holm < 1e-6
     assert found.low > 0
+    assert found.p_mixed == pytest.approx(0.26, abs=0.02)
     assert not found.beyond_chance
+
+
+def test_runs_of_one_source_set_are_no_further_evidence():
+    sets = np.array([0.02, 0.16, 0.03])[:, None, None, None]
+    noise = np.random.default_rng(5).normal(0, 0.01, (3, 4, 2, 60))
+    (found,) = compare([sets + noise]).itertuples()
+    over_runs = stats.ttest_1samp(
+        (sets + noise).mean(axis=-1).ravel(), 0.0
+    ).pvalue  # takes 24 for independent
+    assert over_runs < 1e-4
+    assert found.low > 0
+    assert found.p_holm < 1e-6
+    assert found.p_mixed == pytest.approx(0.26, abs=0.02)
+    assert not found.beyond_chance
+
+
+def test_holm_corrects_what_decides():
+    generator = np.random.default_rng(6)
+    weak = generator.normal(0.003, 0.02, (3, 2, 4, 12))
+    rows = [weak, *generator.normal(0, 0.02, (20, 3, 2, 4, 12))]
+    alone, among = compare(rows[:1]), compare(rows)
+    assert alone.p_mixed[0] == among.p_mixed[0] < 0.05
+    assert among.p_mixed_holm.tolist() == holm(among.p_mixed).tolist()
+    assert (among.beyond_chance == (among.p_mixed_holm < 0.05)).all()
+    assert bool(alone.beyond_chance[0])
+    assert not among.beyond_chance[0]
+
+
+def test_without_a_margin_nothing_is_equivalent():
+    same = [np.zeros((2, 3, 4)), np.full((2, 3, 4), 0.25)]
+    assert not {"p_equivalence", "equivalent"} & {*compare(same)}
+    assert compare(same, 0.01).equivalent.tolist() == [True, False]
+    assert compare(same, float("nan")).equivalent.tolist() == [False, False]
 
 
 def test_compare_takes_draws_and_gives_the_effect():
@@ -144,15 +169,22 @@ def test_an_interval_over_zero_is_chance_whatever_the_tests_say():
     # 26 small gains and 4 large losses: the ranks are clear, the mean is not.
     cases = np.concatenate([0.01 + 1e-5 * np.arange(26), -0.05 - 1e-5 * np.arange(4)])
     (found,) = compare([np.stack([cases, cases])]).itertuples()
-    assert max(found.p_holm, found.p_runs) < 0.05
+    assert found.p_holm < 0.05
     assert found.low < 0 < found.high
     assert not found.beyond_chance
 
 
 def test_one_run_is_told_by_its_cases_alone():
     (found,) = compare([0.1 + 1e-3 * np.arange(12)[None]]).itertuples()
-    assert math.isnan(found.p_runs)
+    assert found.p_mixed == pytest.approx(stats.ttest_1samp(0.1 + 1e-3 * np.arange(12), 0.0).pvalue)
     assert found.beyond_chance
+
+
+def test_a_single_score_is_no_evidence():
+    (found,) = compare([np.ones((1, 1))], 0.01).itertuples()
+    assert math.isnan(found.p_mixed)
+    assert not found.beyond_chance
+    assert not found.equivalent
 
 
 def test_nothing_to_compare():

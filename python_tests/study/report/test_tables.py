@@ -105,6 +105,8 @@ def test_holm_corrects_over_all_comparisons_made_together():
     rows = comparison_table(study_results(), [("dice", "WT"), ("hd95_mm", "WT")])
     assert len(rows) == 2 * 2 * 3
     assert rows["p_holm"].tolist() == holm(rows["p"]).tolist()
+    assert rows["p_mixed_holm"].tolist() == holm(rows["p_mixed"]).tolist()
+    assert not {"p_equivalence", "equivalent"} & {*rows}  # HD95 has no margin
 
 
 def test_a_region_of_the_name_mean_is_a_region_like_others():

@@ -1,39 +1,28 @@
 import numpy as np
 import pytest
 from scipy import stats
+from study_samples import drawn
 
-from timm_ext.study.report.variance import Components, components_of, mean_test
+from timm_ext.study.report.variance import Components, Design, components_of, error_of_mean, mean_test
 
 DESIGN = (3, 6, 2, 40)
 TRUE = Components(0.01, 0.02, 0.03, 0.015, 0.02, 0.04)
 """Standard deviations."""
 
 
-def drawn(generator, sds=TRUE, design=DESIGN, mean=0.0):
-    sets, draws, seeds, cases = design
-    shapes = [
-        (sets, 1, 1, 1),
-        (1, draws, 1, 1),
-        (sets, draws, seeds, 1),
-        (1, 1, 1, cases),
-        (1, draws, 1, cases),
-        design,
-    ]
-    return mean + sum(generator.normal(0, sd, shape) for sd, shape in zip(sds, shapes, strict=True))
-
-
 def test_estimates_are_right_on_average():
     generator = np.random.default_rng(0)
     # Differences of mean squares, before those below 0 are cut: a large study hardly has any.
-    found = np.mean([components_of(drawn(generator, design=(8, 20, 2, 40))) for _ in range(100)], axis=0)
+    found = np.mean([components_of(drawn(generator, TRUE, (8, 20, 2, 40))) for _ in range(100)], axis=0)
     assert found == pytest.approx(np.square(TRUE), rel=0.15)
 
 
 def test_the_variance_of_a_mean_is_that_of_means():
     generator = np.random.default_rng(1)
-    means = [drawn(generator).mean() for _ in range(4000)]
-    variance = Components(*np.square(TRUE)).of_mean(*DESIGN)
-    assert np.var(means) == pytest.approx(variance, rel=0.1)
+    means = [drawn(generator, TRUE, DESIGN).mean() for _ in range(4000)]
+    design = Design(*DESIGN)
+    error, _ = error_of_mean(design.expected @ np.square(TRUE), design)
+    assert np.var(means) == pytest.approx(error**2, rel=0.1)
 
 
 def test_cases_alone_give_the_t_test_over_them():
@@ -55,16 +44,16 @@ def test_runs_alone_give_the_t_test_over_them():
 
 def test_half_the_null_is_not_refused_too_often():
     generator = np.random.default_rng(4)
-    p = [mean_test(drawn(generator), 0.01).p for _ in range(1000)]
+    p = [mean_test(drawn(generator, TRUE, DESIGN), 0.01).p for _ in range(1000)]
     assert 0.02 < np.mean(np.less(p, 0.05)) < 0.08
 
 
 def test_equivalence_needs_a_small_and_a_sure_difference():
     quiet = Components(0, 0, 0.004, 0.004, 0, 0.01)
-    same = drawn(np.random.default_rng(5), quiet)
+    same = drawn(np.random.default_rng(5), quiet, DESIGN)
     assert mean_test(same, 0.01).p_equivalence < 0.01
     assert mean_test(same + 0.02, 0.01).p_equivalence > 0.9
-    assert mean_test(drawn(np.random.default_rng(5)), 0.01).p_equivalence > 0.05
+    assert mean_test(drawn(np.random.default_rng(5), TRUE, DESIGN), 0.01).p_equivalence > 0.05
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 1, 1, 5), (1, 3, 1, 5), (2, 3, 1, 1), (3, 1, 2, 4)])
@@ -75,6 +64,7 @@ def test_any_design_and_differences_that_are_all_the_same(shape):
         assert 0 <= found.p <= 1
         assert told(mean_test(np.zeros(shape), 0.01)) == (1.0, 0.0)
         assert told(mean_test(np.full(shape, 0.25), 0.01)) == (0.0, 1.0)
+        assert told(mean_test(np.zeros(shape))) == (1.0, None)
 
 
 def test_estimates_are_those_of_restricted_maximum_likelihood():

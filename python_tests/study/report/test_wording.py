@@ -28,11 +28,13 @@ def test_noise_is_never_called_a_difference():
     assert "Within" not in text
 
 
-def test_limits_say_when_nothing_could_be_shown():
-    results = study_results()
-    few = study_results(cases=results.cases[results.cases["case"] < "case-04"])
-    assert "no difference can be shown" in "\n".join(limits(few, 6))
-    assert "no difference can be shown" not in "\n".join(limits(results, 6))
+def test_limits_say_what_decides_and_over_what():
+    text = "\n".join(limits(study_results(sets=(0, 1)), 6))
+    assert (
+        "a t-test of its mean in a mixed model of cases, source sets, draws and seeds is below 0.05" in text
+    )
+    assert "Holm's correction over all 6 comparisons" in text
+    assert "over the 12 runs" not in text
 
 
 def test_limits_name_what_had_more_steps():

@@ -2,8 +2,9 @@
 
 Scores of one method are an array `[seeds, cases]`, or `[draws, seeds, cases]` where training data were drawn
 several times, or `[source sets, draws, seeds, cases]`; the same cases, in the same order, are scored for
-every method. Cases are the units of the test (each case's score is its mean over all runs); the bootstrap
-resamples cases, source sets, draws and the seeds of a set and draw.
+every method. What is beyond chance a mixed model of all four decides (`variance.mean_test`). Wilcoxon's test
+is over cases alone (each case's score is its mean over all runs); the bootstrap resamples cases, source sets,
+draws and the seeds of a set and draw.
 """
 
 from collections.abc import Sequence
@@ -35,20 +36,6 @@ def wilcoxon(differences: ArrayLike) -> float:
     """
     values = np.asarray(differences, dtype=np.float64)
     return float(stats.wilcoxon(values).pvalue) if values.any() else 1.0
-
-
-def t_test(differences: ArrayLike) -> float | None:
-    """Two-sided t-test of the mean difference of runs, `[runs]`, against 0 (Student 1908).
-
-    Returns:
-        The p-value; None for one run. Where all agree it is 0, or 1 without a difference.
-    """
-    values = np.asarray(differences, dtype=np.float64)
-    if values.size < 2:
-        return None
-    if not np.ptp(values):
-        return float(not values.any())
-    return float(stats.ttest_1samp(values, 0.0).pvalue)
 
 
 def rank_biserial(differences: ArrayLike) -> float:
@@ -127,20 +114,19 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def compare(differences: Sequence[ArrayLike], margin: float = float("nan")) -> pd.DataFrame:
+def compare(differences: Sequence[ArrayLike], margin: float | None = None) -> pd.DataFrame:
     """Test differences of paired scores against 0, with Holm's correction over all of them.
 
     Args:
         differences: of two methods each, in one of the shapes above.
-        margin: differences below it count as none; NaN, none do.
+        margin: differences below it count as none; None, no equivalence is tested.
 
     Returns:
         A row for each: `mean`; `low` and `high`, its bootstrap 95 % interval; `sd`, the standard deviation
-        over runs of their means; `effect`, see `rank_biserial`; the p-values `p` over cases, `p_holm` after
-        the correction, `p_runs` over runs (NaN for one run) and `p_mixed` of a mixed model, with
-        `p_equivalence`, that of a difference beyond the margin; `beyond_chance`: `p_holm` and `p_runs` are
-        below 0.05 and the interval excludes 0; and `equivalent`: `p_equivalence` is below 0.05 after Holm's
-        correction.
+        over runs of their means; `effect`, see `rank_biserial`; the p-values `p` of Wilcoxon's test over
+        cases and `p_mixed` of a mixed model (NaN for a single score), with `p_holm` and `p_mixed_holm` after
+        the correction; `beyond_chance`: `p_mixed_holm` is below 0.05. With a margin also `p_equivalence`,
+        that of a difference beyond it, and `equivalent`: `p_equivalence` is below 0.05 after the correction.
 
     Raises:
         InputError: see `bootstrap_interval`.
@@ -148,7 +134,6 @@ def compare(differences: Sequence[ArrayLike], margin: float = float("nan")) -> p
     rows = []
     for values in map(_checked, differences):
         cases = values.reshape(-1, values.shape[-1]).mean(axis=0)
-        runs = values.mean(axis=-1).ravel()
         low, high = bootstrap_interval(values)
         mixed = mean_test(values, margin)
         rows.append(
@@ -156,22 +141,22 @@ def compare(differences: Sequence[ArrayLike], margin: float = float("nan")) -> p
                 "mean": float(values.mean()),
                 "low": low,
                 "high": high,
-                "sd": mean_spread(runs)[1],
+                "sd": mean_spread(values.mean(axis=-1).ravel())[1],
                 "effect": rank_biserial(cases),
                 "p": wilcoxon(cases),
-                "p_runs": t_test(runs),
                 "p_mixed": mixed.p,
                 "p_equivalence": mixed.p_equivalence,
             }
         )
-    columns = ["mean", "low", "high", "sd", "effect", "p", "p_runs", "p_mixed", "p_equivalence"]
+    columns = ["mean", "low", "high", "sd", "effect", "p", "p_mixed", "p_equivalence"]
     frame = pd.DataFrame(rows, columns=columns).astype(float)
-    frame.insert(columns.index("p_runs"), "p_holm", holm(frame["p"]))
-    apart = (frame["low"] > 0) | (frame["high"] < 0)
-    runs_agree = frame["p_runs"].isna() | (frame["p_runs"] < 0.05)
-    beyond = (frame["p_holm"] < 0.05) & apart & runs_agree
-    frame.insert(columns.index("p_equivalence") + 1, "beyond_chance", beyond)
-    frame["equivalent"] = holm(frame["p_equivalence"].fillna(1.0)) < 0.05
+    frame.insert(columns.index("p") + 1, "p_holm", holm(frame["p"]))
+    equivalence = frame.pop("p_equivalence")
+    frame["p_mixed_holm"] = holm(frame["p_mixed"].fillna(1.0))
+    frame["beyond_chance"] = frame["p_mixed_holm"] < 0.05
+    if margin is not None:
+        frame["p_equivalence"] = equivalence
+        frame["equivalent"] = holm(equivalence.fillna(1.0)) < 0.05
     return frame
 
 

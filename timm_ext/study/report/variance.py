@@ -6,7 +6,7 @@ A difference y of two methods, at source set k, draw d, seed s of these and case
 
 all but μ random and independent. In a balanced study the estimates of restricted maximum likelihood are those
 of the analysis of variance where none of them is below 0 (Searle, Casella and McCulloch, Variance Components,
-1992, ch. 4): closed forms, where a search takes minutes for each pair of methods.
+1992, ch. 4): closed forms.
 """
 
 from dataclasses import dataclass
@@ -35,9 +35,51 @@ class Components(NamedTuple):
     draw_case: float
     rest: float
 
-    def of_mean(self, sets: int, draws: int, seeds: int, cases: int) -> float:
-        """Return the variance of the mean over so many of each."""
-        return float(np.dot(self, 1 / _levels(sets, draws, seeds, cases)))
+
+class Design(NamedTuple):
+    """A balanced study: numbers of source sets, draws of training cases, seeds of each, and test cases."""
+
+    sets: int
+    draws: int
+    seeds: int
+    cases: int
+
+    @property
+    def runs(self) -> int:
+        """Number of runs of a method."""
+        return self.sets * self.draws * self.seeds
+
+    @property
+    def levels(self) -> Array:
+        """How many independent values of each component a mean is over, `[6]`."""
+        counts = [self.sets, self.draws, self.runs, self.cases, self.draws * self.cases]
+        return np.array([*counts, self.runs * self.cases], dtype=np.float64)
+
+    @property
+    def freedom(self) -> Array:
+        """Degrees of freedom of the mean square of each component, `[6]`; 0 where there is none."""
+        sets, draws, _, cases = self
+        counts = [sets - 1, draws - 1, self.runs - sets - draws + 1, cases - 1, (draws - 1) * (cases - 1)]
+        return np.array([*counts, (self.runs - draws) * (cases - 1)], dtype=np.float64)
+
+    @property
+    def expected(self) -> Array:
+        """Expected mean squares, `[6, 6]`: row of a mean square, column of a component."""
+        sets, draws, seeds, cases = self
+        table = np.zeros((6, 6))
+        table[:, 5] = 1
+        table[[0, 1, 2], 2] = cases
+        table[[1, 3, 4], 4] = sets * seeds
+        table[0, 0], table[1, 1], table[3, 3] = draws * seeds * cases, sets * seeds * cases, self.runs
+        return table
+
+    @property
+    def solved(self) -> Array:
+        """What makes components of mean squares, `[6, 6]`; 0 for those that cannot be told."""
+        known, table = self.freedom > 0, np.zeros((6, 6))
+        if known.any():
+            table[np.ix_(known, known)] = np.linalg.inv(self.expected[np.ix_(known, known)])
+        return table
 
 
 @dataclass(frozen=True)
@@ -46,13 +88,14 @@ class MeanTest:
 
     Attributes:
         p: of no difference, two-sided; NaN where there is only one difference.
-        p_equivalence: of a difference of at least a margin either way (two one-sided tests, Schuirmann 1987).
+        p_equivalence: of a difference of at least a margin either way (two one-sided tests, Schuirmann 1987);
+            None where there is no margin.
     """
 
     error: float
     freedom: float
     p: float
-    p_equivalence: float
+    p_equivalence: float | None = None
 
 
 def components_of(differences: Array) -> Components:
@@ -60,8 +103,8 @@ def components_of(differences: Array) -> Components:
 
     What varies only together with something else is counted to that: with one run a draw, runs to draws.
     """
-    squares, _, solved = _solved(differences)
-    return Components(*np.maximum(solved @ squares, 0).tolist())
+    squares, design = _mean_squares(differences)
+    return Components(*np.maximum(design.solved @ squares, 0).tolist())
 
 
 def components_from(folder: Path) -> dict[int, Components]:
@@ -106,44 +149,56 @@ def components_from(folder: Path) -> dict[int, Components]:
     return result
 
 
-def mean_test(differences: Array, margin: float) -> MeanTest:
+def mean_test(differences: Array, margin: float | None = None) -> MeanTest:
     """Test the mean of differences `[source sets, draws, seeds, cases]` in the mixed model.
 
-    Its variance is a sum of mean squares, whose degrees of freedom are Satterthwaite's (1946). A factor of
-    one level has no part in it: with one source set the test is about these source networks.
+    A factor of one level has no part in it: with one source set the test is about these source networks.
 
     Args:
         differences: of the scores of two methods.
-        margin: differences below it count as none.
+        margin: differences below it count as none; None tests no equivalence.
     """
-    squares, freedom, solved = _solved(differences)
+    error, degrees = error_of_mean(*_mean_squares(differences))
     mean = float(differences.mean())
+    if not degrees:
+        return MeanTest(error, degrees, float("nan"), None if margin is None else float("nan"))
+    if error == 0:
+        equivalence = None if margin is None else float(not abs(mean) < margin)
+        return MeanTest(error, degrees, float(mean == 0), equivalence)
+    p = float(2 * stats.t.sf(abs(mean) / error, degrees))
+    equivalence = None if margin is None else float(stats.t.cdf((abs(mean) - margin) / error, degrees))
+    return MeanTest(error, degrees, p, equivalence)
+
+
+def error_of_mean(squares: Array, design: Design) -> tuple[float, float]:
+    """Return the standard error of a mean and its degrees of freedom.
+
+    The variance of the mean is a sum of mean squares, whose degrees of freedom are Satterthwaite's (1946):
+    (Σ aᵢ MSᵢ)² / Σ (aᵢ MSᵢ)² / fᵢ. Components below 0 count as 0.
+
+    Args:
+        squares: mean squares, `[6]`.
+        design: that they are of.
+
+    Returns:
+        NaN and 0 for a single difference.
+    """
+    solved, freedom = design.solved, design.freedom
+    known = freedom > 0
+    if not known.any():
+        return float("nan"), 0.0
     found = solved @ squares > 0
-    parts = (found / _levels(*differences.shape)) @ solved * squares
-    if not freedom.any():
-        return MeanTest(float("nan"), 0.0, float("nan"), float("nan"))
+    parts = (found / design.levels) @ solved * squares
     variance = max(float(parts.sum()), 0.0)
     if variance == 0:
-        return MeanTest(0.0, float(freedom.max()), float(mean == 0), float(abs(mean) >= margin))
-    known = freedom > 0
-    degrees = variance**2 / float((parts[known] ** 2 / freedom[known]).sum())
-    error = variance**0.5
-    apart = stats.t.sf(abs(mean) / error, degrees)
-    equivalence = stats.t.cdf((abs(mean) - margin) / error, degrees)
-    return MeanTest(error, degrees, float(2 * apart), float(equivalence))
+        return 0.0, float(freedom.max())
+    return variance**0.5, variance**2 / float((parts[known] ** 2 / freedom[known]).sum())
 
 
-def _levels(sets: int, draws: int, seeds: int, cases: int) -> Array:
-    """Return how many independent values of each component a mean is over."""
-    runs = sets * draws * seeds
-    return np.array([sets, draws, runs, cases, draws * cases, runs * cases], dtype=np.float64)
-
-
-def _solved(differences: Array) -> tuple[Array, Array, Array]:
-    """Return mean squares, degrees of freedom, and the matrix that makes components of mean squares."""
+def _mean_squares(differences: Array) -> tuple[Array, Design]:
+    """Return the mean squares of differences, `[6]`; 0 for those without a degree of freedom."""
     y = differences - differences.mean()
-    sets, draws, seeds, cases = y.shape
-    runs = sets * draws * seeds
+    design = Design(*y.shape)
 
     def squared(*over: int) -> float:
         means = y.mean(axis=over) if over else y
@@ -154,26 +209,5 @@ def _solved(differences: Array) -> tuple[Array, Array, Array]:
     of_draw_case = squared(0, 2) - of_draw - of_case
     sums = [of_set, of_draw, of_run, of_case, of_draw_case]
     sums.append(squared() - sum(sums))
-    freedom = np.array(
-        [
-            sets - 1,
-            draws - 1,
-            runs - sets - draws + 1,
-            cases - 1,
-            (draws - 1) * (cases - 1),
-            (runs - draws) * (cases - 1),
-        ],
-        dtype=np.float64,
-    )
-    known = freedom > 0
-    squares = np.divide(np.maximum(sums, 0), freedom, out=np.zeros(6), where=known)
-    # Expected mean squares: row of a mean square, column of a component.
-    expected = np.zeros((6, 6))
-    expected[:, 5] = 1
-    expected[[0, 1, 2], 2] = cases
-    expected[[1, 3, 4], 4] = sets * seeds
-    expected[0, 0], expected[1, 1], expected[3, 3] = draws * seeds * cases, sets * seeds * cases, runs
-    solved = np.zeros((6, 6))
-    if known.any():
-        solved[np.ix_(known, known)] = np.linalg.inv(expected[np.ix_(known, known)])
-    return squares, freedom, solved
+    freedom = design.freedom
+    return np.divide(np.maximum(sums, 0), freedom, out=np.zeros(6), where=freedom > 0), design
