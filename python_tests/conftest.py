@@ -16,6 +16,12 @@ hypothesis.settings.register_profile("any machine", deadline=None)  # times say 
 hypothesis.settings.load_profile("any machine")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """As many workers as this process may use cores, at most four: each holds a gigabyte and runs threads of its own."""
+    return min(len(os.sched_getaffinity(0)), 4)
+
+
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """CPU and GPU; without a GPU the test is skipped, or fails when FAIL_WITHOUT_CUDA=1."""

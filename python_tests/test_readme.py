@@ -39,7 +39,7 @@ def test_it_is_short_and_begins_with_the_essentials(text):
         text.index(wanted)
         for wanted in (
             "pip install . && timm-ext demo",
-            'pip install ".[test]" && pytest',
+            'pip install ".[test]" && pytest -n auto',
             "![",
             "timm-ext train",
             "fused_merge(theta",
