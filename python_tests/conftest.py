@@ -18,7 +18,7 @@ hypothesis.settings.load_profile("any machine")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """As many workers as this process may use cores, at most four: each holds a gigabyte and runs threads of its own."""
+    """As many workers as this process may use cores, at most four: each holds a gigabyte."""
     return min(len(os.sched_getaffinity(0)), 4)
 
 
