@@ -18,7 +18,6 @@ from timm_ext.training.settings import TrainSettings
 from timm_ext.training.validation import validate
 from timm_ext.transfer.head import HeadSamples
 
-MOST_CASES = 32
 _LEAVE_ONE_OUT = 5  # cases at most; more are halved
 _LEAST, _SURE = 3, 2.0  # cases, and standard errors, by which a difference is told
 
@@ -45,32 +44,40 @@ def examined(
 ) -> list[Candidate]:
     """Fit the heads of each start to all cases, and to parts of them to score the rest.
 
-    Up to five cases are left out one by one, more are halved; the first 32 count.
+    Up to five cases are left out one by one, more are halved. Cases are read as they are asked for.
+
+    Args:
+        starts: plain networks by name.
+        cases: with labels; of very many, those of `timm_ext.transfer.head.drawn_cases` count.
+        task: that the labels are for.
+        settings: of the training: device, patch, fast layers and seed.
 
     Raises:
         InputError: as for `HeadSamples`; a part of the cases lacks a region.
     """
-    data = CaseDataset(cases[:MOST_CASES], task, in_memory=True)
-    count = len(data)
-    parts = count if count <= _LEAVE_ONE_OUT else 2
-    folds = [range(first, count, parts) for first in range(parts)] if count > 1 else []
-    return [_examined(name, model, data, folds, settings) for name, model in starts.items()]
+    data = CaseDataset(cases, task)
+    return [_examined(name, model, data, settings) for name, model in starts.items()]
 
 
-def _examined(
-    name: str, model: nn.Module, data: CaseDataset, folds: Sequence[range], settings: TrainSettings
-) -> Candidate:
-    begun, task, dice = time.perf_counter(), data.task, [math.nan] * len(data)
-    samples, fabric = HeadSamples(model, data, settings), launch(settings)
-    tried = copy.deepcopy(model)
+def _examined(name: str, model: nn.Module, data: CaseDataset, settings: TrainSettings) -> Candidate:
+    begun, task, fabric = time.perf_counter(), data.task, launch(settings)
+    samples = HeadSamples(model, data, settings)
+    tried, dice = copy.deepcopy(model).to(fabric.device), [math.nan] * len(samples)
+    folds = _folds(len(samples))
     for fold in folds:
-        samples.fit([case for case in range(len(data)) if case not in fold]).put(tried)
+        samples.fit([case for case in range(len(samples)) if case not in fold]).put(tried)
         for case in fold:
-            one = CaseDataset([data.cases[case]], task)
-            found = validate(fabric, tried.to(fabric.device), one, len(task.regions), loss_of(task), settings)
+            one = CaseDataset([data.cases[samples.places[case]]], task)
+            found = validate(fabric, tried, one, len(task.regions), loss_of(task), settings)
             dice[case] = found.mean_dice
     evidence = samples.fit().evidence
     return Candidate(name, evidence, tuple(dice) if folds else (), time.perf_counter() - begun)
+
+
+def _folds(count: int) -> list[range]:
+    """Divide cases into parts, for each of which heads are fitted to the others."""
+    parts = count if count <= _LEAVE_ONE_OUT else 2
+    return [range(first, count, parts) for first in range(parts)] if count > 1 else []
 
 
 def verdict(one: Candidate, other: Candidate) -> str:

@@ -2,6 +2,7 @@
 
 import math
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ from torch import nn
 from timm_ext.errors import InputError
 from timm_ext.networks import registry
 from timm_ext.networks.registry import NetworkSpec, build_network
-from timm_ext.transfer.head import HeadSamples, fit_head
-from timm_ext.transfer.head.fitted import _drawn, _windows
+from timm_ext.transfer.head import HeadSamples, fit_head, fitted
+from timm_ext.transfer.head.fitted import _drawn, _windows, drawn_cases
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
 from examples_for_tests import Blobs, settings, small_network
@@ -73,20 +74,31 @@ def test_evidence_ranks_a_body_that_sees_above_one_that_does_not(reader):
     assert blind.evidence == pytest.approx(-math.log(2), abs=0.01)
 
 
-def test_the_fit_repeats_and_does_not_depend_on_threads():
-    network, cases = small_network(out_channels=2), Blobs(3, regions=2)
-    threads = torch.get_num_threads()
-    try:
-        fits = []
-        for count in (1, 1, 2):
-            torch.set_num_threads(count)
-            fits.append(fit_head(network, cases, settings()))
-    finally:
-        torch.set_num_threads(threads)
-    for name, tensor in fits[0].tensors.items():
-        assert torch.equal(tensor, fits[1].tensors[name])
-        assert torch.allclose(tensor, fits[2].tensors[name], rtol=1e-3, atol=1e-4)
-    assert fits[2].evidence == pytest.approx(fits[0].evidence, abs=1e-6)
+@pytest.fixture
+def fit_by_threads():
+    """Return what fits a head with so many threads."""
+    before = torch.get_num_threads()
+
+    def fit(count):
+        torch.set_num_threads(count)
+        return fit_head(small_network(out_channels=2), Blobs(3, regions=2), settings())
+
+    yield fit
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_with_as_many_threads_the_fit_repeats_bit_for_bit(fit_by_threads, threads):
+    one, other = fit_by_threads(threads), fit_by_threads(threads)
+    assert one.evidence == other.evidence
+    assert all(torch.equal(tensor, other.tensors[name]) for name, tensor in one.tensors.items())
+
+
+def test_with_another_number_of_threads_the_fit_differs_by_rounding(fit_by_threads):
+    one, other = fit_by_threads(1), fit_by_threads(2)
+    for name, tensor in one.tensors.items():
+        assert torch.allclose(tensor, other.tensors[name], rtol=1e-3, atol=1e-4)
+    assert other.evidence == pytest.approx(one.evidence, abs=1e-6)
 
 
 def test_some_of_the_cases():
@@ -95,7 +107,6 @@ def test_some_of_the_cases():
     assert len(samples) == 3
     alone = HeadSamples(network, Blobs(2), settings()).fit()
     some = samples.fit([0, 1])
-    assert some.cases == 2
     assert all(torch.equal(tensor, some.tensors[name]) for name, tensor in alone.tensors.items())
     assert not torch.equal(samples.fit().tensors["heads.0.weight"], some.tensors["heads.0.weight"])
 
@@ -111,14 +122,61 @@ def test_drawn_voxels_stand_for_all():
     assert not torch.equal(voxels, _drawn(target, 90, 1, 0)[0])
 
 
-@pytest.mark.parametrize(
-    ("shape", "patch"), [((5, 8, 4), (4, 4, 4)), ((3, 9, 2), (4, 4, 4)), ((3, 3, 3), None)]
-)
-def test_windows_cover_a_volume_once(shape, patch):
-    seen = torch.zeros(shape)
-    for window, own in _windows(shape, patch):
-        seen[window][own] += 1
-    assert seen.eq(1).all()
+@pytest.mark.parametrize("outputs", [62, 63, 130])
+def test_voxels_of_every_output_are_drawn_however_many_there_are(outputs):
+    """One voxel each: none goes with that of another output, 62 places on."""
+    target = torch.eye(outputs).view(outputs, outputs, 1, 1)
+    voxels, counts = _drawn(target, outputs, 0, 0)
+    assert sorted(voxels.tolist()) == list(range(outputs))
+    assert counts.eq(1).all()
+
+
+def test_outputs_that_overlap_in_another_way_are_another_combination():
+    """Of 64 outputs: 0 alone, 62 alone, both, none; each has 10 voxels."""
+    target = torch.zeros(64, 40, 1, 1)
+    target[0, 0:10] = target[62, 10:20] = target[0, 20:30] = target[62, 20:30] = 1
+    voxels, counts = _drawn(target, 8, 0, 0)
+    assert torch.bincount(voxels // 10).tolist() == [2, 2, 2, 2]
+    assert counts.tolist() == [5.0] * 8
+
+
+class Counted(Blobs):
+    """Counts how many images are held at once."""
+
+    def __init__(self, count):
+        super().__init__(count)
+        self.alive, self.most = weakref.WeakSet(), 0
+
+    def sample(self, index, epoch):
+        sample = super().sample(index, epoch)
+        self.alive.add(sample["image"])
+        self.most = max(self.most, len(self.alive))
+        return sample
+
+
+def test_cases_are_read_one_at_a_time():
+    """The next one is there before the one before it is gone."""
+    cases = Counted(8)
+    assert len(HeadSamples(small_network(), cases, settings())) == 8
+    assert cases.most <= 2
+
+
+def test_of_many_cases_some_are_drawn(monkeypatch):
+    monkeypatch.setattr(fitted, "MOST_CASES", 3)
+    samples = HeadSamples(small_network(), Blobs(9), settings())
+    assert samples.places == drawn_cases(9, 0) == sorted(set(samples.places))
+    assert len(samples) == 3
+    assert samples.places != drawn_cases(9, 1)
+    assert drawn_cases(2, 0) == [0, 1]
+
+
+def test_windows_are_of_the_patch_and_cover_the_volume():
+    seen = torch.zeros(5, 8, 3)
+    for window in _windows(seen.shape, (4, 4, 4)):
+        assert seen[window].shape == (4, 4, 3)
+        seen[window] += 1
+    assert seen.ge(1).all()
+    assert _windows((3, 3, 3), None) == [(slice(0, 3),) * 3]
 
 
 def test_windows_of_a_case_give_the_features_of_each():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from timm_ext.transfer.head import regression
 from timm_ext.transfer.head.regression import Labelled, fit
 
 ONES = torch.ones(200, 1)
@@ -24,8 +25,11 @@ def drawn(outputs=1, *, softmax=False, columns=3, seed=0):
     return features, targets
 
 
+@pytest.mark.parametrize("rounds", [1, 20])
 @pytest.mark.parametrize("softmax", [False, True])
-def test_the_slope_is_zero(softmax):
+def test_the_slope_is_zero_at_the_penalties_that_are_told(softmax, rounds, monkeypatch):
+    """Also where λ has not settled yet when its rounds are over."""
+    monkeypatch.setattr(regression, "_ROUNDS", rounds)
     features, targets = drawn(3, softmax=softmax)
     features = torch.cat([features * torch.tensor([1.0, 10.0, 0.1]) + 4, ONES], 1).double()
     counts = torch.arange(1.0, 201).double()
@@ -42,6 +46,21 @@ def test_the_slope_is_zero(softmax):
     penalties = torch.tensor(found.penalties)
     (loss + 0.5 * (penalties * (deviation[:, None] * weights).square()).sum()).backward()
     assert (weights.grad / counts.sum()).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_the_examples_part_of_the_hessian_is_made_once_at_each_point(softmax, monkeypatch):
+    points, whole = [], regression._Problem._curvature
+
+    def counted(problem, probabilities):
+        points.append(probabilities)
+        return whole(problem, probabilities)
+
+    monkeypatch.setattr(regression._Problem, "_curvature", counted)
+    features, targets = drawn(2 if softmax else 1, softmax=softmax)
+    fit(Labelled(torch.cat([features, ONES], 1), targets, torch.ones(200), softmax))
+    assert len(points) > 5
+    assert not any(a.shape == b.shape and torch.equal(a, b) for n, a in enumerate(points) for b in points[:n])
 
 
 def test_constant_columns_give_the_share():

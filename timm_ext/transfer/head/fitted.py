@@ -1,14 +1,13 @@
 """Heads that are fitted to a few labelled cases while all in front of them is frozen."""
 
-import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor, nn
 
-from timm_ext.data.dataset import CaseDataset, Sample
+from timm_ext.data.dataset import CaseDataset
 from timm_ext.data.grid import Triple
 from timm_ext.data.noise import keyed_generator
 from timm_ext.errors import InputError, listed
@@ -21,8 +20,11 @@ from timm_ext.training.settings import TrainSettings
 from timm_ext.transfer.head.regression import Labelled, fit
 from timm_ext.transfer.head.responses import Responses
 
-_MOST_CASES = 32
+MOST_CASES = 32
+"""That heads are fitted to; of more, so many are drawn."""
+
 _ROWS = (4096, 16384)  # voxels at least and at most, where there are so many
+_AT_ONCE = 31  # bits that are put behind the number of a combination: 63 are enough for 2³² voxels
 _WORK = 2e10  # multiplications for one Hessian at most, where the rows allow
 
 
@@ -34,14 +36,10 @@ class FittedHead:
         tensors: by name.
         evidence: log evidence for each voxel of the cases, see `regression.fit`: of networks on the same
             cases, the higher, the better their features say the labels.
-        penalties: λ of each output by itself; with softmax one for all.
-        cases: that they were fitted to.
     """
 
     tensors: dict[str, Tensor]
     evidence: float
-    penalties: tuple[float, ...]
-    cases: int
 
     @torch.no_grad()
     def put(self, model: nn.Module) -> None:
@@ -56,13 +54,16 @@ class HeadSamples:
 
     Of each case the same number of voxels is drawn, as equally as can be from the combinations of outputs
     that occur in it; each counts for as many as it was drawn from, so that sums over all voxels are estimated
-    without bias. Cases are taken as they are, whole or in windows of the size that is trained on side by
-    side, without augmentation; of more than 32, so many are drawn.
+    without bias. Cases are read one at a time and taken as they are, whole or in windows of the size that is
+    trained on side by side, without augmentation.
 
     Args:
         network: made by `build_network`, plain; it is not changed.
         examples: labelled cases.
         settings: of the training: device, patch, fast layers and seed.
+
+    Attributes:
+        places: of the cases among the examples, see `drawn_cases`.
 
     Raises:
         InputError: no case, or as for `Responses`.
@@ -74,31 +75,26 @@ class HeadSamples:
         self._softmax = task is not None and task.softmax
         if task is not None:
             self._names = task.output_names
-        device = launch(settings).device
+        self._settings, self._device = settings, launch(settings).device
+        self.places = drawn_cases(len(examples), settings.seed)
         whole = _unchanged(examples)
-        chosen = keyed_generator("cases of the head", settings.seed).permutation(len(whole))[:_MOST_CASES]
-        with reproducible(device), memory_on(device, settings.fast_layers):
-            samples = [whole.sample(index, 0) for index in sorted(chosen.tolist())]
-            first = samples[0]["image"]
-            window = _windows(first.shape[1:], settings.patch)
-            part = first[(slice(None), *next(window)[0])].to(device)
-            self._responses = Responses(
-                copy.deepcopy(network).to(device), part, fast_layers=settings.fast_layers
-            )
+        with reproducible(self._device), memory_on(self._device, settings.fast_layers):
+            image = whole.sample(self.places[0], 0)["image"]
+            window = _windows(image.shape[1:], settings.patch)[0]
+            part = image[(slice(None), *window)].to(self._device)
+            self._responses = Responses(network, part, fast_layers=settings.fast_layers)
             if self._responses.outputs != outputs:
                 raise InputError(
                     f"head: expected a network of {outputs} outputs (got {self._responses.outputs})"
                 )
             size = self._responses.columns * (outputs if self._softmax else 1)
             rows = min(max(_ROWS[0], int(_WORK / size**2)), _ROWS[1])
-            count = max(outputs + 1, rows // len(samples))
-            self._cases = [
-                self._of_case(sample, count, settings, device, place) for place, sample in enumerate(samples)
-            ]
+            count = max(outputs + 1, rows // len(self))
+            self._cases = [self._of_case(whole, place, count) for place in self.places]
 
     def __len__(self) -> int:
         """Return the number of cases."""
-        return len(self._cases)
+        return len(self.places)
 
     def fit(self, cases: Sequence[int] | None = None) -> FittedHead:
         """Fit the heads to some of the cases, or to all.
@@ -121,24 +117,23 @@ class HeadSamples:
         features = torch.cat([part.features for part in parts])
         counts = torch.cat([part.counts for part in parts])
         found = fit(Labelled(features, targets, counts, self._softmax))
-        return FittedHead(self._responses.tensors(found.weights), found.evidence, found.penalties, len(parts))
+        return FittedHead(self._responses.tensors(found.weights), found.evidence)
 
-    def _of_case(
-        self, sample: Sample, count: int, settings: TrainSettings, device: torch.device, place: int
-    ) -> Labelled:
+    def _of_case(self, examples: Examples, place: int, count: int) -> Labelled:
+        sample = examples.sample(place, 0)
         image, target = sample["image"], sample["target"]
-        voxels, counts = _drawn(target, count, settings.seed, place)
+        voxels, counts = _drawn(target, count, self._settings.seed, place)
         rows = torch.full((prod(image.shape[1:]),), -1)
         rows[voxels] = torch.arange(len(voxels))
         rows = rows.view(image.shape[1:])
         features = torch.empty(len(voxels), self._responses.columns)
-        for window, own in _windows(image.shape[1:], settings.patch):
-            inside = torch.full_like(rows[window], -1)
-            inside[own] = rows[window][own]
-            found = (inside.flatten() >= 0).nonzero().flatten()
+        for window in _windows(image.shape[1:], self._settings.patch):
+            inside = rows[window].flatten()
+            found = (inside >= 0).nonzero().flatten()
             if len(found):
-                part = image[(slice(None), *window)].to(device)
-                features[inside.flatten()[found]] = self._responses.at(part, found)
+                part = image[(slice(None), *window)].to(self._device)
+                features[inside[found]] = self._responses.at(part, found)
+                rows[window] = -1  # of windows that overlap, the first has a voxel
         return Labelled(features, target.flatten(1)[:, voxels].T, counts, self._softmax)
 
 
@@ -156,6 +151,12 @@ def fit_head(network: nn.Module, examples: Examples, settings: TrainSettings) ->
     return HeadSamples(network, examples, settings).fit()
 
 
+def drawn_cases(count: int, seed: int) -> list[int]:
+    """Return which of so many cases heads are fitted to, ascending: all, or `MOST_CASES` that are drawn."""
+    order = keyed_generator("cases of the head", seed).permutation(count)
+    return sorted(order[:MOST_CASES].tolist())
+
+
 def _unchanged(examples: Examples) -> Examples:
     """Return cases whole and without augmentation, where they are the package's own."""
     return CaseDataset(examples.cases, examples.task) if isinstance(examples, CaseDataset) else examples
@@ -166,9 +167,7 @@ def _drawn(target: Tensor, count: int, seed: int, place: int) -> tuple[Tensor, T
 
     Combinations of outputs with fewer voxels than their share leave the rest to the others.
     """
-    bits = torch.tensor([1 << (output % 62) for output in range(len(target))])
-    combination = (target.flatten(1).long() * bits[:, None]).sum(dim=0)
-    _, kinds, sizes = combination.unique(return_inverse=True, return_counts=True)
+    kinds, sizes = _combinations(target)
     generator = keyed_generator("voxels of the head", seed, place)
     voxels, counts, left = [], [], count
     for number, kind in enumerate(sizes.argsort(stable=True).tolist()):
@@ -181,16 +180,22 @@ def _drawn(target: Tensor, count: int, seed: int, place: int) -> tuple[Tensor, T
     return torch.cat(voxels), torch.cat(counts)
 
 
+def _combinations(target: Tensor) -> tuple[Tensor, Tensor]:
+    """Number the combinations of outputs that occur: that of each voxel, and the voxels of each."""
+    kinds = torch.zeros(target[0].numel(), dtype=torch.int64)
+    for outputs in target.flatten(1).split(_AT_ONCE):
+        for output in outputs:
+            kinds = 2 * kinds + output.bool()
+        _, kinds, sizes = kinds.unique(return_inverse=True, return_counts=True)
+    return kinds, sizes
+
+
 Window = tuple[slice, ...]
 
 
-def _windows(shape: Sequence[int], patch: Triple | None) -> Iterator[tuple[Window, Window]]:
-    """Yield windows that cover a volume, with the part of each, in its own numbers, that no other has."""
-    axes = []
-    for length, edge in zip(shape, patch or shape, strict=True):
-        starts = [*range(0, max(length - edge, 0), edge), max(length - edge, 0)]
-        ends = [0, *(min(start + edge, length) for start in starts)]
-        axes.append([(slice(s, s + edge), slice(ends[n] - s, edge)) for n, s in enumerate(starts)])
-    for places in torch.cartesian_prod(*(torch.arange(len(axis)) for axis in axes)).tolist():
-        chosen = [axis[place] for axis, place in zip(axes, places, strict=True)]
-        yield tuple(window for window, _ in chosen), tuple(own for _, own in chosen)
+def _windows(shape: Sequence[int], patch: Triple | None) -> list[Window]:
+    """Return windows that cover a volume side by side; only the last of an axis may overlap another."""
+    from monai.data.utils import dense_patch_slices  # slow to load
+
+    edges = patch or shape
+    return dense_patch_slices(shape, edges, edges)

@@ -1,6 +1,8 @@
 """Logistic regression under a Gaussian prior, whose width is chosen by the evidence."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -80,15 +82,16 @@ def fit(examples: Labelled) -> Regression:
 def _most_probable(problem: "_Problem") -> tuple[Tensor, float, float]:
     """Return the mode at the λ of the largest evidence, that λ, and the log evidence."""
     total = float(problem.counts.sum())
-    mode, penalty = torch.zeros(problem.shape, dtype=torch.float64), 1.0
+    mode, penalty = problem.at(torch.zeros(problem.shape, dtype=torch.float64)), 1.0
     for _ in range(_ROUNDS):
         mode = problem.solved(mode, penalty)
         evidence, better = problem.evidence(mode, penalty)
+        found = mode.weights, penalty, evidence
         better = min(max(better, _LEAST * total), _MOST * total)
         if abs(torch.tensor(better / penalty).log()) < _SETTLED:
             break
         penalty = better
-    return mode, penalty, evidence
+    return found
 
 
 class _Columns:
@@ -123,6 +126,15 @@ class _Columns:
         return weights
 
 
+@dataclass(frozen=True)
+class _Point:
+    """Weights W, p(y | φ W), and the part of the Hessian that the examples give, once it is asked for."""
+
+    weights: Tensor
+    probabilities: Tensor
+    curvature: Callable[[], Tensor]
+
+
 class _Problem:
     """−L(W) of one variable, with its slope and its curvature; W is `[K', R']`."""
 
@@ -136,6 +148,12 @@ class _Problem:
         free[columns.penalised :, :1] = not self._softmax
         self._free = free.T.flatten()  # output by output, as the Hessian
 
+    def at(self, weights: Tensor) -> "_Point":
+        """Return weights with what the labelled examples say there."""
+        logits = self._columns @ weights
+        probabilities = logits.softmax(dim=1) if self._softmax else logits.sigmoid()
+        return _Point(weights, probabilities, cache(partial(self._curvature, probabilities)))
+
     def value(self, weights: Tensor, penalty: float) -> float:
         """Return −L(W)."""
         logits = self._columns @ weights
@@ -147,29 +165,28 @@ class _Problem:
         square = (self._penalised * weights).square().sum()
         return float(0.5 * penalty * square - self.counts @ log_share.sum(dim=1))
 
-    def solved(self, weights: Tensor, penalty: float) -> Tensor:
-        """Return the mode, by Newton's method from some weights on."""
+    def solved(self, point: "_Point", penalty: float) -> "_Point":
+        """Return the mode, by Newton's method from a point on."""
         total = float(self.counts.sum())
         for _ in range(_STEPS):
-            probabilities = self._probabilities(weights)
-            rest = self.counts[:, None] * (probabilities - self._targets)
-            slope = self._columns.T @ rest + penalty * self._penalised * weights
+            rest = self.counts[:, None] * (point.probabilities - self._targets)
+            slope = self._columns.T @ rest + penalty * self._penalised * point.weights
             slope = torch.where(self._free.view(slope.T.shape).T, slope, 0)
             if float(slope.abs().max()) < _SOLVED * total:
                 break
             step = torch.zeros_like(self._penalised.T).flatten()
-            factor = torch.linalg.cholesky(self._hessian(probabilities, penalty))
+            factor = torch.linalg.cholesky(self._hessian(point, penalty))
             inner = slope.T.flatten()[self._free]
             step[self._free] = torch.cholesky_solve(inner[:, None], factor)[:, 0]
-            moved = self._descended(weights, step.view(slope.T.shape).T, slope, penalty)
+            moved = self._descended(point.weights, step.view(slope.T.shape).T, slope, penalty)
             if moved is None:
                 break
-            weights = moved
-        return weights
+            point = self.at(moved)
+        return point
 
-    def evidence(self, weights: Tensor, penalty: float) -> tuple[float, float]:
+    def evidence(self, mode: "_Point", penalty: float) -> tuple[float, float]:
         """Return the log evidence at a mode, and the fixed-point iteration's next λ."""
-        factor = torch.linalg.cholesky(self._hessian(self._probabilities(weights), penalty))
+        weights, factor = mode.weights, torch.linalg.cholesky(self._hessian(mode, penalty))
         penalised = self._penalised.T.flatten()[self._free]
         count = float(penalised.sum())
         half = float(factor.diagonal().log().sum())
@@ -190,12 +207,12 @@ class _Problem:
             length /= 2
         return None
 
-    def _probabilities(self, weights: Tensor) -> Tensor:
-        logits = self._columns @ weights
-        return logits.softmax(dim=1) if self._softmax else logits.sigmoid()
+    def _hessian(self, point: "_Point", penalty: float) -> Tensor:
+        """Return the Hessian of −L, of the weights that are not held at 0."""
+        return point.curvature() + torch.diag(penalty * self._penalised.T.flatten()[self._free])
 
-    def _hessian(self, probabilities: Tensor, penalty: float) -> Tensor:
-        """Return Σ_n c_n φ_n φ_nᵀ p_a (1[a = b] − p_b) + λ for outputs a, b, without what is held at 0."""
+    def _curvature(self, probabilities: Tensor) -> Tensor:
+        """Return Σ_n c_n φ_n φ_nᵀ p_a (1[a = b] − p_b) for outputs a, b, without what is held at 0."""
         columns, outputs = self.shape
         blocks = self._columns.new_zeros(outputs, columns, outputs, columns)
         for a in range(outputs):
@@ -204,5 +221,4 @@ class _Problem:
                 block = (self._columns * curvature[:, None]).T @ self._columns
                 blocks[a, :, b], blocks[b, :, a] = block, block.T
         whole = blocks.view(outputs * columns, outputs * columns)
-        whole.diagonal().add_(penalty * self._penalised.T.flatten())
         return whole[self._free][:, self._free]

@@ -44,7 +44,8 @@ class Responses:
 
     Args:
         network: made by `build_network`; it is not changed.
-        image: `[C, D, H, W]`, one that the network takes, by which its heads are examined.
+        image: `[C, D, H, W]`, one that the network takes, by which its heads are examined; it is computed on
+            the image's device.
         fast_layers: as in `PredictSettings`.
 
     Attributes:
@@ -57,7 +58,7 @@ class Responses:
     """
 
     def __init__(self, network: nn.Module, image: Tensor, *, fast_layers: bool = True) -> None:
-        self._model = copy.deepcopy(network).requires_grad_(False)
+        self._model = copy.deepcopy(network).to(image.device).requires_grad_(False)
         self._settings = PredictSettings(fast_layers=fast_layers)
         self._own = {name: self._parameter(name) for name in _names_of_heads(network)}
         with torch.enable_grad(), evaluating(self._model):
