@@ -116,6 +116,15 @@ def test_settings_of_several_forms_name_them(override, expected):
         load_settings(RunSettings, None, [override])
 
 
+def test_a_field_that_has_moved_is_read_where_it_was(tmp_path):
+    assert load_settings(RunSettings, None, ["train.head=fitted"]).merge.head == "fitted"
+    both = load(tmp_path, "train: {head: fitted, steps: 3}\nmerge: {seed: 2}\n")
+    assert (both.merge.head, both.merge.seed, both.train.steps) == ("fitted", 2, 3)
+    assert load(tmp_path, "train: {head: fitted}\n", "merge.head=given").merge.head == "given"
+    with pytest.raises(InputError, match=r"settings\.yaml, line 2: merge\.head: expected 'given'"):
+        load(tmp_path, "train:\n  head: tight\n")
+
+
 def test_what_yaml_takes_for_a_text_may_be_a_number():
     settings = load_settings(RunSettings, None, ["train.lr=1e-3", "merge.align=yes", "train.steps='100'"])
     assert (settings.train.lr, settings.merge.align, settings.train.steps) == (1e-3, True, 100)

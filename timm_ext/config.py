@@ -42,6 +42,9 @@ PLANNED = {
 """Fields that may be `auto`, decided from data, network and machine; and the word for None in their YAML."""
 
 
+_MOVED: dict[Location, Location] = {("train", "head"): ("merge", "head")}
+"""Fields by the place that they had; both are read."""
+
 _EDGES = "three edges such as [64,64,64]"
 _FORMS: dict[Location, str] = {
     ("prepare", "spacing"): "auto, scan, a length in mm or three such as [1,1,2]",
@@ -167,9 +170,13 @@ def load_settings(
     for section, fallback in (base or {}).items():
         given = values.get(section)
         values[section] = {**fallback, **given} if isinstance(given, dict) else given or dict(fallback)
+    moved = _MOVED if kind is RunSettings else {}
+    for before, now in moved.items():
+        _move(values, lines, before, now)
     where = {location: f"{path}, line {line}" for location, line in lines.items()}
     for override in overrides:
         location, value = _parse_override(override)
+        location = moved.get(location, location)
         _put(values, location, value)
         where |= {location[:depth]: "--set" for depth in range(min(2, len(location)), len(location) + 1)}
     return validated(
@@ -252,3 +259,12 @@ def _put(values: dict[str, Any], location: Location, value: Any) -> None:
             raise InputError(f"--set {'.'.join(map(str, location))}: {part} has no fields")
         values = inner
     values[str(location[-1])] = value
+
+
+def _move(values: dict[str, Any], lines: dict[Location, int], before: Location, now: Location) -> None:
+    """Put a field of a file that stands at the place it had where it is now."""
+    section, field = map(str, before)
+    inner = values.get(section)
+    if isinstance(inner, dict) and field in inner:
+        _put(values, now, inner.pop(field))
+        lines[now] = lines[before]

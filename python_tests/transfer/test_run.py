@@ -1,6 +1,5 @@
 """One way from a start to a trained network, whole or in its halves."""
 
-import copy
 import sys
 from pathlib import Path
 
@@ -8,14 +7,13 @@ import pytest
 import torch
 
 from timm_ext.training.examples import Data
-from timm_ext.transfer.head import fit_head
-from timm_ext.transfer.run import run, settled
+from timm_ext.transfer.run import run
 from timm_ext.transfer.session import Session
 from timm_ext.transfer.settings import AdaptSettings
 from timm_ext.transfer.start import Start
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-from examples_for_tests import Blobs, settings, small_network
+from examples_for_tests import Blobs, settings
 from merges_for_tests import merged_model
 
 DATA = Data(Blobs(3), Blobs(2, first=50))
@@ -88,36 +86,6 @@ def test_fine_tuning_ties_the_shared_weights(tmp_path):
 
     assert distance(done.network, begun.split.shared) < 0.5 * distance(free.network, begun.split.shared)
     assert distance(done.network, begun.split.specific) > 0.5 * distance(free.network, begun.split.specific)
-
-
-@pytest.mark.parametrize("kind", ["merged", "plain"])
-def test_heads_are_fitted_before_the_first_step(tmp_path, kind):
-    """And once: what a run would begin with is what fits the cases, whatever follows."""
-    begun = start(kind)
-    network = begun.model.fold() if kind == "merged" else begun.model
-    head = fit_head(network, DATA.train, settings())
-    done = settled(begun, session(tmp_path, 1, head="fitted"))
-    plain = done.model.fold() if kind == "merged" else done.model
-    assert all(torch.equal(plain.get_parameter(name), value) for name, value in head.tensors.items())
-    assert done.evidence == {"start": head.evidence}
-    assert settled(done, session(tmp_path, 1, head="fitted")) is done
-    assert settled(begun, session(tmp_path, 1)) is begun
-    trained = run(start(kind), adaptation=session(tmp_path / "a", 1, head="fitted"), tuning=None)
-    assert trained.start.evidence == done.evidence
-
-
-def test_the_source_of_the_highest_evidence_is_taken(tmp_path):
-    """Of two equal ones the first; it begins with the heads that were fitted to it."""
-    networks = [small_network(seed) for seed in (1, 2, 3)]
-    fits = {network: fit_head(network, DATA.train, settings()) for network in networks}
-    worst, other, best = sorted(networks, key=lambda network: fits[network].evidence)
-    assert fits[best].evidence > fits[other].evidence
-    begun = Start(worst, alternatives={"a": worst, "b": best, "c": copy.deepcopy(best)})
-    done = settled(begun, session(tmp_path, 1))
-    assert done.model is best
-    assert done.evidence["a"] == fits[worst].evidence < done.evidence["b"] == done.evidence["c"]
-    assert all(torch.equal(best.get_parameter(name), value) for name, value in fits[best].tensors.items())
-    assert run(begun, tuning=session(tmp_path / "run", 1)).network is best
 
 
 def test_nothing_to_train_folds(tmp_path):

@@ -1,7 +1,6 @@
 """The command that says which source, and which way of merging, suits the user's own cases."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated
@@ -20,16 +19,16 @@ from timm_ext.cli.common import (
     Workers,
 )
 from timm_ext.cli.planned import settings_of_network
-from timm_ext.cli.sources import first_of, read_sources, tell_unseen, unrelated
-from timm_ext.errors import InputError, listed
+from timm_ext.cli.sources import first_of, in_order, read_sources, tell_unseen, unrelated
+from timm_ext.errors import listed
 from timm_ext.system.terminal import make_console, say, show_table
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from timm_ext.config import RunSettings
     from timm_ext.data.tasks import Task
     from timm_ext.transfer.advice import Candidate
-    from timm_ext.transfer.settings import Recipe
     from timm_ext.transfer.sources import Sources
 
 _SCRATCH, _MERGE = "scratch", "mean of all"
@@ -57,39 +56,37 @@ def advise(
     from timm_ext.interop.named import named_for
     from timm_ext.interop.networks import images_of
     from timm_ext.networks.registry import config_of
-    from timm_ext.transfer.advice import MOST_CASES, examined
+    from timm_ext.transfer.advice import examined
+    from timm_ext.transfer.head import drawn_cases
 
     first = first_of(networks, fold, named=(names := named_for(networks, named or ())))
     chosen, images = new_task(task, data, images_of(first))
     sources = read_sources(networks, (), fold=fold, named=names).sources
     settings = settings_of_network(config, overrides, first, config_of(sources.networks[0]), images)
     apart = unrelated(sources)
-    starts = _starts(sources, chosen, settings.merge, aligned=bool(apart))
+    starts = _starts(sources, chosen, settings, apart)
     tell_unseen(sources, chosen, settings.merge)
     with told_default(task, data):
-        every = cases_at(data, chosen, images)[:MOST_CASES]
+        every = cases_at(data, chosen, images)
+        every = [every[place] for place in drawn_cases(len(every), settings.train.seed)]
         cases = prepare_labelled(every, chosen, settings, images, cache, workers)
-    patch = settings.predict.window if images is None else settings.train.patch
-    train = replace(settings.train, patch=patch)
+    train = settings.planned({"train.patch": settings.predict.window}).train
     found = examined(starts, cases, resolve_task(chosen, cases, data), train)
     _tell(found, sources.names, len(cases), apart)
 
 
-def _starts(sources: "Sources", task: "Task", recipe: "Recipe", *, aligned: bool) -> "dict[str, nn.Module]":
+def _starts(
+    sources: "Sources", task: "Task", settings: "RunSettings", apart: Sequence[str]
+) -> "dict[str, nn.Module]":
+    """Return networks of each source, of their mean, with channels in one order if need be, and at random."""
     from timm_ext.transfer.start import network_of, start_from
 
-    fresh = network_of(sources, task, recipe.seed)
-    starts = {
-        name: start_from(f"transfer-{number}", fresh, task, sources, recipe).model
-        for number, name in enumerate(sources.names, 1)
-    }
+    fresh = network_of(sources, task, settings.merge.seed)
+    starts = dict(start_from("best-by-evidence", fresh, task, sources, settings.merge).alternatives)
     if len(starts) > 1:
-        try:
-            merge = start_from("mean-aligned" if aligned else "mean-imm", fresh, task, sources, recipe)
-        except InputError as error:
-            say(f"channels cannot be followed, the mean is of networks as they are: {error}")
-            merge = start_from("mean-imm", fresh, task, sources, recipe)
-        starts[_MERGE] = merge.model
+        if apart and not settings.merge.align:
+            sources, settings = in_order(sources, apart, settings)
+        starts[_MERGE] = start_from("mean-imm", fresh, task, sources, settings.merge).model
     return {**starts, _SCRATCH: fresh}
 
 
@@ -114,5 +111,5 @@ def _tell(found: "Sequence[Candidate]", sources: Sequence[str], cases: int, apar
         of_others = f"{listed(apart)}: of another initialisation than {sources[0]}"
         say(f"{of_others}: channels aligned, ratios per kernel (--method medmerge-aligned)")
     elif len(sources) > 1:
-        say("all of one initialisation: no alignment, ratios per layer (--method t-imm)")
+        say("all of one initialisation: no alignment, ratios per kernel (--method medmerge)")
     say("these are frozen networks: fine-tuning brings starts closer together and may change their order")

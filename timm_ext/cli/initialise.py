@@ -40,14 +40,11 @@ from timm_ext.errors import InputError
 from timm_ext.system.terminal import say
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from timm_ext.checkpoint import Checkpoint
     from timm_ext.config import RunSettings
     from timm_ext.interop.named import Named
     from timm_ext.interop.nnunet.target import Target
     from timm_ext.transfer.arms import Arm
-    from timm_ext.transfer.start import Start
 
 _MergedOut = Annotated[
     Path,
@@ -216,6 +213,11 @@ class _Merge:
         from timm_ext.interop.nnunet.model import NOTE
 
         arm = self._arm(len(networks), with_fisher=bool(fishers))
+        if settings.merge.fits_heads:
+            raise InputError(
+                "merge.head: expected given, for no cases are seen here (got fitted); timm-ext adapt and "
+                "timm-ext train fit heads to cases"
+            )
         if self.compared_on is not None and not (arm.merge.aligned or settings.merge.align):
             raise InputError(
                 "--data: expected --align beside it, which compares channels on images (got none)"
@@ -297,8 +299,9 @@ def adapt(
     Fishers that are not given are estimated first and kept in `fishers/`. Writes the folded
     `network.safetensors`, ready for `timm-ext train --init`, and, in `training/`, the ratios per layer over
     time. With `t-imm-annealed` all other weights are trained, too: the network is then the fine-tuned one.
-    `--set train.head=fitted` first fits the heads to the cases, also those of a merge that learns nothing
-    else; `best-by-evidence` takes the one source whose fitted heads explain the labels best.
+    `--set merge.head=fitted` first fits the heads to the cases, also those of a merge that learns nothing
+    else; `best-by-evidence` takes the one source whose fitted heads explain the labels best. Neither of the
+    two withholds a case for validation.
 
     Example: `timm-ext adapt M1.safetensors M2.safetensors --data BraTS2021/ --task brats --out adapted`
     """
@@ -307,7 +310,9 @@ def adapt(
     from timm_ext.transfer.arms import get_arm
 
     _hold(out, networks, fishers or (), source_data or ())
-    arm, given = get_arm(method), Given(data, task, val, val_share, out, cache, workers, resume)
+    arm = get_arm(method)
+    _check_validates(arm, val)
+    given = Given(data, task, val, val_share if arm.trains else 0.0, out, cache, workers, resume)
     first = first_of(networks, fold, named=(names := named_for(networks, named or ())))
     chosen, images = new_task(task, data, images_of(first))
     settings = settings_from(config, with_alignment(overrides, align), first)
@@ -327,7 +332,7 @@ def adapt(
     facts = facts_of_run(training.settings, files, sources.fisher_hashes, method=method)
     session = training.session(start.model, _title(arm), facts, steps=arm.trains)
     done = learned(arm, start, session, options)
-    noted = {"method": method, "sources": list(sources.names), **_provenance(start.model, done.start)}
+    noted = {"method": method, "sources": list(sources.names), **done.start.provenance()}
     path = training.save(done.network, sources.hashes, *_SECTIONS, kind="merged", merge=noted)
     say(f"{path}: {arm.title} of {', '.join(sources.names)}{_ratios_told(noted)}{evidence_told(done.start)}")
 
@@ -343,20 +348,20 @@ def _hold(out: Path, networks: Sequence[Path], fishers: Sequence[Path], source_d
         )
 
 
-def _check_learns(arm: "Arm", settings: "RunSettings") -> None:
-    if not arm.learns and settings.train.head == "given":
+def _check_validates(arm: "Arm", val: Path | None) -> None:
+    if val is not None and not arm.trains:
         raise InputError(
-            f"method: {arm.name} learns nothing before fine-tuning; use timm-ext merge, or --set "
-            "train.head=fitted, which fits its heads to the cases"
+            f"--val: expected none for {arm.name}, which takes no step to validate (got {val}); heads are "
+            "fitted to all of --data"
         )
 
 
-def _provenance(model: "nn.Module", start: "Start") -> dict[str, Any]:
-    """Return what a merged model notes of its ratios, and a start of its choice."""
-    from timm_ext.merging import MergedModel
-
-    ratios = model.provenance() if isinstance(model, MergedModel) else {}
-    return {**ratios, **({"evidence": dict(start.evidence)} if start.evidence else {})}
+def _check_learns(arm: "Arm", settings: "RunSettings") -> None:
+    if not (arm.learns or settings.merge.fits_heads):
+        raise InputError(
+            f"method: {arm.name} learns nothing before fine-tuning; use timm-ext merge, or --set "
+            "merge.head=fitted, which fits its heads to the cases"
+        )
 
 
 def _ratios_told(noted: Mapping[str, Any]) -> str:

@@ -141,7 +141,8 @@ def training_data(
 
 def learned(arm: "Arm", start: "Start", session: "Session", options: "AdaptSettings") -> "Learned":
     """Train what an arm trains, if anything, and decide what the cases decide."""
-    from timm_ext.transfer.run import run, settled
+    from timm_ext.transfer.run import run
+    from timm_ext.transfer.settle import settled
 
     if arm.adaptation is not None:
         return run(start, adaptation=session, options=options)
@@ -152,13 +153,12 @@ def learned(arm: "Arm", start: "Start", session: "Session", options: "AdaptSetti
 
 def evidence_told(start: "Start") -> str:
     """Say what fitted heads told of a start, or nothing."""
-    from timm_ext.transfer.run import OWN
+    from timm_ext.transfer.settle import OWN
 
     if not start.evidence:
         return ""
     told = [f"{name} {value:.4f}".removeprefix(f"{OWN} ") for name, value in start.evidence.items()]
-    taken = max(start.evidence, key=lambda name: start.evidence[name])
-    chosen = f", {taken} taken" if start.alternatives else ""
+    chosen = f", {start.taken} taken" if start.alternatives else ""
     return f"{chosen}; heads fitted, log evidence per voxel {', '.join(told)}"
 
 
@@ -184,6 +184,8 @@ def facts_of_run(
     facts = dict(others)
     for section, values in settings_dict(settings, "network", "prepare", "merge").items():
         facts |= {f"{section}.{name}": value for name, value in values.items()}
+    if not settings.merge.fits_heads:
+        del facts["merge.head"]  # as runs note it that began before heads could be fitted
     for what, files in (("network", networks), ("Fisher", fishers)):
         facts |= {f"{what} {number}": file for number, file in enumerate(files, 1)}
     return facts

@@ -165,7 +165,7 @@ def started(
     if arm.merge.aligned or settings.merge.align:
         sources = sources.aligned() if compared_on is None else compared_on.align(sources)
     elif align_unrelated and arm.merge.uniform and apart:
-        sources, settings = _in_order(sources, apart, settings)
+        sources, settings = in_order(sources, apart, settings)
     if arm.learns_ratios:
         _tell_groups(apart, arm, settings.merge)
     tell_unlike_fishers(settings, sources)
@@ -225,7 +225,7 @@ def unrelated(sources: "Sources") -> list[str]:
     ]
 
 
-def _in_order(
+def in_order(
     sources: "Sources", apart: Sequence[str], settings: "RunSettings"
 ) -> "tuple[Sources, RunSettings]":
     """Align sources of several initialisations where their channels can be followed, and say so."""
@@ -235,7 +235,7 @@ def _in_order(
     except InputError as error:
         say_once(f"{what}; merged as they are, for channels cannot be followed: {error}")
         return sources, settings
-    say_once(f"{what}; channels are brought into one order first (--no-align leaves them)")
+    say_once(f"{what}; channels are brought into one order first (--no-align of timm-ext adapt leaves them)")
     return sources, settings.model_copy(update={"merge": replace(settings.merge, align=True)})
 
 

@@ -102,7 +102,9 @@ def train(
     parents = [] if checkpoint is None else [str(checkpoint.sha256)]
     title = "training" if network is None else "fine-tuning"
     done = run(start, tuning=training.session(start.model, title, facts_of_run(training.settings, parents)))
-    path, history = training.save(done.network, parents, "prepare", "train", "predict"), done.histories[0]
+    noted = {"start": done.start.provenance()} if done.start.evidence else {}
+    path = training.save(done.network, parents, "prepare", "merge", "train", "predict", **noted)
+    history = done.histories[0]
     best = "" if history.best_step is None else f", lowest validation loss at step {history.best_step}"
     say(f"{path}: {len(history.rows)} steps{best}{evidence_told(done.start)}")
 
@@ -114,9 +116,11 @@ def _start(network: "nn.Module | None", training: "Planned") -> "Start":
 
     settings = training.settings
     if network is not None:
-        return Start(network, split_by(network, SCRATCH, settings.merge))
+        split = split_by(network, SCRATCH, settings.merge)
+        return Start(network, split, fit_heads=settings.merge.fits_heads)
     kind = settings.network
-    return Start(new_network(kind.name, kind.options, training.task, settings.train.seed))
+    network = new_network(kind.name, kind.options, training.task, settings.train.seed)
+    return Start(network, fit_heads=settings.merge.fits_heads)
 
 
 def fisher(

@@ -55,7 +55,7 @@ _KNOWN = {
     "adapt": _ADAPT - {"logit_lr"},
     "method_train": _TRAIN,
     "method_adapt": _ADAPT,
-    "method_merge": {"granularity", "mixing", "anchor", "normalize", "unseen"},
+    "method_merge": {"granularity", "mixing", "anchor", "normalize", "unseen", "head"},
 }
 """Of the fields that hold fields of other settings, which these are."""
 
@@ -141,8 +141,9 @@ class StudyPlan(BaseModel):
         adapt: further fields of `AdaptSettings`, for all methods that they concern.
         method_adapt: such fields, `logit_lr` too, for single methods, by name; they go before those of
             `adapt`, which go before the method's own.
-        method_merge: fields of `Recipe` for single methods that learn ratios, by name: `granularity`,
-            `mixing`, `anchor`, `normalize` and `unseen`.
+        head: what the heads of all runs start as, `given` or `fitted` to the training cases, see `Recipe`.
+        method_merge: fields of `Recipe` for single methods, by name: `head`, and of those that learn ratios
+            `granularity`, `mixing`, `anchor`, `normalize` and `unseen`.
         validate_every: steps between validations; None is once an epoch.
         fisher: how the Fishers are estimated.
         data_seed: of the generated cases, and of which cases on disk are for what.
@@ -207,6 +208,7 @@ class StudyPlan(BaseModel):
     logit_lr: Rate = 0.1
     adapt: Values = {}
     method_adapt: dict[str, Values] = {}
+    head: Literal["given", "fitted"] = "given"
     method_merge: dict[str, Values] = {}
     validate_every: Steps | None = 20
     fisher: FisherOptions = FisherOptions()
@@ -280,8 +282,8 @@ class StudyPlan(BaseModel):
         for name in self.method_adapt:
             if name not in arms or not arms[name].learns:
                 raise InputError(f"method_adapt: expected methods that learn before fine-tuning (got {name})")
-        for name in self.method_merge:
-            if name not in arms or not arms[name].learns_ratios:
+        for name, given in self.method_merge.items():
+            if name not in arms or not (arms[name].learns_ratios or given.keys() == {"head"}):
                 raise InputError(f"method_merge: expected methods that learn ratios (got {name})")
 
     @cached_property

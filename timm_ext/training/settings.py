@@ -49,9 +49,6 @@ class TrainSettings:
         validate_every: steps between validations; None is once an epoch.
         keep: return the weights with the lowest validation loss (`best`) or those of the last step (`last`).
             Without validation cases it is always the last.
-        head: what the heads start as: `given`, as the network comes, which is at random unless it was trained
-            for the same regions; `fitted` to the training cases before the first step
-            (`timm_ext.transfer.head`).
         patch: edges D, H, W of the patches that are trained on, None for whole volumes; validation then
             uses a sliding window of this size. The data set cuts the patches.
         augment: whether the training examples are turned, scaled, mirrored and recoloured at random
@@ -80,7 +77,6 @@ class TrainSettings:
     stop_patience: Steps | None = 50
     validate_every: Steps | None = None
     keep: Literal["best", "last"] = "best"
-    head: Literal["given", "fitted"] = "given"
     patch: Edges | None = None
     augment: Flag = True
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
@@ -133,14 +129,14 @@ class TrainSettings:
         """Refuse to continue a run under settings that would have changed it.
 
         A longer or shorter budget of steps is allowed unless the schedule depends on it. Settings that do not
-        say `fast_layers` or `head` are of a run without.
+        say `fast_layers` are of a run without.
 
         Raises:
             InputError: settings differ; all of them are named.
         """
         free = _FREE_ON_RESUME | ({"steps", "epochs"} if self.schedule != "cosine" else set())
         now = {name: value for name, value in self.to_dict().items() if name not in free}
-        before = {"fast_layers": False, "head": "given", **saved}
+        before = {"fast_layers": False, **saved}
         check_facts({name: before.get(name) for name in now}, now, where)
 
 

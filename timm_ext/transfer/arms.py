@@ -83,7 +83,7 @@ class Arm:
         adaptation: None goes from the merge to fine-tuning.
         tuning: of the whole network.
         by_evidence: in place of the merge, the one source model is taken whose heads, fitted to the training
-            cases, have the highest evidence, with these heads (`timm_ext.transfer.run.settled`).
+            cases, have the highest evidence, with these heads (`timm_ext.transfer.settle.settled`).
 
     Raises:
         InputError: ratios are to be learned over another merge.

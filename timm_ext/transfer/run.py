@@ -1,20 +1,17 @@
 """From an initialised network to a trained one: adaptation, fine-tuning, or one after the other."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import nn
 
 from timm_ext.merging import MergedModel
 from timm_ext.training.history import History
 from timm_ext.transfer.adapt import Adapted, adapt, warm_up
-from timm_ext.transfer.head import fit_head
 from timm_ext.transfer.session import Session
 from timm_ext.transfer.settings import AdaptSettings
+from timm_ext.transfer.settle import settled
 from timm_ext.transfer.start import Start
 from timm_ext.transfer.tune import fine_tune, tune_merged
-
-OWN = "start"
-"""Under which the evidence of a start without alternatives stands."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ def run(
         options: how ratios and task-specific parameters are learned, see `AdaptSettings.of`.
 
     Raises:
-        InputError: as for the four functions.
+        InputError: as for these functions.
     """
     if (first := adaptation or tuning) is not None:
         start = settled(start, first)
@@ -74,28 +71,3 @@ def run(
         histories.append(history)
     network = model.fold() if isinstance(model, MergedModel) else model
     return Learned(start, network, tuple(histories), adapted)
-
-
-def settled(start: Start, session: Session) -> Start:
-    """Decide what the training cases decide of a start: heads that are to be fitted, and the source.
-
-    Of alternatives that is taken whose fitted heads have the highest evidence, the first of equals, with
-    these heads. A start that is settled already is returned as it is.
-
-    Args:
-        start: its model gets the heads in place.
-        session: the first training; its `settings.head` says whether the heads of a single model are fitted.
-
-    Raises:
-        InputError: as for `fit_head`.
-    """
-    if start.evidence or not (start.alternatives or session.settings.head == "fitted"):
-        return start
-    fits = {}
-    for name, model in (start.alternatives or {OWN: start.model}).items():
-        plain = model.fold() if isinstance(model, MergedModel) else model
-        fits[name] = fit_head(plain, session.data.train, session.settings)
-    best = max(fits, key=lambda name: fits[name].evidence)
-    model = start.alternatives.get(best, start.model)
-    fits[best].put(model)
-    return replace(start, model=model, evidence={name: found.evidence for name, found in fits.items()})

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
@@ -30,6 +30,8 @@ class Recipe:
         transfer_norms: the norms are shared, too.
         unseen: for a target modality that a source never saw, the one whose weights it starts from; without
             a rule it starts from the target network's own.
+        head: what the heads start as: `given`, as the target network comes, or `fitted` to the training cases
+            before the first step (`timm_ext.transfer.head`).
         seed: of the task-specific layers, and of everything for a network from scratch.
     """
 
@@ -41,6 +43,12 @@ class Recipe:
     seed: Seed = 0
     anchor: Annotated[float, number(-_MOST_ANCHOR, _MOST_ANCHOR)] = 0.0
     align: Flag = False
+    head: Literal["given", "fitted"] = "given"
+
+    @property
+    def fits_heads(self) -> bool:
+        """Whether heads are to be fitted to the training cases."""
+        return self.head == "fitted"
 
 
 @refused_as("adapt")

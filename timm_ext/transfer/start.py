@@ -44,15 +44,24 @@ class Start:
         uses: what became of each of its tensors; empty where it did not start from source networks.
         alternatives: for an arm that chooses one by evidence, the network started from each source by its
             name, the first of which is `model`.
+        fit_heads: the heads of `model` are to be fitted to the training cases.
         evidence: by the names of the alternatives, or that of `model` under its own; empty until heads were
-            fitted, see `timm_ext.transfer.run.settled`.
+            fitted, see `timm_ext.transfer.settle.settled`.
+        taken: which of these is `model`; empty until then.
     """
 
     model: nn.Module
     split: Split = _NOTHING_SHARED
     uses: tuple[TensorUse, ...] = ()
     alternatives: Mapping[str, nn.Module] = field(default_factory=dict)
+    fit_heads: bool = False
     evidence: Mapping[str, float] = field(default_factory=dict)
+    taken: str = ""
+
+    def provenance(self) -> dict[str, Any]:
+        """Return how the model comes about, as JSON values: its ratios, and what fitted heads told."""
+        ratios = self.model.provenance() if isinstance(self.model, MergedModel) else {}
+        return ratios | ({"evidence": dict(self.evidence)} if self.evidence else {})
 
 
 def start_from(
@@ -104,7 +113,8 @@ def start_from(
             for number, name in enumerate(bank.sources, 1)
         }
         return Start(each[bank.sources[0]], split, uses, each)
-    return Start(initialise(arm, target, bank, recipe, initial_logits), split, uses)
+    model = initialise(arm, target, bank, recipe, initial_logits)
+    return Start(model, split, uses, fit_heads=recipe.fits_heads)
 
 
 def _check_one_task(task: Task, sources: Sources | None) -> None:

@@ -144,6 +144,18 @@ def test_an_arm_is_merged_as_the_plan_says():
     assert run_of(study, "t-imm").adaptation.recipe == Recipe(seed=3)
 
 
+def test_what_heads_start_as_is_part_of_the_recipe():
+    """It decides an adaptation, or, in an arm without, the fine-tuning."""
+    arms = ("t-imm", "t-imm-extra", "scratch", "transfer-1")
+    study = study_of(methods=arms, seeds=(3,), head="fitted", method_merge={"transfer-1": {"head": "given"}})
+    heads = {run.arm: run.step.recipe.head for run in study.runs}
+    assert heads == {"t-imm": "fitted", "t-imm-extra": "fitted", "scratch": "fitted", "transfer-1": "given"}
+    assert run_of(study, "t-imm").adaptation.recipe.head == "fitted"
+    assert run_of(study, "t-imm").adaptation == run_of(study, "t-imm-extra").adaptation
+    apart = study_of(methods=arms[:2], seeds=(3,), method_merge={"t-imm": {"head": "fitted"}})
+    assert run_of(apart, "t-imm").adaptation != run_of(apart, "t-imm-extra").adaptation
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

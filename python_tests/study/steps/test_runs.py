@@ -88,6 +88,18 @@ def test_the_best_source_by_evidence_is_noted_with_its_fitted_heads(
     assert initial.get_parameter("heads.0.bias").abs().max() > 0  # at random it is 0
 
 
+def test_heads_are_fitted_where_a_run_begins(inputs: dict[str, Path], tmp_path: Path) -> None:
+    """Before the adaptation, not again before the fine-tuning that goes on from it; and from scratch."""
+    recipe = Recipe(seed=1, head="fitted")
+    adapted = Adapt(**COMMON, arm="imm-warmup", recipe=recipe, adapt=AdaptSettings())
+    adapted.run(inputs, context(tmp_path / "adapted"))
+    assert "evidence" in load_network(tmp_path / "adapted" / INITIAL)[1].metadata["merge"]
+    for arm, given in (("imm-warmup", {**inputs, "start": tmp_path / "adapted"}), ("scratch", inputs)):
+        step = TuneAndTest(**COMMON, arm=arm, recipe=recipe, network=NET, adapt=None)
+        step.run(given, context(tmp_path / arm))
+        assert (tmp_path / arm / "training" / "start.safetensors").exists() == (arm == "scratch")
+
+
 @pytest.fixture
 def members(tumours: Path, tmp_path: Path) -> dict[str, Path]:
     """One case for validation and test, and two members of other weights that took 3 and 5 steps."""

@@ -86,11 +86,7 @@ class RunSteps:
             arm=arm.name,
             recipe=self._recipe(arm, seed),
             train=plan.training(
-                steps,
-                plan.lr_of(arm.name),
-                self._seed(seed),
-                {**self._head(arm), **plan.adapt_train},
-                schedule="constant",
+                steps, plan.lr_of(arm.name), self._seed(seed), plan.adapt_train, schedule="constant"
             ),
             adapt=adapt_settings(plan, arm),
             needs={**self.sources.inputs, "train": self.cases["train"], "val": self.cases["val"]},
@@ -100,14 +96,8 @@ class RunSteps:
     def _adapted_by(self, arm: Arm) -> tuple[Any, ...]:
         assert arm.adaptation is not None
         bare = replace(arm.adaptation, extra_steps=False)
-        lr = self.plan.lr_of(arm.name)
-        own = adapt_settings(self.plan, arm), self._recipe(arm, 0), self._head(arm)
-        return arm.merge, bare, *own, lr
-
-    def _head(self, arm: Arm) -> dict[str, Any]:
-        """Return what the heads start as, which the first training of an arm decides."""
-        given = tuning_fields(self.plan, arm)
-        return {name: given[name] for name in ("head",) if name in given}
+        own = adapt_settings(self.plan, arm), self._recipe(arm, 0), self.plan.lr_of(arm.name)
+        return arm.merge, bare, *own
 
     def _tuned(self, arm: Arm, seed: int, start: dict[str, Step]) -> TuneAndTest:
         plan, budget = self.plan, self._budget
@@ -117,8 +107,6 @@ class RunSteps:
         # At a constant rate the last step's Dice varies more than the methods differ.
         usual = {"schedule": "constant", "keep": "best"}
         lr, fields = plan.lr_of(arm.name), tuning_fields(plan, arm)
-        if arm.adaptation:
-            fields = {name: value for name, value in fields.items() if name != "head"}
         train = plan.training(budget.run - taken, lr, self._seed(seed), fields, **usual)
         cost = self.costs.training(budget.run - taken, self.train_cases, plan.val_cases)
         return TuneAndTest(
@@ -154,7 +142,8 @@ class RunSteps:
         return seed_in_set(seed, self.sources.number)
 
     def _recipe(self, arm: Arm, seed: int) -> Recipe:
-        values = {"seed": self._seed(seed), **self.plan.method_merge.get(arm.name, {})}
+        own = self.plan.method_merge.get(arm.name, {})
+        values = {"seed": self._seed(seed), "head": self.plan.head, **own}
         return validated(Recipe, values, "merge")
 
     def _common(self, name: str, seed: int) -> dict[str, Any]:

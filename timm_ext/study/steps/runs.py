@@ -25,9 +25,10 @@ from timm_ext.study.steps.network_step import (
 from timm_ext.training.device import launch
 from timm_ext.training.objective import loss_of
 from timm_ext.training.validation import validate
-from timm_ext.transfer.run import run, settled
+from timm_ext.transfer.run import run
 from timm_ext.transfer.session import Session, make_data
 from timm_ext.transfer.settings import AdaptSettings, Recipe
+from timm_ext.transfer.settle import settled
 from timm_ext.transfer.start import Start, network_of, split_by, start_from
 
 
@@ -67,9 +68,7 @@ class Adapt(ArmStep):
         network = network_of(sources, task, self.recipe.seed)
         start = start_from(arm_of(self.arm), network, task, sources, self.recipe)
         done = run(start, adaptation=self.session(inputs, task, context), options=self.adapt)
-        merge = {"method": self.arm}
-        if isinstance(start.model, MergedModel):
-            merge = start.model.provenance()
+        merge = {"method": self.arm, **done.start.provenance()}
         self.save(context.folder / INITIAL, done.network, task, sources.hashes, merge)
         return told(done, context)
 
@@ -97,7 +96,7 @@ class TuneAndTest(ArmStep):
         start = settled(start, session)
         if parents and "start" not in inputs:
             plain = start.model.fold() if isinstance(start.model, MergedModel) else start.model
-            made = {"method": self.arm, **({"evidence": dict(start.evidence)} if start.evidence else {})}
+            made = {"method": self.arm, **start.provenance()}
             self.save(context.folder / INITIAL, plain, task, parents, made)
         if not isinstance(start.model, MergedModel):
             channels_last(start.model)
@@ -114,7 +113,7 @@ class TuneAndTest(ArmStep):
             return Start(network, split_by(network, arm.merge, self.recipe)), [str(checkpoint.sha256)]
         target = self.network.build(task, self.recipe.seed)
         if not arm.merge.models:
-            return Start(target), []
+            return Start(target, fit_heads=self.recipe.fits_heads), []
         sources = sources_of(inputs)
         return start_from(arm, target, task, sources, self.recipe), sources.hashes
 
