@@ -1,3 +1,4 @@
+import logging
 import tarfile
 import urllib.error
 
@@ -18,15 +19,21 @@ def archive(monkeypatch):
     return put
 
 
-def test_a_data_set_is_unpacked_under_its_name(tmp_path, archive):
-    def packed(path):
-        made = tmp_path / "made"
+def packed(place, name="Task04_Hippocampus"):
+    """Write an archive of a folder of some name, which is made in a place."""
+
+    def write(path):
+        made = place / "made"
         made.mkdir()
         (made / "dataset.json").write_text("{}")
         with tarfile.open(path, "w") as tar:
-            tar.add(made, "Task04_Hippocampus")
+            tar.add(made, name)
 
-    archive(packed)
+    return write
+
+
+def test_a_data_set_is_unpacked_under_its_name(tmp_path, archive):
+    archive(packed(tmp_path))
     folder = tmp_path / "data" / "Task04_Hippocampus"
     folder.parent.mkdir()
     download_decathlon(folder)
@@ -44,6 +51,32 @@ def test_without_network_it_says_what_to_fetch(tmp_path, archive):
     with pytest.raises(InputError, match=r"Task04_Hippocampus: expected to download it from https.*no route"):
         download_decathlon(tmp_path / "Task04_Hippocampus")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_archive_of_another_folder_is_refused(tmp_path, archive):
+    archive(packed(tmp_path, "Task09_Spleen"))
+    with pytest.raises(InputError, match=r"Task04_Hippocampus: expected to download it from https.*No such"):
+        download_decathlon(tmp_path / "data" / "Task04_Hippocampus")
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, archive):
+    archive(packed(tmp_path))
+    folder = tmp_path / "Task04_Hippocampus"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(
+        InputError, match=r"Task04_Hippocampus: expected to download it from https.*not empty"
+    ):
+        download_decathlon(folder)
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
+def test_what_monai_logs_is_as_before(tmp_path, archive):
+    notes = logging.getLogger("monai.apps")
+    before = notes.level
+    archive(packed(tmp_path))
+    download_decathlon(tmp_path / "Task04_Hippocampus")
+    assert notes.level == before
 
 
 def test_other_names_are_refused(tmp_path):

@@ -1,7 +1,7 @@
 import pytest
 
 from timm_ext.errors import InputError
-from timm_ext.vocabulary.modalities import distinct_keys, in_hounsfield_units, modality_key
+from timm_ext.vocabulary.modalities import distinct_keys, in_hounsfield_units, may_be, modality_key
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,18 @@ def test_two_names_of_one_modality_are_both_told():
     assert distinct_keys(["T1", "T2-FLAIR"], "task") == ["t1", "flair"]
     with pytest.raises(InputError, match=r"task: expected each modality once \(got T2-FLAIR and fla\)"):
         distinct_keys(["T1", "T2-FLAIR", "fla"], "task")
+
+
+@pytest.mark.parametrize("name", ["MRI", "mr", "3D MRI", "MR image", "mri_scan", "2D-MR TSE"])
+def test_a_name_that_says_mri_and_no_more_may_be_any_of_its_modalities(name):
+    assert may_be(name, "T1")
+    assert may_be(name, "T2-FLAIR")
+    assert not may_be(name, "CT")
+
+
+@pytest.mark.parametrize("name", ["image", "scan", "3D", "weighted", "MRI T1", "MRI 7T", "CT", "mrx", ""])
+def test_a_name_that_says_less_or_more_than_mri_may_not(name):
+    assert not may_be(name, "T1")
 
 
 def test_hounsfield_units():

@@ -96,7 +96,7 @@ def study(
     Example: `timm-ext study small --label-maps label_maps/ --out study`
     """
     from timm_ext.config import load_settings
-    from timm_ext.study.plan import StudyPlan, fetch_target, find_plan
+    from timm_ext.study.plan import StudyPlan, find_plan
     from timm_ext.study.run import run_study
 
     if os.environ.get("WORLD_SIZE", "1") != os.environ.get("LOCAL_WORLD_SIZE", "1"):
@@ -110,22 +110,39 @@ def study(
     given = [f"{field}={path}" for field, path in paths.items() if path is not None]
     settings = load_settings(StudyPlan, find_plan(plan), [*given, *(overrides or ())])
     if download:
-        fetch_target(settings)
+        _fetch_target(settings)
     _refuse_missing(settings)
     run_study(settings, out, workers=workers, retry=retry, dry_run=dry_run, power_from=power_from)
 
 
+def _fetch_target(plan: "StudyPlan") -> None:
+    """Download the target's data set as `download_decathlon` does.
+
+    Raises:
+        InputError: the plan names no data set, or one that cannot be downloaded.
+    """
+    from timm_ext.data.download import download_decathlon
+
+    if plan.target_data is None:
+        raise InputError("target_data: expected a data set to download (got none: its cases are generated)")
+    download_decathlon(Path(plan.target_data))
+
+
 def _refuse_missing(plan: "StudyPlan") -> None:
-    """Refuse data that a plan names and that are not there, with what names others.
+    """Refuse data that a plan uses and that are not there, with what names others.
 
     Raises:
         InputError: as said.
     """
     remedies = {
-        "target_data": "--target-data names other cases, --download fetches a data set of the Decathlon",
-        "source_data": "--source-data names other cases",
+        "target_data": " (--target-data names other cases, --download fetches a data set of the Decathlon)",
+        "source_data": " (--source-data names other cases)",
     }
-    for field, remedy in remedies.items():
-        path = getattr(plan, field)
+    used = {"target_data": plan.target_data}
+    for number, source in enumerate(plan.sources, 1):
+        used["source_data" if source.data is None else f"data of source {number}"] = plan.data_of(number)
+    for field, path in used.items():
         if path is not None and not Path(path).exists():
-            raise InputError(f"{path}: no such file or folder, which the plan has for {field} ({remedy})")
+            raise InputError(
+                f"{path}: no such file or folder, which the plan has for {field}{remedies.get(field, '')}"
+            )

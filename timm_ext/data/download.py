@@ -2,6 +2,8 @@
 
 import logging
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from timm_ext.data.formats.dataset_json import HEADER_NAME
@@ -30,16 +32,26 @@ def download_decathlon(folder: Path) -> None:
             f"{folder}: expected a folder named after a data set of the Decathlon to download, one of "
             f"{', '.join(DecathlonDataset.resource)}"
         )
-    notes = logging.getLogger("monai.apps")
-    notes.setLevel(logging.CRITICAL)  # failures are told below
-    with temporary_folder(folder) as parts:
+    with temporary_folder(folder) as parts, _silent(logging.getLogger("monai.apps")):
         archive, md5 = parts / f"{folder.name}.tar", DecathlonDataset.md5[folder.name]
         try:
+            # Not `download_and_extract`, which wants another package to ask the server for the file's name.
             download_url(url, archive, md5, "md5", progress=False)
             extractall(archive, parts, file_type="tar")
+            (parts / folder.name).replace(folder)
         except (OSError, RuntimeError, ValueError, tarfile.TarError, HashCheckError) as error:
             raise InputError(
                 f"{folder}: expected to download it from {url} (got {error}); unpack that file there "
                 "yourself, or name another data set"
             ) from error
-        (parts / folder.name).replace(folder)
+
+
+@contextmanager
+def _silent(logger: logging.Logger) -> Iterator[None]:
+    """Let a logger say nothing: failures are told by the error."""
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -16,7 +16,6 @@ from pydantic import (
     model_validator,
 )
 
-from timm_ext.data.download import download_decathlon
 from timm_ext.data.prepare import PrepareSettings
 from timm_ext.data.tasks import Task
 from timm_ext.documents import validated
@@ -345,17 +344,6 @@ class StudyPlan(BaseModel):
         }
         values = {"stop_patience": None, "keep": "last", **defaults, **given, **own}
         return validated(TrainSettings, values, "training")
-
-
-def fetch_target(plan: StudyPlan) -> None:
-    """Download the target's data set as `download_decathlon` does.
-
-    Raises:
-        InputError: the plan names no data set, or one that cannot be downloaded.
-    """
-    if plan.target_data is None:
-        raise InputError("target_data: expected a data set to download (got none: its cases are generated)")
-    download_decathlon(Path(plan.target_data))
 
 
 def bundled_plans() -> dict[str, Path]:

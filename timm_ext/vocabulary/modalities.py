@@ -63,9 +63,10 @@ def distinct_keys(names: Sequence[str], where: object) -> list[str]:
 
 
 def may_be(name: str, modality: str) -> bool:
-    """Whether a name that says no more than MRI is given to an image of a modality of MRI."""
+    """Whether a name that says MRI and no more is given to an image of a modality of MRI."""
     known = {key for key in _SPELLINGS if key != "ct"}
-    return {*_words(name)} <= _FILLERS and bool(_words(name)) and modality_key(modality) in known
+    words = {*re.findall(r"[^\W_]+", name.lower())}
+    return words <= _FILLERS and bool(words & {"mr", "mri"}) and modality_key(modality) in known
 
 
 def in_hounsfield_units(name: str) -> bool:

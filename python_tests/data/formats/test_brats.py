@@ -135,3 +135,31 @@ def test_label_files_may_be_called_so(kind, tmp_path):
         (tmp_path / name).touch()
     (case,) = read_cases(tmp_path, TASKS["hippocampus"], require_labels=True)
     assert case.label == tmp_path / f"a_{kind}.nii.gz"
+
+
+@pytest.mark.parametrize(
+    ("more", "labels"),
+    [
+        (("seg", "label"), "seg"),
+        (("seg", "labels", "label"), "seg"),
+        (("seg", "T1_label", "t2_labels"), "seg"),
+        (("label", "T1_label"), "label"),
+        (("label", "labels"), None),
+        (("T1_label",), None),
+    ],
+)
+def test_other_names_of_label_files_make_no_folder_unreadable(more, labels, tmp_path):
+    for kind in ("T1", *more):
+        touch(tmp_path / f"a_{kind}.nii.gz")
+    (case,) = read_cases(tmp_path, TASKS["hippocampus"])
+    assert case.id == "a"
+    assert case.label == (labels and tmp_path / f"a_{labels}.nii.gz")
+    if labels is None:
+        with pytest.raises(InputError, match=rf"missing label; not recognised as one: .*a_{more[0]}\.nii"):
+            read_cases(tmp_path, TASKS["hippocampus"], require_labels=True)
+
+
+def test_a_folder_of_label_files_alone_holds_no_case(tmp_path):
+    touch(tmp_path / "a_label.nii.gz")
+    with pytest.raises(InputError, match="expected cases in a known format"):
+        read_cases(tmp_path, ONE)
