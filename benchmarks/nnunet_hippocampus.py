@@ -198,8 +198,9 @@ def alignment(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         "mean aligned on images": align(second, first, ignore=heads, images=seen).model,
     }
     found = {}
-    for name, network in networks.items():
-        alike = torch.cat([r.diag() for r in correlations(network, first, channels, apart).values()])
+    every = correlations(list(networks.values()), first, channels, apart)
+    for (name, network), r in zip(networks.items(), every, strict=True):
+        alike = torch.cat([own.diag() for own in r.values()])
         with torch.no_grad():
             moved = (network.eval()(apart[0]) - second.eval()(apart[0])).abs().max()
         found[name] = {"correlation": round(float(alike.mean()), 4), "logits moved": float(f"{moved:.1e}")}

@@ -96,9 +96,9 @@ def columns(rows: Sequence[Row], names: dict[str, str]) -> dict[str, str]:
     return {name: title for name, title in names.items() if any(name in row["of_plain"] for row in rows)}
 
 
-def networks_of(rows: Sequence[Row]) -> str:
-    """Return the networks of all rows, each once."""
-    return ", ".join(dict.fromkeys(row["network"] for row in rows))
+def networks_of(rows: Sequence[Row]) -> int:
+    """Return how many networks the rows are of."""
+    return len({row["network"] for row in rows})
 
 
 def errors_of(rows: Sequence[Row]) -> Facts:

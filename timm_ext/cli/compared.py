@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from timm_ext.checkpoint import Checkpoint
     from timm_ext.transfer.sources import Sources
 
-_MOST = 8  # cases: one did nearly as well as six, and six as well as eighteen
+_MOST = 8  # cases
 
 
 @dataclass(frozen=True)

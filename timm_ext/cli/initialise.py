@@ -138,7 +138,7 @@ def merge(
     nothing starts anew, unless for another task: checkpoints of any architecture, PyTorch or safetensors
     files or folders of shards, the latter larger than memory if need be, optionally weighted by one
     `--fisher` of the same layout for each. `--align` wants networks that their files describe;
-    `--data` lets it compare responses to images, which matches far more channels than weights do.
+    `--data` lets it compare responses to images in place of weights.
 
     Example: `timm-ext merge M1.safetensors M2.safetensors --fisher F1.safetensors --fisher F2.safetensors
     --method mode-imm --task brats --out init.safetensors`

@@ -97,35 +97,51 @@ def align(
             cannot be followed, see `trace_channels`; images beside a reference that is no network, or that a
             network does not run on.
     """
+    if images is not None:
+        return _by_responses([model], reference, ignore, images, example)[0]
     channels = trace_channels(model, example)
-    tensors = {name: p.detach() for name, p in named_parameters(model).items()}
-    others = dict(named_parameters(reference)) if isinstance(reference, nn.Module) else dict(reference)
-    compared = {name: tensor for name, tensor in tensors.items() if not matches(name, ignore)}
-    others = {name: tensor.detach() for name, tensor in others.items() if not matches(name, ignore)}
-    check_compatible({"reference": others, "network": compared})
-    if images is None:
-        permutations, similarity = _Matching(channels, compared, others).run(seed)
-    else:
-        permutations, similarity = _by_responses(model, reference, channels, images)
+    permutations, similarity = _Matching(channels, *_compared(model, reference, ignore)).run(seed)
     return Alignment(_permuted(model, channels, permutations), permutations, similarity, channels)
 
 
+def _compared(
+    model: nn.Module, reference: nn.Module | Mapping[str, Tensor], ignore: Sequence[str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the parameters of both that are compared, which must be alike."""
+    others = named_parameters(reference) if isinstance(reference, nn.Module) else reference
+    mine, theirs = (
+        {name: tensor.detach() for name, tensor in tensors.items() if not matches(name, ignore)}
+        for tensors in (named_parameters(model), others)
+    )
+    check_compatible({"reference": theirs, "network": mine})
+    return mine, theirs
+
+
 def _by_responses(
-    model: nn.Module,
+    models: Sequence[nn.Module],
     reference: nn.Module | Mapping[str, Tensor],
-    channels: ChannelMap,
+    ignore: Sequence[str],
     images: Sequence[Tensor],
-) -> tuple[dict[str, Tensor], tuple[float, ...]]:
-    """Return the permutation of each group, and the sum of correlations before and after."""
+    example: Tensor | None,
+) -> list[Alignment]:
+    """Align networks by their responses to images; the arguments are those of `align`."""
+    channels = [trace_channels(model, example) for model in models]
+    for model in models:
+        _compared(model, reference, ignore)
     if not isinstance(reference, nn.Module) or not images:
         what = "no image" if isinstance(reference, nn.Module) else "tensors for a reference"
         raise InputError(f"alignment: expected two networks and images that both take (got {what})")
-    found = correlations(model, reference, channels, images)
+    found = correlations(models, reference, channels[0], images)
+    return [_most_alike(*each) for each in zip(models, channels, found, strict=True)]
+
+
+def _most_alike(model: nn.Module, channels: ChannelMap, found: Mapping[str, Tensor]) -> Alignment:
+    """Return a network with the channels of each group where they correlate most."""
     order = {name: torch.arange(group.size) for name, group in channels.groups.items()}
     order |= {name: assign(alike, channels.groups[name]) for name, alike in found.items()}
     before = sum(float(alike.trace()) for alike in found.values())
     after = sum(float(alike[:, order[name]].trace()) for name, alike in found.items())
-    return order, (before, after)
+    return Alignment(_permuted(model, channels, order), order, (before, after), channels)
 
 
 def align_to_first(
@@ -188,7 +204,7 @@ def alignments(
     first, *others = models
     if images is not None:
         _check_same_images(modalities or ())
-        return [align(m, first, ignore=ignore, images=images, example=example, seed=seed) for m in others]
+        return _by_responses(others, first, ignore, images, example) if others else []
     reference: dict[str, Tensor] = {name: p.detach() for name, p in named_parameters(first).items()}
     found = []
     for number, model in enumerate(others, 1):

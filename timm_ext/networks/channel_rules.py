@@ -1,9 +1,8 @@
 """How channels pass through each function of a forward."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -28,6 +27,26 @@ def tensors_in(values: Any) -> Iterator[Tensor]:
             yield from tensors_in(value)
 
 
+class WeightAxes(NamedTuple):
+    """The axes of a layer's weight along which its outputs and its inputs lie."""
+
+    outputs: int
+    inputs: int
+
+
+LAYERS = {
+    "linear": WeightAxes(0, 1),
+    **{f"conv{axes}d": WeightAxes(0, 1) for axes in (1, 2, 3)},
+    **{f"conv_transpose{axes}d": WeightAxes(1, 0) for axes in (1, 2, 3)},
+}
+"""Functions whose outputs are channels of their own, whatever comes in."""
+
+
+def place_of_channels(layer: str, input: Tensor) -> int:
+    """Return the axis of a layer's input along which its channels lie."""
+    return input.ndim - 1 if layer == "linear" else 1
+
+
 def _convolution(
     trace: "Trace",
     function: str,
@@ -40,17 +59,16 @@ def _convolution(
     sixth: Any = 0,
     groups: int = 1,
     *_: Any,
-    axes: tuple[int, int] = (0, 1),
     **__: Any,
 ) -> None:
     """Follow a convolution; the sixth argument is a dilation, of a transposed one an output padding."""
-    _connect(trace, function, output, input, weight, bias, groups, axes=axes)
+    _connect(trace, function, output, input, weight, bias, groups)
 
 
 def _linear(
     trace: "Trace", function: str, output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> None:
-    _connect(trace, function, output, input, weight, bias, 1, axes=(0, 1), place=input.ndim - 1)
+    _connect(trace, function, output, input, weight, bias, 1)
 
 
 def _connect(
@@ -61,12 +79,10 @@ def _connect(
     weight: Tensor,
     bias: Tensor | None,
     groups: int,
-    axes: tuple[int, int],
-    place: int = 1,
 ) -> None:
-    """Follow a layer of the channels along `place`, whose weight has outputs and inputs along `axes`."""
+    """Follow a layer."""
+    (out_axis, in_axis), place = LAYERS[function], place_of_channels(function, input)
     name, row = trace.name(weight, f"{function}'s weight"), trace.row(input, function, place)
-    out_axis, in_axis = axes
     if groups == 1:
         trace.slots.occupy(name, in_axis, row)
         made = trace.slots.made_by(name, out_axis, output.shape[place])
@@ -304,9 +320,7 @@ def _table(rule: Rule, names: str) -> dict[str, Rule]:
 
 # By the name of the function without underscores, so that `add`, `add_` and `__iadd__` are found alike.
 RULES: dict[str, Rule] = {
-    **_table(_convolution, "conv1d conv2d conv3d"),
-    **_table(partial(_convolution, axes=(1, 0)), "conv_transpose1d conv_transpose2d conv_transpose3d"),
-    **_table(_linear, "linear"),
+    **{name: _linear if name == "linear" else _convolution for name in LAYERS},
     **_table(_channel_norm, "batch_norm instance_norm"),
     **_table(_group_norm, "group_norm"),
     **_table(_layer_norm, "layer_norm"),

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from timm_ext.errors import InputError, first_line
 from timm_ext.modes import evaluating
-from timm_ext.networks.channel_rules import RULES, Row, UnfollowedError, tensors_in
+from timm_ext.networks.channel_rules import LAYERS, RULES, Row, UnfollowedError, tensors_in
 from timm_ext.networks.channels import FIXED, ChannelMap, Slots
 from timm_ext.networks.registry import axes_of, config_of, size_divisor_of
 from timm_ext.parameters import parameter_aliases
@@ -82,10 +82,6 @@ def example_images(model: nn.Module) -> Tensor:
     edges = [2 * edge, *[edge] * (axes_of(model) - 1)]
     like = next(model.parameters())
     return like.new_zeros(1, config["in_channels"], *edges)
-
-
-LAYERS = {name for name in RULES if name.startswith("conv")} | {"linear"}
-"""Functions whose outputs are channels of their own, whatever comes in."""
 
 
 class Trace(TorchFunctionMode):
