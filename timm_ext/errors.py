@@ -1,7 +1,9 @@
 """The one exception type for input that the user can mend, and how its messages show and list things."""
 
+import copy
 import re
 from collections.abc import Iterable
+from typing import Self
 
 MOST_LISTED = 10
 MOST_SHOWN = 200
@@ -20,6 +22,12 @@ class InputError(ValueError):
     def __init__(self, message: object = "") -> None:
         text = printable(_LOOSE_NEWLINE.sub(r"\\n", str(message)), keep="\n")
         super().__init__("\n".join(map(_without_middle, text.split("\n"))))
+
+    def hinted(self, hint: str) -> Self:
+        """Return an error of the same kind with a further line, of what can be done."""
+        other = copy.copy(self)
+        other.args = InputError(f"{self}\n  {hint}").args
+        return other
 
 
 def _without_middle(line: str) -> str:

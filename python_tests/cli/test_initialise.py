@@ -77,6 +77,23 @@ def test_merge_compares_channels_on_images(place, tmp_path, capsys):
     assert "expected cases in a known format" in failure(capsys, [*command, "--align", "--data", tmp_path])
 
 
+def test_merge_compares_channels_on_images_of_other_names(place, tmp_path, capsys):
+    scans = sorted((place / "tumours").rglob("*_T1.nii.gz"))
+    rows = [
+        f"{scan.parent.name},{scan},{scan.with_name(scan.name.replace('_T1.', '_T2.'))}" for scan in scans
+    ]
+    cases, out = tmp_path / "cases.csv", tmp_path / "out.safetensors"
+    cases.write_text("\n".join(["id,MPRAGE of ours,T2", *rows]))
+    command = ["merge", *sources(place), "--method", "mean-imm", "--align", "--out", str(out)]
+    command += ["--data", str(cases)]
+    error = failure(capsys, command)
+    assert "--channel 'T1=NAME' gives the network's T1 the images that the cases call NAME" in error
+    assert run([*command, "--channel", "T1=MPRAGE of ours"]) == 0
+    assert f"compared by responses to images of {cases} (2)" in " ".join(capsys.readouterr().out.split())
+    without = [*sources(place), "--out", out, "--channel", "T1=x"]
+    assert "--channel: expected --data beside it" in failure(capsys, ["merge", *without])
+
+
 def test_given_ratios_of_aligned_networks(place, tmp_path, capsys):
     twin = save_source(tmp_path / "twin.safetensors", "parcellation-1-7", seed=5)
     command = ["merge", sources(place)[0], str(twin), "--align"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from timm_ext.cli.cases import channel_names, named_channels, told_default
+from timm_ext.cli.cases import channel_names, told_default, told_names
 from timm_ext.cli.common import (
     DEFAULT_TASK,
     NETWORK_NAME,
@@ -301,7 +301,7 @@ def _labelled_cases(truth: Path, task: "Task", predicted: Iterable[str]) -> dict
         if not found:
             raise
         names = f"got {listed(found)} for predictions {listed(predicted)}"
-        raise InputError(f"{error}\n  or label maps named like the predictions ({names})") from error
+        raise error.hinted(f"or label maps named like the predictions ({names})") from error
     return {case.id: case for case in cases}
 
 
@@ -311,7 +311,7 @@ def _scans(
     """Return the scans that the user names in one way or the other, channels as the network has them.
 
     Raises:
-        InputError: as for `named_channels`, `read_cases` and `_single_case`, or both or none are given.
+        InputError: as for `channel_names`, `read_cases` and `_single_case`, or both or none are given.
     """
     from timm_ext.data.formats.cases import read_cases
     from timm_ext.interop.nnunet.model import NOTE, header_of
@@ -324,8 +324,9 @@ def _scans(
         return [_single_case(images, task)]
     noted = checkpoint.metadata.get(NOTE)
     header = None if noted is None else header_of(noted["dataset_json"], checkpoint.path or Path())
-    read = partial(read_cases, cases, use_labels=False, header=header)
-    return named_channels(lambda asked: read(task=asked), task, channel_names(channels, task))
+    names = channel_names(channels, task)
+    with told_names():
+        return read_cases(cases, task, use_labels=False, header=header, names=names)
 
 
 def _check_overwritten(outputs: list[list[Path]], network: Path, scans: "list[Case]") -> None:

@@ -1,8 +1,8 @@
 """Cases that commands read, prepare and divide, and what they say about them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,15 +28,17 @@ def told_default(task: str | None, cases: Path) -> Iterator[None]:
         task: that the user named, or None.
         cases: the data set, which may describe its own task.
     """
+    from timm_ext.data.mismatch import TaskMismatchError
+
     try:
         yield
-    except InputError as error:
-        if task is not None or f"task {DEFAULT_TASK}" not in str(error):
+    except TaskMismatchError as error:
+        if task is not None or error.task != DEFAULT_TASK:
             raise
         places = (cases, cases / "dataset.json", cases.parent / "dataset.json")
         own = next((path for path in places if path.name == "dataset.json" and path.is_file()), None)
         here = "" if own is None else f", here --task {own}"
-        raise InputError(f"{error}\n  {DEFAULT_TASK} is the default; --task names another{here}") from error
+        raise error.hinted(f"{DEFAULT_TASK} is the default; --task names another{here}") from error
 
 
 def new_task(name: str | None, cases: Path, images: "Images | None") -> "tuple[Task, Images | None]":
@@ -75,49 +77,34 @@ def channel_names(texts: Sequence[str], task: "Task") -> dict[str, str]:
     return {wanted[modality_key(channel)]: name.strip() for channel, _, name in pairs}
 
 
-def named_channels(
-    read: "Callable[[Task], list[Case]]",
-    task: "Task",
-    names: Mapping[str, str],
-    remedy: str = "--channel '{}=NAME'",
-) -> "list[Case]":
-    """Read cases that have other names for the channels of a network, and give their images its names.
+@contextmanager
+def told_names(remedy: str = "--channel '{}=NAME'") -> Iterator[None]:
+    """Say in a refusal of cases without a modality how the user says what they call it.
 
     Args:
-        read: reads cases of a task.
-        task: names the network's channels.
-        names: of these in the cases, where they differ.
-        remedy: how the user says the name NAME of a channel.
-
-    Raises:
-        InputError: one image for two channels; or of `read`, of missing modalities with what to do.
+        remedy: of the name NAME of a channel.
     """
-    from timm_ext.vocabulary.modalities import distinct_keys
+    from timm_ext.data.mismatch import TaskMismatchError
 
-    asked = replace(task, modalities=tuple(names.get(one, one) for one in task.modalities))
-    distinct_keys(asked.modalities, "--channel")
-    own = dict(zip(asked.modalities, task.modalities, strict=True))
     try:
-        cases = read(asked)
-    except InputError as error:
-        missing = [own[name] for name in own if f"missing modality {name} of task" in str(error)]
-        if not missing:
+        yield
+    except TaskMismatchError as error:
+        if not error.missing:
             raise
-        raise InputError(
-            f"{error}\n  {remedy.format(missing[0])} gives the network's {missing[0]} the images that the "
-            "cases call NAME"
+        first = error.missing[0]
+        raise error.hinted(
+            f"{remedy.format(first)} gives the network's {first} the images that the cases call NAME"
         ) from error
-    return [
-        replace(
-            case,
-            images={own[name]: file for name, file in case.images.items()},
-            channels={own[name]: channel for name, channel in case.channels.items()},
-        )
-        for case in cases
-    ]
 
 
-def cases_at(path: Path, task: "Task", images: "Images | None", *, labelled: bool = True) -> "list[Case]":
+def cases_at(
+    path: Path,
+    task: "Task",
+    images: "Images | None",
+    *,
+    labelled: bool = True,
+    names: Mapping[str, str] | None = None,
+) -> "list[Case]":
     """Read cases for a network of ours, or for one of another program's images, with labels or without.
 
     Raises:
@@ -127,8 +114,8 @@ def cases_at(path: Path, task: "Task", images: "Images | None", *, labelled: boo
     from timm_ext.data.formats.cases import read_cases
 
     if images is not None:
-        return images.read(path, task, labelled=labelled)
-    cases = read_cases(path, task, require_labels=labelled, use_labels=labelled)
+        return images.read(path, task, labelled=labelled, names=names)
+    cases = read_cases(path, task, require_labels=labelled, use_labels=labelled, names=names)
     refuse_prepared(cases, path)
     return cases
 

@@ -225,10 +225,14 @@ def _refuse_default(task: "Task", report: _Report) -> None:
     """Say once where no case has the modalities of a task: it is hardly the one that is meant.
 
     Raises:
-        InputError: that is so.
+        TaskMismatchError: that is so.
     """
+    from timm_ext.data.mismatch import TaskMismatchError
+
     if report.cases and all(not case.images and case.wrong for case in report.cases):
-        raise InputError(f"expected cases with the modalities of task {task.name} (got none)")
+        raise TaskMismatchError(
+            f"expected cases with the modalities of task {task.name} (got none)", task.name
+        )
 
 
 def _row_of_case(case: "Examined", task: "Task") -> tuple[str, ...]:

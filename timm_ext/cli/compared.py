@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from timm_ext.cli.cases import cases_at, prepare_labelled
+from timm_ext.cli.cases import cases_at, channel_names, prepare_labelled, told_names
 from timm_ext.cli.common import say_once, task_of
 from timm_ext.cli.fishers import settings_of_fisher
+from timm_ext.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,12 +28,32 @@ class ComparedOn:
         first: the first source's checkpoint, as whose images they are prepared.
         config: of the command.
         overrides: of the command.
+        channels: as `CHANNEL=NAME`, what the cases call channels of the networks.
     """
 
     cases: Path
     first: "Checkpoint"
     config: Path | None
     overrides: Sequence[str] | None
+    channels: Sequence[str] = ()
+
+    @classmethod
+    def of(
+        cls,
+        cases: Path | None,
+        first: "Checkpoint",
+        config: Path | None,
+        overrides: Sequence[str] | None,
+        channels: Sequence[str],
+    ) -> "ComparedOn | None":
+        """Return the cases that the user names, None where they are none.
+
+        Raises:
+            InputError: names of channels, but no cases that have them.
+        """
+        if cases is None and channels:
+            raise InputError("--channel: expected --data beside it, whose cases have these names (got none)")
+        return None if cases is None else cls(cases, first, config, overrides, channels)
 
     def align(self, sources: "Sources") -> "Sources":
         """Align sources by their responses to the images of some cases.
@@ -51,7 +72,9 @@ class ComparedOn:
 
         images, task = images_of(self.first), task_of(None, self.first)
         settings = settings_of_fisher(self.config, self.overrides, self.first, model, images)
-        cases = cases_at(self.cases, task, images, labelled=False)
+        names = channel_names(self.channels, task)
+        with told_names():
+            cases = cases_at(self.cases, task, images, labelled=False, names=names)
         chosen = [replace(case, label=None, numbers=()) for case in cases[:: -(-len(cases) // _MOST)]]
         prepared = prepare_labelled(chosen, task, settings, images, None, 0)
         patch, seed = settings.fisher.patch, settings.fisher.seed

@@ -6,11 +6,10 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from timm_ext.cli.cases import cases_at, named_channels, prepare_labelled
+from timm_ext.cli.cases import cases_at, prepare_labelled, told_names
 from timm_ext.cli.common import fit_volumes, say_once, settings_dict, task_of
 from timm_ext.cli.planned import settings_of_network
 from timm_ext.cli.reckoned import check_fisher_memory
@@ -181,14 +180,14 @@ class InPassing:
         labelled = place is not None
         names = {} if labelled else self._names(task, settings)
         try:
-            read = partial(cases_at, path, images=images, labelled=labelled)
-            cases = named_channels(lambda asked: read(task=asked), task, names, _REMEDY)
+            with told_names(_REMEDY):
+                cases = cases_at(path, task, images, labelled=labelled, names=names)
         except InputError as error:
             if labelled:
                 raise
-            raise InputError(
-                f"{error}\n  for the Fisher of {checkpoint.path}; --source-data names cases of each "
-                "network's own, --fisher files that timm-ext fisher wrote"
+            raise error.hinted(
+                f"for the Fisher of {checkpoint.path}; --source-data names cases of each network's own, "
+                "--fisher files that timm-ext fisher wrote"
             ) from error
         cases = cases if labelled else [replace(case, label=None, numbers=()) for case in cases]
         cache = self.given.cache or self.given.out / "prepared"

@@ -12,6 +12,7 @@ from timm_ext.cli.common import (
     Align,
     AlignWhereNeeded,
     Cache,
+    ChannelNames,
     Config,
     Fishers,
     Fold,
@@ -118,6 +119,7 @@ def merge(
     method: _MergeMethod = None,
     align: Align = False,
     data: _Compared = None,
+    channels: ChannelNames = None,
     task: _NewTask = None,
     target: _For = None,
     fold: Fold = None,
@@ -156,7 +158,7 @@ def merge(
     check_replaced(out, "merged")
     if ratios is not None and method is not None:
         raise InputError("--ratios: expected no --method beside it (got both)")
-    networks_only = (align, data, task, target, fold, folds, config, overrides, named)
+    networks_only = (align, data, channels, task, target, fold, folds, config, overrides, named)
     if ratios is not None and not any(networks_only) and not any(map(is_foreign, networks)):
         merge_as_they_are(networks, out, parse_ratios(ratios), fishers or (), shard_size, hashes)
         return
@@ -167,7 +169,7 @@ def merge(
     first = first_of(networks, fold, names)
     settings = settings_from(config, with_alignment(overrides, align), first)
     given = None if ratios is None else parse_ratios(ratios)
-    compared = None if data is None else ComparedOn(data, first, config, overrides)
+    compared = ComparedOn.of(data, first, config, overrides, channels or ())
     start = _Merge(method or "mode-imm", task, target, fold, keep_heads, names, given, compared)
     start.write(networks, out, fishers or (), first, settings)
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from timm_ext.cli.cases import Given, cases_at, channel_names, named_channels, new_task, prepare_labelled
+from timm_ext.cli.cases import Given, cases_at, channel_names, new_task, prepare_labelled, told_names
 from timm_ext.cli.common import (
     Cache,
     CasesArgument,
@@ -159,7 +159,8 @@ def fisher(
     chosen = task_of(task, checkpoint)
     settings = settings_of_fisher(config, overrides, checkpoint, model, images)
     names = channel_names(channels or (), chosen)
-    every = named_channels(lambda asked: cases_at(cases, asked, images), chosen, names)[:limit]
+    with told_names():
+        every = cases_at(cases, chosen, images, names=names)[:limit]
     prepared = prepare_labelled(every, chosen, settings, images, cache, workers)
     data = examples_of(prepared, resolve_task(chosen, prepared, cases), settings)
     estimate = estimated(model, checkpoint, data, settings, out)

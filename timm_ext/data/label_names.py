@@ -5,8 +5,9 @@ A name that nobody knows contradicts nothing, unless a region of the task has it
 
 from collections.abc import Iterator, Mapping
 
+from timm_ext.data.mismatch import TaskMismatchError
 from timm_ext.data.tasks import Region, Task
-from timm_ext.errors import InputError, listed
+from timm_ext.errors import listed
 from timm_ext.vocabulary.regions import form_of, meaning_of
 from timm_ext.vocabulary.structures import FREESURFER_TO_CLASS
 
@@ -40,8 +41,8 @@ def check_label_names(
     hint = ""
     if task.freesurfer and not freesurfer and not list(_clashes(_in_classes(names), task)):
         hint = " (these are FreeSurfer's numbers, which are known by label 41 or 42 among them)"
-    raise InputError(
-        f"{where}: {_called(names[name], name)}, but task {task.name} {meant}{more}{hint}{remedy}"
+    raise TaskMismatchError(
+        f"{where}: {_called(names[name], name)}, but task {task.name} {meant}{more}{hint}{remedy}", task.name
     )
 
 

@@ -16,6 +16,7 @@ from rich.progress import track
 
 from timm_ext.data.formats.cases import Case
 from timm_ext.data.grid import Grid, Triple
+from timm_ext.data.mismatch import TaskMismatchError
 from timm_ext.data.preprocess import Built
 from timm_ext.data.preprocess import PrepareSettings as PrepareSettings
 from timm_ext.data.store import read_array, read_entry, write_entry
@@ -126,7 +127,8 @@ def prepare_case(case: Case, task: Task, settings: CasePreparation, cache: Path 
             an image is empty; the label holds numbers outside the task's set, or no voxel of any region.
     """
     if missing := [modality for modality in task.modalities if modality not in case.images]:
-        raise InputError(f"{case.id}: missing modality {', '.join(missing)} of task {task.name}")
+        told = f"{case.id}: missing modality {', '.join(missing)} of task {task.name}"
+        raise TaskMismatchError(told, task.name, missing)
     if cache is None:
         arrays, grid, present = settings.build(case, task)
         prepared = Prepared(case, grid, present, arrays)
@@ -244,9 +246,10 @@ def check_not_empty(present: Collection[int], task: Task, where: object) -> None
     """Refuse a label map without a voxel of any region, by the labels that it holds."""
     wanted = {label for region in task.regions for label in region.labels}
     if not wanted.intersection(present):
-        raise InputError(
+        raise TaskMismatchError(
             f"{where}: expected a voxel of some region of task {task.name}, labels {sorted(wanted)} "
-            f"(got only labels {list(present)})"
+            f"(got only labels {list(present)})",
+            task.name,
         )
 
 

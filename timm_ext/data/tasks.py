@@ -10,6 +10,7 @@ import numpy.typing as npt
 from pydantic import AfterValidator, Field
 
 from timm_ext.data.formats.dataset_json import is_header, parse_header, task_of
+from timm_ext.data.mismatch import TaskMismatchError
 from timm_ext.documents import read_json, read_yaml, validated
 from timm_ext.errors import InputError, listed, shown
 from timm_ext.vocabulary.modalities import BRATS_MODALITIES, distinct_keys
@@ -146,9 +147,10 @@ class Task:
     def check_labels(self, present: Iterable[int], where: object) -> None:
         """Refuse labels that a file of this task cannot hold; errors are those of `read_labels`."""
         if outside := sorted(set(present) - self.labels):
-            raise InputError(
+            raise TaskMismatchError(
                 f"{where}: expected the labels {sorted(self.labels)} of task {self.name} "
-                f"(got {_short(outside)}){self.either_of(outside)}"
+                f"(got {_short(outside)}){self.either_of(outside)}",
+                self.name,
             )
         self.check_exclusive(present, where)
 

@@ -1,5 +1,6 @@
 import csv
 import json
+import pickle
 from collections import Counter
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from files_for_tests import touch
 
 from timm_ext.data.formats.cases import Case, read_cases, split_cases, write_list
+from timm_ext.data.mismatch import TaskMismatchError
 from timm_ext.data.tasks import TASKS, task_from_dict
 from timm_ext.errors import InputError
 from timm_ext.vocabulary.modalities import modality_key
@@ -210,3 +212,28 @@ def test_an_image_that_is_only_called_mri_is_no_ct_and_not_one_of_several(tmp_pa
     for task in (ct, TASKS["parcellation"]):
         with pytest.raises(InputError, match=r"missing modality"):
             read_cases(tmp_path, task)
+
+
+def test_names_say_what_a_data_set_calls_a_modality(tmp_path: Path) -> None:
+    for name in ("a.nii", "b.nii"):
+        (tmp_path / name).touch()
+    (tmp_path / "list.csv").write_text("id,first,T2\nx,a.nii,b.nii\n")
+    task = task_from_dict({"name": "n", "modalities": ["T1", "T2"], "regions": {"r": [1]}})
+    (case,) = read_cases(tmp_path / "list.csv", task, names={"T1": "first"})
+    assert case.images == {"T1": tmp_path / "a.nii", "T2": tmp_path / "b.nii"}
+    with pytest.raises(TaskMismatchError, match="missing modality T1 of task n") as raised:
+        read_cases(tmp_path / "list.csv", task)
+    assert (raised.value.task, raised.value.missing) == ("n", ("T1",))
+    with pytest.raises(TaskMismatchError, match="missing modality second of task n") as raised:
+        read_cases(tmp_path / "list.csv", task, names={"T2": "second", "T1": "first"})
+    assert raised.value.missing == ("T2",)
+    with pytest.raises(InputError, match=r"expected each modality once \(got T2 and T2"):
+        read_cases(tmp_path / "list.csv", task, names={"T1": "T2"})
+
+
+def test_refusals_keep_their_kind_and_what_is_missing(tmp_path: Path) -> None:
+    error = TaskMismatchError("x: missing", "n", ("T1",))
+    for other in (error.hinted("do y"), pickle.loads(pickle.dumps(error))):
+        assert (type(other), other.task, other.missing) == (TaskMismatchError, "n", ("T1",))
+    assert str(error.hinted("do y")) == "x: missing\n  do y"
+    assert str(error) == "x: missing"

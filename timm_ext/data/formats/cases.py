@@ -23,10 +23,11 @@ from timm_ext.data.formats.entries import Entry, Image, Listing, numbers_in, pro
 from timm_ext.data.formats.lists import csv_list, json_list
 from timm_ext.data.formats.prepared_arrays import holds_prepared, prepared_arrays
 from timm_ext.data.label_names import check_label_names
+from timm_ext.data.mismatch import TaskMismatchError
 from timm_ext.data.tasks import Task
 from timm_ext.errors import InputError, lines_of, listed, printable
 from timm_ext.files import write_csv, write_json
-from timm_ext.vocabulary.modalities import may_be, modality_key
+from timm_ext.vocabulary.modalities import distinct_keys, may_be, modality_key
 
 LIST_NAME = "cases.json"
 """A folder that holds a list of this name is read by it."""
@@ -72,6 +73,7 @@ def read_cases(
     require_labels: bool = False,
     use_labels: bool = True,
     header: Header | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> list[Case]:
     """Read the cases of a data set, whatever its format, sorted by id.
 
@@ -102,14 +104,18 @@ def read_cases(
         use_labels: whether label files matter; where they do not, nothing is asked of them.
         header: of the data set that a network of nnU-Net was trained on; it names the channels of a folder of
             `CASE_0000` files that has no `dataset.json` in or beside it. They are read without labels.
+        names: what the data set calls modalities of the task, where that is not by their own names.
 
     Raises:
-        InputError: unknown format, no cases; names of labels that contradict the task; or, in one listing,
-            missing modalities and files, two files of one modality, unusable or duplicate ids.
+        InputError: unknown format, no cases; names of labels that contradict the task; one name for two
+            modalities; or, in one listing, missing modalities and files, two files of one modality, unusable
+            or duplicate ids. Of missing modalities it is a `TaskMismatchError`.
     """
     path = Path(path)
-    found = find_cases(path, task, require_labels=require_labels, use_labels=use_labels, header=header)
-    _refuse(path, [problem for problems in found.problems.values() for problem in problems])
+    found = find_cases(
+        path, task, require_labels=require_labels, use_labels=use_labels, header=header, names=names
+    )
+    _refuse(path, found, task)
     return found.cases
 
 
@@ -121,11 +127,13 @@ class Found:
         cases: whose files are all there, sorted by id.
         problems: what is wrong with others, by their ids; a case may be there twice.
         remarks: what is odd about the data set as a whole.
+        missing: modalities of the task that a case does not have.
     """
 
     cases: list[Case]
     problems: Mapping[str, Sequence[str]]
     remarks: tuple[str, ...]
+    missing: tuple[str, ...] = ()
 
 
 def find_cases(
@@ -135,12 +143,16 @@ def find_cases(
     require_labels: bool = False,
     use_labels: bool = True,
     header: Header | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> Found:
     """Read a data set as `read_cases` does, but return what is wrong with its cases.
 
     Raises:
-        InputError: unknown format, no cases; names of labels that contradict the task.
+        InputError: unknown format, no cases; names of labels that contradict the task; one name for two
+            modalities.
     """
+    asked = _Asked(task, names or {}, require_labels, use_labels)
+    distinct_keys([asked.name_of(modality) for modality in task.modalities], path)
     listing = _listing(path, header)
     if not listing.entries:
         raise InputError(
@@ -151,16 +163,19 @@ def find_cases(
         _check_names(listing.names, task, listing.source)
     cases: list[Case] = []
     problems: dict[str, list[str]] = {}
+    missing: set[str] = set()
     for entry in listing.entries:
-        case = _case(entry, listing, task, require_labels, use_labels)
+        case = _case(entry, listing, asked)
         if isinstance(case, Case):
             cases.append(case)
         else:
-            problems.setdefault(entry.id, []).extend(case)
+            problems.setdefault(entry.id, []).extend(case.lines)
+            missing |= case.missing
     for name, count in Counter(entry.id for entry in listing.entries).items():
         if count > 1:
             problems.setdefault(name, []).append(f"{name}: duplicate id ({count} cases)")
-    return Found(sorted(cases, key=lambda case: case.id), problems, listing.remarks)
+    lacking = tuple(modality for modality in task.modalities if modality in missing)
+    return Found(sorted(cases, key=lambda case: case.id), problems, listing.remarks, lacking)
 
 
 def check_names_beside(labels: Path, task: Task) -> tuple[int, ...]:
@@ -275,26 +290,45 @@ def _check_names(names: Mapping[str, tuple[int, ...]], task: Task, source: Path 
     check_label_names(names, task, source, either or remedy)
 
 
-def _case(
-    entry: Entry, listing: Listing, task: Task, require_labels: bool, use_labels: bool
-) -> Case | list[str]:
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked of a data set; see `read_cases`."""
+
+    task: Task
+    names: Mapping[str, str]
+    require_labels: bool
+    use_labels: bool
+
+    def name_of(self, modality: str) -> str:
+        return self.names.get(modality, modality)
+
+
+@dataclass
+class _Faults:
+    """What is wrong with a case, in words, and which modalities it does not have."""
+
+    lines: list[str] = field(default_factory=list)
+    missing: set[str] = field(default_factory=set)
+
+
+def _case(entry: Entry, listing: Listing, asked: _Asked) -> Case | _Faults:
     """Return the case of an entry, or what is wrong with it."""
     if problem := problem_with_id(entry.id):
-        return [f"{entry.id[:200]!r}: an id must be usable as a file name: {problem}"]
-    problems: list[str] = []
-    images = _images(entry, task, problems)
-    labels = entry.labels if use_labels else tuple(filter(os.path.isfile, entry.labels[:1]))
+        return _Faults([f"{entry.id[:200]!r}: an id must be usable as a file name: {problem}"])
+    faults = _Faults()
+    images = _images(entry, asked, faults)
+    labels = entry.labels if asked.use_labels else tuple(filter(os.path.isfile, entry.labels[:1]))
     if len(labels) > 1:
-        problems.append(f"{entry.id}: expected one label file (got {' and '.join(map(str, labels))})")
-    if not labels and require_labels:
-        problems.append(f"{entry.id}: missing label{_maybe_labels(entry, images)}")
-    problems += [
+        faults.lines.append(f"{entry.id}: expected one label file (got {' and '.join(map(str, labels))})")
+    if not labels and asked.require_labels:
+        faults.lines.append(f"{entry.id}: missing label{_maybe_labels(entry, images)}")
+    faults.lines += [
         f"{entry.id}: missing file {label}{_maybe_labels(entry, images)}"
         for label in labels
         if not os.path.isfile(label)
     ]
-    if problems:
-        return problems
+    if faults.lines:
+        return faults
     channels = {name: image.channel for name, image in images.items() if image.channel is not None}
     files = {name: image.file for name, image in images.items()}
     label = labels[0] if labels else None
@@ -307,35 +341,42 @@ def _maybe_labels(entry: Entry, images: Mapping[str, Image]) -> str:
     return f"; not recognised as one: {listed(others)}" if others else ""
 
 
-def _images(entry: Entry, task: Task, problems: list[str]) -> dict[str, Image]:
-    """Return the image of each modality of the task; what is missing or there twice goes to the problems."""
+def _images(entry: Entry, asked: _Asked, faults: _Faults) -> dict[str, Image]:
+    """Return the image of each modality of the task; what is missing or there twice goes to the faults."""
     by_key: dict[str, list[Image]] = {}
     for image in entry.images:
         by_key.setdefault(modality_key(image.name), []).append(image)
-    images = {}
-    if len(task.modalities) == len(entry.images) == 1 and may_be(entry.images[0].name, task.modalities[0]):
-        by_key = {modality_key(task.modalities[0]): list(entry.images)}
+    images, task = {}, asked.task
+    if len(task.modalities) == len(entry.images) == 1:
+        (name,) = map(asked.name_of, task.modalities)
+        by_key = {modality_key(name): list(entry.images)} if may_be(entry.images[0].name, name) else by_key
     for modality in task.modalities:
-        match by_key.get(modality_key(modality), []):
+        name = asked.name_of(modality)
+        match by_key.get(modality_key(name), []):
             case []:
                 found = listed(sorted(image.name for image in entry.images)) or "none"
-                problems.append(f"{entry.id}: missing modality {modality} of task {task.name} (got {found})")
+                faults.lines.append(f"{entry.id}: missing modality {name} of task {task.name} (got {found})")
+                faults.missing.add(modality)
             case [image]:
                 images[modality] = image
                 if not os.path.isfile(image.file):
-                    problems.append(f"{entry.id}: missing file {image.file}")
+                    faults.lines.append(f"{entry.id}: missing file {image.file}")
             case several:
                 got = " and ".join(f"{image.name}: {image.file}" for image in several)
-                problems.append(f"{entry.id}: expected one image of modality {modality} (got {got})")
+                faults.lines.append(f"{entry.id}: expected one image of modality {name} (got {got})")
     return images
 
 
-def _refuse(path: Path, problems: Sequence[str]) -> None:
+def _refuse(path: Path, found: Found, task: Task) -> None:
     """Raise one error of all problems, if there are any."""
+    problems = [problem for lines in found.problems.values() for problem in lines]
+    told = f"{len(problems)} problems in its cases:{lines_of(problems)}"
     if len(problems) == 1:
-        raise InputError(f"{path}: {printable(problems[0])}")
+        told = printable(problems[0])
+    if found.missing:
+        raise TaskMismatchError(f"{path}: {told}", task.name, found.missing)
     if problems:
-        raise InputError(f"{path}: {len(problems)} problems in its cases:{lines_of(problems)}")
+        raise InputError(f"{path}: {told}")
 
 
 def _row(case: Case, folder: Path) -> dict[str, str]:

@@ -99,16 +99,24 @@ class Images:
         found = _header_at(path)
         return self.task if found is None else task_of_header(read_json(found), found)
 
-    def read(self, path: Path, task: Task, *, labelled: bool = True) -> list[Case]:
+    def read(
+        self, path: Path, task: Task, *, labelled: bool = True, names: Mapping[str, str] | None = None
+    ) -> list[Case]:
         """Read the cases of a data set in any format, or as nnU-Net has preprocessed them.
+
+        Args:
+            path: of the data set.
+            task: names the modalities.
+            labelled: whether label files matter; a case without one is an error then.
+            names: what the data set calls modalities of the task.
 
         Raises:
             InputError: as for `read_cases`; nnU-Net has preprocessed them by plans that are unlike these, or
                 their data set has a label to be ignored.
         """
         header = header_of(self.noted["dataset_json"], self.where or Path())
-        place = self.place_of(path)
-        cases = read_cases(place, task, require_labels=labelled, use_labels=labelled, header=header)
+        place, options = self.place_of(path), {"require_labels": labelled, "use_labels": labelled}
+        cases = read_cases(place, task, **options, header=header, names=names)
         self.check(cases, path, labelled=labelled)
         return cases
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from timm_ext.data.formats.cases import Case
+from timm_ext.data.mismatch import TaskMismatchError
 from timm_ext.data.tasks import Labels, Task
 from timm_ext.data.volume import Array, Volume, check_grid, read_channels, write_nifti
 from timm_ext.errors import InputError, shown
@@ -117,7 +118,8 @@ def read_scan(case: Case, task: Task) -> tuple[Volume, Array]:
         InputError: a channel is missing or cannot be read, or channels lie on different grids.
     """
     if missing := [name for name in task.modalities if name not in case.images]:
-        raise InputError(f"{case.id}: missing modality {', '.join(missing)} of task {task.name}")
+        told = f"{case.id}: missing modality {', '.join(missing)} of task {task.name}"
+        raise TaskMismatchError(told, task.name, missing)
     volumes: list[Volume] = []
     for name in task.modalities:
         (volume,) = read_channels(case.images[name], [case.channels.get(name)])
