@@ -225,8 +225,8 @@ def test_nothing_is_estimated_before_all_cases_are_known_to_be_right(place, tmp_
         ([right, "--val", wrong], "of task brats (got 9)"),
         ([*own, place / "none"], "no such file or folder"),
         (
-            [right, "--set", "merge.unseen={T1: CT}"],
-            "of the source for T1 (got CT)",
+            [right, "--set", "merge.unseen={FLAIR: CT}"],
+            "of the source for FLAIR (got CT",
         ),
     ):
         assert message in failure(capsys, [*command, *options])

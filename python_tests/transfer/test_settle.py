@@ -22,7 +22,7 @@ from timm_ext.transfer.settle import NOTE_NAME, settled
 from timm_ext.transfer.start import Start, split_by
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-from examples_for_tests import Blobs, settings, small_network
+from examples_for_tests import Blobs, run_in_two_processes, settings, small_network
 from merges_for_tests import merged_model
 
 DATA = Data(Blobs(3), Blobs(2, first=50))
@@ -146,3 +146,38 @@ def test_notes_that_do_not_fit_the_run_are_refused(tmp_path):
     note.unlink()
     with pytest.raises(InputError, match=r"expected the heads and the choice that the run began with"):
         settled(of_three(), goes_on)
+
+
+PROGRAM = """
+import sys
+sys.path[:0] = {paths!r}
+import torch
+from examples_for_tests import settings
+from test_settle import DATA, of_three
+from timm_ext.transfer.run import run
+from timm_ext.transfer.session import Session
+
+chosen = settings(steps={steps}, batch_size=2, keep="last")
+done = run(of_three(), tuning=Session(DATA, chosen, {run!r}, resume=True))
+rank = torch.distributed.get_rank()
+torch.save((done.start.taken, dict(done.start.evidence), done.network.state_dict()), {out!r} + str(rank))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_decide_once(tmp_path):
+    """One of them notes what both have found, and both read it where the run goes on."""
+    tests = Path(__file__).parents[1]
+    paths = [str(tests / name) for name in ("transfer", "training", ".")]
+    program, note = tmp_path / "program.py", tmp_path / "run" / NOTE_NAME
+    values = {"paths": paths, "run": str(tmp_path / "run"), "out": str(tmp_path / "rank")}
+    program.write_text(PROGRAM.format(steps=2, **values))
+    run_in_two_processes(program)
+    noted = note.read_bytes()
+    program.write_text(PROGRAM.format(steps=4, **values))
+    run_in_two_processes(program)
+    assert note.read_bytes() == noted
+    one, two = (torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in (0, 1))
+    metadata = load_checkpoint(note).metadata
+    assert one[:2] == two[:2] == (metadata["taken"], metadata["evidence"])
+    assert all(torch.equal(value, two[2][name]) for name, value in one[2].items())

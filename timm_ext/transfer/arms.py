@@ -82,8 +82,9 @@ class Arm:
             that it must be one of those (`Merge.uniform`): all sources, with or without Fishers.
         adaptation: None goes from the merge to fine-tuning.
         tuning: of the whole network.
-        by_evidence: in place of the merge, the one source model is taken whose heads, fitted to the training
-            cases, have the highest evidence, with these heads (`timm_ext.transfer.settle.settled`).
+        by_evidence: the merge takes the first source model until cases are there; then that one is taken
+            whose heads, fitted to them, have the highest evidence, with these heads
+            (`timm_ext.transfer.settle.settled`).
 
     Raises:
         InputError: ratios are to be learned over another merge.

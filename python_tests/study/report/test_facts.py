@@ -21,6 +21,7 @@ def test_facts_name_what_single_methods_do_otherwise():
         "t-imm-extra: mixing softmax"
     )
     assert "Options" not in facts()
+    assert facts(head="fitted")["Options"] == "heads fitted to the training cases first"
 
 
 def test_facts_tell_the_steps_that_epochs_become():

@@ -122,7 +122,8 @@ def _augmented(settings: StudyPlan) -> str:
 
 def _option_facts(settings: StudyPlan) -> list[Fact]:
     """Say what adaptations, or single methods, do otherwise."""
-    told = [f"{name} {value}" for name, value in settings.adapt.items()]
+    told = ["heads fitted to the training cases first"] if settings.head == "fitted" else []
+    told += [f"{name} {value}" for name, value in settings.adapt.items()]
     told += [f"{method}: learning rate {lr:g}" for method, lr in settings.method_lr.items()]
     for given in (settings.method_train, settings.method_adapt, settings.method_merge):
         for method, values in given.items():

@@ -209,7 +209,9 @@ class _Problem:
 
     def _hessian(self, point: "_Point", penalty: float) -> Tensor:
         """Return the Hessian of −L, of the weights that are not held at 0."""
-        return point.curvature() + torch.diag(penalty * self._penalised.T.flatten()[self._free])
+        whole = point.curvature().clone()
+        whole.diagonal().add_(penalty * self._penalised.T.flatten()[self._free])
+        return whole
 
     def _curvature(self, probabilities: Tensor) -> Tensor:
         """Return Σ_n c_n φ_n φ_nᵀ p_a (1[a = b] − p_b) for outputs a, b, without what is held at 0."""
