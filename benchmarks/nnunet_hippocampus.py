@@ -17,8 +17,7 @@ import json
 import os
 import random
 import sys
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -26,16 +25,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import timm_ext
 from timm_ext.cli import run
-from timm_ext.data.dataset import CaseDataset
+from timm_ext.cli.compared import ComparedOn
 from timm_ext.data.tasks import get_task
 from timm_ext.documents import read_json
 from timm_ext.files import write_json
-from timm_ext.interop.networks import images_of, open_network
-from timm_ext.interop.nnunet.images import Images
+from timm_ext.interop.networks import open_network
 from timm_ext.merging import align
 from timm_ext.merging.responses import correlations
 from timm_ext.metrics import dice_by_region
@@ -47,7 +44,6 @@ DATASET, PLANS, CONFIGURATION = "Dataset004_Hippocampus", "nnUNetPlans", "3d_ful
 MODEL = Path(DATASET) / f"nnUNetTrainer__{PLANS}__{CONFIGURATION}"
 FIRST, SECOND, TARGET = 0, 1, 2  # folds: two halves, and the cases of the continuation
 SUFFIX = ".nii.gz"
-IMAGES = 8  # on which channels are compared
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -58,16 +54,7 @@ def prepare(options: argparse.Namespace) -> None:
     if (preprocessed / "splits_final.json").exists():
         return
     _, target, *halves = parts(options)
-    raw = options.work / "raw" / DATASET
-    training = [*target, *halves[0], *halves[1]]
-    for folder, names in (("imagesTr", [f"{n}_0000" for n in training]), ("labelsTr", training)):
-        (raw / folder).mkdir(parents=True, exist_ok=True)
-        for name in names:
-            link = raw / folder / f"{name}{SUFFIX}"
-            link.unlink(missing_ok=True)
-            link.symlink_to(options.data.resolve() / folder / link.name)
-    header = read_json(options.data / "dataset.json")
-    write_json(raw / "dataset.json", {**header, "numTraining": len(training)})
+    linked(options.data, [*target, *halves[0], *halves[1]], options.work / "raw" / DATASET)
     number = int(DATASET[7:10])
     set_variables(n_proc_DA=1)  # its preprocessing takes as many threads, and cannot have none
     api.extract_fingerprints([number], num_processes=1, show_progress_bar=False)
@@ -79,6 +66,18 @@ def prepare(options: argparse.Namespace) -> None:
     validated = (target, target, halves[0])  # nnU-Net wants some; they decide nothing
     folds = [{"train": t, "val": v} for t, v in zip((*halves, target), validated, strict=True)]
     write_json(preprocessed / "splits_final.json", folds)
+
+
+def linked(data: Path, names: Sequence[str], out: Path) -> Path:
+    """Make a data set of some cases of another one, by links, and return its folder."""
+    for folder, files in (("imagesTr", [f"{name}_0000" for name in names]), ("labelsTr", names)):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+        for file in files:
+            link = out / folder / f"{file}{SUFFIX}"
+            link.unlink(missing_ok=True)
+            link.symlink_to(data.resolve() / folder / link.name)
+    write_json(out / "dataset.json", {**read_json(data / "dataset.json"), "numTraining": len(names)})
+    return out
 
 
 def parts(options: argparse.Namespace) -> list[list[str]]:
@@ -182,14 +181,10 @@ def alignment(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """
     sources = options.work / "results" / "sources" / MODEL
     (first, checkpoint), (second, _) = (open_network(sources / f"fold_{fold}") for fold in (FIRST, SECOND))
-    form = images_of(checkpoint)
-    assert form is not None
+    test = linked(options.data, parts(options)[0], options.work / "test")
     seen, apart = (
-        some_images(form, folder, names)
-        for folder, names in (
-            (options.work / "raw" / DATASET, None),
-            (options.data, parts(options)[0]),
-        )
+        ComparedOn(folder, checkpoint, None, None).images(first)
+        for folder in (options.work / "raw" / DATASET, test)
     )
     heads, channels = heads_of(first), trace_channels(first)
     networks = {
@@ -207,22 +202,13 @@ def alignment(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     return found
 
 
-def some_images(form: Images, folder: Path, names: Collection[str] | None) -> list[Tensor]:
-    """Patches of some cases, prepared as nnU-Net does."""
-    cases = [c for c in form.read(folder, form.task, labelled=False) if names is None or c.id in names]
-    cases = [replace(case, label=None, numbers=()) for case in cases[:: -(-len(cases) // IMAGES)]]
-    prepared = form.prepare(cases, form.task, None, 0)
-    data = CaseDataset(prepared, form.task, patch=form.patch, labelled=False)
-    return [data[index]["image"][None] for index in range(len(data))]
-
-
-def networks(options: argparse.Namespace) -> Iterator[tuple[str, str, Path, tuple[int, ...]]]:
-    """Name, stage, model folder and folds of every network, made when it is asked for."""
+def networks(options: argparse.Namespace) -> Iterator[tuple[str, str, int, Path, tuple[int, ...]]]:
+    """Name, stage, repeat, model folder and folds of every network, made when it is asked for."""
     for fold in (FIRST, SECOND):
         sources = train(options, "sources", fold, options.epochs)
-    yield "first", "source", sources, (FIRST,)
-    yield "second", "source", sources, (SECOND,)
-    yield "ensemble", "source", sources, (FIRST, SECOND)
+    yield "first", "source", 0, sources, (FIRST,)
+    yield "second", "source", 0, sources, (SECOND,)
+    yield "ensemble", "source", 0, sources, (FIRST, SECOND)
     starts: dict[str, Path | None] = {"scratch": None}
     for name, fold in (("first", FIRST), ("second", SECOND)):
         starts[name] = sources / f"fold_{fold}" / "checkpoint_final.pth"
@@ -230,11 +216,11 @@ def networks(options: argparse.Namespace) -> Iterator[tuple[str, str, Path, tupl
     ways = {"mean": [], "aligned mean": images[:1], "mean aligned on images": images}
     for name, more in ways.items():
         folder, starts[name] = merged(options, sources, name, more)
-        yield name, "merge", folder, (0,)
+        yield name, "merge", 0, folder, (0,)
     for repeat in range(options.repeats):
         for name, start in starts.items():
             arm = "-".join([*name.split(), *([str(repeat)] if repeat else [])])
-            yield name, f"continued {repeat}", train(options, arm, TARGET, 1, start, repeat), (TARGET,)
+            yield name, "continued", repeat, train(options, arm, TARGET, 1, start, repeat), (TARGET,)
 
 
 def main(arguments: list[str]) -> None:
@@ -261,11 +247,12 @@ def main(arguments: list[str]) -> None:
     result: dict[str, Any] = {"environment": environment(), "settings": settings, "rows": []}
     if options.output.exists() and (kept := read_json(options.output))["settings"] == settings:
         result = kept
-    done = {(row["network"], row["stage"]) for row in result["rows"]}
+    done = {(row["network"], row["stage"], row["repeat"]) for row in result["rows"]}
     prepare(options)
-    for name, stage, folder, folds in networks(options):
-        if (name, stage) not in done:
-            result["rows"].append({"network": name, "stage": stage, **score(options, folder, folds)})
+    for name, stage, repeat, folder, folds in networks(options):
+        key = {"network": name, "stage": stage, "repeat": repeat}
+        if tuple(key.values()) not in done:
+            result["rows"].append({**key, **score(options, folder, folds)})
             print(json.dumps(result["rows"][-1]), flush=True)
             write_json(options.output, result)
     write_json(options.output, {**result, "alignment": alignment(options)})

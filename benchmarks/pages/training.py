@@ -158,7 +158,7 @@ def nnunet_hippocampus() -> Facts:
     result = read_json("nnunet_hippocampus.json")
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in result["rows"]:
-        found.setdefault((row["network"], row["stage"].split()[0]), []).append(row)
+        found.setdefault((row["network"], row["stage"]), []).append(row)
     regions = list(result["rows"][0]["regions"])
     lines = []
     for (network, stage), repeats in found.items():

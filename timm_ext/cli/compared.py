@@ -61,12 +61,20 @@ class ComparedOn:
         Raises:
             InputError: as for `Sources.aligned`, `read_cases` and `prepare_cases`.
         """
-        images = self._images(sources.networks[0])
+        images = self.images(sources.networks[0])
         found = sources.aligned(images)
         say_once(f"channels are compared by responses to images of {self.cases} ({len(images)})")
         return found
 
-    def _images(self, model: "nn.Module") -> "list[Tensor]":
+    def images(self, model: "nn.Module") -> "list[Tensor]":
+        """Return a batch `[1, C, D, H, W]` of each of at most eight cases, taken evenly from all.
+
+        Args:
+            model: the first source's network.
+
+        Raises:
+            InputError: as for `read_cases` and `prepare_cases`.
+        """
         from timm_ext.data.dataset import CaseDataset
         from timm_ext.interop.networks import images_of
 
