@@ -80,6 +80,15 @@ APART = ({"task": "parcellation-1-7"}, {"task": "parcellation-8-14"})
         ({"sources": ({"regions": {"a": [1]}},)}, r"sources\.0: expected a task, or name and regions"),
         ({"sources": ({"name": "a", "regions": {"a": []}},)}, r"regions\.a: expected at least one"),
         ({"sources": ({"task": "brats", "shuffled": True},)}, r"shuffled: expected regions of one's own"),
+        ({"sources": ({"task": "brats", "around": [10]},)}, r"around: expected regions of one's own"),
+        (
+            {"sources": ({"name": "a", "regions": {"a": [7]}, "around": [10], "mirrored": [17, 49]},)},
+            r"mirrored: expected some of 10, which crops are around \(got 17\)",
+        ),
+        (
+            {"sources": ({"name": "a", "regions": {"a": [7]}, "around": [10, 10]},)},
+            r"around: expected each number once",
+        ),
         ({"sources": ({"name": "a", "regions": {"a": [7]}},)}, r"the whole heads for a \(got none\)"),
         (
             {"sources": ({"name": "a", "regions": {"a": range(1, 300)}, "data": "d"},)},

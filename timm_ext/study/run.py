@@ -62,6 +62,8 @@ def run_study(
     """
     console, folder = console or make_console(), Folder(out)
     study = make_study(plan)  # settings and data, then the folder, are checked before anything is timed
+    for note in study.notes:
+        tell(console, f"Note: {note}")
     workers = workers or _usual_workers(plan)
     if dry_run:
         rows = power_rows(plan, study.train_cases, power_from)

@@ -64,6 +64,7 @@ class Study:
         sources: the source networks that runs start from, of all sets.
         runs: by source set, number of training cases, draw, arm and seed.
         forgetting: merges that are scored on the source tasks: fixed ones, then learned ones.
+        notes: what is doubtful about the data sets.
     """
 
     plan: StudyPlan
@@ -75,6 +76,7 @@ class Study:
     sources: tuple[Source, ...]
     runs: tuple[Run, ...]
     forgetting: tuple[Remembered, ...]
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def steps(self) -> list[Step]:
@@ -95,7 +97,7 @@ def make_study(plan: StudyPlan, step_seconds: float | None = None) -> Study:
     size = " × ".join(map(str, plan.size))
     check_memory(needed, f"size: a batch of {plan.batch_size} images of {size} voxels")
     counts, costs, cases = train_case_numbers(plan), Costs(plan, step_seconds), Cases(plan)
-    cases.check_apart()
+    notes = cases.check_apart()
     sets = [SourceSteps(plan, costs, cases, number) for number in range(plan.source_sets)]
     targets = {(count, draw): cases.target(count, draw) for count in counts for draw in plan.draws}
     cells = [RunSteps(plan, own, costs, c, *place) for own in sets for place, c in targets.items()]
@@ -110,6 +112,7 @@ def make_study(plan: StudyPlan, step_seconds: float | None = None) -> Study:
         sources=tuple(source for own in sets for source in _used_sources(plan, own, runs)),
         runs=runs,
         forgetting=tuple(row for own in sets for row in _forgetting(plan, own, runs, costs)),
+        notes=notes,
     )
 
 

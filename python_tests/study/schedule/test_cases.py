@@ -1,10 +1,15 @@
 import json
+import re
 
 import pytest
 from study_plans import plan_of
 
 from timm_ext.errors import InputError
+from timm_ext.study.report.facts import notes_of
+from timm_ext.study.schedule import cases as schedule
 from timm_ext.study.schedule.cases import Cases, split_subjects, train_case_numbers
+from timm_ext.study.step import with_needs
+from timm_ext.study.study import make_study
 
 MODALITIES = {"brats": ("T1", "T1c", "T2", "FLAIR"), "parcellation": ("T1", "T2")}
 
@@ -215,12 +220,77 @@ def test_too_few_cases_for_a_pool(tmp_path):
 
 
 def test_sources_of_tested_persons_are_refused(tmp_path):
+    path = data_set(tmp_path / "all", "brats", 20)
+    same = {"target_data": path, "source_data": f"{path}/cases.json", "val_cases": 3, "test_cases": 5}
+    cases = plan_of(**same, sources=REGIONS[:1], methods=("scratch",), source_test=1)
+    with pytest.raises(InputError, match=r"sources: expected other persons than .* \(got p\d\d.* in .*all"):
+        Cases(cases).check_apart()
+
+
+def test_equal_ids_of_other_data_sets_are_noted(tmp_path):
     path = heads(tmp_path, 20)
     cases = on_disk(tmp_path, sources=REGIONS[:1], methods=("scratch",), source_data=path, source_test=1)
-    with pytest.raises(InputError, match=r"sources: expected other persons than .* \(got p\d\d.* in .*heads"):
-        Cases(cases).check_apart()
+    (note,) = Cases(cases).check_apart()
+    assert re.search(r"heads and the test cases of .*brats have ids in common \(p\d\d", note)
+    assert note in notes_of(make_study(cases))
     listed = tmp_path / "heads" / "cases.json"
     listed.write_text(listed.read_text().replace('"id": "p', '"id": "q'))
     other = tmp_path / "others"
     (tmp_path / "heads").rename(other)
-    Cases(plan_of(**{**cases.model_dump(), "source_data": str(other)})).check_apart()
+    assert Cases(plan_of(**{**cases.model_dump(), "source_data": str(other)})).check_apart() == ()
+
+
+MIXED = ({"task": "parcellation-1-7"}, *REGIONS)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("sources", [MIXED, MIXED[::-1]], ids=["task first", "regions first"])
+def test_tasks_and_regions_of_one_data_set_keep_persons_apart(sources, shared, tmp_path):
+    counts = {"source_cases": 4, "source_test": 2, "source_sets": 2, "source_cases_shared": shared}
+    plan = plan_of(source_data=heads(tmp_path, 30), sources=sources, methods=("scratch",), **counts)
+    cases = Cases(plan)
+    steps = [cases.source(number, k) for k in (0, 1) for number in (1, 2, 3)]
+    sizes = [
+        {part: len(getattr(step, "crops", step.model_dump().get("cases"))) for part, step in own.items()}
+        for own in steps
+    ]
+    assert sizes == [{"train": 4, "test": 2}] * 6
+    people = [{part: persons(step) for part, step in own.items()} for own in steps]
+    in_set = [set.union(*(found for own in people[k : k + 3] for found in own.values())) for k in (0, 3)]
+    assert not in_set[0] & in_set[1]
+    for k in (0, 3):
+        tested = set.union(*(own["test"] for own in people[k : k + 3]))
+        trained = set.union(*(own["train"] for own in people[k : k + 3]))
+        assert not tested & trained
+    names = [step.name for own in steps for step in dict.fromkeys(own.values())]
+    assert len(set(names)) == len({step.digest for own in steps for step in own.values()})
+    if not shared:
+        assert sum(len(found) for own in people for found in own.values()) == len(set.union(*in_set))
+    with_needs(step for own in steps for step in own.values())  # refuses names that mean two steps
+
+
+def persons(step):
+    """Whom the cases of a step show."""
+    if hasattr(step, "crops"):
+        return {crop.rpartition("-")[0] for crop in step.crops}
+    return set(step.cases)
+
+
+def test_sources_share_crops_only_if_these_are_the_same(tmp_path):
+    sources = (*REGIONS, {"name": "other", "regions": {"insula": [2035]}, "around": [10], "mirrored": []})
+    counts = {"source_cases": 2, "source_test": 2, "source_cases_shared": True}
+    plan = plan_of(source_data=heads(tmp_path, 20), sources=sources, methods=("scratch",), **counts)
+    one, two, other = (Cases(plan).source(number)["train"] for number in (1, 2, 3))
+    assert one == two != other
+    assert (other.name, other.around) == ("cases-source-3", (10,))
+    assert all(crop.endswith("-10") for crop in other.crops)
+
+
+def test_files_of_a_data_set_are_looked_at_once_for_all_parts(tmp_path, monkeypatch):
+    plan = on_disk(tmp_path, draws=tuple(range(5)))
+    looked = []
+    monkeypatch.setattr(schedule, "_sizes", lambda case: looked.append(case.id) or {})
+    cases = Cases(plan)
+    for draw in plan.draws:
+        cases.target(4, draw)
+    assert len(looked) == 20

@@ -46,7 +46,8 @@ def notes_of(study: Study) -> tuple[str, ...]:
     """Say what a reader must know of the data to judge the numbers."""
     s = study.plan
     if s.target_data or _sources_on_disk(s):
-        return ("Cases on disk are taken as they are: scans of one person in several parts would leak.",)
+        leak = "Cases on disk are taken as they are: scans of one person in several parts would leak."
+        return (leak, *study.notes)
     effects = (
         "Generated images show that the method runs and how large its effects are in this setting, not how "
         "it ranks on clinical data."
@@ -87,7 +88,8 @@ def _sources(study: Study) -> str:
     s, (steps, _, _) = study.plan, study.plan.budget(study.train_cases[0])
     told = []
     for number, (source, task) in enumerate(zip(s.sources, s.source_tasks, strict=True), 1):
-        regions = f" ({', '.join(source.regions)})" if source.regions else ""
+        around = f", in crops around labels {', '.join(map(str, source.around))}"
+        regions = f" ({', '.join(source.regions)}{around})" if source.regions else ""
         shuffled = ", labels in wrong places" * source.shuffled
         start = "" if source.after is None else f", starting from M{source.after}"
         told.append(f"M{number}: {task.name}{regions}{shuffled}{start}")
