@@ -1,5 +1,8 @@
-from study_plans import study_of
+from types import SimpleNamespace
 
+from study_plans import plan_of, study_of
+
+from timm_ext.study.report.facts import _sources as sources_told
 from timm_ext.study.report.facts import study_facts
 
 MACHINE = dict.fromkeys(("timm_ext", "torch", "python", "machine", "instruction_set"), "x")
@@ -35,3 +38,23 @@ def test_facts_tell_the_steps_that_epochs_become():
 def test_facts_name_draws_only_where_there_are_several():
     assert "Draws of the data" not in facts()
     assert facts(draws=(0, 3))["Draws of the data"] == "0, 3"
+
+
+def test_facts_tell_the_schedule_and_the_weights_that_runs_have():
+    for given, schedule, kept in (
+        ({}, "constant", "lowest validation loss"),
+        ({"schedule": "cosine", "keep": "last"}, "cosine", "last step"),
+    ):
+        run = study_of(train=given).runs[0].step.train
+        assert run.schedule == schedule
+        assert run.keep == given.get("keep", "best")
+        told = facts(train=given)["Training"]
+        assert f"({schedule})" in told
+        assert f"ends with the weights of its {kept}" in told
+
+
+def test_facts_tell_what_crops_are_around(tmp_path):
+    source = {"name": "near", "regions": {"amygdala": [18]}, "around": [10], "data": str(tmp_path)}
+    plan = plan_of(sources=[source], methods=["scratch"])
+    told = sources_told(SimpleNamespace(plan=plan, train_cases=(4,)))
+    assert told.startswith("M1: near (amygdala, in crops around labels 10); 16 training cases")

@@ -101,6 +101,19 @@ def test_comparisons_are_those_of_the_statistics(folder):
         assert {name: float(row[name]) for name in expected} == pytest.approx(expected, rel=1e-9)
 
 
+def test_a_lead_that_is_of_one_source_set_in_three_is_chance():
+    results = study_results(sets=(0, 1, 2))
+    cases = results.cases
+    lost = (cases["method"] == "t-imm") & (cases["source_set"] > 0)
+    unstable = replace(results, cases=cases.assign(dice=cases["dice"].where(~lost, cases["dice"] - 0.08)))
+    for found, stable in ((results, True), (unstable, False)):
+        table = comparison_table(found, [("dice", None)]).set_index(["a", "b", "train_cases"])
+        row = table.loc["t-imm", "scratch", 4]
+        assert row["low"] > 0
+        assert row["p_holm"] < 0.01
+        assert row["beyond_chance"] == stable
+
+
 def test_holm_corrects_over_all_comparisons_made_together():
     rows = comparison_table(study_results(), [("dice", "WT"), ("hd95_mm", "WT")])
     assert len(rows) == 2 * 2 * 3

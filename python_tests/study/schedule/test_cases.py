@@ -294,3 +294,11 @@ def test_files_of_a_data_set_are_looked_at_once_for_all_parts(tmp_path, monkeypa
     for draw in plan.draws:
         cases.target(4, draw)
     assert len(looked) == 20
+
+
+def test_label_maps_that_no_part_is_drawn_from_are_not_read(tmp_path):
+    data = data_set(tmp_path / "parcellation", "parcellation", 12)
+    given = {"source": str(tmp_path / "lost"), "source_cases": 2, "source_test": 1}
+    assert not Cases(on_disk(tmp_path, source_data=data, **given)).subjects
+    with pytest.raises(InputError, match="lost"):
+        Cases(plan_of(source_data=data, **given))

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from timm_ext.data.tasks import get_task
 from timm_ext.merging import unseen_modalities
 from timm_ext.study.plan import StudyPlan
+from timm_ext.study.schedule.runs import USUAL_TUNING
 from timm_ext.study.study import Study
 from timm_ext.synthesis.generate import PHANTOM
 from timm_ext.training.settings import TrainSettings
@@ -100,11 +101,11 @@ def _sources(study: Study) -> str:
 def _training(study: Study) -> str:
     s, (_, steps, adapting) = study.plan, study.plan.budget(study.train_cases[0])
     smallest = "" if s.epochs is None else f"; here for the smallest number of cases, of {s.epochs} epochs"
-    kept = {"best": "lowest validation loss", "last": "last step"}[s.train.get("keep", "best")]
-    schedule = s.train.get("schedule", "constant")
+    train = {**USUAL_TUNING, **s.train}
+    kept = {"best": "lowest validation loss", "last": "last step"}[train["keep"]]
     return (
-        f"Adam, learning rate {s.lr:g} ({schedule}), batch {s.batch_size}, {steps} steps in all; adaptation "
-        f"takes {adapting} of them (logits' rate {s.logit_lr:g}); a run ends with the weights of its {kept}; "
+        f"Adam, learning rate {s.lr:g} ({train['schedule']}), batch {s.batch_size}, {steps} steps in all; "
+        f"adaptation takes {adapting} of them (logits' rate {s.logit_lr:g}); a run ends with the weights of its {kept}; "
         f"{_augmented(s)}{smallest}"
     )
 

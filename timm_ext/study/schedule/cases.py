@@ -39,9 +39,11 @@ class Cases:
         self._plan, self._sha256 = plan, cache(sha256)
         self._shares: dict[str, dict[tuple[int, int], Share]] = {}
         self._pools: dict[tuple[str, str, str], PreparePool] = {}
-        self._maps = {} if plan.source == PHANTOM else label_map_files(plan.source)
+        numbers = range(1, len(plan.sources) + 1)
+        data = [plan.target_data, *map(plan.data_of, numbers)]
+        self._maps = {} if plan.source == PHANTOM or None not in data else label_map_files(plan.source)
         split = split_subjects(list(self._maps), len(plan.sources)) if self._maps else {}
-        on_disk = {f"source-{n}" for n in range(1, len(plan.sources) + 1) if plan.data_of(n) is not None}
+        on_disk = {f"source-{n}" for n in numbers if plan.data_of(n) is not None}
         on_disk |= {"train", "val", "test"} if plan.target_data is not None else set()
         self.subjects = {part: names for part, names in split.items() if _whole(part) not in on_disk}
         # Coarse images are drawn at half the voxel size.

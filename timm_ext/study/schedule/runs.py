@@ -18,6 +18,10 @@ from timm_ext.training.settings import TIES
 from timm_ext.transfer.arms import Arm
 from timm_ext.transfer.settings import AdaptSettings, Recipe
 
+# A constant rate does not settle towards the last step: that of the lowest loss stands for the run.
+USUAL_TUNING = {"schedule": "constant", "keep": "best"}
+"""Fields of the runs' `TrainSettings` where neither plan nor arm says otherwise."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -104,10 +108,8 @@ class RunSteps:
         taken = budget.adapt if arm.adaptation and not arm.adaptation.extra_steps else 0
         if taken >= budget.run:
             raise InputError(f"plan: adapt_steps must be less than steps {budget.run} (got {taken})")
-        # At a constant rate the last step's Dice varies more than the methods differ.
-        usual = {"schedule": "constant", "keep": "best"}
         lr, fields = plan.lr_of(arm.name), tuning_fields(plan, arm)
-        train = plan.training(budget.run - taken, lr, self._seed(seed), fields, **usual)
+        train = plan.training(budget.run - taken, lr, self._seed(seed), fields, **USUAL_TUNING)
         cost = self.costs.training(budget.run - taken, self.train_cases, plan.val_cases)
         return TuneAndTest(
             **self._common(f"run-{arm.name}", seed),
