@@ -193,6 +193,29 @@ def test_deep_supervision_that_evaluation_returns_is_refused():
         )
 
 
+@pytest.mark.parametrize("supervised", [True, False])
+def test_a_network_says_that_its_coarser_heads_are_of_training_alone(monkeypatch, supervised):
+    def build(in_channels, out_channels, deep_supervision):
+        return nn.Conv3d(in_channels, out_channels, 1, bias=deep_supervision)
+
+    monkeypatch.setitem(registry._SPECS, "mine", NetworkSpec("mine", build, supervised=supervised))
+    options = {"in_channels": 1, "out_channels": 2, "deep_supervision": True}
+    if supervised:
+        assert build_network("mine", **options).bias is not None
+    else:
+        with pytest.raises(InputError, match="mine with deep_supervision returns several maps"):
+            build_network("mine", **options)
+
+
+def test_networks_of_monai_have_one_name_however_they_are_spelt():
+    options = SMALL["monai.DynUNet"] | {"deep_supervision": True, "deep_supr_num": 1}
+    model = build_network("monai.Dynunet", in_channels=1, out_channels=2, seed=0, **options)
+    assert config_of(model)["name"] == "monai.DynUNet"
+    assert config_of(model) == config_of(
+        build_network("monai.DynUNet", in_channels=1, out_channels=2, seed=0, **options)
+    )
+
+
 def test_foreign_module_has_no_config():
     with pytest.raises(InputError, match=r"expected a model made by build_network .got Conv3d"):
         heads_of(nn.Conv3d(1, 1, 1))

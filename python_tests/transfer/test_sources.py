@@ -11,7 +11,7 @@ from timm_ext.merging import MergedModel
 from timm_ext.networks.channel_trace import trace_channels
 from timm_ext.networks.io import save_network
 from timm_ext.transfer.settings import Recipe
-from timm_ext.transfer.sources import load_sources
+from timm_ext.transfer.sources import load_sources, with_fishers
 from timm_ext.transfer.start import network_of, new_network, start_from
 
 TASKS = ("parcellation-1-7", "parcellation-8-14")
@@ -240,3 +240,21 @@ def test_what_is_said_of_each_tensor_is_what_became_of_it(moved, method):
     aligned = {name for name in merged if not torch.equal(one[name], two[name])}
     told = {name for name, use in merged.items() if use.moved and not name.endswith("bias")}  # all are 0
     assert told == (aligned if "aligned" in method else set())
+
+
+def test_fishers_of_networks_in_one_order_are_those_that_were_aligned_with_them(files, tmp_path):
+    models, fishers = files[0], [tmp_path / "1", tmp_path / "2"]
+    for seed, path in enumerate(fishers):
+        fisher, generator = Fisher.load(files[1][seed]), torch.Generator().manual_seed(seed)
+        drawn = {
+            name: torch.rand(tensor.shape, generator=generator) for name, tensor in fisher.tensors.items()
+        }
+        replace(fisher, tensors=drawn).save(path)
+    together = load_sources(models, fishers).aligned()
+    after = with_fishers(load_sources(models).aligned(), models, fishers)
+    assert after.in_order
+    assert after.moved == together.moved
+    assert any(after.moved[1].values())
+    assert after.fisher_hashes == together.fisher_hashes != ()
+    for one, other in zip(after.fishers, together.fishers, strict=True):
+        assert all(torch.equal(one.tensors[name], tensor) for name, tensor in other.tensors.items())

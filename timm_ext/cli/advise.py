@@ -19,7 +19,8 @@ from timm_ext.cli.common import (
     Workers,
 )
 from timm_ext.cli.planned import settings_of_network
-from timm_ext.cli.sources import first_of, in_order, read_sources, tell_unseen, unrelated
+from timm_ext.cli.sources import first_of, in_order, read_sources, unrelated
+from timm_ext.cli.told import tell_unseen
 from timm_ext.errors import listed
 from timm_ext.system.terminal import make_console, say, show_table
 
@@ -61,7 +62,7 @@ def advise(
 
     first = first_of(networks, fold, named=(names := named_for(networks, named or ())))
     chosen, images = new_task(task, data, images_of(first))
-    sources = read_sources(networks, (), fold=fold, named=names).sources
+    sources = read_sources(networks, (), first=first, fold=fold, named=names).sources
     settings = settings_of_network(config, overrides, first, config_of(sources.networks[0]), images)
     apart = unrelated(sources)
     starts = _starts(sources, chosen, settings, apart)

@@ -96,9 +96,9 @@ def check(
                 if (arm := _arm(method, fishers or ())).learns:
                     images_of(first)  # of a kind that is prepared
                 unrelated = arm.learns and align is None  # merges align where they are told
-                read = read_sources(networks or (), fishers or (), fold=fold, named=names)
-                begun = started(arm, read, chosen, read.settings(settings), align_unrelated=unrelated)
-                report.tensors = begun[2].uses
+                read = read_sources(networks or (), fishers or (), first=first, fold=fold, named=names)
+                read, own = read.aligned(arm, read.settings(settings), align_unrelated=unrelated)
+                report.tensors = started(arm, read, chosen, own)[1].uses
             if not fishers:
                 report.odd += _without_fishers(method)
         if data is not None and chosen is not None:

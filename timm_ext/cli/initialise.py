@@ -1,7 +1,7 @@
 """Commands that turn source networks into an initialisation: merge and adapt."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,8 +35,9 @@ from timm_ext.cli.export import Facts, check_form, write_network
 from timm_ext.cli.fishers import InPassing
 from timm_ext.cli.planned import network_of_task, with_noted_window
 from timm_ext.cli.session import begun, evidence_told, facts_of_run, learned, planned
-from timm_ext.cli.sources import first_of, folds_of, read_sources, started, tell_unlike_spacing
+from timm_ext.cli.sources import first_of, folds_of, read_sources, started
 from timm_ext.cli.streamed import merge_as_they_are, parse_ratios, refuse_streams
+from timm_ext.cli.told import tell_unlike_spacing
 from timm_ext.errors import InputError
 from timm_ext.system.terminal import say
 
@@ -213,6 +214,7 @@ class _Merge:
         """
         from timm_ext.data.tasks import get_task, task_from_dict, task_to_dict
         from timm_ext.interop.nnunet.model import NOTE
+        from timm_ext.transfer.start import aligns
 
         arm = self._arm(len(networks), with_fisher=bool(fishers))
         if settings.merge.fits_heads:
@@ -220,7 +222,7 @@ class _Merge:
                 "merge.head: expected given, for no cases are seen here (got fitted); timm-ext adapt and "
                 "timm-ext train fit heads to cases"
             )
-        if self.compared_on is not None and not (arm.merge.aligned or settings.merge.align):
+        if self.compared_on is not None and not aligns(arm.merge, settings.merge):
             raise InputError(
                 "--data: expected --align beside it, which compares channels on images (got none)"
             )
@@ -236,12 +238,12 @@ class _Merge:
                     f"--task: expected channels and labels of {first.path}, whose dataset.json is written "
                     "beside the network (got others); --for DATASET takes those of a new data set"
                 )
-        read = read_sources(networks, fishers, fold=self.fold, named=self.named, target=target)
+        read = read_sources(networks, fishers, first=first, fold=self.fold, named=self.named, target=target)
         whole = self.ratios is not None and given is None and target is None
-        options: dict[str, Any] = {"target": target, "keep_heads": self.keep_heads or whole}
-        options["compared_on"] = self.compared_on
-        sources, chosen, start, settings = started(arm, read, given, read.settings(settings), **options)
-        settings = with_noted_window(settings, first)
+        read, settings = read.aligned(arm, read.settings(settings), compared_on=self.compared_on)
+        keep = self.keep_heads or whole
+        chosen, start = started(arm, read, given, settings, target=target, keep_heads=keep)
+        sources, settings = read.sources, with_noted_window(settings, first)
         more["merge"] = {"method": arm.name, "sources": list(sources.names)}
         more["merge"] |= {} if self.ratios is None else {"ratios": list(self.ratios)}
         noted_settings = settings_dict(settings, "prepare", "merge", "predict")
@@ -321,15 +323,15 @@ def adapt(
     settings.train.refuse_ties("timm-ext adapt")
     _check_learns(arm, settings)
     options, settings = settings.adapt.of(arm), begun(settings, given)
-    read = read_sources(networks, fishers or (), fold=fold, named=names)
-    read.check(arm, chosen, settings := read.settings(settings))
+    read = read_sources(networks, fishers or (), first=first, fold=fold, named=names)
+    read, settings = read.aligned(arm, read.settings(settings), align_unrelated=align is None)
+    read.check(arm, chosen, settings)
     share = _SHARE_OF_STEPS if arm.adaptation else 1.0
     network = network_of_task(settings, chosen)
     training = planned(given, settings, chosen, network, fixed=True, share=share, images=images)
     tell_unlike_spacing(training.settings, networks, read.sources)
     read = read.weighed(arm, InPassing(given, chosen, source_data or (), config, overrides))
-    sources, _, start, settings = started(arm, read, chosen, training.settings, align_unrelated=align is None)
-    training = replace(training, settings=settings)
+    sources, (_, start) = read.sources, started(arm, read, chosen, training.settings)
     files = [f"{name} {sha}" for name, sha in zip(sources.names, sources.hashes, strict=True)]
     facts = facts_of_run(training.settings, files, sources.fisher_hashes, method=method)
     session = training.session(start.model, _title(arm), facts, steps=arm.trains)

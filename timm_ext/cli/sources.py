@@ -1,12 +1,20 @@
 """Source networks that commands start from, and what they say about them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from timm_ext.cli.common import say_once, tell_notes
 from timm_ext.cli.planned import with_network
+from timm_ext.cli.told import (
+    tell_groups,
+    tell_intensities,
+    tell_statistics,
+    tell_unfollowed,
+    tell_unlike_fishers,
+    tell_unseen,
+)
 from timm_ext.errors import InputError, listed
 from timm_ext.files import stem_of
 from timm_ext.system.terminal import say
@@ -22,7 +30,6 @@ if TYPE_CHECKING:
     from timm_ext.interop.named import Named
     from timm_ext.interop.nnunet.target import Target
     from timm_ext.transfer.arms import Arm
-    from timm_ext.transfer.settings import Recipe
     from timm_ext.transfer.sources import Sources
     from timm_ext.transfer.start import Start
 
@@ -55,12 +62,46 @@ class Read:
         """Refuse what an arm cannot start from before time is spent on cases and Fishers.
 
         Raises:
-            InputError: as for `start_from`.
+            InputError: as for `check_start`.
         """
-        from timm_ext.transfer.start import network_of, start_from
+        from timm_ext.transfer.start import check_start, network_of
 
         fresh = network_of(self.sources, task, settings.merge.seed)
-        start_from(without_fishers(arm), fresh, task, self.sources, settings.merge)
+        check_start(arm, fresh, task, self.sources, settings.merge)
+
+    def aligned(
+        self,
+        arm: "Arm",
+        settings: "RunSettings",
+        *,
+        align_unrelated: bool = False,
+        compared_on: "ComparedOn | None" = None,
+    ) -> "tuple[Read, RunSettings]":
+        """Bring channels into one order where the arm, the settings or the initialisations want it; say so.
+
+        Args:
+            arm: how they are merged.
+            settings: of the command, with the sources' network.
+            align_unrelated: align sources of several initialisations, too.
+            compared_on: cases on whose images channels are compared for that; None compares weights.
+
+        Returns:
+            The sources; and the settings, with `merge.align` if the initialisations wanted it.
+
+        Raises:
+            InputError: as for `Sources.aligned` and `ComparedOn.align`.
+        """
+        from timm_ext.transfer.start import aligns
+
+        sources = self.sources
+        apart = unrelated(sources) if arm.learns_ratios or align_unrelated else []
+        if aligns(arm.merge, settings.merge):
+            sources = sources.aligned() if compared_on is None else compared_on.align(sources)
+        elif align_unrelated and arm.merge.uniform and apart:
+            sources, settings = in_order(sources, apart, settings)
+        if arm.learns_ratios:
+            tell_groups(apart, arm, settings.merge)
+        return replace(self, sources=sources), settings
 
     def weighed(self, arm: "Arm", in_passing: "InPassing") -> "Read":
         """Estimate the Fishers that the arm wants and that are not there.
@@ -68,12 +109,14 @@ class Read:
         Raises:
             InputError: as for `InPassing.of`.
         """
+        from timm_ext.transfer.sources import with_fishers
+
         sources = self.sources
         if not arm.merge.needs_fisher or sources.fishers is not None:
             return self
         pairs = zip(sources.names, self.paths, strict=True)
         made = in_passing.of([(name, *self.opened[path]) for name, path in pairs])
-        return replace(self, sources=_loaded(self.paths, self.opened, made))
+        return replace(self, sources=with_fishers(sources, self.paths, made))
 
 
 def without_fishers(arm: "Arm") -> "Arm":
@@ -90,6 +133,7 @@ def read_sources(
     networks: Sequence[Path],
     fishers: Sequence[Path],
     *,
+    first: "Checkpoint",
     fold: str | None = None,
     named: "Mapping[Path, Named] | None" = None,
     target: "Target | None" = None,
@@ -99,6 +143,7 @@ def read_sources(
     Args:
         networks: their files or folders.
         fishers: one for each, or none.
+        first: of them, as `first_of` has read it.
         fold: of nnU-Net's folders.
         named: networks that the user names, by file.
         target: nnU-Net's data set that a merge is for.
@@ -110,9 +155,11 @@ def read_sources(
     from timm_ext.interop.nnunet.model import NOTE
     from timm_ext.interop.nnunet.target import check_same_sources
 
-    opened = open_alike(networks, fold=fold, named=named)
+    opened = open_alike(networks, fold=fold, named=named, known={networks[0]: first})
     _tell_unlike_images({path: checkpoint for path, (_, checkpoint) in opened.items()}, target)
     sources = _loaded(networks, opened, fishers)
+    for path, notes in zip(networks, sources.notes, strict=True):
+        tell_notes(path, notes)
     if NOTE in opened[networks[0]][1].metadata:
         check_same_sources(dict(zip(sources.names, sources.networks, strict=True)))
     return Read(networks, opened, sources)
@@ -135,24 +182,19 @@ def started(
     *,
     target: "Target | None" = None,
     keep_heads: bool = False,
-    align_unrelated: bool = False,
-    compared_on: "ComparedOn | None" = None,
-) -> "tuple[Sources, Task, Start, RunSettings]":
+) -> "tuple[Task, Start]":
     """Initialise a network from sources as an arm does, and say what in it is not of the sources.
 
     Args:
         arm: how.
-        read: the sources.
+        read: the sources, see `Read.aligned`.
         task: of the new network.
         settings: of the command, with the sources' network.
         target: nnU-Net's data set that it is for, in place of a task.
         keep_heads: heads are merged, too.
-        align_unrelated: bring sources of several initialisations into one order of channels.
-        compared_on: cases on whose images channels are compared for that; None compares weights.
 
     Returns:
-        The sources; the task, which is that of the first one unless it is given; the start; and the settings,
-        with `merge.align` if the sources were aligned.
+        The task, which is that of the first source unless it is given; and the start.
 
     Raises:
         InputError: as for `start_from`.
@@ -161,33 +203,23 @@ def started(
     from timm_ext.transfer.uses import summary
 
     sources = read.sources
-    apart = unrelated(sources) if arm.learns_ratios or align_unrelated else []
-    if arm.merge.aligned or settings.merge.align:
-        sources = sources.aligned() if compared_on is None else compared_on.align(sources)
-    elif align_unrelated and arm.merge.uniform and apart:
-        sources, settings = in_order(sources, apart, settings)
-    if arm.learns_ratios:
-        _tell_groups(apart, arm, settings.merge)
     tell_unlike_fishers(settings, sources)
     task = target.task if target is not None else task or sources.tasks[0]
     fresh = _fresh(sources, task, target, settings.merge.seed)
     start = start_from(arm, fresh, task, sources, settings.merge, keep_heads=keep_heads)
     say(summary(start.uses))
-    _tell_sources(arm, read.paths, sources, task, settings)
+    _tell_sources(read, task, settings)
     if arm.merge.models:
-        _tell_statistics(fresh, start)
-    return sources, task, start, settings
+        tell_statistics(fresh, start)
+    return task, start
 
 
-def _tell_sources(
-    arm: "Arm", networks: Sequence[Path], sources: "Sources", task: "Task", settings: "RunSettings"
-) -> None:
-    if arm.merge.aligned or settings.merge.align:
-        _tell_unfollowed(sources)
+def _tell_sources(read: Read, task: "Task", settings: "RunSettings") -> None:
+    sources = read.sources
+    if sources.in_order:
+        tell_unfollowed(sources)
     tell_unseen(sources, task, settings.merge)
-    _tell_intensities(sources, settings)
-    for path, notes in zip(networks, sources.notes, strict=True):
-        tell_notes(path, notes)
+    tell_intensities(sources, settings)
 
 
 def _fresh(sources: "Sources", task: "Task", target: "Target | None", seed: int) -> "nn.Module":
@@ -273,97 +305,3 @@ def first_of(
     from timm_ext.interop.networks import read_checkpoint
 
     return read_checkpoint(networks[0], fold=fold, named=(named or {}).get(networks[0]))
-
-
-def tell_unlike_spacing(settings: "RunSettings", networks: Sequence[Path], sources: "Sources") -> None:
-    """Say which networks were trained on voxels of another size than these cases are prepared with."""
-    own = settings.prepare.spacing
-    for path, noted in zip(networks, sources.prepared, strict=True):
-        spacing = noted.get("spacing")
-        spacing = tuple(spacing) if isinstance(spacing, list) else spacing
-        if spacing not in (None, own):
-            say_once(f"{path} was trained on cases of prepare.spacing {spacing}, here {own}")
-
-
-def tell_unlike_fishers(settings: "RunSettings", sources: "Sources") -> None:
-    """Say which Fishers are of unlike examples: sums over their voxels are in unlike scale then."""
-    if settings.merge.normalize is not None:
-        return
-    examples = {}
-    for name, fisher in zip(sources.names, sources.fishers or (), strict=False):
-        noted = fisher.metadata.get("settings")
-        section = noted.get("fisher") if isinstance(noted, dict) else None
-        if isinstance(section, dict) and "patch" in section:
-            patch = section["patch"]
-            examples[name] = f"patches of {patch} voxels" if patch else "whole volumes"
-    if len(set(examples.values())) > 1:
-        told = ", ".join(f"{name} {what}" for name, what in examples.items())
-        say_once(f"Fishers of unlike examples differ in scale, unless merge.normalize=model: {told}")
-
-
-def _tell_unfollowed(sources: "Sources") -> None:
-    """Say which channels the alignment of networks leaves in their places."""
-    from timm_ext.networks.channel_trace import trace_channels
-
-    channels = trace_channels(sources.networks[0])
-    if functions := channels.unfollowed:
-        tensors = {axis.tensor for axis in channels.axes}
-        say_once(
-            f"alignment: channels that meet {listed(functions)} stay where they are; those along "
-            f"{len(tensors)} other tensors are brought into one order"
-        )
-
-
-def tell_unseen(sources: "Sources", task: "Task", recipe: "Recipe") -> None:
-    """Say which input channels do not come from the sources."""
-    from timm_ext.merging import unseen_modalities
-
-    for name, source in zip(sources.names, sources.tasks, strict=True):
-        if own := unseen_modalities(source.modalities, task.modalities, recipe.unseen):
-            say(
-                f"{name} never saw {', '.join(own)}: there the first layer starts with the new network's own "
-                "weights (merge.unseen names a modality to start from)"
-            )
-
-
-def _tell_intensities(sources: "Sources", settings: "RunSettings") -> None:
-    """Say which sources saw other intensities than the new network will see."""
-    from timm_ext.data.prepare import intensity_fields
-
-    own = asdict(settings.prepare)
-    for name, task, noted in zip(sources.names, sources.tasks, sources.prepared, strict=True):
-        for field in intensity_fields(task) if noted else ():
-            # Files from before there was a window were trained without one.
-            value = noted.get(field, None if field == "hounsfield" else own[field])
-            value = tuple(value) if isinstance(value, list) else value
-            if value != own[field]:
-                say(
-                    f"{name} was trained on images prepared with {field} {value}; those of the new network "
-                    f"are prepared with {own[field]}, so that it sees other intensities"
-                )
-
-
-def _tell_groups(apart: Sequence[str], arm: "Arm", recipe: "Recipe") -> None:
-    """Advise ratios per kernel for sources of several initialisations, unless they are as fine already."""
-    from timm_ext.transfer.arms import Adaptation
-
-    granularity = recipe.granularity or (arm.adaptation or Adaptation()).granularity
-    if apart and granularity not in ("kernel", "element"):
-        say_once(
-            f"ratios per {granularity}: networks of different initialisations want them per kernel, by "
-            "--set merge.granularity=kernel or --method medmerge-aligned"
-        )
-
-
-def _tell_statistics(target: "nn.Module", start: "Start") -> None:
-    """Say which running statistics do not come from the sources."""
-    from timm_ext.parameters import buffer_owners
-
-    merged = buffer_owners(target, start.split.shared, transfer_norms=start.split.transfer_norms)
-    names = [name for name, _ in target.named_buffers() if name.endswith(".running_mean")]
-    own = [name.rpartition(".")[0] for name in names if name not in merged]
-    if own:
-        say(
-            f"running statistics of {len(own)} norms start over, as these norms do "
-            f"(merge.transfer_norms=true merges those outside the heads): {listed(own)}"
-        )

@@ -124,5 +124,5 @@ def _known(name: str) -> str:
             and name.isidentifier()
             and monai.network_class(name) is not None
         ):
-            return monai.PREFIX + name
+            return network_spec(monai.PREFIX + name).name
         raise

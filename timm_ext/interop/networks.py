@@ -177,15 +177,28 @@ def sources_of(path: Path, folds: Sequence[str]) -> list[Path]:
 
 
 def open_alike(
-    paths: Sequence[Path], *, fold: str | None = None, named: Mapping[Path, Named] | None = None
+    paths: Sequence[Path],
+    *,
+    fold: str | None = None,
+    named: Mapping[Path, Named] | None = None,
+    known: Mapping[Path, Checkpoint] | None = None,
 ) -> dict[Path, tuple[nn.Module, Checkpoint]]:
     """Open networks whose images one program prepares; see `read_checkpoint`.
+
+    Args:
+        paths: of the networks.
+        fold: of folders of nnU-Net.
+        named: networks that the user names, by path.
+        known: checkpoints that were read already, by path.
 
     Raises:
         InputError: as for `open_network`, or some are nnU-Net's, which prepares images in its own way.
     """
-    names = named or {}
-    opened = {path: open_network(path, fold=fold, named=names.get(path)) for path in paths}
+    names, read = named or {}, known or {}
+    opened = {}
+    for path in paths:
+        checkpoint = read.get(path) or read_checkpoint(path, fold=fold, named=names.get(path))
+        opened[path] = restore_network(checkpoint)
     foreign = [path for path, (_, checkpoint) in opened.items() if NOTE in checkpoint.metadata]
     if 0 < len(foreign) < len(opened):
         raise InputError(

@@ -34,6 +34,8 @@ class NetworkSpec:
         axes: spatial axes of its images, from the options.
         depth: the option that says on how many grids it works, each half as fine as the one before; None for
             a network whose depth is not one number.
+        supervised: with `deep_supervision` it returns the maps of coarser heads in training alone; others
+            are refused with that option.
     """
 
     name: str
@@ -45,6 +47,7 @@ class NetworkSpec:
     divisors: Callable[[Mapping[str, Any]], tuple[int, ...]] | None = None
     axes: Callable[[Mapping[str, Any]], int] = lambda options: int(options.get("spatial_dims", 3))
     depth: str | None = None
+    supervised: bool = False
 
 
 _SPECS: dict[str, NetworkSpec] = {
@@ -66,6 +69,7 @@ _SPECS: dict[str, NetworkSpec] = {
             divisor=lambda options: max(nnunet.divisors_of(options)),
             divisors=nnunet.divisors_of,
             axes=nnunet.axes_of,
+            supervised=True,
         )
         for name in nnunet.ARCHITECTURES
     },
@@ -103,8 +107,15 @@ def network_spec(name: str) -> NetworkSpec:
     if name in _SPECS:
         return _SPECS[name]
     if name.startswith(monai.PREFIX) and (kind := monai.network_class(name.removeprefix(monai.PREFIX))):
-        options, divisor = monai.OPTIONS.get(kind.__name__, ({}, lambda options: monai.UNKNOWN_DIVISOR))
-        return NetworkSpec(name=name, build=kind, defaults=options, divisor=divisor)
+        short = kind.__name__  # MONAI spells some of them in several ways
+        options, divisor = monai.OPTIONS.get(short, ({}, lambda options: monai.UNKNOWN_DIVISOR))
+        return NetworkSpec(
+            name=f"{monai.PREFIX}{short}",
+            build=kind,
+            defaults=options,
+            divisor=divisor,
+            supervised=short in monai.SUPERVISED,
+        )
     raise InputError(
         f"network: expected one of {listed(network_names())} or monai.<class of monai.networks.nets> "
         f"(got {name!r})"
@@ -133,13 +144,12 @@ def build_network(
     """
     spec = network_spec(name)
     config: dict[str, Any] = {
-        "name": name,
+        "name": spec.name,
         "in_channels": in_channels,
         "out_channels": out_channels,
         "options": {**spec.defaults, **options},
     }
-    trained_alone = name.startswith(nnunet.PREFIX) or name.removeprefix(monai.PREFIX) in monai.SUPERVISED
-    if config["options"].get("deep_supervision") and not trained_alone:
+    if config["options"].get("deep_supervision") and not spec.supervised:
         raise InputError(
             f"network: {name} with deep_supervision returns several maps; expected one map of logits"
         )

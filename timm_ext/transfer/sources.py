@@ -13,7 +13,7 @@ from timm_ext.errors import InputError
 from timm_ext.files import sha256, stem_of
 from timm_ext.fisher import Fisher
 from timm_ext.merging import Bank, Normalization, assemble_bank
-from timm_ext.merging.alignment import alignments
+from timm_ext.merging.alignment import Alignment, alignments
 from timm_ext.networks.io import load_network
 from timm_ext.networks.registry import heads_of, input_layers_of
 from timm_ext.parameters import Split
@@ -29,8 +29,7 @@ class Sources:
         tasks: what each was trained for.
         hashes: SHA-256 of each file.
         fishers: of each network, None where the method needs none.
-        in_order: their channels are in the order of the first network's.
-        moved: of each network how many channels of each tensor changed place for that, by axis.
+        alignments: of each network but the first to its order of channels; none where they are as trained.
         notes: how the tensors of each file were found, see `Checkpoint`.
         prepared: how the images that each was trained on were prepared, as far as its file notes it.
         fisher_hashes: SHA-256 of each Fisher's file.
@@ -41,11 +40,20 @@ class Sources:
     tasks: tuple[Task, ...]
     hashes: tuple[str, ...]
     fishers: tuple[Fisher, ...] | None = None
-    in_order: bool = False
     notes: tuple[tuple[str, ...], ...] = ()
     prepared: tuple[Mapping[str, Any], ...] = ()
-    moved: tuple[Mapping[str, Mapping[int, int]], ...] = ()
     fisher_hashes: tuple[str, ...] = ()
+    alignments: tuple[Alignment, ...] = ()
+
+    @property
+    def in_order(self) -> bool:
+        """Whether their channels are in the order of the first network's."""
+        return len(self.alignments) == len(self.networks) - 1 > 0
+
+    @property
+    def moved(self) -> tuple[Mapping[str, Mapping[int, int]], ...]:
+        """Of each network how many channels of each tensor changed place for that, by axis."""
+        return ({}, *(alignment.moved() for alignment in self.alignments)) if self.alignments else ()
 
     def states(self) -> dict[str, Mapping[str, Tensor]]:
         """Return each network's tensors by its name."""
@@ -73,17 +81,22 @@ class Sources:
             input_layers=input_layers_of(first),
             images=images,
         )
-        fishers = self.fishers
-        if fishers is not None:
-            others = (a.permute_fisher(fisher) for a, fisher in zip(found, fishers[1:], strict=True))
-            fishers = (fishers[0], *others)
-        return replace(
-            self,
-            networks=(first, *(alignment.model for alignment in found)),
-            fishers=fishers,
-            in_order=True,
-            moved=({}, *(alignment.moved() for alignment in found)),
-        )
+        networks = (first, *(alignment.model for alignment in found))
+        aligned = replace(self, networks=networks, fishers=None, alignments=tuple(found))
+        return aligned if self.fishers is None else aligned.weighed(self.fishers, self.fisher_hashes)
+
+    def weighed(self, fishers: Sequence[Fisher], hashes: Sequence[str] = ()) -> "Sources":
+        """Return the networks with Fishers of the files' networks, brought into the order of these.
+
+        Args:
+            fishers: one for each.
+            hashes: SHA-256 of their files.
+        """
+        own = tuple(fishers)
+        if self.alignments:
+            pairs = zip(self.alignments, own[1:], strict=True)
+            own = (own[0], *(alignment.permute_fisher(fisher) for alignment, fisher in pairs))
+        return replace(self, fishers=own, fisher_hashes=tuple(hashes))
 
     def bank(
         self,
@@ -138,11 +151,6 @@ def load_sources(
         InputError: a file cannot be used, a network does not name its task, or a Fisher belongs to another
             network.
     """
-    if fishers and len(fishers) != len(paths):
-        raise InputError(
-            f"fishers: expected one for each of {len(paths)} networks, by --fisher FILE in their order (got "
-            f"{len(fishers)})"
-        )
     loaded = [opened(path) for path in paths]
     tasks = []
     for path, (_, checkpoint) in zip(paths, loaded, strict=True):
@@ -153,21 +161,38 @@ def load_sources(
             )
         tasks.append(task_from_dict(task, where=path))
         check_counts(tasks[-1], checkpoint)
-    hashes = tuple(str(checkpoint.sha256) for _, checkpoint in loaded)
-    read = tuple(map(Fisher.load, fishers))
-    for fisher, fisher_path, path, sha in zip(read, fishers, paths, hashes, strict=False):
-        if fisher.metadata.get("network_sha256") not in (None, sha):
-            raise InputError(f"{fisher_path}: expected the Fisher of {path} (got that of another network)")
-    return Sources(
+    sources = Sources(
         tuple(names or distinct_names([stem_of(path) for path in paths])),
         tuple(model for model, _ in loaded),
         tuple(tasks),
-        hashes,
-        read or None,
+        tuple(str(checkpoint.sha256) for _, checkpoint in loaded),
         notes=tuple(checkpoint.notes for _, checkpoint in loaded),
         prepared=tuple(_noted_preparation(checkpoint.metadata) for _, checkpoint in loaded),
-        fisher_hashes=tuple(map(sha256, fishers)),
     )
+    return with_fishers(sources, paths, fishers) if fishers else sources
+
+
+def with_fishers(sources: Sources, paths: Sequence[Path], fishers: Sequence[Path]) -> Sources:
+    """Read the Fishers of source networks.
+
+    Args:
+        sources: as they are, or in one order of channels.
+        paths: files of the networks.
+        fishers: one for each, in the same order.
+
+    Raises:
+        InputError: another number of them, a file that cannot be used, or the Fisher of another network.
+    """
+    if len(fishers) != len(paths):
+        raise InputError(
+            f"fishers: expected one for each of {len(paths)} networks, by --fisher FILE in their order (got "
+            f"{len(fishers)})"
+        )
+    read = tuple(map(Fisher.load, fishers))
+    for fisher, fisher_path, path, sha in zip(read, fishers, paths, sources.hashes, strict=True):
+        if fisher.metadata.get("network_sha256") not in (None, sha):
+            raise InputError(f"{fisher_path}: expected the Fisher of {path} (got that of another network)")
+    return sources.weighed(read, tuple(map(sha256, fishers)))
 
 
 def check_counts(task: Task, checkpoint: Checkpoint, hint: str = "") -> None:

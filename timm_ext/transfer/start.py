@@ -1,7 +1,7 @@
 """Target networks, and how they start from source networks."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -178,6 +178,30 @@ def split_by(network: nn.Module, merge: Merge, recipe: Recipe) -> Split:
     return split_parameters(network, heads=heads_of(network), transfer_norms=transfer_norms)
 
 
+def aligns(merge: Merge, recipe: Recipe) -> bool:
+    """Tell whether sources are brought into one order of channels before they are merged."""
+    return merge.aligned or recipe.align
+
+
 def in_order(sources: Sources, merge: Merge, recipe: Recipe) -> Sources:
     """Return the sources as they are merged: aligned, or as they are."""
-    return sources.aligned() if merge.aligned or recipe.align else sources
+    return sources.aligned() if aligns(merge, recipe) else sources
+
+
+def check_start(arm: Arm, target: nn.Module, task: Task, sources: Sources, recipe: Recipe) -> None:
+    """Refuse what an arm cannot start from, also where its Fishers are still to come; nothing is merged.
+
+    Args:
+        arm: how.
+        target: freshly built for the task.
+        task: the target's.
+        sources: as they are merged, see `in_order`.
+        recipe: how they are merged.
+
+    Raises:
+        InputError: as for `assemble_bank`, `check_bank` and `anchored_logits`.
+    """
+    bank = sources.bank(target, task, split_by(target, arm.merge, recipe), unseen=recipe.unseen)
+    check_bank(replace(arm.merge, needs_fisher=False), bank, arm.name)
+    if arm.learns_ratios and recipe.anchor != 0:
+        anchored_logits(recipe.anchor, len(bank), recipe.mixing)

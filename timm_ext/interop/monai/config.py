@@ -47,9 +47,10 @@ def _class_of(target: Any, place: str) -> str:
     """Return the name of a class of networks, whatever module of MONAI's its path goes through."""
     module, _, short = str(target).rpartition(".")
     within = not module or module == _MODULE or module.startswith(f"{_MODULE}.")
-    if not isinstance(target, str) or not within or network_class(short) is None:
+    kind = network_class(short)
+    if not isinstance(target, str) or not within or kind is None:
         raise InputError(f"{place}: _target_: expected a network of {_MODULE} (got {shown(target)})")
-    return short
+    return kind.__name__  # MONAI spells some of them in several ways
 
 
 def literal(value: Any, config: Mapping[str, Any], place: str, depth: int = 0) -> Any:
