@@ -8,6 +8,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+HALF = {"amx": "AMX", "avx512_bf16": "AVX512-BF16"}
 Row = dict[str, Any]
 Facts = dict[str, Any]
 
@@ -61,4 +62,6 @@ def machine(environment: Row) -> str:
     cores = f"{environment['cores']} cores, " if "cores" in environment else ""
     facts = {"instruction_set": "", "torch": "torch ", "python": "Python "}
     told = [prefix + str(environment[key]) for key, prefix in facts.items() if key in environment]
+    if half := HALF.get(environment.get("bfloat16", "")):
+        told.insert(1, half)
     return f"{environment['machine']}, {cores}{', '.join(told)}"

@@ -169,6 +169,12 @@ def test_pages_mark_rows_whose_rounds_were_unlike():
     assert told_so.endswith(steps.DOUBTFUL)
 
 
+def test_pages_say_which_bfloat16_a_machine_has():
+    assert told({"environment": HERE, "rows": [{"code": "one"}]}).endswith("2 cores, avx512, AMX, torch 2")
+    without = {**HERE, "bfloat16": "float32"}
+    assert told({"environment": without, "rows": [{"code": "one"}]}).endswith("2 cores, avx512, torch 2")
+
+
 def test_pages_say_how_many_versions_a_result_is_of():
     noted = {"environment": HERE, "rows": [{"code": "one"}, {"code": "two"}]}
     assert told(noted).endswith(", 2 versions of the package")
