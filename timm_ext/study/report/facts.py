@@ -105,8 +105,8 @@ def _training(study: Study) -> str:
     kept = {"best": "lowest validation loss", "last": "last step"}[train["keep"]]
     return (
         f"Adam, learning rate {s.lr:g} ({train['schedule']}), batch {s.batch_size}, {steps} steps in all; "
-        f"adaptation takes {adapting} of them (logits' rate {s.logit_lr:g}); a run ends with the weights of its {kept}; "
-        f"{_augmented(s)}{smallest}"
+        f"adaptation takes {adapting} of them (logits' rate {s.logit_lr:g}); a run ends with the weights of "
+        f"its {kept}; {_augmented(s)}{smallest}"
     )
 
 
