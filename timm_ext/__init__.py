@@ -91,6 +91,13 @@ def __dir__() -> list[str]:
     return sorted(set(globals()) | set(__all__))
 
 
-if Path(next(iter(sys.argv), "")).stem != "timm-ext":  # the command loads them when it needs them
+def _is_command() -> bool:
+    """Tell whether this process is the command, by the script `timm-ext` or by `python -m timm_ext`."""
+    if sys.argv[:1] == ["-m"]:  # Python has not yet put the file in its place
+        return sys.orig_argv[-len(sys.argv)].removeprefix("-m") == "timm_ext"
+    return Path(next(iter(sys.argv), "")).stem == "timm-ext"
+
+
+if not _is_command():  # it loads them when it needs them
     import_module("timm_ext.ops.fisher")
     import_module("timm_ext.ops.merge")

@@ -146,14 +146,20 @@ def test_full_disk(place, tmp_path, command):
     assert not list(tmp_path.rglob(".partial-*"))
 
 
-def test_command_line_starts_without_the_heavy_libraries():
-    code = (
-        "import sys; sys.argv = ['bin/timm-ext', '--help']; from timm_ext.cli import run; run(sys.argv[1:]); "
-        "heavy = {'torch', 'numpy', 'monai', 'nibabel', 'SimpleITK', 'scipy', 'matplotlib', 'pydantic'}; "
-        "print(heavy & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "set()"
+@pytest.mark.parametrize("options", [["--help"], ["merge", "--help"], ["--version"]])
+@pytest.mark.parametrize("way", ["script", "-m", "-mtimm_ext"])
+def test_command_line_tells_about_itself_without_the_heavy_libraries(tmp_path, way, options):
+    script = tmp_path / "timm-ext"
+    script.write_text("from timm_ext.cli import main\nmain()\n")
+    called = {"script": [script], "-m": ["-m", "timm_ext"], "-mtimm_ext": ["-mtimm_ext"]}[way]
+    command = [sys.executable, "-X", "importtime", *called, *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    loaded = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert "timm_ext" in loaded
+    assert "timm-ext" in done.stdout
+    heavy = {"torch", "numpy", "monai", "nibabel", "SimpleITK", "scipy", "matplotlib"}
+    assert heavy & loaded == set()
+    assert "merge" in options or "pydantic" not in loaded  # by which typer reads the options of a command
 
 
 def test_python_m_is_the_same_command():

@@ -54,6 +54,12 @@ def test_no_cases_and_no_network_are_wrong(place, tmp_path, capsys):
     assert "expected cases in a known format" in found["wrong"][1]
 
 
+def test_an_unknown_method_is_wrong_and_the_cases_are_looked_at(place, capsys):
+    found = checked(capsys, *sources(place), "--method", "best", "--data", place / "tumours", status=1)
+    assert [line.startswith("method: expected") for line in found["wrong"]] == [True]
+    assert len(found["cases"]) == 2
+
+
 def test_every_tensor_of_the_start(place, capsys):
     found = checked(capsys, *sources(place), *fishers(place), "--task", "brats", "--align")
     uses = {use["name"]: use for use in found["tensors"]}

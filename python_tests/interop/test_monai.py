@@ -166,5 +166,6 @@ def test_merged_bundles_are_written_as_monai_takes_them(tmp_path, capsys):
 
 def test_a_fold_is_of_nnunet_alone(tmp_path, capsys):
     write_bundle(tmp_path / "bundle", segresnet(1, channels=4, outputs=3))
-    error = failure(capsys, ["info", tmp_path / "bundle", "--fold", "0"])
-    assert "bundle: expected a folder of nnU-Net with --fold (got a bundle of MONAI)" in error
+    for path in (tmp_path / "bundle", tmp_path / "bundle" / "models" / "model.pt"):
+        error = failure(capsys, ["info", path, "--fold", "0"])
+        assert f"{path}: expected a folder of nnU-Net with --fold (got a bundle of MONAI)" in error

@@ -9,6 +9,7 @@ from timm_ext.cli import run
 from timm_ext.errors import InputError
 from timm_ext.interop.nnunet.model import task_of_header
 from timm_ext.interop.nnunet.plans import configuration_of
+from timm_ext.interop.nnunet.preparation import preparation_of
 
 pytest.importorskip("dynamic_network_architectures")
 
@@ -69,12 +70,12 @@ def test_ignore_labels_are_told_by_name(model, tmp_path, capsys, command):
 def test_axes_that_are_not_turned_back_are_refused(backward):
     plans = plans_of() | {"transpose_forward": [2, 0, 1], "transpose_backward": backward}
     with pytest.raises(InputError, match=r"transpose_backward: expected the order that undoes .*\[2, 0, 1\]"):
-        configuration_of(plans, "3d_fullres", "x")
+        preparation_of(plans, configuration_of(plans, "3d_fullres", "x"), "x")
 
 
 def test_axes_that_are_turned_back_are_taken():
     plans = plans_of() | {"transpose_forward": [2, 0, 1], "transpose_backward": [1, 2, 0]}
-    assert configuration_of(plans, "3d_fullres", "x").patch == (8, 16, 16)
+    assert preparation_of(plans, configuration_of(plans, "3d_fullres", "x"), "x").transpose == (2, 0, 1)
 
 
 def test_a_merge_says_in_what_the_images_of_its_target_differ(model, tmp_path, capsys):

@@ -15,8 +15,10 @@ from timm_ext.cli import run
 from timm_ext.data.formats.cases import read_cases
 from timm_ext.data.prepare import prepare_cases
 from timm_ext.data.tasks import get_task, task_to_dict
+from timm_ext.documents import read_json
 from timm_ext.fisher import Fisher
 from timm_ext.interop.networks import images_of, open_network, read_checkpoint
+from timm_ext.interop.nnunet import arrays
 from timm_ext.interop.nnunet.arrays import Arrays
 from timm_ext.interop.nnunet.plans import configuration_of
 from timm_ext.interop.nnunet.preparation import preparation_of
@@ -210,7 +212,7 @@ def test_adapted_and_tuned_networks_go_back_to_nnunet(place, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("ending", [".b2nd", ".npy"])
-def test_preprocessed_cases_are_looked_through(place, tmp_path, capsys, ending):
+def test_preprocessed_cases_are_looked_through(place, tmp_path, capsys, monkeypatch, ending):
     model = place / "a" / "t__p__3d_fullres"
     data = preprocess(place / "raw", tmp_path / "d", images_for(model), ending)
     capsys.readouterr()
@@ -222,8 +224,10 @@ def test_preprocessed_cases_are_looked_through(place, tmp_path, capsys, ending):
     voxels = (Arrays(data / f"c0{ending}", (0,), data / f"c0_seg{ending}")["label"] == 1).sum()
     assert case["volumes"]["1"] == pytest.approx(voxels * 1.8 / 1000, abs=1e-4)
     # Without a network, and with one that is wrong for them.
-    task = str(data.parent / "dataset.json")
+    task, read = str(data.parent / "dataset.json"), []
+    monkeypatch.setattr(arrays, "read_json", lambda file: read.append(file) or read_json(file))
     assert run(["check", "--data", str(data), "--task", task]) == 0
+    assert read == [data.parent / "nnUNetPlans.json"]  # once for all cases
     (data / f"c1_seg{ending}").write_bytes(b"")
     save_network(tmp_path / "n.safetensors", segresnet(1, 1, 3), task=task_to_dict(get_task(task)))
     assert run(["check", str(tmp_path / "n.safetensors"), "--data", str(data), "--task", task]) == 1

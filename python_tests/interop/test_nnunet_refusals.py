@@ -23,9 +23,6 @@ from timm_ext.networks.nnunet import divisors_of
 from timm_ext.networks.registry import build_network
 
 pytest.importorskip("dynamic_network_architectures")
-ARCHITECTURES = ["PlainConvUNet", "ResidualEncoderUNet"]
-METHODS = {"merge": "mean-imm", "adapt": "medmerge"}
-IMAGES = torch.randn(1, 1, 8, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 def changed(tmp_path, **changes):

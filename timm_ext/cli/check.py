@@ -75,6 +75,7 @@ def check(
     """
     from timm_ext.interop.named import named_for
     from timm_ext.interop.networks import images_of
+    from timm_ext.transfer.arms import get_arm
 
     if not networks and data is None:
         raise InputError("check: expected networks, or cases by --data CASES (got neither)")
@@ -93,14 +94,15 @@ def check(
                 chosen, images = new_task(task, data or Path(), None if first is None else images_of(first))
         if first is not None:
             with report.noting():
-                if (arm := _arm(method, fishers or ())).learns:
+                arm = get_arm(method)
+                if arm.learns:
                     images_of(first)  # of a kind that is prepared
+                report.odd += [] if fishers else _fishers_to_come(arm)
+                arm = arm if fishers else without_fishers(arm)
                 unrelated = arm.learns and align is None  # merges align where they are told
                 read = read_sources(networks or (), fishers or (), first=first, fold=fold, named=names)
                 read, own = read.aligned(arm, read.settings(settings), align_unrelated=unrelated)
                 report.tensors = started(arm, read, chosen, own)[1].uses
-            if not fishers:
-                report.odd += _without_fishers(method)
         if data is not None and chosen is not None:
             with report.noting(), told_default(task, data):
                 _examine(data, chosen, _prepared_by(settings, images), images, workers, report)
@@ -170,22 +172,11 @@ def _prepared_by(settings: "RunSettings", images: "Images | None") -> "PrepareSe
     return replace(settings.prepare, hounsfield=None, empty_labels="allow")
 
 
-def _arm(method: str, fishers: Sequence[Path]) -> "Arm":
-    """Return the arm of a method; where Fishers are still to come, with the plain mean in their place."""
-    from timm_ext.transfer.arms import get_arm
-
-    arm = get_arm(method)
-    return arm if fishers else without_fishers(arm)
-
-
-def _without_fishers(method: str) -> list[str]:
-    from timm_ext.transfer.arms import get_arm
-
-    arm = get_arm(method)
+def _fishers_to_come(arm: "Arm") -> list[str]:
     if not arm.merge.needs_fisher:
         return []
     way = "adapt estimates them" if arm.learns else "timm-ext fisher estimates them"
-    return [f"{method} weighs by Fishers, and none is given (--fisher): {way}"]
+    return [f"{arm.name} weighs by Fishers, and none is given (--fisher): {way}"]
 
 
 def _examine(
@@ -199,7 +190,7 @@ def _examine(
     """Read all cases of a data set; errors are those of `find_cases` and `_refuse_default`."""
     from timm_ext.data.examine import examine_case, examine_cases
     from timm_ext.data.formats.cases import find_cases
-    from timm_ext.interop.nnunet.arrays import examine_arrays, prepared_folders
+    from timm_ext.interop.nnunet.arrays import examine_arrays, prepared_folders, spacing_of
 
     found = find_cases(data if images is None else images.place_of(data), task)
     prepared = prepared_folders(found.cases)
@@ -209,8 +200,12 @@ def _examine(
         elif report.tensors:
             refuse_prepared(found.cases, data)
     job: Callable[[Case], Examined] = partial(examine_case, task=task, settings=prepare)
+    spacings = {}
+    for folder in prepared:
+        with report.noting():
+            spacings[folder] = spacing_of(folder)
     if prepared:
-        job = partial(examine_arrays, task=task)
+        job = partial(examine_arrays, task=task, spacings=spacings)
     with make_bars(console=make_console(stderr=True)) as bar:
         row = bar.add_task("Reading cases", total=len(found.cases))
         report.cases, wrong, odd = examine_cases(

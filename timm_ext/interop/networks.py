@@ -53,7 +53,9 @@ def read_checkpoint(
             a fold of a file.
     """
     path = Path(path)
-    if (root := bundle.root_of(path)) is not None and fold is None:
+    if (root := bundle.root_of(path)) is not None:
+        if fold is not None:
+            raise InputError(f"{path}: expected a folder of nnU-Net with --fold (got a bundle of MONAI)")
         checkpoint = _of_bundle(root, path if path.is_file() else None, kinds)
     else:
         checkpoint = _of_file(path, fold, kinds, named)
@@ -66,8 +68,6 @@ def _of_file(path: Path, fold: str | None, kinds: Sequence[str] | None, named: N
     """Read a file, or a folder or zip file of nnU-Net."""
     with ExitStack() as stack:
         if path.is_dir():
-            if fold is not None and bundle.root_of(path) is not None:
-                raise InputError(f"{path}: expected a folder of nnU-Net with --fold (got a bundle of MONAI)")
             if not folders.is_model_folder(path):
                 raise InputError(
                     f"{path}: expected a network's file, a folder of nnU-Net with {folders.PLANS} and folds, "

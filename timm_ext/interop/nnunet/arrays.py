@@ -92,13 +92,17 @@ def open_arrays(case: Case, task: Task, preparation: Preparation) -> Prepared:
     return Prepared(case, Grid(size, affine, size, affine, False, (0, 0, 0), size), tuple(present), arrays)
 
 
-def examine_arrays(case: Case, task: Task) -> Examined:
-    """Read the arrays of a preprocessed case and check them as `open_arrays` does, past the first fault."""
+def examine_arrays(case: Case, task: Task, spacings: Mapping[Path, tuple[float, float, float]]) -> Examined:
+    """Read the arrays of a preprocessed case and check them as `open_arrays` does, past the first fault.
+
+    Args:
+        case: of a folder that nnU-Net has preprocessed.
+        task: names the channels and the valid labels.
+        spacings: of the folders whose plans say it, see `spacing_of`.
+    """
     result = Examined(case.id, case.subject, case.images)
     arrays, first = _arrays_of(case, task), case.images[task.modalities[0]]
-    with noted(result.wrong):
-        plans, configuration = plans_of(first.parent)
-        result.spacing = preparation_of(plans, configuration, first.parent).spacing
+    result.spacing = spacings.get(first.parent)
     with noted(result.wrong):
         image = arrays["image"]
         depth, height, width = image.shape[1:]
@@ -125,6 +129,16 @@ def examine_arrays(case: Case, task: Task) -> Examined:
 def _arrays_of(case: Case, task: Task) -> Arrays:
     first = case.images[task.modalities[0]]
     return Arrays(first, tuple(case.channels[name] for name in task.modalities), case.label)
+
+
+def spacing_of(folder: Path) -> tuple[float, float, float]:
+    """Return the size in mm of the voxels of a folder that nnU-Net has preprocessed, by its plans.
+
+    Raises:
+        InputError: as for `plans_of` and `preparation_of`.
+    """
+    plans, configuration = plans_of(folder)
+    return preparation_of(plans, configuration, folder).spacing
 
 
 def plans_of(folder: Path) -> tuple[Any, Configuration]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import permutations
 from typing import Any
 
 from timm_ext.errors import InputError, listed, shown
@@ -45,15 +44,14 @@ def configuration_of(plans: Any, name: str, where: object) -> Configuration:
         where: the file, for messages.
 
     Raises:
-        InputError: plans of another version or form, no such configuration, axes that are not turned back
-            as they are turned, or an architecture that is not one of nnU-Net's own.
+        InputError: plans of another version or form, no such configuration, or an architecture that is not
+            one of nnU-Net's own.
     """
     configurations = plans.get("configurations") if isinstance(plans, Mapping) else None
     if not isinstance(configurations, Mapping):
         if isinstance(plans, Mapping) and "plans_per_stage" in plans:
             raise InputError(f"{where}: expected plans of nnU-Net v2 (got those of v1); {FIRST_VERSION}")
         raise InputError(f"{where}: expected plans of nnU-Net v2 with configurations (got none)")
-    _check_axes(plans, where)
     values = entries_of(configurations, name, where)
     network, options = _architecture(values, f"{where}: {name}")
     patch = values.get("patch_size")
@@ -61,18 +59,6 @@ def configuration_of(plans: Any, name: str, where: object) -> Configuration:
         raise InputError(f"{where}: {name}: patch_size: expected edges in voxels (got {shown(patch)})")
     cascade = values.get("previous_stage") is not None
     return Configuration(name, network, options, tuple(patch), cascade, values)
-
-
-def _check_axes(plans: Mapping[str, Any], where: object) -> None:
-    """Refuse an order of axes that is not undone by the one for predictions."""
-    forward, backward = plans.get("transpose_forward"), plans.get("transpose_backward")
-    if not isinstance(forward, list) or tuple(forward) not in permutations(range(3)) or backward is None:
-        return
-    if backward != [forward.index(axis) for axis in range(3)]:
-        raise InputError(
-            f"{where}: transpose_backward: expected the order that undoes transpose_forward {forward} (got "
-            f"{shown(backward)})"
-        )
 
 
 def entries_of(configurations: Mapping[str, Any], name: Any, where: object) -> dict[str, Any]:

@@ -178,7 +178,8 @@ def preparation_of(plans: Any, configuration: Configuration, where: object) -> P
     """Read the preparation of a configuration.
 
     Raises:
-        InputError: it is 2-D or a cascade, whose images are made otherwise, or has a step that is not known.
+        InputError: it is 2-D or a cascade, whose images are made otherwise, or has a step that is not known,
+            or axes that are not turned back as they are turned.
     """
     values = configuration.values
     if len(configuration.patch) != 3 or configuration.cascade:
@@ -192,19 +193,31 @@ def preparation_of(plans: Any, configuration: Configuration, where: object) -> P
         raise InputError(f"{where}: preprocessor_name: expected DefaultPreprocessor (got {got})")
     if (reader := plans.get("image_reader_writer")) not in _READERS:
         raise InputError(f"{where}: image_reader_writer: expected {listed(_READERS)} (got {shown(reader)})")
-    transpose, spacing = plans.get("transpose_forward"), values.get("spacing")
-    if transpose not in map(list, permutations(range(3))):
-        raise InputError(f"{where}: transpose_forward: expected an order of 0, 1, 2 (got {shown(transpose)})")
+    spacing = values.get("spacing")
     if not isinstance(spacing, list) or len(spacing) != 3 or not all(_positive(one) for one in spacing):
         raise InputError(f"{where}: spacing: expected three lengths in mm (got {shown(spacing)})")
     return Preparation(
-        triple(transpose),
+        _axes_of(plans, where),
         _triple_of(spacing),
         _channels(plans, values, where),
         read_resampling(values, "data", where),
         read_resampling({**_LABELS, **values}, "seg", where),
         read_resampling(values, "probabilities", where),
     )
+
+
+def _axes_of(plans: Mapping[str, Any], where: object) -> Triple:
+    """Return the order of axes, which that for predictions must undo."""
+    forward, backward = plans.get("transpose_forward"), plans.get("transpose_backward")
+    if forward not in map(list, permutations(range(3))):
+        raise InputError(f"{where}: transpose_forward: expected an order of 0, 1, 2 (got {shown(forward)})")
+    order = triple(forward)
+    if backward is not None and backward != [order.index(axis) for axis in range(3)]:
+        raise InputError(
+            f"{where}: transpose_backward: expected the order that undoes transpose_forward {forward} (got "
+            f"{shown(backward)})"
+        )
+    return order
 
 
 def measured_in(plans: Mapping[str, Any], channel: int) -> Mapping[str, Any]:
