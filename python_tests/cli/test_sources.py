@@ -5,14 +5,17 @@ from pathlib import Path
 
 import pytest
 from cli_cases import TRAIN, fishers, sources
+from torch import nn
 
 from timm_ext.cli import run
+from timm_ext.cli.session import evidence_told
 from timm_ext.cli.told import tell_unlike_spacing
 from timm_ext.config import RunSettings
 from timm_ext.data.prepare import PrepareSettings
 from timm_ext.interop import networks
 from timm_ext.transfer import sources as transfer_sources
 from timm_ext.transfer import start
+from timm_ext.transfer.settle import OWN
 
 
 def test_adapt_reads_aligns_and_merges_its_sources_once(place, tmp_path, monkeypatch):
@@ -50,3 +53,19 @@ def test_voxel_sizes_are_compared_however_they_are_written(capsys, noted, own, t
     sources_ = transfer_sources.Sources(("a",), (), (), (), prepared=({"spacing": noted},))
     tell_unlike_spacing(settings, [Path("a")], sources_)
     assert ("a was trained on cases of prepare.spacing" in capsys.readouterr().out) is told
+
+
+@pytest.mark.parametrize(
+    ("alternatives", "told"),
+    [
+        (("start 2", "b"), "start 2 taken; heads fitted, log evidence per voxel start 2 -0.5"),
+        ((), "voxel -0.5000"),
+    ],
+)
+def test_evidence_is_told_by_the_names_of_sources(alternatives, told):
+    evidence = dict.fromkeys(alternatives, -0.5) or {OWN: -0.5}
+    networks_of = {name: nn.Identity() for name in alternatives}
+    begun = start.Start(
+        nn.Identity(), alternatives=networks_of, evidence=evidence, taken="".join(alternatives[:1])
+    )
+    assert told in evidence_told(begun)

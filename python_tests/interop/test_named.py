@@ -26,7 +26,10 @@ def test_values_are_read_as_yaml_and_commas_in_brackets_kept():
         ("SegResNet:init_filters", r"expected CLASS:OPTION=VALUE,….*got SegResNet:init_filters"),
         ("SegResNet:a=1,a=2", "expected CLASS:OPTION=VALUE"),
         (":a=1", "expected CLASS:OPTION=VALUE"),
-        ("SegResnet9", r"network: expected one of .* \(got 'SegResnet9'\)"),
+        (
+            "SegResnet9",
+            r"network: expected one of .* \(got 'SegResnet9'\); one of your own .* --plugin MODULE",
+        ),
         ("Conv3d", "expected one of"),
         ("os.system", "expected one of"),
         ("SegResNet:in_channels=many", "in_channels: expected a number of channels"),

@@ -181,12 +181,18 @@ def test_sources_of_unlike_plans_are_refused_by_the_tensor(tmp_path, capsys, com
     assert "nnUNetv2_move_plans_between_datasets" in error
 
 
-def test_folds_of_one_network_are_merged_with_their_heads(tmp_path):
+def test_folds_of_one_network_are_merged_with_their_heads(tmp_path, capsys):
     folds = {fold: network(seed=fold) for fold in range(3)}
     folder = write_model_folder(tmp_path / "results", folds)
     out = tmp_path / "merged.safetensors"
     command = ["merge", str(folder), "--folds", "0,1,2", "--method", "mean-imm", "--keep-heads"]
     assert run([*command, "--out", str(out)]) == 0
+    assert run(["check", str(folder), "--folds", "0,2", "--method", "mean-imm"]) == 0
+    for command in ("advise", "adapt"):
+        more = ["--out", tmp_path / "run"] if command == "adapt" else []
+        data = [*more, "--data", tmp_path / "none"]
+        assert "got none of 5" in refused(capsys, command, folder, "--folds", "0,5", *data)
+        assert "none: no such file" in refused(capsys, command, folder, "--folds", "0,1", *data)
     merged = open_network(out)[0].state_dict()
     states = [model.state_dict() for model in folds.values()]
     for key, tensor in merged.items():

@@ -1,17 +1,16 @@
 """The command that says which source, and which way of merging, suits the user's own cases."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from timm_ext.cli.cases import cases_at, new_task, prepare_labelled, told_default
 from timm_ext.cli.common import (
     Cache,
     Config,
+    Data,
     Fold,
+    Folds,
     NamedNetworks,
     Networks,
     Overrides,
@@ -19,7 +18,7 @@ from timm_ext.cli.common import (
     Workers,
 )
 from timm_ext.cli.planned import settings_of_network
-from timm_ext.cli.sources import first_of, in_order, read_sources, unrelated
+from timm_ext.cli.sources import first_of, folds_of, in_order, read_sources, unrelated
 from timm_ext.cli.told import tell_unseen
 from timm_ext.errors import listed
 from timm_ext.system.terminal import make_console, say, show_table
@@ -37,9 +36,10 @@ _SCRATCH, _MERGE = "scratch", "mean of all"
 
 def advise(
     networks: Networks,
-    data: Annotated[Path, typer.Option("--data", metavar="CASES", help="Labelled cases of the new task.")],
+    data: Data,
     task: TaskOption = None,
     fold: Fold = None,
+    folds: Folds = None,
     named: NamedNetworks = None,
     config: Config = None,
     overrides: Overrides = None,
@@ -60,6 +60,7 @@ def advise(
     from timm_ext.transfer.advice import examined
     from timm_ext.transfer.head import drawn_cases
 
+    networks = folds_of(networks, folds, fold)
     first = first_of(networks, fold, named=(names := named_for(networks, named or ())))
     chosen, images = new_task(task, data, images_of(first))
     sources = read_sources(networks, (), first=first, fold=fold, named=names).sources

@@ -15,8 +15,10 @@ from timm_ext.cli.cases import new_task, refuse_prepared, told_default
 from timm_ext.cli.common import (
     AlignWhereNeeded,
     Config,
+    DataIfAny,
     Fishers,
     Fold,
+    Folds,
     NamedNetworks,
     Overrides,
     TaskOption,
@@ -24,11 +26,12 @@ from timm_ext.cli.common import (
     settings_from,
     with_alignment,
 )
-from timm_ext.cli.sources import first_of, read_sources, started, without_fishers
+from timm_ext.cli.sources import first_of, folds_of, read_sources, started, without_fishers
 from timm_ext.errors import InputError
 from timm_ext.system.terminal import make_bars, make_console, say, show_table
 
 if TYPE_CHECKING:
+    from timm_ext.checkpoint import Checkpoint
     from timm_ext.config import RunSettings
     from timm_ext.data.examine import Examined
     from timm_ext.data.formats.cases import Case
@@ -43,21 +46,19 @@ _FATES = {"merged": "merged", "head": "anew (head)", "norm": "anew (norm)", "own
 _Networks = Annotated[
     list[Path] | None, typer.Argument(metavar="[NETWORK...]", help="Source networks, as for `adapt`.")
 ]
-_Data = Annotated[
-    Path | None, typer.Option("--data", metavar="CASES", help="Cases, as for `train` and `adapt`.")
-]
 _Method = Annotated[str, typer.Option("--method", help="t-imm, medmerge, mean-imm, …")]
 _AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object in place of tables.")]
 
 
 def check(
     networks: _Networks = None,
-    data: _Data = None,
+    data: DataIfAny = None,
     task: TaskOption = None,
     fishers: Fishers = None,
     method: _Method = "t-imm",
     align: AlignWhereNeeded = None,
     fold: Fold = None,
+    folds: Folds = None,
     named: NamedNetworks = None,
     config: Config = None,
     overrides: Overrides = None,
@@ -82,25 +83,21 @@ def check(
     report = _Report()
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
         first = None
-        names = named_for(networks or (), named or ())
+        networks = folds_of(networks or [], folds, fold)
+        names = named_for(networks, named or ())
         with report.noting():
             first = first_of(networks, fold, names) if networks else None
         settings = settings_from(config, with_alignment(overrides, align), first)
-        chosen, images = None, None
-        if data and networks and first is None and task is None:
-            report.odd.append(f"{data}: not looked at, for the task is the network's (--task names it)")
-        elif task or data:
-            with report.noting():
-                chosen, images = new_task(task, data or Path(), None if first is None else images_of(first))
+        chosen, images = _task(task, data, first, report, unread=bool(networks) and first is None)
         if first is not None:
             with report.noting():
                 arm = get_arm(method)
                 if arm.learns:
                     images_of(first)  # of a kind that is prepared
-                report.odd += [] if fishers else _fishers_to_come(arm)
-                arm = arm if fishers else without_fishers(arm)
+                if not fishers:
+                    report.odd, arm = [*report.odd, *_fishers_to_come(arm)], without_fishers(arm)
                 unrelated = arm.learns and align is None  # merges align where they are told
-                read = read_sources(networks or (), fishers or (), first=first, fold=fold, named=names)
+                read = read_sources(networks, fishers or (), first=first, fold=fold, named=names)
                 read, own = read.aligned(arm, read.settings(settings), align_unrelated=unrelated)
                 report.tensors = started(arm, read, chosen, own)[1].uses
         if data is not None and chosen is not None:
@@ -170,6 +167,20 @@ def _prepared_by(settings: "RunSettings", images: "Images | None") -> "PrepareSe
     if images is None:
         return settings.prepare
     return replace(settings.prepare, hounsfield=None, empty_labels="allow")
+
+
+def _task(
+    name: str | None, data: Path | None, first: "Checkpoint | None", report: _Report, *, unread: bool
+) -> "tuple[Task | None, Images | None]":
+    """Return the task of the cases, where it is known, and how they become images."""
+    from timm_ext.interop.networks import images_of
+
+    if data and unread and name is None:
+        report.odd.append(f"{data}: not looked at, for the task is the network's (--task names it)")
+    elif name or data:
+        with report.noting():
+            return new_task(name, data or Path(), None if first is None else images_of(first))
+    return None, None
 
 
 def _fishers_to_come(arm: "Arm") -> list[str]:

@@ -51,6 +51,9 @@ CasesArgument = Annotated[
         help="BraTS or BIDS folder, nnU-Net or Decathlon folder (`dataset.json`), or a CSV or JSON list.",
     ),
 ]
+_DATA = typer.Option("--data", metavar="CASES", help="Labelled cases of the new task.")
+Data = Annotated[Path, _DATA]
+DataIfAny = Annotated[Path | None, _DATA]
 TaskOption = Annotated[
     str | None,
     typer.Option(
@@ -97,6 +100,9 @@ Fishers = Annotated[
 ]
 Fold = Annotated[
     str | None, typer.Option("--fold", metavar="N", help="Fold of nnU-Net's folders: 0, 1, … or all.")
+]
+Folds = Annotated[
+    str | None, typer.Option("--folds", metavar="N,N,…", help="These folds of one folder of nnU-Net.")
 ]
 _NAMED = (
     "Network of files that do not say it, e.g. `SegResNet:init_filters=16`: a class of MONAI or any name of "

@@ -14,8 +14,10 @@ from timm_ext.cli.common import (
     Cache,
     ChannelNames,
     Config,
+    Data,
     Fishers,
     Fold,
+    Folds,
     NamedNetworks,
     Networks,
     Overrides,
@@ -85,9 +87,6 @@ _For = Annotated[
         help="New data set of nnU-Net's networks: its raw or preprocessed folder, `dataset.json` or plans.",
     ),
 ]
-_Folds = Annotated[
-    str | None, typer.Option("--folds", metavar="N,N,…", help="Merge these folds of one folder of nnU-Net.")
-]
 _KeepHeads = Annotated[
     bool, typer.Option("--keep-heads", help="Merge heads and norms, too: of networks of one task.")
 ]
@@ -124,7 +123,7 @@ def merge(
     task: _NewTask = None,
     target: _For = None,
     fold: Fold = None,
-    folds: _Folds = None,
+    folds: Folds = None,
     keep_heads: _KeepHeads = False,
     named: NamedNetworks = None,
     config: Config = None,
@@ -164,8 +163,7 @@ def merge(
         merge_as_they_are(networks, out, parse_ratios(ratios), fishers or (), shard_size, hashes)
         return
     refuse_streams([*networks, *(fishers or ())], {"--shard-size": shard_size, "--sha256": hashes})
-    if folds is not None:
-        networks = folds_of(networks, folds, fold)
+    networks = folds_of(networks, folds, fold)
     names = named_for(networks, named or ())
     first = first_of(networks, fold, names)
     settings = settings_from(config, with_alignment(overrides, align), first)
@@ -281,7 +279,7 @@ class _Merge:
 
 def adapt(
     networks: Networks,
-    data: Annotated[Path, typer.Option("--data", metavar="CASES", help="Training cases of the new task.")],
+    data: Data,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the run.")],
     task: TaskOption = None,
     fishers: Fishers = None,
@@ -289,6 +287,7 @@ def adapt(
     method: _Adaptation = "t-imm",
     align: AlignWhereNeeded = None,
     fold: Fold = None,
+    folds: Folds = None,
     val: ValCases = None,
     val_share: ValShare = 0.2,
     resume: Resume = False,
@@ -313,6 +312,7 @@ def adapt(
     from timm_ext.interop.networks import images_of
     from timm_ext.transfer.arms import get_arm
 
+    networks = folds_of(networks, folds, fold)
     _hold(out, networks, fishers or (), source_data or ())
     arm = get_arm(method)
     _check_validates(arm, val)
@@ -326,14 +326,12 @@ def adapt(
     read = read_sources(networks, fishers or (), first=first, fold=fold, named=names)
     read, settings = read.aligned(arm, read.settings(settings), align_unrelated=align is None)
     read.check(arm, chosen, settings)
-    share = _SHARE_OF_STEPS if arm.adaptation else 1.0
-    network = network_of_task(settings, chosen)
+    network, share = network_of_task(settings, chosen), _SHARE_OF_STEPS if arm.adaptation else 1.0
     training = planned(given, settings, chosen, network, fixed=True, share=share, images=images)
     tell_unlike_spacing(training.settings, networks, read.sources)
     read = read.weighed(arm, InPassing(given, chosen, source_data or (), config, overrides))
     sources, (_, start) = read.sources, started(arm, read, chosen, training.settings)
-    files = [f"{name} {sha}" for name, sha in zip(sources.names, sources.hashes, strict=True)]
-    facts = facts_of_run(training.settings, files, sources.fisher_hashes, method=method)
+    facts = facts_of_run(training.settings, sources.named_hashes(), sources.fisher_hashes, method=method)
     session = training.session(start.model, _title(arm), facts, steps=arm.trains)
     done = learned(arm, start, session, options)
     noted = {"method": method, "sources": list(sources.names), **done.start.provenance()}

@@ -153,11 +153,10 @@ def learned(arm: "Arm", start: "Start", session: "Session", options: "AdaptSetti
 
 def evidence_told(start: "Start") -> str:
     """Say what fitted heads told of a start, or nothing."""
-    from timm_ext.transfer.settle import OWN
-
     if not start.evidence:
         return ""
-    told = [f"{name} {value:.4f}".removeprefix(f"{OWN} ") for name, value in start.evidence.items()]
+    named = [f"{name} " if start.alternatives else "" for name in start.evidence]
+    told = [f"{name}{value:.4f}" for name, value in zip(named, start.evidence.values(), strict=True)]
     chosen = f", {start.taken} taken" if start.alternatives else ""
     return f"{chosen}; heads fitted, log evidence per voxel {', '.join(told)}"
 

@@ -285,14 +285,16 @@ def _name_of(path: Path) -> str:
     return folder.parent.name if of_fold else stem_of(path)
 
 
-def folds_of(networks: Sequence[Path], folds: str, fold: str | None) -> list[Path]:
-    """Return some folds of one folder of nnU-Net as networks.
+def folds_of(networks: Sequence[Path], folds: str | None, fold: str | None) -> list[Path]:
+    """Return some folds of one folder of nnU-Net as networks; the networks where no folds are named.
 
     Raises:
         InputError: another or several networks, a fold beside them, or a fold that is missing.
     """
     from timm_ext.interop.networks import is_foreign_folder, sources_of
 
+    if folds is None:
+        return list(networks)
     if len(networks) != 1 or not is_foreign_folder(networks[0]) or fold is not None:
         raise InputError("--folds: expected one folder of nnU-Net, and no --fold beside it")
     return sources_of(networks[0], [part.strip() for part in folds.split(",")])

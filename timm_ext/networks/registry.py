@@ -118,7 +118,7 @@ def network_spec(name: str) -> NetworkSpec:
         )
     raise InputError(
         f"network: expected one of {listed(network_names())} or monai.<class of monai.networks.nets> "
-        f"(got {name!r})"
+        f"(got {name!r}); one of your own is registered by the module that --plugin MODULE imports"
     )
 
 

@@ -55,6 +55,10 @@ class Sources:
         """Of each network how many channels of each tensor changed place for that, by axis."""
         return ({}, *(alignment.moved() for alignment in self.alignments)) if self.alignments else ()
 
+    def named_hashes(self) -> list[str]:
+        """Return the SHA-256 of each file behind the network's name, for what depends on both."""
+        return [f"{name} {sha}" for name, sha in zip(self.names, self.hashes, strict=True)]
+
     def states(self) -> dict[str, Mapping[str, Tensor]]:
         """Return each network's tensors by its name."""
         return {name: model.state_dict() for name, model in zip(self.names, self.networks, strict=True)}

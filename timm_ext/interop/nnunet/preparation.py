@@ -206,7 +206,7 @@ def preparation_of(plans: Any, configuration: Configuration, where: object) -> P
     )
 
 
-def _axes_of(plans: Mapping[str, Any], where: object) -> Triple:
+def _axes_of(plans: Any, where: object) -> Triple:
     """Return the order of axes, which that for predictions must undo."""
     forward, backward = plans.get("transpose_forward"), plans.get("transpose_backward")
     if forward not in map(list, permutations(range(3))):
