@@ -28,6 +28,7 @@ from benchmarks.pages.training import (
     adaptation_search,
     barrier,
     demo,
+    fitted_heads,
     nnunet_hippocampus,
     ratio_groups,
     study,
@@ -41,6 +42,7 @@ MAKERS: tuple[Callable[[], Facts], ...] = (
     adaptation_search,
     barrier,
     ratio_groups,
+    fitted_heads,
     nnunet_hippocampus,
     merge,
     adaptation_step,
@@ -82,6 +84,7 @@ def pages() -> dict[str, str]:
         "signed": signed,
         "median": statistics.median,
     }
+    templates.filters["signed"] = signed
     return {
         make.__name__: reflowed(templates.get_template(f"{make.__name__}.md").render(make()))
         for make in MAKERS

@@ -153,6 +153,37 @@ def ratio_groups() -> Facts:
     return {"result": result, "of": of, "sources": sources, "table": table(header, lines)}
 
 
+def fitted_heads() -> Facts:
+    """Facts of fine-tuning from heads that were fitted first, and from heads at random."""
+    result = read_json("fitted_heads.json")
+    dice = {(row["cases"], row["head"], row["repeat"]): dict(row["dice"]) for row in result["rows"]}
+    repeats = sorted({repeat for *_, repeat in dice})
+    steps = list(next(iter(dice.values())))
+
+    def of(cases: int, head: str, step: int) -> list[float]:
+        """Return the Dice of one way after so many steps in each repeat."""
+        return [dice[cases, head, repeat][step] for repeat in repeats]
+
+    def lead(cases: int, step: int) -> list[float]:
+        """Return what fitted heads lead by after so many steps in each repeat."""
+        pairs = zip(of(cases, "fitted", step), of(cases, "given", step), strict=True)
+        return [fitted - given for fitted, given in pairs]
+
+    shown = [step for step in steps if step in (0, 10, 20, steps[-1])]
+    lines = []
+    for cases in result["settings"]["cases"]:
+        for head, title in (("given", "random"), ("fitted", "fitted")):
+            found = [of(cases, head, step) for step in shown]
+            lines.append(
+                [cases, title, *(f"{statistics.mean(each):.2f} ({span(each, '.2f')})" for each in found)]
+            )
+        leads = [lead(cases, step) for step in shown]
+        lines.append([cases, "difference", *(signed(statistics.mean(each)) for each in leads)])
+    header = ["training cases", "heads", *(f"{step} steps" for step in shown)]
+    facts = {"of": of, "lead": lead, "last": steps[-1], "repeats": len(repeats)}
+    return {"result": result, "table": table(header, lines), **facts}
+
+
 def nnunet_hippocampus() -> Facts:
     """Facts of networks that went from nnU-Net through merges and back."""
     result = read_json("nnunet_hippocampus.json")

@@ -102,7 +102,7 @@ def _read(path: Path, candidates: Mapping[str, nn.Module]) -> _Decision:
     found = load_checkpoint(path, kind=_KIND)
     noted = {name: value for name, value in found.metadata.items() if name in ("evidence", "taken")}
     note = validated(_Note, noted, path)
-    if list(note.evidence) != list(candidates) or note.taken not in candidates:
+    if note.evidence.keys() != candidates.keys() or note.taken not in candidates:
         raise InputError(
             f"{path}: expected a choice among {listed(candidates)} (got {note.taken} of "
             f"{listed(note.evidence)})"
@@ -111,7 +111,8 @@ def _read(path: Path, candidates: Mapping[str, nn.Module]) -> _Decision:
     unlike = [n for n, t in found.tensors.items() if n not in parameters or t.shape != parameters[n].shape]
     if unlike:
         raise InputError(f"{path}: expected heads of this network (got others: {listed(unlike)})")
-    return _Decision(note.evidence, note.taken, FittedHead(found.tensors, note.evidence[note.taken]))
+    evidence = {name: note.evidence[name] for name in candidates}
+    return _Decision(evidence, note.taken, FittedHead(found.tensors, evidence[note.taken]))
 
 
 def _plain(model: nn.Module) -> nn.Module:
