@@ -140,6 +140,8 @@ def test_lengths_follow_the_axes_and_what_is_unlike_is_told():
         ([TO_RAS, WINDOW, SCORES], ["CT"], "changed by one step here .got ScaleIntensityRanged before"),
         ([TO_RAS, WINDOW, spacing(1)], ["CT"], "Spacingd: after ScaleIntensityRanged, here before it"),
         ([TO_RAS, spacing(1, mode="nearest")], ["CT"], "Spacingd: mode nearest, here bilinear"),
+        ([TO_RAS, spacing(1, mode=["nearest"])], ["CT"], "Spacingd: mode nearest, here bilinear"),
+        ([TO_RAS, spacing(1, keys="$x", mode=[])], ["CT"], r"Spacingd: mode \[\], here bilinear"),
         ([TO_RAS, spacing("$[1, 1] * 2")], ["CT"], r"Spacingd is not followed: pixdim: .*not run: \$"),
         ([TO_RAS, spacing(10**400)], ["CT"], "Spacingd is not followed: expected pixdim, three lengths"),
         ([TO_RAS, spacing([1, -1, 1])], ["CT"], "Spacingd is not followed: expected pixdim, three lengths"),

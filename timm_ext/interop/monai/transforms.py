@@ -49,8 +49,9 @@ class Transform:
         """
         given = place_in(self.definition.get(name, default), self.config, name)
         keys = self.keys
-        if isinstance(given, list) and len(given) == len(keys):
-            given = given[next((place for place, key in enumerate(keys) if self.is_image(key)), 0)]
+        if isinstance(given, list) and len(given) in {1, len(keys)} - {0}:
+            place = next((place for place, key in enumerate(keys) if self.is_image(key)), 0)
+            given = given[place % len(given)]
         return literal(given, self.config, name)
 
     @property
