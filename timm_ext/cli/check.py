@@ -163,10 +163,10 @@ class _Report:
 
 
 def _prepared_by(settings: "RunSettings", images: "Images | None") -> "PrepareSettings":
-    """Return how cases are prepared; nnU-Net takes any intensities, and label maps without a region."""
+    """Return how cases are prepared; nnU-Net takes any intensities."""
     if images is None:
         return settings.prepare
-    return replace(settings.prepare, hounsfield=None, empty_labels="allow")
+    return replace(settings.prepare, hounsfield=None, empty_labels=images.empty_labels)
 
 
 def _task(

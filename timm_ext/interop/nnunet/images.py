@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ class Images:
         return depth, height, width
 
     @property
-    def empty_labels(self) -> str:
+    def empty_labels(self) -> Literal["error", "allow"]:
         """Label files without a voxel of any region are allowed, as nnU-Net does."""
         return "allow"
 
