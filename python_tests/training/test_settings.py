@@ -37,7 +37,7 @@ def test_settings_are_json_values():
         ({"lr_patience": 0}, r"lr_patience: expected a whole number from 1"),
         ({"workers": -1}, r"workers: expected a whole number from 0 to 1024 \(got -1\)"),
         ({"schedule": "linear"}, r"schedule: expected 'plateau', 'cosine' or 'constant' \(got 'linear'\)"),
-        ({"keep": "all"}, r"keep: expected 'best' or 'last' \(got 'all'\)"),
+        ({"keep": "all"}, r"keep: expected 'best', 'last' or 'ema' \(got 'all'\)"),
         ({"precision": "64"}, r"precision: expected '32-true', 'bf16-mixed' or '16-mixed'"),
         ({"l2_transfer": -0.1}, r"l2_transfer: expected a finite number at least 0 \(got -0.1\)"),
         ({"l2_transfer": float("nan")}, r"l2_transfer: expected a finite number at least 0 \(got nan\)"),

@@ -131,7 +131,7 @@ class StudyPlan(BaseModel):
         lr: learning rate of the runs, by default constant; also of the task-specific layers in an adaptation.
         method_lr: learning rates of single methods instead, by name.
         train: further fields of the runs' `TrainSettings`; unless `keep` says otherwise, a run ends with its
-            weights of the lowest validation loss.
+            weights of the lowest validation loss; `keep: ema` with their moving average, whatever the row.
         method_train: such fields for single methods, by name; they go before the method's own, which go
             before those of `train`.
         adapt_steps: optimiser steps of an adaptation at most; `adapt_epochs` are epochs instead.

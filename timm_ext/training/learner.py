@@ -1,6 +1,7 @@
 """A network that is trained: its steps, and what of it is saved."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from timm_ext.data.tasks import Task
 from timm_ext.errors import InputError, listed
 from timm_ext.layers import layers_on
 from timm_ext.system.signals import received
+from timm_ext.training.average import WeightAverage
 from timm_ext.training.examples import dropout_seed
 from timm_ext.training.log import Row
 from timm_ext.training.objective import Objective, loss_of, over_heads
@@ -44,6 +46,7 @@ class Learner:
     Attributes:
         schedule: of the learning rates.
         loss: of logits and targets.
+        average: of the weights, where that is what is kept.
         columns: names of the learning rates in logs.
         stop: whether a signal came to one of several processes in the last step.
     """
@@ -67,6 +70,7 @@ class Learner:
         self._module, self._optimizer = fabric.setup(model, self._adam)
         self.loss = objective.loss or loss_of(task)
         self._tie = make_tie(model, objective.tied, settings)
+        self.average = WeightAverage(model, settings.ema_decay) if settings.keep == "ema" else None
         self._frozen = frozen_digest(model)
 
     def rates(self) -> Row:
@@ -95,6 +99,8 @@ class Learner:
             self.fabric.backward(loss + self._tie.penalty() + self.objective.penalty(step))
         hold_back(self._adam, step)
         self._optimizer.step()
+        if self.average is not None:
+            self.average.follow(step)
         self.schedule.after_step()
         return value
 
@@ -107,6 +113,7 @@ class Learner:
             "scaler": self.fabric.strategy.precision.state_dict(),
             "schedule": self.schedule.state_dict(),
             "start": self._tie.start,
+            "average": self._averaged,
         }
 
     def check(self, saved: SavedTraining, where: object) -> None:
@@ -121,6 +128,8 @@ class Learner:
         if saved.best is not None:
             check_finite(saved.best.weights, self.model, where)
             check_tensors(saved.best.weights, own, where, "the best tensors of the trained model")
+        check_tensors(saved.average, self._averaged, where, "the averaged tensors of the trained model")
+        check_finite(saved.average, self.model, where)
         check_tensors(saved.start, self._tie.start, where, "the tied weights of the model")
         if saved.frozen != self._frozen:
             raise InputError(
@@ -138,9 +147,19 @@ class Learner:
         """Take over a state that fits."""
         restore_weights(self.model, saved.weights, where)
         self._tie.restore(saved.start)
+        if self.average is not None:
+            self.average.restore(saved.average)
         self._adam.load_state_dict(dict(saved.optimizer))
         self.fabric.strategy.precision.load_state_dict(saved.scaler)
         self.schedule.load_state_dict(saved.schedule, saved.step)
+
+    def validated_weights(self) -> AbstractContextManager[None]:
+        """Let the model have the weights that are validated: the average where that is kept."""
+        return nullcontext() if self.average is None else self.average.in_place()
+
+    @property
+    def _averaged(self) -> dict[str, Tensor]:
+        return {} if self.average is None else self.average.tensors
 
     def _loss(self, images: Tensor, targets: Tensor, step: int) -> Tensor:
         return over_heads(self.loss, self._tie.forward(self._module, images, step), targets)

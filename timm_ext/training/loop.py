@@ -133,6 +133,8 @@ class TrainingLoop:
         assert self.log is not None
         if self.settings.keep == "best" and self.best is not None:
             restore_weights(self.learner.model, self.best["weights"], self.state_path)
+        elif self.learner.average is not None:
+            self.learner.average.load()
         return History(
             rows=tuple(self.log.rows),
             observations=() if self.observer is None else tuple(self.observer.noted),
@@ -183,14 +185,15 @@ class TrainingLoop:
         for callback in self.callbacks:
             callback.on_step(self.step, row["loss"])
         validated = self.step % settings.round_steps(len(self.data.train)) == 0 or self.step == self.total
-        result = self._validate() if validated else None
-        with uninterrupted():
-            if validated:
-                row |= self._finish_round(result)
-                for callback in self.callbacks:
-                    callback.on_validation(self.step, row)
-            self.log.append(row)
-            self.row = None
+        with self.learner.validated_weights() if validated else nullcontext():
+            result = self._validate() if validated else None
+            with uninterrupted():
+                if validated:
+                    row |= self._finish_round(result)
+                    for callback in self.callbacks:
+                        callback.on_validation(self.step, row)
+                self.log.append(row)
+                self.row = None
         if self.step % settings.save_every == 0 if settings.save_every else validated:
             self._save()
 

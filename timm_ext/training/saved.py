@@ -82,6 +82,7 @@ class SavedTraining(_Part):
         scaler: of the precision.
         round_losses: of the steps since the last validation.
         start: of the weights that are tied.
+        average: of the weights; empty where none is kept.
     """
 
     settings: Facts
@@ -101,6 +102,7 @@ class SavedTraining(_Part):
     seconds: Annotated[float, Field(ge=0)]
     times: list[tuple[Count, Annotated[float, Field(ge=0)]]]
     start: Tensors
+    average: Tensors = {}
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> "SavedTraining":

@@ -47,8 +47,10 @@ class TrainSettings:
         lr_patience: see `schedule`.
         stop_patience: see `schedule`; None never stops early.
         validate_every: steps between validations; None is once an epoch.
-        keep: return the weights with the lowest validation loss (`best`) or those of the last step (`last`).
-            Without validation cases it is always the last.
+        keep: return the weights with the lowest validation loss (`best`, without validation cases the last),
+            those of the last step (`last`), or the exponential moving average of all (`ema`), which is then
+            validated, too; see `timm_ext.training.average.WeightAverage`.
+        ema_decay: decay of that average, d; the first steps weigh more.
         patch: edges D, H, W of the patches that are trained on, None for whole volumes; validation then
             uses a sliding window of this size. The data set cuts the patches.
         augment: whether the training examples are turned, scaled, mirrored and recoloured at random
@@ -76,7 +78,8 @@ class TrainSettings:
     lr_patience: Steps = 10
     stop_patience: Steps | None = 50
     validate_every: Steps | None = None
-    keep: Literal["best", "last"] = "best"
+    keep: Literal["best", "last", "ema"] = "best"
+    ema_decay: Share = 0.999
     patch: Edges | None = None
     augment: Flag = True
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
@@ -129,14 +132,14 @@ class TrainSettings:
         """Refuse to continue a run under settings that would have changed it.
 
         A longer or shorter budget of steps is allowed unless the schedule depends on it. Settings that do not
-        say `fast_layers` are of a run without.
+        say `fast_layers` are of a run without; those without `ema_decay` had no average.
 
         Raises:
             InputError: settings differ; all of them are named.
         """
         free = _FREE_ON_RESUME | ({"steps", "epochs"} if self.schedule != "cosine" else set())
         now = {name: value for name, value in self.to_dict().items() if name not in free}
-        before = {"fast_layers": False, **saved}
+        before = {"fast_layers": False, "ema_decay": now["ema_decay"], **saved}
         check_facts({name: before.get(name) for name in now}, now, where)
 
 

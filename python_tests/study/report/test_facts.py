@@ -42,15 +42,16 @@ def test_facts_name_draws_only_where_there_are_several():
 
 def test_facts_tell_the_schedule_and_the_weights_that_runs_have():
     for given, schedule, kept in (
-        ({}, "constant", "lowest validation loss"),
-        ({"schedule": "cosine", "keep": "last"}, "cosine", "last step"),
+        ({}, "constant", "weights of its lowest validation loss"),
+        ({"schedule": "cosine", "keep": "last"}, "cosine", "weights of its last step"),
+        ({"keep": "ema"}, "constant", "moving average of its weights"),
     ):
         run = study_of(train=given).runs[0].step.train
         assert run.schedule == schedule
         assert run.keep == given.get("keep", "best")
         told = facts(train=given)["Training"]
         assert f"({schedule})" in told
-        assert f"ends with the weights of its {kept}" in told
+        assert f"ends with the {kept}" in told
 
 
 def test_facts_tell_what_crops_are_around(tmp_path):

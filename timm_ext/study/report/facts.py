@@ -12,6 +12,12 @@ from timm_ext.training.settings import TrainSettings
 
 Fact = tuple[str, str]
 
+_KEPT = {
+    "best": "weights of its lowest validation loss",
+    "last": "weights of its last step",
+    "ema": "moving average of its weights",
+}
+
 
 def study_facts(study: Study, environment: Mapping[str, str], seconds: float) -> tuple[Fact, ...]:
     """Say what was run, in pairs of (name, value).
@@ -102,11 +108,11 @@ def _training(study: Study) -> str:
     s, (_, steps, adapting) = study.plan, study.plan.budget(study.train_cases[0])
     smallest = "" if s.epochs is None else f"; here for the smallest number of cases, of {s.epochs} epochs"
     train = {**USUAL_TUNING, **s.train}
-    kept = {"best": "lowest validation loss", "last": "last step"}[train["keep"]]
+    kept = _KEPT[train["keep"]]
     return (
         f"Adam, learning rate {s.lr:g} ({train['schedule']}), batch {s.batch_size}, {steps} steps in all; "
-        f"adaptation takes {adapting} of them (logits' rate {s.logit_lr:g}); a run ends with the weights of "
-        f"its {kept}; {_augmented(s)}{smallest}"
+        f"adaptation takes {adapting} of them (logits' rate {s.logit_lr:g}); a run ends with the "
+        f"{kept}; {_augmented(s)}{smallest}"
     )
 
 
