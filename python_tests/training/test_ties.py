@@ -129,6 +129,48 @@ def test_tied_modules_are_dropped_in_every_place_and_restored():
     assert isinstance(layer.weight, nn.Parameter)
 
 
+def test_changes_of_early_layers_are_taken_back():
+    """s = 0.8 on changes of 1 in three layers: ρ = 0.2, 0.6, 1."""
+    model = layers()
+    tie = make_tie(model, set(named_parameters(model)), TrainSettings(layer_scaling=0.8))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1)
+    tie.scale_layers()
+    found = {name: value.unique().tolist() for name, value in named_parameters(model).items()}
+    expected = (0.2, 0.6, 1.0)
+    assert found == {
+        f"{layer}.{kind}": [pytest.approx(kept)]
+        for layer, kept in enumerate(expected)
+        for kind in ("weight", "bias")
+    }
+
+
+def test_one_layer_keeps_all_of_its_change():
+    model = nn.Linear(1, 1)
+    tie = make_tie(model, ["weight"], TrainSettings(layer_scaling=1.0))
+    nn.init.constant_(model.weight, 5.0)
+    tie.scale_layers()
+    assert model.weight.item() == 5
+
+
+@pytest.mark.parametrize("keep", ["last", "ema"])
+def test_what_is_returned_is_scaled_once_and_the_course_is_not(tmp_path, keep):
+    options = {"steps": 4, "keep": keep}
+    plain, start, one = trained(tmp_path / "a", **options)
+    for _ in range(2):  # the second time the finished run is loaded
+        model = small_network(dropout=0.0)
+        session = Session(Data(Blobs(3)), settings(**options, layer_scaling=1.0), tmp_path / "b", resume=True)
+        scaled, two = fine_tune(model, session, tied=shared_of(model))
+        assert two.rows == one.rows
+        first, *_, last = shared_of(scaled)
+        values, whole = named_parameters(scaled), named_parameters(plain)
+        assert torch.equal(values[first], start[first])
+        assert torch.equal(values[last], whole[last])
+        for name in set(start) - set(shared_of(scaled)):
+            assert torch.equal(values[name], whole[name])
+
+
 def test_first_step_is_that_of_the_start(tmp_path):
     """At the start θ = θ_0, so that nothing can be dropped and nothing is pulled."""
     plain, _, one = trained(tmp_path / "a", steps=1)

@@ -107,6 +107,7 @@ Edges = Annotated[tuple[Edge, Edge, Edge], written_as(VOXELS)]
 Rate = Annotated[float, number(0, above=True)]
 Weight = Annotated[float, number(0)]
 Share = Annotated[float, number(0, below=1)]
+UpToOne = Annotated[float, number(0, 1)]
 
 
 def refused_as(name: str) -> Callable[[type[Kind]], type[Kind]]:

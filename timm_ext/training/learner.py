@@ -153,6 +153,10 @@ class Learner:
         self.fabric.strategy.precision.load_state_dict(saved.scaler)
         self.schedule.load_state_dict(saved.schedule, saved.step)
 
+    def scale_layers(self) -> None:
+        """Take back what `layer_scaling` takes back of the change; no step may follow."""
+        self._tie.scale_layers()
+
     def validated_weights(self) -> AbstractContextManager[None]:
         """Let the model have the weights that are validated: the average where that is kept."""
         return nullcontext() if self.average is None else self.average.in_place()

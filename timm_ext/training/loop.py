@@ -135,6 +135,7 @@ class TrainingLoop:
             restore_weights(self.learner.model, self.best["weights"], self.state_path)
         elif self.learner.average is not None:
             self.learner.average.load()
+        self.learner.scale_layers()
         return History(
             rows=tuple(self.log.rows),
             observations=() if self.observer is None else tuple(self.observer.noted),

@@ -118,8 +118,8 @@ class Objective:
     Attributes:
         loss: of logits and targets, both `[B, R, D, H, W]`; None is that of the data's task (`loss_of`).
         penalty: of a step.
-        tied: names of the parameters that `l2_transfer` and `drop_transfer` tie to their values at the
-            start; None is all that are trained.
+        tied: names of the parameters that the settings tie to their values at the start; None is all that
+            are trained.
     """
 
     loss: Loss | None = None

@@ -1,7 +1,7 @@
 """Settings of a training run."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict
@@ -17,6 +17,7 @@ from timm_ext.documents.fields import (
     Seed,
     Share,
     Steps,
+    UpToOne,
     Weight,
     Workers,
     refused_as,
@@ -28,7 +29,7 @@ from timm_ext.errors import InputError, listed
 _FREE_ON_RESUME = {"accelerator", "devices", "workers", "save_every", "tensorboard"}
 _DEFAULT_EPOCHS = 500
 
-TIES = ("l2_transfer", "drop_transfer")
+TIES = ("l2_transfer", "drop_transfer", "layer_scaling")
 """Settings that tie weights to those at the start; see `timm_ext.training.ties.Tie`."""
 
 
@@ -68,6 +69,8 @@ class TrainSettings:
             `drop_transfer` does, on the shared weights of a network that starts from another.
         drop_transfer: probability with which, in each step, drop-transfer puts an output channel back to its
             starting weights; 0 is without.
+        layer_scaling: share s of the change of the first of these layers that is taken back behind the last
+            step, falling linearly to 0 at the last layer (LiNeS); 0 is without.
     """
 
     steps: Steps | None = None
@@ -92,6 +95,7 @@ class TrainSettings:
     tensorboard: Flag = True
     l2_transfer: Weight = 0.0
     drop_transfer: Share = 0.0
+    layer_scaling: UpToOne = 0.0
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
@@ -115,6 +119,10 @@ class TrainSettings:
         """Return the settings as JSON values."""
         return {**asdict(self), "patch": None if self.patch is None else list(self.patch)}
 
+    def untied(self) -> "TrainSettings":
+        """Return the settings without what ties weights to those at the start."""
+        return replace(self, l2_transfer=0.0, drop_transfer=0.0, layer_scaling=0.0)
+
     def refuse_ties(self, what: str) -> None:
         """Refuse settings that tie weights to those at the start, where there are none to tie.
 
@@ -132,14 +140,16 @@ class TrainSettings:
         """Refuse to continue a run under settings that would have changed it.
 
         A longer or shorter budget of steps is allowed unless the schedule depends on it. Settings that do not
-        say `fast_layers` are of a run without; those without `ema_decay` had no average.
+        say `fast_layers` are of a run without; those without `ema_decay` had no average, those
+        without `layer_scaling` took nothing back.
 
         Raises:
             InputError: settings differ; all of them are named.
         """
         free = _FREE_ON_RESUME | ({"steps", "epochs"} if self.schedule != "cosine" else set())
         now = {name: value for name, value in self.to_dict().items() if name not in free}
-        before = {"fast_layers": False, "ema_decay": now["ema_decay"], **saved}
+        absent = {"fast_layers": False, "ema_decay": now["ema_decay"], "layer_scaling": 0.0}
+        before = {**absent, **saved}
         check_facts({name: before.get(name) for name in now}, now, where)
 
 

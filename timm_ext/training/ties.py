@@ -1,4 +1,4 @@
-"""Training that stays near its starting weights: L2-transfer and drop-transfer."""
+"""Training that stays near its starting weights: L2-transfer, drop-transfer, scaled layers."""
 
 from collections.abc import Collection, Mapping, Sequence
 
@@ -10,7 +10,7 @@ from timm_ext.data.noise import keyed_generator
 from timm_ext.errors import InputError, listed
 from timm_ext.layout import Entry, Layout
 from timm_ext.parameters import named_parameters, slots_of
-from timm_ext.training.settings import TrainSettings
+from timm_ext.training.settings import TIES, TrainSettings
 
 
 class Tie:
@@ -21,17 +21,25 @@ class Tie:
 
         θ_0 + m / (1 − p) · (θ − θ_0),    m ~ Bernoulli(1 − p) for weight and bias of each output channel
 
-    Validation and the trained network use θ. λ = 0 and p = 0 change nothing.
+    Validation and the trained network use θ. Scaled layers (LiNeS) leave behind the last step, in the network
+    that is returned, of the change of the tied layer l = 0 … L − 1, in the order in which the network names
+    them, the share ρ_l:
 
-    Source: Lee et al., Overcoming Catastrophic Forgetting by Incremental Moment Matching, NeurIPS 2017,
-    section 4, where both belong to the training of each source network from the one before; L2-transfer to a
-    new task is L2-SP, Li et al., Explicit Inductive Bias for Transfer Learning with Convolutional Networks,
-    ICML 2018.
+        θ_0 + ρ_l (θ − θ_0),    ρ_l = 1 − s (1 − l / (L − 1)), and 1 where L = 1
+
+    λ = 0, p = 0 and s = 0 change nothing.
+
+    Sources: Wang et al., LiNeS: Post-training Layer Scaling Prevents Forgetting and Enhances Model Merging,
+    arXiv 2410.17146; Lee et al., Overcoming Catastrophic Forgetting by Incremental Moment Matching, NeurIPS
+    2017, section 4, where the first two belong to the training of each source network from the one before;
+    L2-transfer to a new task is L2-SP, Li et al., Explicit Inductive Bias for Transfer Learning with
+    Convolutional Networks, ICML 2018.
 
     Args:
         model: where it is trained, on its device.
         names: of its tied parameters.
-        settings: with λ (`l2_transfer`), p (`drop_transfer`) and the seed of the channels that are dropped.
+        settings: with λ (`l2_transfer`), p (`drop_transfer`), the seed of the channels that are dropped, and
+            s (`layer_scaling`).
 
     Attributes:
         start: θ_0 by name.
@@ -42,6 +50,7 @@ class Tie:
         every = named_parameters(model)
         self._parameters = {name: every[name] for name in names}
         self._weight, self._rate, self._seed = settings.l2_transfer, settings.drop_transfer, settings.seed
+        self._taken_back = settings.layer_scaling
         self.start = {name: value.detach().clone() for name, value in self._parameters.items()}
 
     def penalty(self) -> Tensor | float:
@@ -66,6 +75,17 @@ class Tie:
         named = {place: mixed[value] for place, value in slots_of(module) if value in mixed}
         return functional_call(module, named, (images,), tie_weights=False)
 
+    @torch.no_grad()
+    def scale_layers(self) -> None:
+        """Leave of the change of each tied layer the share ρ_l."""
+        if not self._taken_back:
+            return
+        layers = list(dict.fromkeys(entry.layer for entry in self._layout.entries))
+        for entry in self._layout.entries:
+            height = layers.index(entry.layer) / (len(layers) - 1) if len(layers) > 1 else 1.0
+            value, kept = self._parameters[entry.name], 1 - self._taken_back * (1 - height)
+            value.copy_(torch.lerp(self.start[entry.name], value, kept))
+
     def restore(self, start: Mapping[str, Tensor]) -> None:
         """Take over θ_0 of a run that is resumed."""
         for name, value in self.start.items():
@@ -86,18 +106,19 @@ class Tie:
 
 
 def make_tie(model: nn.Module, names: Collection[str] | None, settings: TrainSettings) -> Tie:
-    """Tie those of the named parameters (None: of all) that are trained; none without λ and p.
+    """Tie those of the named parameters (None: of all) that are trained; none without λ, p and s.
 
     Raises:
         InputError: a name is not a parameter of the model.
     """
-    if not settings.l2_transfer and not settings.drop_transfer:
+    if not any(getattr(settings, name) for name in TIES):
         return Tie(model, (), settings)
     parameters = named_parameters(model)
     names = parameters.keys() if names is None else names
     if unknown := sorted(set(names) - parameters.keys()):
         raise InputError(f"tied: expected names of the model's parameters (got {listed(unknown)})")
-    trained = [name for name in names if parameters[name].requires_grad]
+    chosen = set(names)
+    trained = [name for name, value in parameters.items() if name in chosen and value.requires_grad]
     return Tie(model, trained, settings)
 
 

@@ -18,8 +18,8 @@ def fine_tune(
 ) -> tuple[nn.Module, History]:
     """Fold a merged model into a plain network, if it is one, and train all of it in place.
 
-    With `l2_transfer` or `drop_transfer`, `tied` should be the shared parameters, `Split.shared`: heads and
-    norms that start anew are not worth staying near.
+    With settings that tie weights to the start (`TIES`), `tied` should be the shared parameters,
+    `Split.shared`: heads and norms that start anew are not worth staying near.
 
     Returns:
         The plain network (the model itself unless it was merged) and the history.

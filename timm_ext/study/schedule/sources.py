@@ -1,6 +1,5 @@
 """The steps of a study's source networks and of their Fishers."""
 
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -67,7 +66,7 @@ class SourceSteps:
             prepare=plan.preparation,
             network=self._network,
             seed=seed,
-            train=replace(self._train(steps, seed), l2_transfer=0.0, drop_transfer=0.0),
+            train=self._train(steps, seed).untied(),
             needs=parts,
             cost=self._costs.training(steps, count * plan.source_cases, count * plan.source_test),
         )
@@ -93,7 +92,7 @@ class SourceSteps:
         if parent is not None:
             needs = {**needs, "parent": parent}
         else:
-            train = replace(train, l2_transfer=0.0, drop_transfer=0.0)
+            train = train.untied()
         return TrainSource(
             name=f"train-M{number}{in_set(self.number)}",
             task=self._task(number),
