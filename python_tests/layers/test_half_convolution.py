@@ -149,18 +149,26 @@ def test_amx_is_given_no_small_grids_and_few_channels(monkeypatch: pytest.Monkey
     assert not takes(9, 16, padding=0)  # an output of 7
 
 
-def test_amx_way_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By oneDNN, which takes what the CPU has."""
+@pytest.mark.parametrize(("kernel", "stride"), itertools.product((1, 3), (1, 2)))
+@pytest.mark.parametrize("grid", [(n,) * 3 for n in range(1, 9)] + [(8, 9, 11), (16, 15, 18)], ids=str)
+def test_amx_way_is_right(
+    monkeypatch: pytest.MonkeyPatch, grid: tuple[int, ...], kernel: int, stride: int
+) -> None:
+    """By oneDNN where the grid is large enough, which takes what the CPU has."""
     if half.half_path()[0] == "float32":
         pytest.skip("needs a CPU with bfloat16")
     monkeypatch.setattr(half_convolution, "half_path", lambda: ("amx", ""))
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(n, 16, s, s, s, generator=generator) for n, s in ((2, 8), (24, 3)))
-    x, weight = x.bfloat16(), weight.bfloat16()
-    grad = torch.randn(2, 24, 8, 8, 8, generator=generator).bfloat16()
-    expected = gradients(x.double(), weight.double(), grad.double(), 1)
+
+    def drawn(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator).bfloat16()
+
+    x, weight = drawn(2, 16, *grid), drawn(24, 16, *[kernel] * 3)
+    grad = drawn(2, 24, *[(size - 1) // stride + 1 for size in grid])
+    expected = gradients(x.double(), weight.double(), grad.double(), stride)
     with timm_ext.fast_layers(), torch.autocast("cpu", torch.bfloat16):
-        found = gradients(x.detach().float(), weight.detach().float(), grad, 1)
+        found = gradients(x.detach().float(), weight.detach().float(), grad, stride)
+    assert found[0].is_contiguous()
     for one, other in zip(found, expected, strict=True):
         assert error(one, other) < BOUND
 

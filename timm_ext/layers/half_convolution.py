@@ -1,7 +1,8 @@
 """Convolutions of bfloat16 on the CPU: weights in float32, sums in float32, results rounded to bfloat16 once.
 
 What has no kernel of its own for bfloat16 is computed in float32. oneDNN, which alone uses AMX, is given no
-small grids: there its bfloat16 weight gradient reads memory that nobody wrote (torch 2.13.0).
+small grids: there its bfloat16 weight gradient reads memory that nobody wrote (torch 2.13.0). It is given
+volumes with their channels last, and what it makes is brought back here: torch does that several times slower.
 """
 
 import math
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from timm_ext.layers.half import cast, half_path
 from timm_ext.ops.conv3d import conv3d_weight_gradient
+from timm_ext.ops.memory import new_tensor
 
 if TYPE_CHECKING:
     from timm_ext.layers.convolution import Geometry
@@ -30,15 +32,17 @@ def forward(geometry: "Geometry", input: Tensor, weight: Tensor, bias: Tensor | 
     """Convolve `[B, C, ...]` bfloat16 to bfloat16."""
     if _takes_tiles(geometry, input, weight):
         half_bias = None if bias is None else bias.bfloat16()
-        output: Tensor = torch.convolution(input, weight.bfloat16(), half_bias, *geometry.arguments)
-        return output
+        output = torch.convolution(_channels_last(input), weight.bfloat16(), half_bias, *geometry.arguments)
+        return _channels_first(output)
     return cast(geometry.forward(_single(input), weight, bias), torch.bfloat16)
 
 
 def input_gradient(geometry: "Geometry", grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
     """Return the gradient with respect to the input, bfloat16."""
     if _takes_tiles(geometry, input, weight):
-        return _backward(geometry, grad, input, weight, (True, False, False))[0]
+        unread = torch.empty_like(input, memory_format=torch.channels_last_3d)
+        below = _backward(geometry, _channels_last(grad), unread, weight, (True, False, False))[0]
+        return _channels_first(below)
     shape = grad.new_empty(1, dtype=torch.float32).expand(input.shape)  # all that float32 needs of the input
     return cast(geometry.input_gradient(_single(grad), shape, weight), torch.bfloat16)
 
@@ -63,6 +67,22 @@ def summed_weight_gradient(geometry: "Geometry", grad: Tensor, input: Tensor, we
 
 def _is_volume(geometry: "Geometry", input: Tensor) -> bool:
     return input.dim() == 5 and geometry.groups == 1
+
+
+def _channels_last(volume: Tensor) -> Tensor:
+    """Return `[B, C, D, H, W]` of the strides of `channels_last_3d`."""
+    last = new_tensor(volume, (volume.shape[0], *volume.shape[2:], volume.shape[1])).permute(0, 4, 1, 2, 3)
+    return last.copy_(volume)
+
+
+def _channels_first(volume: Tensor) -> Tensor:
+    """Return the same contiguous: each example is a matrix, which torch transposes in tiles."""
+    if volume.is_contiguous():
+        return volume
+    first = new_tensor(volume, volume.shape)
+    for to, example in zip(first, volume.permute(0, 2, 3, 4, 1), strict=True):
+        to.flatten(1).copy_(example.flatten(0, 2).t())
+    return first
 
 
 def _single(volume: Tensor) -> Tensor:
