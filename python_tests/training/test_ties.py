@@ -66,6 +66,23 @@ def test_penalty_and_its_gradient_by_hand():
     assert model.bias.grad is None
 
 
+def test_precision_and_its_gradient_by_hand():
+    """½ (1 · 3² + 10 · 4²), beside 0.5 · 25 of L2-transfer; only tied parameters are held."""
+    model = nn.Linear(2, 1)
+    precision = {"weight": torch.tensor([[1.0, 10.0]]), "bias": torch.tensor([5.0])}
+    tie = make_tie(model, ["weight"], TrainSettings(), precision)
+    both = Tie(model, ["weight"], TrainSettings(l2_transfer=0.5), precision)
+    with torch.no_grad():
+        model.weight += torch.tensor([[3.0, 4.0]])
+        model.bias += 7
+    penalty = tie.penalty()
+    penalty.backward()
+    assert penalty.item() == pytest.approx(84.5, rel=1e-6)
+    torch.testing.assert_close(model.weight.grad, torch.tensor([[3.0, 40.0]]))
+    assert model.bias.grad is None
+    assert both.penalty().item() == pytest.approx(97, rel=1e-6)
+
+
 def test_dropped_channels_are_at_the_start_and_the_mean_is_the_weight():
     model = layers()
     names = list(named_parameters(model))

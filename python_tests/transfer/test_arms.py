@@ -24,6 +24,9 @@ MADE_OF: dict[str, tuple[Merge, Adaptation | None, FineTuning]] = {
     "transfer-2-probe": (transfer(2), Adaptation(ratios=False), FineTuning()),
     "transfer-2-l2": (transfer(2), None, FineTuning(l2_transfer=1e-2)),
     "transfer-2-drop": (transfer(2), None, FineTuning(drop_transfer=0.5)),
+    "transfer-2-ewc": (replace(transfer(2), needs_fisher=True), None, FineTuning(prior_cases=4.0)),
+    "mode-imm-posterior": (MODE, None, FineTuning(prior_cases=4.0)),
+    "mode-imm-isotropic": (MODE, None, FineTuning(prior_cases=4.0, isotropic=True)),
     "mean-imm-probe": (MEAN, Adaptation(ratios=False), FineTuning()),
     "imm-warmup": (MODE, Adaptation(ratios=False), FineTuning()),
     "t-imm": (MODE, Adaptation(), FineTuning()),
@@ -44,7 +47,9 @@ def test_what_an_arm_is_made_of(name: str) -> None:
     assert (arm.merge, arm.adaptation, arm.tuning) == MADE_OF[name]
     learned = name.startswith(("t-imm", "medmerge"))
     assert arm.learns_ratios == learned
-    assert arm.learns == (learned or name.endswith("-probe") or name in ("imm-warmup", "best-by-evidence"))
+    trained = name.endswith(("-probe", "-warmup", "-ewc", "-posterior", "-isotropic"))
+    assert arm.learns == (learned or trained or name == "best-by-evidence")
+    assert arm.tunes == name.endswith(("-annealed", "-ewc", "-posterior", "-isotropic"))
 
 
 def test_every_arm_has_its_name_a_title_and_a_source() -> None:
@@ -87,6 +92,10 @@ def test_ratios_are_learned_over_uniform_merges_alone(
 def test_uniform_merges_are_those_of_all_sources() -> None:
     uniform = (MEAN, MODE, MODE_NORMALIZED, MEAN_ALIGNED, MODE_ALIGNED, replace(MODE, transfer_norms=True))
     assert all(merge.uniform for merge in uniform)
+    assert [merge.source for merge in (SCRATCH, MEAN, MODE, transfer(1), transfer(3))] == [
+        *(None, None, None),
+        *(0, 2),
+    ]
     assert not any(merge.uniform for merge in (SCRATCH, transfer(1), transfer(2)))
 
 

@@ -57,6 +57,21 @@ def test_mode_imm_by_hand_with_matched_modalities(files):
     assert all(torch.equal(merged[name], state(target)[name]) for name in heads)
 
 
+def test_precision_of_the_sources_by_hand(files):
+    """Fishers 1 and 3 of two examples each, 0 where no source saw the channel; and 1 % of their mean."""
+    sources, task = load_sources(*files), get_task("brats")
+    target = network_of(sources, task, seed=7)
+    for name, held in (("mode-imm-posterior", (2 * 1 + 2 * 3) / 2), ("transfer-2-ewc", 2 * 3)):
+        start = start_from(name, target, task, sources, Recipe())
+        assert start.prior_cases == 4
+        assert start.precision.keys() == set(start.split.shared)
+        first = start.precision[FIRST]
+        torch.testing.assert_close(first[:, 0] - first[:, 1], torch.full_like(first[:, 0], held))
+        assert 0.9 * 0.01 * held < first[:, 1].max() == first[:, 1].min() < 0.01 * held
+        assert torch.equal(start.precision[WEIGHT].max(), first[:, 0].max())
+    assert not start_from("mode-imm", target, task, sources, Recipe()).precision
+
+
 def test_normalised_fishers_weigh_each_tensor_by_its_shares(files):
     """F1 = 1 is constant, F2 = 3 but for one element of 6: both tensors are divided by their sums."""
     sources = load_sources(*files)

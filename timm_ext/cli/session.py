@@ -146,7 +146,7 @@ def learned(arm: "Arm", start: "Start", session: "Session", options: "AdaptSetti
 
     if arm.adaptation is not None:
         return run(start, adaptation=session, options=options)
-    if arm.tuning.weight_pull:
+    if arm.tunes:
         return run(start, tuning=session, options=options)
     return run(settled(start, session))
 

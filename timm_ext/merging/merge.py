@@ -49,6 +49,13 @@ class Merge:
     transfer_norms: bool = False
 
     @property
+    def source(self) -> int | None:
+        """The index of the one source model that it takes; None where it takes several or none."""
+        weights = self.weights
+        single = isinstance(weights, partial) and weights.func is one_model
+        return weights.keywords["index"] if isinstance(weights, partial) and single else None
+
+    @property
     def uniform(self) -> bool:
         """Whether it is a `MergedModel` of equal ratios, in whose place others may be learned."""
         weights = self.weights

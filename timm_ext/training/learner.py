@@ -69,7 +69,7 @@ class Learner:
         self.schedule = Schedule(self._adam, settings, total)
         self._module, self._optimizer = fabric.setup(model, self._adam)
         self.loss = objective.loss or loss_of(task)
-        self._tie = make_tie(model, objective.tied, settings)
+        self._tie = make_tie(model, objective.tied, settings, objective.precision)
         self.average = WeightAverage(model, settings.ema_decay) if settings.keep == "ema" else None
         self._frozen = frozen_digest(model)
 
@@ -113,6 +113,7 @@ class Learner:
             "scaler": self.fabric.strategy.precision.state_dict(),
             "schedule": self.schedule.state_dict(),
             "start": self._tie.start,
+            "precision": self._tie.precision,
             "average": self._averaged,
         }
 
@@ -131,6 +132,7 @@ class Learner:
         check_tensors(saved.average, self._averaged, where, "the averaged tensors of the trained model")
         check_finite(saved.average, self.model, where)
         check_tensors(saved.start, self._tie.start, where, "the tied weights of the model")
+        check_tensors(saved.precision, self._tie.precision, where, "the precision of the tied weights")
         if saved.frozen != self._frozen:
             raise InputError(
                 f"{where}: expected the model of before the interruption (got others of the tensors that "
@@ -146,7 +148,7 @@ class Learner:
     def restore(self, saved: SavedTraining, where: object) -> None:
         """Take over a state that fits."""
         restore_weights(self.model, saved.weights, where)
-        self._tie.restore(saved.start)
+        self._tie.restore(saved.start, saved.precision)
         if self.average is not None:
             self.average.restore(saved.average)
         self._adam.load_state_dict(dict(saved.optimizer))

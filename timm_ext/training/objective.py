@@ -1,6 +1,6 @@
 """What training makes small: a loss on logits, and what is added to it."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,7 +110,7 @@ def _nothing(step: int) -> float:
 class Objective:
     """All that goes into the number that is differentiated in step s = 0, 1, ….
 
-        loss(logits, targets) + λ ‖θ − θ_start‖² + penalty(s)
+        loss(logits, targets) + λ ‖θ − θ_start‖² + ½ Σ_p Λ_p (θ_p − θ_start,p)² + penalty(s)
 
     with logits of the weights that drop-transfer leaves; λ and its probability are settings
     (`timm_ext.training.ties.Tie`). Logs and validations hold the loss alone.
@@ -120,8 +120,10 @@ class Objective:
         penalty: of a step.
         tied: names of the parameters that the settings tie to their values at the start; None is all that
             are trained.
+        precision: Λ of the tied parameters by name, each of its parameter's shape; None is 0.
     """
 
     loss: Loss | None = None
     penalty: Callable[[int], Tensor | float] = _nothing
     tied: Collection[str] | None = None
+    precision: Mapping[str, Tensor] | None = None

@@ -82,6 +82,7 @@ class SavedTraining(_Part):
         scaler: of the precision.
         round_losses: of the steps since the last validation.
         start: of the weights that are tied.
+        precision: of those that are held by one.
         average: of the weights; empty where none is kept.
     """
 
@@ -102,6 +103,7 @@ class SavedTraining(_Part):
     seconds: Annotated[float, Field(ge=0)]
     times: list[tuple[Count, Annotated[float, Field(ge=0)]]]
     start: Tensors
+    precision: Tensors = {}
     average: Tensors = {}
 
     @model_validator(mode="after")

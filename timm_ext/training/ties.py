@@ -16,8 +16,9 @@ from timm_ext.training.settings import TIES, TrainSettings
 class Tie:
     """Ties parameters θ to the values θ_0 that they have when it is made.
 
-    L2-transfer adds λ ‖θ − θ_0‖² to the loss. Drop-transfer puts, in each training step, an output channel
-    of a layer back to θ_0 with probability p and enlarges the steps of the others, so that the mean is θ:
+    L2-transfer adds λ ‖θ − θ_0‖² to the loss, a precision Λ adds ½ Σ_p Λ_p (θ_p − θ_0,p)². Drop-transfer
+    puts, in each training step, an output channel of a layer back to θ_0 with probability p and enlarges the
+    steps of the others, so that the mean is θ:
 
         θ_0 + m / (1 − p) · (θ − θ_0),    m ~ Bernoulli(1 − p) for weight and bias of each output channel
 
@@ -40,25 +41,43 @@ class Tie:
         names: of its tied parameters.
         settings: with λ (`l2_transfer`), p (`drop_transfer`), the seed of the channels that are dropped, and
             s (`layer_scaling`).
+        precision: Λ of some of these parameters by name.
 
     Attributes:
         start: θ_0 by name.
+        precision: Λ by name, on the parameters' device.
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str], settings: TrainSettings) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Sequence[str],
+        settings: TrainSettings,
+        precision: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self._layout = Layout.from_model(model, names)
         every = named_parameters(model)
         self._parameters = {name: every[name] for name in names}
         self._weight, self._rate, self._seed = settings.l2_transfer, settings.drop_transfer, settings.seed
         self._taken_back = settings.layer_scaling
         self.start = {name: value.detach().clone() for name, value in self._parameters.items()}
+        given = precision or {}
+        self.precision = {
+            name: given[name].detach().to(value, copy=True)
+            for name, value in self._parameters.items()
+            if name in given
+        }
 
     def penalty(self) -> Tensor | float:
-        """Return λ ‖θ − θ_0‖²."""
-        if not self._weight or not self._parameters:
-            return 0.0
-        squares = [(value - self.start[name]).square().sum() for name, value in self._parameters.items()]
-        return self._weight * torch.stack(squares).sum()
+        """Return λ ‖θ − θ_0‖² + ½ Σ_p Λ_p (θ_p − θ_0,p)²."""
+        terms = []
+        for name, value in self._parameters.items() if self._weight or self.precision else ():
+            square = (value - self.start[name]).square()
+            if self._weight:
+                terms.append(self._weight * square.sum())
+            if name in self.precision:
+                terms.append((self.precision[name] * square).sum() / 2)
+        return torch.stack(terms).sum() if terms else 0.0
 
     def forward(self, module: nn.Module, images: Tensor, step: int) -> object:
         """Return what a module that holds the model makes of images, this step's channels dropped.
@@ -86,10 +105,11 @@ class Tie:
             value, kept = self._parameters[entry.name], 1 - self._taken_back * (1 - height)
             value.copy_(torch.lerp(self.start[entry.name], value, kept))
 
-    def restore(self, start: Mapping[str, Tensor]) -> None:
-        """Take over θ_0 of a run that is resumed."""
-        for name, value in self.start.items():
-            value.copy_(start[name])
+    def restore(self, start: Mapping[str, Tensor], precision: Mapping[str, Tensor]) -> None:
+        """Take over θ_0 and Λ of a run that is resumed."""
+        for own, saved in ((self.start, start), (self.precision, precision)):
+            for name, value in own.items():
+                value.copy_(saved[name])
 
     def _masks(self, step: int) -> dict[str, Tensor]:
         """Return m / (1 − p) for each tensor, shaped to be broadcast; a layer's tensors agree in it."""
@@ -105,13 +125,18 @@ class Tie:
         return masks
 
 
-def make_tie(model: nn.Module, names: Collection[str] | None, settings: TrainSettings) -> Tie:
-    """Tie those of the named parameters (None: of all) that are trained; none without λ, p and s.
+def make_tie(
+    model: nn.Module,
+    names: Collection[str] | None,
+    settings: TrainSettings,
+    precision: Mapping[str, Tensor] | None = None,
+) -> Tie:
+    """Tie those of the named parameters (None: of all) that are trained; none without λ, p, s and Λ.
 
     Raises:
         InputError: a name is not a parameter of the model.
     """
-    if not any(getattr(settings, name) for name in TIES):
+    if not precision and not any(getattr(settings, name) for name in TIES):
         return Tie(model, (), settings)
     parameters = named_parameters(model)
     names = parameters.keys() if names is None else names
@@ -119,7 +144,7 @@ def make_tie(model: nn.Module, names: Collection[str] | None, settings: TrainSet
         raise InputError(f"tied: expected names of the model's parameters (got {listed(unknown)})")
     chosen = set(names)
     trained = [name for name, value in parameters.items() if name in chosen and value.requires_grad]
-    return Tie(model, trained, settings)
+    return Tie(model, trained, settings, precision)
 
 
 def _by_channel(values: Tensor, entry: Entry) -> Tensor:

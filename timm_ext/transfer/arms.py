@@ -26,6 +26,8 @@ KUMAR = (
     "Kumar et al., Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution, "
     "ICLR 2022"
 )
+KIRKPATRICK = "Kirkpatrick et al., Overcoming Catastrophic Forgetting in Neural Networks, PNAS 2017"
+LI = "Li et al., Explicit Inductive Bias for Transfer Learning with Convolutional Networks, ICML 2018"
 YOU = "You et al., LogME: Practical Assessment of Pre-trained Models for Transfer Learning, ICML 2021"
 
 
@@ -58,11 +60,16 @@ class FineTuning:
         drop_transfer: p of drop-transfer, see there.
         weight_pull: μ of a pull of the weights to the merge, whose ratios are then learned during
             fine-tuning, see `timm_ext.transfer.tune.tune_merged`; 0 learns them before it or not at all.
+        prior_cases: N₀ of a pull to the start by the precision of the source tasks, see
+            `timm_ext.transfer.posterior.prior_precision`; 0 is without.
+        isotropic: that pull is the same for all weights, of the same trace.
     """
 
     l2_transfer: float = 0.0
     drop_transfer: float = 0.0
     weight_pull: float = 0.0
+    prior_cases: float = 0.0
+    isotropic: bool = False
 
     def ties(self) -> dict[str, float]:
         """Return what is tied to the start, as fields of `TrainSettings`."""
@@ -118,7 +125,12 @@ class Arm:
     @property
     def trains(self) -> bool:
         """Whether steps are taken for the initialisation."""
-        return self.adaptation is not None or self.tuning.weight_pull > 0
+        return self.adaptation is not None or self.tunes
+
+    @property
+    def tunes(self) -> bool:
+        """Whether fine-tuning needs what the merge is made of, so that it is done at once with it."""
+        return self.tuning.weight_pull > 0 or self.tuning.prior_cases > 0
 
     @property
     def learns_ratios(self) -> bool:
@@ -196,6 +208,20 @@ ARMS: tuple[Arm, ...] = (
         tuning=FineTuning(weight_pull=1e-2),
     ),
     Arm(
+        "mode-imm-posterior",
+        "Mode-IMM, posterior as prior",
+        f"{LEE}; fine-tuned with N₀/2N ‖Λ^½ (θ − θ*)‖² in the loss, Λ = Σ α_t n_t (F_t + ε), N₀ = 4",
+        MODE,
+        tuning=FineTuning(prior_cases=4.0),
+    ),
+    Arm(
+        "mode-imm-isotropic",
+        "Mode-IMM, isotropic prior",
+        f"{LEE}; as mode-imm-posterior with Λ = 1 of the same trace (L2-SP, {LI})",
+        MODE,
+        tuning=FineTuning(prior_cases=4.0, isotropic=True),
+    ),
+    Arm(
         "medmerge",
         "MedMerge",
         f"{ALMAKKY}: θ* = Σ α_t θ_t with learned α_t for each convolution kernel",
@@ -237,6 +263,13 @@ def transfers(number: int) -> tuple[Arm, ...]:
             f"{LEE}: one source model, fine-tuned with output channels put back to θ_start at random",
             one,
             tuning=FineTuning(drop_transfer=0.5),
+        ),
+        Arm(
+            f"{one.name}-ewc",
+            f"{one.title}, EWC transfer",
+            f"{KIRKPATRICK}: one source model; N₀/2N ‖Λ^½ (θ − θ_start)‖² in the loss, Λ ∝ F_t + ε, N₀ = 4",
+            replace(one, needs_fisher=True),
+            tuning=FineTuning(prior_cases=4.0),
         ),
     )
 

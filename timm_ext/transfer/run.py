@@ -7,6 +7,7 @@ from torch import nn
 from timm_ext.merging import MergedModel
 from timm_ext.training.history import History
 from timm_ext.transfer.adapt import Adapted, adapt, warm_up
+from timm_ext.transfer.posterior import prior_precision
 from timm_ext.transfer.session import Session
 from timm_ext.transfer.settings import AdaptSettings
 from timm_ext.transfer.settle import settled
@@ -67,7 +68,9 @@ def run(
         model, adapted = tune_merged(model, tuning, options)
         histories.append(adapted.history)
     elif tuning is not None:
-        model, history = fine_tune(model, tuning, tied=start.split.shared)
+        model = model.fold() if isinstance(model, MergedModel) else model
+        held = prior_precision(start.precision, start.prior_cases, model, tuning) if start.precision else None
+        model, history = fine_tune(model, tuning, tied=start.split.shared, precision=held)
         histories.append(history)
     network = model.fold() if isinstance(model, MergedModel) else model
     return Learned(start, network, tuple(histories), adapted)

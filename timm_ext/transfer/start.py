@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from timm_ext.data.tasks import Task
 from timm_ext.errors import InputError, listed
 from timm_ext.merging import Bank, Merge, MergedModel, anchored_logits
+from timm_ext.merging.bank import under_names
 from timm_ext.merging.initialise import build_initialisation, check_bank
 from timm_ext.merging.merge import transfer
 from timm_ext.networks.registry import build_network, config_of, heads_of
 from timm_ext.parameters import Split, split_parameters
 from timm_ext.transfer.arms import Adaptation, Arm, get_arm
+from timm_ext.transfer.posterior import source_precision
 from timm_ext.transfer.settings import Recipe
 from timm_ext.transfer.sources import Sources
 from timm_ext.transfer.uses import TensorUse, uses_of
@@ -48,6 +50,8 @@ class Start:
         evidence: by the names of the alternatives, or that of `model` under its own; empty until heads were
             fitted, see `timm_ext.transfer.settle.settled`.
         taken: which of these is `model`; empty until then.
+        precision: Λ by name, for an arm whose fine-tuning is pulled to `model` by it; empty without.
+        prior_cases: N₀ of that pull.
     """
 
     model: nn.Module
@@ -57,6 +61,8 @@ class Start:
     fit_heads: bool = False
     evidence: Mapping[str, float] = field(default_factory=dict)
     taken: str = ""
+    precision: Mapping[str, Tensor] = field(default_factory=dict)
+    prior_cases: float = 0.0
 
     def provenance(self) -> dict[str, Any]:
         """Return how the model comes about, as JSON values: its ratios, and what fitted heads told."""
@@ -114,7 +120,14 @@ def start_from(
         }
         return Start(each[bank.sources[0]], split, uses, each)
     model = initialise(arm, target, bank, recipe, initial_logits)
-    return Start(model, split, uses, fit_heads=recipe.fits_heads)
+    start = Start(model, split, uses, fit_heads=recipe.fits_heads)
+    if arm.tuning.prior_cases and bank is not None and sources is not None:
+        _, fishers = under_names(bank.layout.names, sources.states(), sources.fishers)
+        counts = [fisher.count for fisher in fishers or ()]
+        zero = {name for fisher in fishers or () for name in fisher.zero}
+        precision = source_precision(arm, bank, counts, zero)
+        return replace(start, precision=precision, prior_cases=arm.tuning.prior_cases)
+    return start
 
 
 def _check_one_task(task: Task, sources: Sources | None) -> None:

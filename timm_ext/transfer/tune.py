@@ -1,8 +1,8 @@
 """Fine-tuning: all of a network is trained, near its start or from it."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from timm_ext.errors import InputError
 from timm_ext.merging import MergedModel
@@ -14,18 +14,23 @@ from timm_ext.transfer.settings import AdaptSettings
 
 
 def fine_tune(
-    model: nn.Module, session: Session, *, tied: Collection[str] | None = None
+    model: nn.Module,
+    session: Session,
+    *,
+    tied: Collection[str] | None = None,
+    precision: Mapping[str, Tensor] | None = None,
 ) -> tuple[nn.Module, History]:
     """Fold a merged model into a plain network, if it is one, and train all of it in place.
 
     With settings that tie weights to the start (`TIES`), `tied` should be the shared parameters,
-    `Split.shared`: heads and norms that start anew are not worth staying near.
+    `Split.shared`: heads and norms that start anew are not worth staying near. A `precision` of some of them
+    pulls these to the start, see `Objective`.
 
     Returns:
         The plain network (the model itself unless it was merged) and the history.
     """
     network = model.fold() if isinstance(model, MergedModel) else model
-    return network, session.fit(network, Objective(tied=tied))
+    return network, session.fit(network, Objective(tied=tied, precision=precision))
 
 
 def tune_merged(
