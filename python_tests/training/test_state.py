@@ -176,10 +176,14 @@ def test_content_that_no_run_writes_is_named(tmp_path, change, message):
     assert all(torch.equal(*pair) for pair in zip(before, model.state_dict().values(), strict=True))
 
 
+# Runs from before them had neither. Where a run has them, none may be missing: test_average, test_posterior.
+LATER = {"average", "precision"}
+
+
 def test_missing_fields_are_named(tmp_path):
     state = begin(tmp_path, Blobs(3))
     whole = load_state(state)
-    for name in whole:
+    for name in whole.keys() - LATER:
         save_state(state, {key: value for key, value in whole.items() if key != name})
         with pytest.raises(InputError, match=f"{name}: missing"):
             go_on(tmp_path, Blobs(3))

@@ -10,7 +10,7 @@ from torch import nn
 
 from timm_ext.errors import InputError
 from timm_ext.training.examples import Data
-from timm_ext.training.state import STATE_NAME, load_state
+from timm_ext.training.state import STATE_NAME, load_state, save_state
 from timm_ext.transfer.arms import get_arm
 from timm_ext.transfer.posterior import loss_trace, prior_precision, source_precision
 from timm_ext.transfer.run import run
@@ -93,7 +93,12 @@ def test_a_firmer_prior_stays_nearer_and_leaves_specific_ones_free(tmp_path):
 def test_an_interrupted_run_is_held_as_the_undisturbed_one(tmp_path):
     with pytest.raises(StopError):
         held_run(tmp_path / "a", 50.0, Stopping(3))
-    assert load_state(tmp_path / "a" / STATE_NAME)["precision"]
+    path = tmp_path / "a" / STATE_NAME
+    whole = load_state(path)
+    save_state(path, {name: value for name, value in whole.items() if name != "precision"})
+    with pytest.raises(InputError, match=r"(?s)the precision of the tied weights; these differ"):
+        held_run(tmp_path / "a", 50.0, Blobs(3))
+    save_state(path, whole)
     found, _ = held_run(tmp_path / "a", 50.0, Blobs(3))
     expected, _ = held_run(tmp_path / "b", 50.0, Blobs(3))
     assert torch.equal(found, expected)

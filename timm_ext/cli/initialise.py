@@ -302,9 +302,9 @@ def adapt(
     Fishers that are not given are estimated first and kept in `fishers/`. Writes the folded
     `network.safetensors`, ready for `timm-ext train --init`, and, in `training/`, the ratios per layer over
     time. With `t-imm-annealed` and `mode-imm-posterior` all other weights are trained, too: the network is
-    then the fine-tuned one. `--set merge.head=fitted` first fits the heads to the cases, also those of a merge
-    that learns nothing else; `best-by-evidence` takes the one source whose fitted heads explain the labels
-    best. Neither of the two withholds a case for validation.
+    then the fine-tuned one. `--set merge.head=fitted` first fits the heads to the cases, also those of a
+    merge that learns nothing else; `best-by-evidence` takes the one source whose fitted heads explain the
+    labels best. Neither of the two withholds a case for validation.
 
     Example: `timm-ext adapt M1.safetensors M2.safetensors --data BraTS2021/ --task brats --out adapted`
     """
