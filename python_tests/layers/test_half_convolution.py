@@ -187,3 +187,33 @@ def test_the_default_type_plays_no_part() -> None:
         torch.set_default_dtype(torch.float32)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.grad, expected[name]), name
+
+
+@pytest.mark.parametrize("sizes", [(2, 3, 1, 2, 5), (1, 16, 4, 3, 8)], ids=str)
+def test_upsampling_copies_every_bit(sizes: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**15), 2**15, sizes, generator=generator, dtype=torch.int16)
+    volume = bits.view(torch.bfloat16)
+    for x in (volume, volume.transpose(2, 4)):
+        with timm_ext.fast_layers(), torch.autocast("cpu", torch.bfloat16):
+            found = functional.interpolate(x, scale_factor=2, mode="nearest")
+        expected = x.repeat_interleave(2, 2).repeat_interleave(2, 3).repeat_interleave(2, 4)
+        assert torch.equal(found.view(torch.int16), expected.contiguous().view(torch.int16))
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.1])
+def test_a_norm_takes_in_the_activation_behind_it(slope: float) -> None:
+    torch.manual_seed(0)
+    norm, x = nn.InstanceNorm3d(6, affine=True), torch.randn(2, 6, 5, 6, 7).bfloat16().requires_grad_()
+    grad = torch.randn(2, 6, 5, 6, 7).bfloat16()
+    with timm_ext.fast_layers(), torch.autocast("cpu", torch.bfloat16):
+        output = functional.leaky_relu(norm(x), slope, inplace=True)
+        found = torch.autograd.grad(output, [x, *norm.parameters()], grad)
+    assert output.dtype == torch.bfloat16
+    assert output.grad_fn is not None
+    assert "GroupNormNode" in output.grad_fn.name()
+    wide = x.detach().double().requires_grad_()
+    precise = functional.leaky_relu(norm.double()(wide), slope)
+    expected = torch.autograd.grad(precise, [wide, *norm.parameters()], grad.double())
+    for one, other in zip([output.detach(), *found], [precise.detach(), *expected], strict=True):
+        assert error(one, other) < UNIT

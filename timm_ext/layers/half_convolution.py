@@ -2,7 +2,7 @@
 
 What has no kernel of its own for bfloat16 is computed in float32. oneDNN, which alone uses AMX, is given no
 small grids: there its bfloat16 weight gradient reads memory that nobody wrote (torch 2.13.0). It is given
-volumes with their channels last, and what it makes is brought back here: torch does that several times slower.
+volumes with their channels last, and what it makes is brought back here: torch itself is slower at both.
 """
 
 import math
@@ -37,6 +37,12 @@ def forward(geometry: "Geometry", input: Tensor, weight: Tensor, bias: Tensor | 
     return cast(geometry.forward(_single(input), weight, bias), torch.bfloat16)
 
 
+def arranged(geometry: "Geometry", grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+    """Return the gradient `[B, O, ...]` of any output as its two uses here read it, once for both."""
+    tiles = is_half(grad, weight) and _takes_tiles(geometry, input, weight)
+    return _channels_last(grad) if tiles else grad
+
+
 def input_gradient(geometry: "Geometry", grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
     """Return the gradient with respect to the input, bfloat16."""
     if _takes_tiles(geometry, input, weight):
@@ -50,7 +56,8 @@ def input_gradient(geometry: "Geometry", grad: Tensor, input: Tensor, weight: Te
 def summed_weight_gradient(geometry: "Geometry", grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
     """Return the gradient with respect to the weight in float32, summed over the batch."""
     if _takes_tiles(geometry, input, weight):
-        return _backward(geometry, grad, input, weight, (False, True, False))[1].float()
+        volumes = _channels_last(grad), _channels_last(input)
+        return _backward(geometry, *volumes, weight, (False, True, False))[1].float()
     whole = _is_volume(geometry, input) and grad.shape[0] * math.prod(grad.shape[2:]) >= _MANY_POINTS
     if not whole or geometry.pointwise(weight):
         return geometry.summed_weight_gradient(_single(grad), _single(input), weight)
@@ -71,6 +78,8 @@ def _is_volume(geometry: "Geometry", input: Tensor) -> bool:
 
 def _channels_last(volume: Tensor) -> Tensor:
     """Return `[B, C, D, H, W]` of the strides of `channels_last_3d`."""
+    if volume.is_contiguous(memory_format=torch.channels_last_3d):
+        return volume
     last = new_tensor(volume, (volume.shape[0], *volume.shape[2:], volume.shape[1])).permute(0, 4, 1, 2, 3)
     return last.copy_(volume)
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from timm_ext.layers import half_convolution
 from timm_ext.layers.convolution import Geometry, upsampled_gradient
 from timm_ext.layers.gradients import ConvolutionWeightGradients, UpsampledConvolutionWeightGradients
 from timm_ext.layers.half import cast
@@ -32,12 +33,13 @@ class ConvolutionNode(torch.autograd.Function):
     @unseen
     def backward(ctx: Any, grad: Tensor, input: Tensor, weight: Tensor) -> Gradients:
         """Return the input's gradient and what the call makes of the parameters'."""
+        arranged = half_convolution.arranged(ctx.geometry, grad, input, weight)
         parameters = ctx.call.leave(
             ctx.needs_input_grad[2:4],
-            lambda: ConvolutionWeightGradients(input, grad, weight, ctx.geometry),
+            lambda: ConvolutionWeightGradients(input, arranged, weight, ctx.geometry),
             lambda: channel_sums(grad),
         )
-        below = ctx.geometry.input_gradient(grad, input, weight) if ctx.needs_input_grad[0] else None
+        below = ctx.geometry.input_gradient(arranged, input, weight) if ctx.needs_input_grad[0] else None
         return below, None, *parameters
 
 

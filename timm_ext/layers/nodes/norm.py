@@ -40,7 +40,7 @@ class Statistics:
 def norm_node(output: Tensor, call: Call | None = None) -> Any:
     """Return the node of a norm's output by our operators, None of any other tensor or of another call."""
     node = node_of(output)
-    if getattr(node, "statistics", None) is None or node.dtype != torch.float32:
+    if getattr(node, "statistics", None) is None:
         return None
     return node if call is None or node.call is call else None
 
@@ -54,7 +54,8 @@ def activate(node: Any, output: Tensor, slope: float) -> None:
 class GroupNormNode(torch.autograd.Function):
     """Group norm; its affine gradients are per example.
 
-    In float32 on the CPU it may take the LeakyReLU behind it into its backward (`activate`).
+    In float32 or bfloat16 on the CPU it may take the LeakyReLU behind it into its backward (`activate`): that
+    finds anew, in float32, the sign of what was activated, which rounding to bfloat16 has not changed.
     Elsewhere it is that of one example with B·C channels.
     """
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from timm_ext.layers.nodes.node import Gradients, unseen
+from timm_ext.ops.memory import new_tensor
 from timm_ext.ops.trilinear import upsample_trilinear3d, upsample_trilinear3d_backward
 from timm_ext.ops.upsampled_conv3d import upsample_nearest3d
 
@@ -19,8 +20,7 @@ class UpsampleNode(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.sizes, ctx.watched = tuple(input.shape), False
         if input.dtype != torch.float32:
-            made: Tensor = torch.ops.aten.upsample_nearest3d(input, None, [2.0, 2.0, 2.0])
-            return made
+            return _in_pairs(input)
         return upsample_nearest3d(input)
 
     @staticmethod
@@ -28,6 +28,17 @@ class UpsampleNode(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Gradients:
         """Return the input's gradient."""
         return (torch.ops.aten.upsample_nearest3d_backward(grad, grad.shape[2:], ctx.sizes),)
+
+
+def _in_pairs(input: Tensor) -> Tensor:
+    """Upsample two bytes an element: two columns at once, as an integer that holds one element twice."""
+    batch, channels, planes, rows, columns = input.shape
+    result = new_tensor(input, (batch, channels, 2 * planes, 2 * rows, 2 * columns))
+    bits = input.view(torch.int16).int()
+    pairs = (bits << 16) | (bits & 0xFFFF)
+    halves = result.view(torch.int32).view(batch, channels, planes, 2, rows, 2, columns)
+    halves.copy_(pairs[:, :, :, None, :, None].expand_as(halves))
+    return result
 
 
 class TrilinearNode(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from timm_ext.layers.nodes import ActivatedNode, PReLUNode
@@ -22,6 +23,8 @@ def leaky_relu(
     if inplace:
         activate(node, input, negative_slope)
         return input
+    if node.dtype != torch.float32:
+        return None
     return _activated(norm, node, input, negative_slope, None)
 
 
@@ -39,7 +42,7 @@ def prelu(tape: Tape, input: Tensor, weight: Tensor) -> Tensor | None:
     call.rule = "prelu"
     slope, _ = call.entering(weight, None)
     node = None if norm is None else norm_node(input, norm.call)
-    if norm is not None and node is not None:
+    if norm is not None and node is not None and node.dtype == torch.float32:
         return _activated(norm, node, input, slope, call)
     output: Tensor = PReLUNode.apply(input, call.anchor, slope, None, call)  # type: ignore[no-untyped-call]
     return output
