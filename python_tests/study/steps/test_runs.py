@@ -100,6 +100,22 @@ def test_heads_are_fitted_where_a_run_begins(inputs: dict[str, Path], tmp_path: 
         assert (tmp_path / arm / "training" / "start.safetensors").exists() == (arm == "scratch")
 
 
+def test_rows_are_averaged_scaled_and_held(inputs: dict[str, Path], tmp_path: Path) -> None:
+    """The first layer goes all the way back; a row with a prior ends elsewhere than the one without."""
+    train = TrainSettings(
+        steps=3, accelerator="cpu", tensorboard=False, schedule="constant", keep="ema", layer_scaling=1.0
+    )
+    name, ends = "encoder.0.entry.conv.weight", []
+    for arm in ("mode-imm", "mode-imm-posterior"):
+        options = {**COMMON, "train": train, "arm": arm, "recipe": Recipe(seed=1, head="fitted")}
+        TuneAndTest(**options, network=NET, adapt=None).run(inputs, context(tmp_path / arm))
+        begun, ended = (load_network(tmp_path / arm / file)[0] for file in (INITIAL, NETWORK))
+        assert torch.equal(begun.get_parameter(name), ended.get_parameter(name))
+        ends.append(ended.get_parameter("encoder.1.entry.conv.weight"))
+        assert not torch.equal(begun.get_parameter("encoder.1.entry.conv.weight"), ends[-1])
+    assert not torch.equal(*ends)
+
+
 @pytest.fixture
 def members(tumours: Path, tmp_path: Path) -> dict[str, Path]:
     """One case for validation and test, and two members of other weights that took 3 and 5 steps."""
