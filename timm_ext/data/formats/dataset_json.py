@@ -32,7 +32,8 @@ class Header:
         name: of the data set.
         channels: number and name of each input channel, in order.
         ending: of the files' names.
-        labels: numbers by name, the background's included; several numbers make a region.
+        labels: numbers by name, the background's included; several numbers make a region. In the order of
+            nnU-Net's outputs (`LabelManager`, nnunetv2 2.8): ascending numbers, regions as they are written.
         order: the number as which nnU-Net writes each region, where it is stated.
         training: listed pairs of image and label, relative to the file's folder.
         test: listed images.
@@ -199,7 +200,9 @@ def _labels(value: Any, path: Path) -> dict[str, tuple[int, ...]]:
                 f'{path}: labels: expected numbers by name such as {{"liver": 1}} (got {value!r})'
             )
         labels[name.strip()] = tuple(dict.fromkeys((*labels.get(name.strip(), ()), *numbers)))
-    return labels
+    if any(len(numbers) > 1 for numbers in labels.values()):
+        return labels
+    return dict(sorted(labels.items(), key=lambda pair: pair[1]))
 
 
 def _order(value: Any, path: Path) -> tuple[int, ...] | None:
