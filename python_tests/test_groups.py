@@ -126,9 +126,7 @@ def test_hundreds_of_thousands_of_kernels_take_a_moment() -> None:
     layout = Layout.from_tensors(
         {f"{i}.weight": torch.empty(256, 256, 3, 3, 3, device="meta") for i in range(5)}
     )
-    start = time.perf_counter()
+    start = time.process_time()  # of this process alone: others may hold the cores
     groups = make_groups(layout, "kernel")
-    assert (
-        time.perf_counter() - start < 0.5
-    )  # measured 0.01 s; a Python loop over the kernels takes over a second
+    assert time.process_time() - start < 0.5  # 0.01 s; a Python loop over the kernels takes over a second
     assert len(groups.names) == len(groups.rows) == 327_680

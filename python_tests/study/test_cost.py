@@ -26,7 +26,7 @@ def test_costs_grow_with_the_timed_step_and_are_no_part_of_the_question():
 
 
 def test_a_step_is_timed_and_scaled_to_the_whole_volume():
-    small = measure_step(plan_of(**TINY))
+    small = min(measure_step(plan_of(**TINY)) for _ in range(5))  # others may have disturbed one
     assert small > 0
     large = measure_step(plan_of(**{**TINY, "size": (96, 96, 96)}))
     assert large > 20 * small  # 92 times the voxels, of which an eighth are computed

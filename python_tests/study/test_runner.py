@@ -187,7 +187,7 @@ def records(folder):
 def test_killed_runner_takes_its_workers_along_and_is_continued(tmp_path, work_module):
     folder = Folder(tmp_path / "study")
     first = run_script(folder.path, work_module)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while len(records(folder)) < 3:
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -104,7 +104,7 @@ def test_a_signal_in_a_destructor_comes_again_without_a_word(capsys):
     begin = time.monotonic()
     with pytest.raises(Interrupted), watched():
         work()
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 30
     assert capsys.readouterr().err == ""
 
 
@@ -168,7 +168,7 @@ def test_workers_end_with_their_parent(tmp_path, number):
     assert all(map(alive, workers))
     process.send_signal(number)
     process.communicate(timeout=30)
-    wait_until(lambda: not any(map(alive, workers)), 5)
+    wait_until(lambda: not any(map(alive, workers)))
 
 
 def killed(_):
@@ -202,7 +202,7 @@ def test_who_asks_three_times_is_heard_at_once():
         time.sleep(1.2)
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=5)
+    process.communicate(timeout=30)
     assert process.returncode == 143
 
 
