@@ -104,7 +104,7 @@ def test_a_signal_in_a_destructor_comes_again_without_a_word(capsys):
     begin = time.monotonic()
     with pytest.raises(Interrupted), watched():
         work()
-    assert time.monotonic() - begin < 30
+    assert time.monotonic() - begin < 9
     assert capsys.readouterr().err == ""
 
 
@@ -220,7 +220,8 @@ def test_a_command_that_is_still_loading_ends_with_one_line(tmp_path, number):
     assert process.stdout.readline() == "loading\n"
     process.send_signal(number)
     _, error = process.communicate(timeout=30)
-    assert (process.returncode, error) == (128 + number, "error: interrupted\n")
+    by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+    assert (process.returncode, error) == (128 + number, f"error: interrupted{by}\n")
 
 
 def test_the_package_leaves_the_signals_of_its_users_alone():
