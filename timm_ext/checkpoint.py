@@ -148,9 +148,10 @@ def check_replaced(path: Path | str, kind: str) -> None:
 
 
 def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return one line for each tensor with NaN or infinite elements."""
+    """Return one line for each tensor with NaN or infinite elements, under its first name."""
     lines = []
-    for name, stored in tensors.items():
+    for name in _without_aliases(tensors)[0]:
+        stored = tensors[name]
         tensor = stored.float() if stored.is_floating_point() and stored.itemsize == 1 else stored
         if tensor.is_floating_point() and (bad := tensor.numel() - int(tensor.isfinite().sum())):
             lines.append(f"{name}: {bad} of {tensor.numel()} elements are NaN or infinite")

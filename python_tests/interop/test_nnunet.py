@@ -145,7 +145,7 @@ def test_plans_of_another_network_are_refused_by_the_tensor(tmp_path, capsys):
     _, folders = two(tmp_path)
     target = tmp_path / "planned"
     target.mkdir()
-    plans = plans_of()
+    plans = {**plans_of(), "dataset_name": "Dataset503_X"}
     plans["configurations"]["base"]["architecture"]["arch_kwargs"]["features_per_stage"] = [4, 8, 16]
     (target / "dataset.json").write_text(json.dumps(HEADER))
     (target / "nnUNetPlans.json").write_text(json.dumps(plans))
@@ -158,7 +158,7 @@ def test_plans_of_another_network_are_refused_by_the_tensor(tmp_path, capsys):
 
 @pytest.mark.parametrize("command", ["merge", "adapt"])
 def test_sources_of_unlike_plans_are_refused_by_the_tensor(tmp_path, capsys, command):
-    plans = plans_of()
+    plans = {**plans_of(), "dataset_name": "Dataset2"}
     plans["configurations"]["base"]["architecture"]["arch_kwargs"]["features_per_stage"] = [4, 8, 16]
     wide = build_network(
         "nnunet.PlainConvUNet",
@@ -176,7 +176,8 @@ def test_sources_of_unlike_plans_are_refused_by_the_tensor(tmp_path, capsys, com
     error = refused(
         capsys, command, *folders, *options, "--method", METHODS[command], "--out", tmp_path / "x"
     )
-    assert "Dataset2: expected plans of the same network as Dataset1" in error
+    same = "PlainConvUNet of 3d_fullres"
+    assert f"Dataset2: expected plans of the same network as Dataset1, {same} (got one with" in error
     assert "encoder.stages.2.0.convs.0.conv.weight [16, 8, 3, 3, 3], there [8, 8, 3, 3, 3]" in error
     assert "nnUNetv2_move_plans_between_datasets" in error
 

@@ -80,12 +80,15 @@ def _facts_of(file: Path, fold: str | None, named: str | None) -> dict[str, Any]
     """Describe what a file or folder holds; of nnU-Net's plans and header what they say of the network."""
     from timm_ext.checkpoint import describe
     from timm_ext.interop.networks import read_checkpoint
-    from timm_ext.interop.nnunet.model import NOTE
+    from timm_ext.interop.nnunet.model import NOTE, lacking_arguments
 
     checkpoint = read_checkpoint(file, fold=fold, kinds=None, named=named_network(named))
     facts = describe(checkpoint)
+    if checkpoint.notes:
+        facts["notes"] = "; ".join(checkpoint.notes)
     if checkpoint.kind in ("network", "merged"):
-        facts |= {"architecture": "not noted in the file", **_channels_of(checkpoint)}
+        without = f"; {lacking}" if (lacking := lacking_arguments(checkpoint.beside)) else ""
+        facts |= {"architecture": f"not noted in the file{without}", **_channels_of(checkpoint)}
         facts |= _loading(checkpoint)
     if NOTE in facts:
         facts[NOTE] = {key: facts[NOTE].get(key) for key in ("configuration", "fold", "trainer_name")}
@@ -121,7 +124,8 @@ def _loading(checkpoint: "Checkpoint") -> dict[str, Any]:
         restore_network(checkpoint)
         noted_task(checkpoint)
     except InputError as error:
-        return {"cannot be used": first_line(error)}
+        listed_first = str(error).splitlines()[1:2]
+        return {"cannot be used": "; ".join([first_line(error), *(line.strip() for line in listed_first)])}
     return {}
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from timm_ext.cli.common import say_once, tell_notes
 from timm_ext.cli.planned import with_network
@@ -16,7 +16,7 @@ from timm_ext.cli.told import (
     tell_unseen,
 )
 from timm_ext.errors import InputError, listed
-from timm_ext.files import stem_of
+from timm_ext.files import real_path, stem_of
 from timm_ext.system.terminal import say
 
 if TYPE_CHECKING:
@@ -149,20 +149,35 @@ def read_sources(
         target: nnU-Net's data set that a merge is for.
 
     Raises:
-        InputError: as for `open_alike`, `load_sources` and `check_same_sources`.
+        InputError: as for `open_alike`, `load_sources` and `check_same_sources`; one of nnU-Net's is named twice.
     """
     from timm_ext.interop.networks import open_alike
     from timm_ext.interop.nnunet.model import NOTE
     from timm_ext.interop.nnunet.target import check_same_sources
 
     opened = open_alike(networks, fold=fold, named=named, known={networks[0]: first})
+    _refuse_twice(networks, opened)
     _tell_unlike_images({path: checkpoint for path, (_, checkpoint) in opened.items()}, target)
     sources = _loaded(networks, opened, fishers)
     for path, notes in zip(networks, sources.notes, strict=True):
         tell_notes(path, notes)
-    if NOTE in opened[networks[0]][1].metadata:
-        check_same_sources(dict(zip(sources.names, sources.networks, strict=True)))
+    noted = [opened[path][1].metadata.get(NOTE) for path in networks]
+    if foreign := [one for one in noted if one is not None]:
+        check_same_sources(dict(zip(sources.names, sources.networks, strict=True)), foreign)
     return Read(networks, opened, sources)
+
+
+def _refuse_twice(networks: Sequence[Path], opened: "Mapping[Path, tuple[nn.Module, Checkpoint]]") -> None:
+    """Refuse one checkpoint of nnU-Net as two sources, by whatever path it is named."""
+    from timm_ext.interop.nnunet.model import NOTE
+
+    files: dict[Path, Path] = {}
+    for path in networks:
+        checkpoint = opened[path][1]
+        file = real_path(checkpoint.path or path)
+        if file in files and NOTE in checkpoint.metadata:
+            raise InputError(f"sources: expected each network once (got {path} twice: {file})")
+        files[file] = path
 
 
 def _loaded(
@@ -199,13 +214,15 @@ def started(
     Raises:
         InputError: as for `start_from`.
     """
+    from timm_ext.interop.nnunet.model import NOTE
     from timm_ext.transfer.start import start_from
     from timm_ext.transfer.uses import summary
 
     sources = read.sources
     tell_unlike_fishers(settings, sources)
     task = target.task if target is not None else task or sources.tasks[0]
-    fresh = _fresh(sources, task, target, settings.merge.seed)
+    noted = read.opened[read.paths[0]][1].metadata.get(NOTE)
+    fresh = _fresh(sources, task, target, noted, settings.merge.seed)
     start = start_from(arm, fresh, task, sources, settings.merge, keep_heads=keep_heads)
     say(summary(start.uses))
     _tell_sources(read, task, settings)
@@ -222,15 +239,17 @@ def _tell_sources(read: Read, task: "Task", settings: "RunSettings") -> None:
     tell_intensities(sources, settings)
 
 
-def _fresh(sources: "Sources", task: "Task", target: "Target | None", seed: int) -> "nn.Module":
+def _fresh(
+    sources: "Sources", task: "Task", target: "Target | None", noted: Mapping[str, Any] | None, seed: int
+) -> "nn.Module":
     """Build the new network, which the plans that it is for must describe, too."""
     from timm_ext.interop.nnunet.target import check_same_plans
     from timm_ext.transfer.start import network_of, new_network
 
     fresh = network_of(sources, task, seed)
-    if target is not None and (planned := target.network) is not None:
+    if target is not None and noted is not None and (planned := target.network) is not None:
         own = new_network(planned["name"], planned["options"], task, seed)
-        check_same_plans(target, own, fresh, sources.names[0])
+        check_same_plans(target, own, fresh, sources.names[0], noted)
     return fresh
 
 
@@ -274,15 +293,15 @@ def in_order(
 def _name_of(path: Path) -> str:
     """Name a source by its file, nnU-Net's by the data set or fold, a bundle of MONAI by its folder."""
     from timm_ext.interop.monai.bundle import root_of
-    from timm_ext.interop.nnunet.folder import is_model_folder
+    from timm_ext.interop.nnunet.folder import data_set_of, is_model_folder
 
     if (root := root_of(path)) is not None:
         return root.name
     if path.is_dir():
-        return path.name if path.name.startswith("fold_") else path.parent.name
+        return path.name if path.name.startswith("fold_") else data_set_of(path)
     folder = path.parent.parent
     of_fold = path.parent.name.startswith("fold_") and is_model_folder(folder)
-    return folder.parent.name if of_fold else stem_of(path)
+    return data_set_of(folder) if of_fold else stem_of(path)
 
 
 def folds_of(networks: Sequence[Path], folds: str | None, fold: str | None) -> list[Path]:

@@ -14,6 +14,8 @@ from timm_ext.interop.nnunet.plans import FIRST_VERSION
 PLANS, HEADER = "plans.json", "dataset.json"
 FINAL = "checkpoint_final.pth"
 _FOLD = re.compile(r"fold_(\d+|all)")
+_DATA_SET = re.compile(r"Dataset\d")
+_RESULTS = re.compile(r".+__.+__.+")  # trainer, plans, configuration
 _CHECKPOINTS = (FINAL, "checkpoint_best.pth")
 _FIRST_VERSION = "model_final_checkpoint.model"
 
@@ -32,6 +34,12 @@ def is_export(path: Path) -> bool:
             return any(PurePosixPath(name).name == PLANS for name in archive.namelist())
     except Exception:  # a damaged archive may raise anything; whoever reads the file as another kind tells
         return False
+
+
+def data_set_of(path: Path) -> str:
+    """Return the name of a configuration's folder: that of its data set, where nnU-Net's names show it."""
+    inside = _DATA_SET.match(path.parent.name) or _RESULTS.fullmatch(path.name)
+    return path.parent.name if inside else path.name
 
 
 def checkpoint_of(path: Path, fold: str | None) -> Path:

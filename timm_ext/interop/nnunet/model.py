@@ -30,6 +30,13 @@ def is_checkpoint(beside: Mapping[str, Any]) -> bool:
     return isinstance(beside.get("init_args"), Mapping) and "trainer_name" in beside
 
 
+def lacking_arguments(beside: Mapping[str, Any]) -> str:
+    """Say what nnU-Net notes in a checkpoint and this one lacks; nothing of what is no checkpoint of its."""
+    if "init_args" in beside or not {"trainer_name", "network_weights"} & beside.keys():
+        return ""
+    return "init_args is missing, where nnU-Net has plans, configuration and dataset.json"
+
+
 def metadata_of(beside: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Return what a file of our own would note of a network that nnU-Net trained.
 

@@ -13,7 +13,8 @@ from timm_ext.errors import InputError, listed
 from timm_ext.interop.nnunet.folder import HEADER, PLANS
 from timm_ext.interop.nnunet.model import network_of, task_of_header
 from timm_ext.interop.nnunet.plans import configuration_of
-from timm_ext.networks.registry import heads_of, input_layers_of
+from timm_ext.networks.nnunet import PREFIX
+from timm_ext.networks.registry import config_of, heads_of, input_layers_of
 from timm_ext.parameters import matches, named_parameters
 
 _PLANS = (PLANS, "nnUNetPlans.json", "nnUNetResEncUNetMPlans.json", "nnUNetResEncUNetLPlans.json")
@@ -25,6 +26,7 @@ _MOVE_AND_TRAIN = (
     "networks merge that one plan describes: nnUNetv2_move_plans_between_datasets -s FIRST -t OTHER "
     "-sp nnUNetPlans -tp NAME, then preprocess and train by it"
 )
+_MOST_TENSORS = 3
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,9 @@ def read_target(path: Path, source: Mapping[str, Any]) -> Target:
     return Target(path, task, network_of(configuration, task), {**noted, "plans": plans})
 
 
-def check_same_plans(target: Target, network: nn.Module, source: nn.Module, name: str) -> None:
+def check_same_plans(
+    target: Target, network: nn.Module, source: nn.Module, name: str, noted: Mapping[str, Any]
+) -> None:
     """Refuse a network of other layers than its source, but for channels of images and outputs.
 
     Args:
@@ -78,26 +82,41 @@ def check_same_plans(target: Target, network: nn.Module, source: nn.Module, name
         network: built by the target's plans.
         source: built by the source's plans, for the target's task.
         name: of the source.
+        noted: what the source's file notes under `nnunet`.
 
     Raises:
-        InputError: naming the first tensor that differs, and nnU-Net's command for one plan.
+        InputError: naming both networks, the first tensors that differ, and what brings both under one plan.
     """
-    _refuse_unlike(f"{target.path}", _unlike(network, source), name, _MOVE)
+    hint = _MOVE
+    if (data_set := _common_data_set(target.noted, noted)) is not None:
+        plans = f"{_plans_name(noted)}.json"
+        hint = f"both are of {data_set}: --for takes {plans}, too, by which {name} was trained"
+    own, wanted = _kind(network, target.noted), _kind(source, noted)
+    _refuse_unlike(f"{target.path}", own, _unlike(network, source), (name, wanted), hint)
 
 
-def check_same_sources(networks: Mapping[str, nn.Module]) -> None:
+def check_same_sources(networks: Mapping[str, nn.Module], noted: Sequence[Mapping[str, Any]]) -> None:
     """Refuse sources of other layers than the first, but for channels of images and outputs.
 
     Args:
         networks: of nnU-Net, by name.
+        noted: what the file of each notes under `nnunet`.
 
     Raises:
-        InputError: naming the first tensor that differs, and nnU-Net's command for one plan.
+        InputError: naming both networks, the first tensors that differ, and what brings both under one plan.
     """
     (first, reference), *others = networks.items()
     ignored = (*heads_of(reference), *input_layers_of(reference))
-    for name, network in others:
-        _refuse_unlike(name, _unlike(network, reference, ignored), first, _MOVE_AND_TRAIN)
+    wanted = _kind(reference, noted[0])
+    for (name, network), own in zip(others, noted[1:], strict=True):
+        hint = _MOVE_AND_TRAIN
+        if (data_set := _common_data_set(own, noted[0])) is not None:
+            hint = (
+                f"both are of {data_set}: networks merge that one plan describes, such as those of "
+                f"nnUNetv2_train {data_set} {noted[0]['configuration']} FOLD -p {_plans_name(noted[0])}"
+            )
+        unlike = _unlike(network, reference, ignored)
+        _refuse_unlike(name, _kind(network, own), unlike, (first, wanted), hint)
 
 
 def _unlike(network: nn.Module, other: nn.Module, ignored: Sequence[str] = ()) -> list[str]:
@@ -112,12 +131,32 @@ def _unlike(network: nn.Module, other: nn.Module, ignored: Sequence[str] = ()) -
     ]
 
 
-def _refuse_unlike(what: str, unlike: Sequence[str], name: str, hint: str) -> None:
+def _refuse_unlike(
+    what: str, kind: str, unlike: Sequence[str], reference: tuple[str, str], hint: str
+) -> None:
+    """Refuse a network of some kind that is unlike the reference, a name and a kind."""
+    name, wanted = reference
     if unlike:
+        got = f"{kind}, with" if kind != wanted else "one with"
         raise InputError(
-            f"{what}: expected plans of the same network as {name} (got {len(unlike)} tensors that differ: "
-            f"{listed(unlike)}); {hint}"
+            f"{what}: expected plans of the same network as {name}, {wanted} (got {got} {len(unlike)} "
+            f"tensors that differ: {listed(unlike, _MOST_TENSORS)}); {hint}"
         )
+
+
+def _kind(network: nn.Module, noted: Mapping[str, Any]) -> str:
+    return f"{str(config_of(network)['name']).removeprefix(PREFIX)} of {noted['configuration']}"
+
+
+def _common_data_set(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """Return the data set for which both plans were made; None where they were made for two."""
+    names = {noted["plans"].get("dataset_name") for noted in (one, other)}
+    name = names.pop()
+    return str(name) if not names and name is not None else None
+
+
+def _plans_name(noted: Mapping[str, Any]) -> str:
+    return str(noted["plans"].get("plans_name", "nnUNetPlans"))
 
 
 def _plans_in(folder: Path) -> Path | None:
