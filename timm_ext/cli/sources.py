@@ -149,7 +149,7 @@ def read_sources(
         target: nnU-Net's data set that a merge is for.
 
     Raises:
-        InputError: as for `open_alike`, `load_sources` and `check_same_sources`; one of nnU-Net's is named twice.
+        InputError: as for `open_alike`, `load_sources` and `check_same_sources`; one of nnU-Net's twice.
     """
     from timm_ext.interop.networks import open_alike
     from timm_ext.interop.nnunet.model import NOTE
