@@ -1,6 +1,7 @@
 """What data sets and plans of nnU-Net must say, and how the images of a merge's target are told."""
 
 import json
+import shutil
 
 import pytest
 from nnunet_folders import HEADER, network, plans_of, write_model_folder
@@ -56,7 +57,7 @@ def test_ignore_labels_are_told_by_name(model, tmp_path, capsys, command):
     arguments = {
         "train": [raw, "--init", model, "--out", tmp_path / "o"],
         "fisher": [model, raw, "--out", tmp_path / "f.safetensors"],
-        "adapt": [model, model, "--data", raw, "--out", tmp_path / "o"],
+        "adapt": [model, shutil.copytree(model, tmp_path / "other"), "--data", raw, "--out", tmp_path / "o"],
         "check": [model, "--data", raw],
     }
     assert run([command, *map(str, arguments[command])]) == 1
