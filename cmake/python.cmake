@@ -27,6 +27,7 @@ add_library(timm_ext MODULE
   csrc/merge/cpu/stitch.cpp
   csrc/merge/fused_merge.cpp
   csrc/merge/log_weights.cpp
+  csrc/norm/channels_last_norm.cpp
   csrc/norm/norm.cpp)
 set(torch_library_dir ${TIMM_EXT_TORCH_DIR}/lib)
 target_include_directories(timm_ext SYSTEM PRIVATE ${TIMM_EXT_TORCH_DIR}/include)

@@ -107,6 +107,19 @@ STABLE_TORCH_LIBRARY(timm_ext, m) {
       "norm_backward(Tensor grad, Tensor input, Tensor? mean, Tensor? variance, Tensor? weight, Tensor? bias,"
       " Tensor? slope, float epsilon, str over, bool slope_wanted) -> (Tensor, Tensor, Tensor, Tensor)");
 
+  // The same of groups, for bfloat16 whose channels lie side by side: grad, input and the results of their shape
+  // [B, points, C] bfloat16, all else float32, sums of more than 256 terms in float64, results rounded once; on the
+  // CPU only. slope is one number.
+  m.def(
+      "channels_last_norm(Tensor input, Tensor? weight, Tensor? bias, int groups, float epsilon)"
+      " -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "channels_last_norm_backward(Tensor grad, Tensor input, Tensor mean, Tensor variance, Tensor? weight,"
+      " Tensor? bias, float slope, float epsilon) -> (Tensor, Tensor, Tensor)");
+
+  // The sums [B, C] float32 over the points of such a volume [B, points, C] bfloat16; on the CPU only.
+  m.def("channels_last_sums(Tensor input) -> Tensor");
+
   // input [B, C, D, H, W] enlarged to [B, C, 2 D, 2 H, 2 W], every voxel to 2 x 2 x 2; float32, on the CPU only.
   m.def("upsample_nearest3d(Tensor input) -> Tensor");
 
@@ -172,6 +185,9 @@ STABLE_TORCH_LIBRARY(timm_ext, m) {
 STABLE_TORCH_LIBRARY_IMPL(timm_ext, CPU, m) {
   TIMM_EXT_REGISTER_BOTH_DEVICES(m);
   m.impl("batch_norm", TIMM_EXT_BOX(batch_norm));
+  m.impl("channels_last_norm", TIMM_EXT_BOX(channels_last_norm));
+  m.impl("channels_last_norm_backward", TIMM_EXT_BOX(channels_last_norm_backward));
+  m.impl("channels_last_sums", TIMM_EXT_BOX(channels_last_sums));
   m.impl("conv3d_weight_gradient", TIMM_EXT_BOX(conv3d_weight_gradient));
   m.impl("depthwise_conv3d", TIMM_EXT_BOX(depthwise_conv3d));
   m.impl("depthwise_conv_transpose3d", TIMM_EXT_BOX(depthwise_conv_transpose3d));

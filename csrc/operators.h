@@ -49,6 +49,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(
     const Tensor& grad, const Tensor& input, const std::optional<Tensor>& mean, const std::optional<Tensor>& variance,
     const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& slope,
     double epsilon, const std::string& over, bool slope_wanted);
+std::tuple<Tensor, Tensor, Tensor> channels_last_norm(const Tensor& input, const std::optional<Tensor>& weight,
+                                                      const std::optional<Tensor>& bias, int64_t groups,
+                                                      double epsilon);
+Tensor channels_last_sums(const Tensor& input);
+std::tuple<Tensor, Tensor, Tensor> channels_last_norm_backward(const Tensor& grad, const Tensor& input,
+                                                               const Tensor& mean, const Tensor& variance,
+                                                               const std::optional<Tensor>& weight,
+                                                               const std::optional<Tensor>& bias, double slope,
+                                                               double epsilon);
 
 Tensor upsample_nearest3d(const Tensor& input);
 Tensor upsample_trilinear3d(const Tensor& input);

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import timm_ext
+from timm_ext.ops import channels_last_norm as channels_last
 from timm_ext.ops import conv3d, memory, norm, reference, trilinear
 from timm_ext.ops import depthwise_conv3d as depthwise
 from timm_ext.ops import upsampled_conv3d as upsampled
@@ -69,6 +70,15 @@ def with_out(arguments: Arguments) -> Arguments:
 def normalised() -> Arguments:
     input = drawn(2, 3, 4, 5)
     return torch.randn_like(input), input, *reference.group_norm(input, groups=3)[1:]
+
+
+def halves(*sizes: int) -> Tensor:
+    return drawn(*sizes).bfloat16()
+
+
+def normalised_points() -> Arguments:
+    input = halves(2, 20, 3)
+    return halves(2, 20, 3), input, *reference.channels_last_norm(input, groups=3)[1:]
 
 
 def sums() -> Tensor:
@@ -204,6 +214,25 @@ SAMPLES: dict[str, Sample] = {
             lambda: (*normalised(), None, None, None, 1e-2, "groups", False),
             lambda: (drawn(2, 3, 4), drawn(2, 3, 4), *[torch.rand(3)] * 5, 1e-5, "batch", True),
             lambda: (drawn(2, 3, 4), drawn(2, 3, 4), *[None] * 4, torch.rand(3), 1e-5, "nothing", True),
+        ],
+    ),
+    "channels_last_norm": Sample(
+        channels_last.channels_last_norm,
+        reference.channels_last_norm,
+        [
+            lambda: (halves(2, 20, 3), torch.rand(3), None, 3, 1e-5),
+            lambda: (halves(2, 4, 6), None, drawn(6), 2, 1e-2),
+        ],
+    ),
+    "channels_last_sums": Sample(
+        channels_last.channels_last_sums, reference.channels_last_sums, [lambda: (halves(2, 20, 3),)]
+    ),
+    "channels_last_norm_backward": Sample(
+        channels_last.channels_last_norm_backward,
+        reference.channels_last_norm_backward,
+        [
+            lambda: (*normalised_points(), torch.rand(3), drawn(3), 0.3, 1e-5),
+            lambda: (*normalised_points(), None, None, 1.0, 1e-2),
         ],
     ),
     "upsample_trilinear3d": Sample(

@@ -138,7 +138,7 @@ def test_amx_is_given_no_small_grids_and_few_channels(monkeypatch: pytest.Monkey
 
     def takes(size: int, channels: int, padding: int = 1) -> bool:
         geometry = Geometry((1,) * 3, (padding,) * 3, (1,) * 3, False, (0,) * 3, 1)
-        return half_convolution._takes_tiles(
+        return half_convolution.takes_tiles(
             geometry, torch.zeros(1, channels, size, size, size), torch.zeros(channels, channels, 3, 3, 3)
         )
 
@@ -168,7 +168,6 @@ def test_amx_way_is_right(
     expected = gradients(x.double(), weight.double(), grad.double(), stride)
     with timm_ext.fast_layers(), torch.autocast("cpu", torch.bfloat16):
         found = gradients(x.detach().float(), weight.detach().float(), grad, stride)
-    assert found[0].is_contiguous()
     for one, other in zip(found, expected, strict=True):
         assert error(one, other) < BOUND
 

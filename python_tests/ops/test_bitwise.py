@@ -11,6 +11,11 @@ import torch
 from merge_samples import SAMPLES, Sample, extreme_inputs, make_inputs
 
 import timm_ext
+from timm_ext.ops.channels_last_norm import (
+    channels_last_norm,
+    channels_last_norm_backward,
+    channels_last_sums,
+)
 from timm_ext.ops.norm import batch_norm, group_norm, norm_backward
 from timm_ext.ops.trilinear import upsample_trilinear3d, upsample_trilinear3d_backward
 
@@ -57,6 +62,10 @@ def digest(threads: int = 1) -> str:
     results += group_norm(planes[1], *statistics[:, :3], groups=3)
     results += group_norm(planes[1], groups=1)
     results += batch_norm(planes[1], *statistics[:, :3])
+    points = [plane.flatten(2).mT.bfloat16().contiguous() for plane in planes]
+    normal, *moments = channels_last_norm(points[1], *statistics[:, :3], groups=3)
+    below = channels_last_norm_backward(*points, *moments, *statistics[:, :3], slope=0.1)
+    results += [normal, *moments, *below, channels_last_sums(points[0])]
     volumes = gradient[: 6 * 4 * 18 * 22].view(2, 3, 4, 18, 22)
     results += [upsample_trilinear3d(volumes), upsample_trilinear3d_backward(volumes)]
     hasher = hashlib.sha256()

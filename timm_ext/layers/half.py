@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from timm_ext.layers.channels_last import channels_first, is_channels_last
 from timm_ext.ops.memory import new_tensor
 
 Path = Literal["amx", "avx512_bf16", "float32"]
@@ -32,4 +33,5 @@ def cast(volume: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a volume on the CPU in another type, contiguous, in memory that is kept; not differentiable."""
     if volume.dtype == dtype:
         return volume
-    return new_tensor(volume.new_empty(0, dtype=dtype), volume.shape).copy_(volume)
+    source = channels_first(volume) if is_channels_last(volume) else volume
+    return new_tensor(volume.new_empty(0, dtype=dtype), volume.shape).copy_(source)

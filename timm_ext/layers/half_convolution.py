@@ -2,7 +2,7 @@
 
 What has no kernel of its own for bfloat16 is computed in float32. oneDNN, which alone uses AMX, is given no
 small grids: there its bfloat16 weight gradient reads memory that nobody wrote (torch 2.13.0). It is given
-volumes with their channels last, and what it makes is brought back here: torch itself is slower at both.
+volumes with their channels last, and so is what it makes.
 """
 
 import math
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from timm_ext.layers.channels_last import channels_first, channels_last
 from timm_ext.layers.half import cast, half_path
 from timm_ext.ops.conv3d import conv3d_weight_gradient
-from timm_ext.ops.memory import new_tensor
 
 if TYPE_CHECKING:
     from timm_ext.layers.convolution import Geometry
@@ -30,38 +30,39 @@ def is_half(volume: Tensor, weight: Tensor) -> bool:
 
 def forward(geometry: "Geometry", input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Convolve `[B, C, ...]` bfloat16 to bfloat16."""
-    if _takes_tiles(geometry, input, weight):
+    if takes_tiles(geometry, input, weight):
         half_bias = None if bias is None else bias.bfloat16()
-        output = torch.convolution(_channels_last(input), weight.bfloat16(), half_bias, *geometry.arguments)
-        return _channels_first(output)
+        output: Tensor = torch.convolution(
+            channels_last(input), weight.bfloat16(), half_bias, *geometry.arguments
+        )
+        return output
     return cast(geometry.forward(_single(input), weight, bias), torch.bfloat16)
 
 
 def arranged(geometry: "Geometry", grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
     """Return the gradient `[B, O, ...]` of any output as its two uses here read it, once for both."""
-    tiles = is_half(grad, weight) and _takes_tiles(geometry, input, weight)
-    return _channels_last(grad) if tiles else grad
+    tiles = is_half(grad, weight) and takes_tiles(geometry, input, weight)
+    return channels_last(grad) if tiles else grad
 
 
 def input_gradient(geometry: "Geometry", grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
     """Return the gradient with respect to the input, bfloat16."""
-    if _takes_tiles(geometry, input, weight):
+    if takes_tiles(geometry, input, weight):
         unread = torch.empty_like(input, memory_format=torch.channels_last_3d)
-        below = _backward(geometry, _channels_last(grad), unread, weight, (True, False, False))[0]
-        return _channels_first(below)
+        return _backward(geometry, channels_last(grad), unread, weight, (True, False, False))[0]
     shape = grad.new_empty(1, dtype=torch.float32).expand(input.shape)  # all that float32 needs of the input
     return cast(geometry.input_gradient(_single(grad), shape, weight), torch.bfloat16)
 
 
 def summed_weight_gradient(geometry: "Geometry", grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
     """Return the gradient with respect to the weight in float32, summed over the batch."""
-    if _takes_tiles(geometry, input, weight):
-        volumes = _channels_last(grad), _channels_last(input)
+    if takes_tiles(geometry, input, weight):
+        volumes = channels_last(grad), channels_last(input)
         return _backward(geometry, *volumes, weight, (False, True, False))[1].float()
     whole = _is_volume(geometry, input) and grad.shape[0] * math.prod(grad.shape[2:]) >= _MANY_POINTS
     if not whole or geometry.pointwise(weight):
         return geometry.summed_weight_gradient(_single(grad), _single(input), weight)
-    grad, input = (input, grad) if geometry.transposed else (grad, input)
+    grad, input = (channels_first(v) for v in ((input, grad) if geometry.transposed else (grad, input)))
     return conv3d_weight_gradient(
         grad,
         input,
@@ -76,29 +77,11 @@ def _is_volume(geometry: "Geometry", input: Tensor) -> bool:
     return input.dim() == 5 and geometry.groups == 1
 
 
-def _channels_last(volume: Tensor) -> Tensor:
-    """Return `[B, C, D, H, W]` of the strides of `channels_last_3d`."""
-    if volume.is_contiguous(memory_format=torch.channels_last_3d):
-        return volume
-    last = new_tensor(volume, (volume.shape[0], *volume.shape[2:], volume.shape[1])).permute(0, 4, 1, 2, 3)
-    return last.copy_(volume)
-
-
-def _channels_first(volume: Tensor) -> Tensor:
-    """Return the same contiguous: each example is a matrix, which torch transposes in tiles."""
-    if volume.is_contiguous():
-        return volume
-    first = new_tensor(volume, volume.shape)
-    for to, example in zip(first, volume.permute(0, 2, 3, 4, 1), strict=True):
-        to.flatten(1).copy_(example.flatten(0, 2).t())
-    return first
-
-
 def _single(volume: Tensor) -> Tensor:
     return cast(volume, torch.float32)
 
 
-def _takes_tiles(geometry: "Geometry", input: Tensor, weight: Tensor) -> bool:
+def takes_tiles(geometry: "Geometry", input: Tensor, weight: Tensor) -> bool:
     """Tell whether oneDNN convolves by AMX, and is right."""
     if half_path()[0] != "amx" or not _is_volume(geometry, input) or geometry.transposed:
         return False

@@ -1,8 +1,7 @@
 """A twin of every operator in plain PyTorch: definition, oracle of the tests and baseline of the benchmarks.
 
 The signatures are those of the functions in `timm_ext.ops`, whose docstrings hold for both. Run in float64
-these functions are the truth; in float32 they overflow, underflow and cancel where the operators do not. No
-operator is computed by them.
+these functions are the truth; in float32 they overflow, underflow and cancel where the operators do not.
 """
 
 from collections.abc import Sequence
@@ -11,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+Given = Tensor | None
+Three = tuple[Tensor, Tensor, Tensor]
 SMALLEST_WEIGHT = 2.0**-100  # relative to the largest of a row; what is below counts as 0
 
 
@@ -256,86 +257,6 @@ def upsampled_conv3d_weight_grad_square_(
     return acc
 
 
-def group_norm(
-    input: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    groups: int,
-    epsilon: float = 1e-5,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return γ (x − μ) / sqrt(σ² + ε) + β `[B, C, ...]`, and μ and σ², `[B · G]` each."""
-    points = input.reshape(len(input), groups, -1)
-    mean, variance = points.mean(2, keepdim=True), points.var(2, unbiased=False, keepdim=True)
-    normal = ((points - mean) * (variance + epsilon).rsqrt()).view(input.flatten(2).shape)
-    return _affine(normal, weight, bias).view_as(input), mean.flatten(), variance.flatten()
-
-
-def batch_norm(
-    input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, epsilon: float = 1e-5
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return γ (x − μ) / sqrt(σ² + ε) + β `[B, C, ...]`, and μ and σ², `[C]` each."""
-    points = input.flatten(2)
-    mean, variance = (
-        points.mean((0, 2), keepdim=True),
-        points.var((0, 2), unbiased=False, keepdim=True),
-    )
-    normal = (points - mean) * (variance + epsilon).rsqrt()
-    return _affine(normal, weight, bias).view_as(input), mean.flatten(), variance.flatten()
-
-
-def _affine(normal: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Scale and shift the channels of `[B, C, N]`."""
-    scaled = normal if weight is None else normal * weight.view(-1, 1)
-    return scaled if bias is None else scaled + bias.view(-1, 1)
-
-
-def norm_backward(
-    grad: Tensor,
-    input: Tensor,
-    mean: Tensor | None = None,
-    variance: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    slope: Tensor | None = None,
-    *,
-    epsilon: float = 1e-5,
-    over: str = "groups",
-    slope_wanted: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, γ, β and the slope, of a norm with its LeakyReLU, example by example."""
-    x, grad = input.flatten(2), grad.flatten(2)
-
-    def rows(statistic: Tensor | None, default: float) -> Tensor:
-        """One number for each channel of each example."""
-        if statistic is None:
-            return x.new_full((len(x), x.shape[1], 1), default)
-        if over != "groups":
-            return statistic.view(-1, 1).expand(len(x), -1, 1)
-        groups = statistic.view(len(x), -1, 1)
-        return groups.repeat_interleave(x.shape[1] // max(groups.shape[1], 1), 1)
-
-    rstd = rows(None if variance is None else (variance + epsilon).rsqrt(), 1.0)
-    normal = (x - rows(mean, 0.0)) * rstd
-    before = _affine(normal, weight, bias)
-    steep = torch.ones_like(grad) if slope is None else slope.view(-1, 1).expand_as(grad)
-    above = torch.where(before > 0, 1, steep) * grad
-    below = (grad * before.clamp(max=0)).sum(2) if slope_wanted else x.new_empty(0)
-    down = _affine(above, weight, None)
-    if over != "nothing":
-        down = down - _mean_over(down, mean, over) - normal * _mean_over(down * normal, mean, over)
-    return (down * rstd).view_as(input), (above * normal).sum(2), above.sum(2), below
-
-
-def _mean_over(values: Tensor, mean: Tensor | None, over: str) -> Tensor:
-    """Replace `[B, C, N]` by its means over what shares a mean."""
-    if over == "batch":
-        return values.mean((0, 2), keepdim=True)
-    assert mean is not None
-    groups = values.reshape(mean.numel(), -1)
-    return groups.mean(1, keepdim=True).expand_as(groups).reshape(values.shape)
-
-
 def uniform(keys: Tensor, count: int) -> Tensor:
     """Return the random numbers of `timm_ext.sample_labels` for keys `[B]`, float32 `[B, count]` in [0, 1).
 
@@ -376,3 +297,104 @@ def sample_labels(
 def new_tensor(like: Tensor, sizes: Sequence[int]) -> Tensor:
     """Return an uninitialised tensor of another's type and device."""
     return like.new_empty(tuple(sizes))
+
+
+def group_norm(
+    input: Tensor, weight: Given = None, bias: Given = None, *, groups: int, epsilon: float = 1e-5
+) -> Three:
+    """Return γ (x − μ) / sqrt(σ² + ε) + β `[B, C, ...]`, and μ and σ², `[B · G]` each."""
+    normal, mean, variance = _normal(input.reshape(len(input), groups, -1), (2,), epsilon)
+    return _affine(normal.view(input.flatten(2).shape), weight, bias).view_as(input), mean, variance
+
+
+def batch_norm(input: Tensor, weight: Given = None, bias: Given = None, *, epsilon: float = 1e-5) -> Three:
+    """Return γ (x − μ) / sqrt(σ² + ε) + β `[B, C, ...]`, and μ and σ², `[C]` each."""
+    normal, mean, variance = _normal(input.flatten(2), (0, 2), epsilon)
+    return _affine(normal, weight, bias).view_as(input), mean, variance
+
+
+def _normal(points: Tensor, over: tuple[int, ...], epsilon: float) -> Three:
+    """Return (x − μ) / sqrt(σ² + ε), μ and σ²."""
+    mean, variance = points.mean(over, keepdim=True), points.var(over, unbiased=False, keepdim=True)
+    return (points - mean) * (variance + epsilon).rsqrt(), mean.flatten(), variance.flatten()
+
+
+def _affine(normal: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Scale and shift the channels of `[B, C, N]`."""
+    scaled = normal if weight is None else normal * weight.view(-1, 1)
+    return scaled if bias is None else scaled + bias.view(-1, 1)
+
+
+def norm_backward(
+    grad: Tensor,
+    input: Tensor,
+    mean: Tensor | None = None,
+    variance: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    slope: Tensor | None = None,
+    *,
+    epsilon: float = 1e-5,
+    over: str = "groups",
+    slope_wanted: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, γ, β and the slope, of a norm with its LeakyReLU, example by example."""
+    x, grad = input.flatten(2), grad.flatten(2)
+
+    def rows(statistic: Given, default: float) -> Tensor:
+        if statistic is None:
+            return x.new_full((*x.shape[:2], 1), default)
+        if over != "groups":
+            return statistic.view(-1, 1).expand(len(x), -1, 1)
+        members = len(x) * x.shape[1] // max(len(statistic), 1)
+        return statistic.view(len(x), -1, 1).repeat_interleave(members, 1)
+
+    rstd = rows(None if variance is None else (variance + epsilon).rsqrt(), 1.0)
+    normal = (x - rows(mean, 0.0)) * rstd
+    before = _affine(normal, weight, bias)
+    steep = torch.ones_like(grad) if slope is None else slope.view(-1, 1).expand_as(grad)
+    above = torch.where(before > 0, 1, steep) * grad
+    below = (grad * before.clamp(max=0)).sum(2) if slope_wanted else x.new_empty(0)
+    down = _affine(above, weight, None)
+    if over != "nothing":
+        down = down - _mean_over(down, mean, over) - normal * _mean_over(down * normal, mean, over)
+    return (down * rstd).view_as(input), (above * normal).sum(2), above.sum(2), below
+
+
+def _mean_over(values: Tensor, mean: Tensor | None, over: str) -> Tensor:
+    """Replace `[B, C, N]` by its means over what shares a mean."""
+    if over == "batch":
+        return values.mean((0, 2), keepdim=True)
+    assert mean is not None
+    sets = values.reshape(mean.numel(), -1)
+    return sets.mean(1, keepdim=True).expand_as(sets).reshape(values.shape)
+
+
+def channels_last_norm(
+    input: Tensor, weight: Given = None, bias: Given = None, *, groups: int, epsilon: float = 1e-5
+) -> Three:
+    """Return γ (x − μ) / sqrt(σ² + ε) + β `[B, points, C]`, and μ and σ², `[B · G]` each."""
+    output, mean, variance = group_norm(input.mT.float(), weight, bias, groups=groups, epsilon=epsilon)
+    return output.mT.to(input.dtype).contiguous(), mean, variance
+
+
+def channels_last_norm_backward(
+    grad: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    slope: float = 1.0,
+    epsilon: float = 1e-5,
+) -> Three:
+    """Return the gradients of x, γ and β, of a norm with its LeakyReLU, example by example."""
+    given = grad.mT.float(), input.mT.float(), mean, variance, weight, bias, mean.new_full((1,), slope)
+    below, for_weight, for_bias, _ = norm_backward(*given, epsilon=epsilon)
+    return below.mT.to(input.dtype).contiguous(), for_weight, for_bias
+
+
+def channels_last_sums(input: Tensor) -> Tensor:
+    """Return Σ over the points `[B, C]`."""
+    return input.double().sum(1).float()

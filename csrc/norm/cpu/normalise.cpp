@@ -5,29 +5,12 @@
 //     output = w ρ (x − μ) + b
 #include "norm/cpu/column_sums.h"
 #include "norm/cpu/kernels.h"
+#include "norm/cpu/moments.h"
 
 namespace timm_ext::cpu::TIMM_EXT_ISA {
 namespace {
 
 constexpr int64_t kPart = 64 * kColumns;  // points
-
-/// A mean and the sum of squared distances from it.
-struct Moments {
-  double points = 0;
-  double mean = 0;
-  double squares = 0;
-
-  void join(const Moments& other) {
-    if (points == 0) {
-      *this = other;
-      return;
-    }
-    const double together = points + other.points, apart = other.mean - mean;
-    mean += apart * other.points / together;
-    squares += other.squares + apart * apart * points * other.points / together;
-    points = together;
-  }
-};
 
 double sum_of(const float* input, int64_t points) {
   V sums[kVectors] = {};

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from timm_ext.errors import InputError
+from timm_ext.layers.channels_last import is_channels_last, points_of
 from timm_ext.layers.half import cast
+from timm_ext.ops.channels_last_norm import channels_last_sums
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -49,6 +51,8 @@ def node_of(tensor: Tensor) -> Any:
 
 def channel_sums(grad: Tensor) -> Tensor:
     """Return the sums over the points of each channel, `[B, C]`."""
+    if grad.device.type == "cpu" and grad.dtype == torch.bfloat16 and is_channels_last(grad):
+        return channels_last_sums(points_of(grad))
     points = (cast(grad, wide(grad)) if grad.device.type == "cpu" else grad).flatten(2)
     if points.shape[:2] == (1, 1):  # a single sum would be divided among threads, which changes its bits
         points = points.expand(2, -1, -1)

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from timm_ext.layers.channels_last import channels_last, is_channels_last, of_points, points_of
 from timm_ext.layers.gradients import ExampleGradients
 from timm_ext.layers.half import cast
 from timm_ext.layers.nodes.node import Gradients, node_of, owned, unseen
 from timm_ext.layers.tape import Call
+from timm_ext.ops.channels_last_norm import channels_last_norm, channels_last_norm_backward
 from timm_ext.ops.norm import Over, batch_norm, group_norm, norm_backward
 
 Track = Callable[[Tensor, Tensor], None]
@@ -35,6 +37,15 @@ class Statistics:
             return batch_norm(input, weight, bias, epsilon=self.epsilon)[0]
         groups = len(self.mean) // len(input)
         return group_norm(input, weight, bias, groups=groups, epsilon=self.epsilon)[0]
+
+
+@dataclass(frozen=True)
+class PointStatistics:
+    """By what a group norm has normalised bfloat16 with its channels last."""
+
+    mean: Tensor
+    variance: Tensor
+    epsilon: float
 
 
 def norm_node(output: Tensor, call: Call | None = None) -> Any:
@@ -77,6 +88,13 @@ class GroupNormNode(torch.autograd.Function):
         ctx.sizes = (1, batch * channels, math.prod(input.shape[2:]), batch * groups)
         ctx.dtype, ctx.call, ctx.slope = input.dtype, call, 1.0
         ctx.statistics, ctx.watched = None, False
+        if track is None and _is_half_last(input, weight, bias):
+            weight, bias, ctx.wide = _contiguous(weight), _contiguous(bias), input.dtype
+            points = points_of(input)
+            output, mean, variance = channels_last_norm(points, weight, bias, groups=groups, epsilon=eps)
+            ctx.statistics = PointStatistics(mean, variance, eps)
+            ctx.save_for_backward(input, weight, bias)
+            return owned(of_points(output, input))
         values = _norm_input(input, weight)
         kept = values if values.dtype == input.dtype else input
         ctx.wide = values.dtype
@@ -99,6 +117,8 @@ class GroupNormNode(torch.autograd.Function):
         ctx: Any, grad: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, *native: Tensor
     ) -> Gradients:
         """Return the input's gradient and what the call makes of the parameters'."""
+        if isinstance(ctx.statistics, PointStatistics):
+            return _through_points(ctx, grad, input, weight, bias)
         grad, input = _as(grad, ctx.wide), _as(input, ctx.wide).contiguous()
         if ctx.statistics is not None:
             return through_norm(ctx, grad, input, weight, bias)
@@ -170,6 +190,25 @@ def through_norm(
     return _as(below, ctx.dtype) if ctx.needs_input_grad[0] else None, None, *parameters
 
 
+def _through_points(
+    ctx: Any, grad: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Gradients:
+    """Do the same for bfloat16 with its channels last."""
+    statistics: PointStatistics = ctx.statistics
+    below, for_weight, for_bias = channels_last_norm_backward(
+        points_of(channels_last(grad)),
+        points_of(input),
+        statistics.mean,
+        statistics.variance,
+        weight,
+        bias,
+        slope=ctx.slope,
+        epsilon=statistics.epsilon,
+    )
+    parameters = leave(ctx.call, ctx.needs_input_grad[2:4], len(input), for_weight, for_bias)
+    return of_points(below, input) if ctx.needs_input_grad[0] else None, None, *parameters
+
+
 def leave(
     call: Call, wanted: tuple[bool, ...], batch: int, for_weight: Tensor, for_bias: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -184,6 +223,13 @@ def leave(
 def serves(input: Tensor) -> bool:
     """Tell whether our operators take an input `[B, C, ...]`."""
     return input.dim() > 2 and input.dtype == torch.float32 and input.device.type == "cpu"
+
+
+def _is_half_last(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Tell whether the operators for bfloat16 with the channels last take a norm."""
+    half = input.dtype == torch.bfloat16 and input.device.type == "cpu" and input.numel() > 0
+    single = all(p is None or p.dtype == torch.float32 for p in (weight, bias))
+    return half and single and is_channels_last(input)
 
 
 def _by_constants(

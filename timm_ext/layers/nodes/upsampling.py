@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from timm_ext.layers.channels_last import is_channels_last
 from timm_ext.layers.nodes.node import Gradients, unseen
 from timm_ext.ops.memory import new_tensor
 from timm_ext.ops.trilinear import upsample_trilinear3d, upsample_trilinear3d_backward
@@ -19,6 +20,9 @@ class UpsampleNode(torch.autograd.Function):
         """Upsample."""
         ctx.set_materialize_grads(False)
         ctx.sizes, ctx.watched = tuple(input.shape), False
+        if is_channels_last(input):
+            made: Tensor = torch.ops.aten.upsample_nearest3d(input, None, [2.0, 2.0, 2.0])
+            return made
         if input.dtype != torch.float32:
             return _in_pairs(input)
         return upsample_nearest3d(input)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from timm_ext.layers.convolution import Geometry
+from timm_ext.layers.half_convolution import is_half, takes_tiles
 from timm_ext.layers.nodes import ConvolutionNode, UpsampledConvolutionNode
 from timm_ext.layers.rules.recording import autocast, beside, record
 from timm_ext.layers.tape import Call, Tape
@@ -44,7 +45,8 @@ def convolution(
     call.rule, call.shifts = "convolution", True
     if upsampled is not None and input is upsampled[0] and geometry.takes_upsampled(weight):
         source = autocast(upsampled[1])
-        if source.dtype in (torch.float32, torch.bfloat16):
+        by_tiles = is_half(source, weight) and takes_tiles(geometry, input, weight)
+        if source.dtype in (torch.float32, torch.bfloat16) and not by_tiles:
             return record(UpsampledConvolutionNode, call, source, weight, bias, upsampled[0])
     return _convolve(call, functional.pad(input, odd) if any(odd) else input, weight, bias, geometry)
 
