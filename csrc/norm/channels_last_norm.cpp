@@ -5,6 +5,7 @@
 
 #include "checks.h"
 #include "norm/cpu/channels_last.h"
+#include "norm/norm_checks.h"
 #include "operators.h"
 
 namespace timm_ext {
@@ -18,22 +19,10 @@ void check_volume(const char* op, const char* name, const Tensor& volume) {
                  " must be [B, points, C], contiguous (got ", list(volume.sizes()), ")");
 }
 
-void check_vector(const char* op, const char* name, const Tensor& vector, int64_t size, const Tensor& input) {
-  check_same_device(op, name, vector, "input", input);
-  check_dtype(op, name, vector, ScalarType::Float, "");
-  TIMM_EXT_CHECK(vector.numel() == size && vector.is_contiguous(), op, ": ", name, " must hold ", size,
-                 " elements, contiguous, for input ", list(input.sizes()), " (got ", list(vector.sizes()), ")");
-}
-
 void check_affine(const char* op, const Tensor& input, const std::optional<Tensor>& weight,
                   const std::optional<Tensor>& bias) {
   if (weight) check_vector(op, "weight", *weight, input.size(2), input);
   if (bias) check_vector(op, "bias", *bias, input.size(2), input);
-}
-
-cpu::NormSets sets_of_groups(const Tensor& input, int64_t groups) {
-  const int64_t channels = input.size(2), members = groups > 0 ? channels / groups : 0;
-  return {input.size(0) * groups, members, 1, members, channels, input.size(1)};
 }
 
 Tensor float32(const Tensor& like, std::vector<int64_t> sizes) {
@@ -43,8 +32,6 @@ Tensor float32(const Tensor& like, std::vector<int64_t> sizes) {
 const BFloat16* elements_of(const Tensor& volume) { return static_cast<const BFloat16*>(volume.const_data_ptr()); }
 
 BFloat16* room_for(const Tensor& volume) { return static_cast<BFloat16*>(volume.mutable_data_ptr()); }
-
-std::vector<int64_t> sizes_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
 
 template <class Kernel, class Problem>
 void each(const Kernel& kernel, const Problem& problem, int64_t count) {
@@ -71,10 +58,9 @@ std::tuple<Tensor, Tensor, Tensor> channels_last_norm(const Tensor& input, const
                                                       double epsilon) {
   constexpr const char* kOp = "channels_last_norm";
   check_volume(kOp, "input", input);
-  TIMM_EXT_CHECK(groups > 0 && input.size(2) % groups == 0, kOp, ": groups must divide the channels of input, ",
-                 input.size(2), " (got ", groups, ")");
+  check_groups(kOp, groups, input.size(2));
   check_affine(kOp, input, weight, bias);
-  const cpu::NormSets sets = sets_of_groups(input, groups);
+  const cpu::NormSets sets = sets_of_groups(input.size(0), groups, input.size(2), input.size(1));
   const Tensor output = new_tensor(input, sizes_of(input));
   const Tensor mean = float32(input, {sets.count}), variance = float32(input, {sets.count});
   if (input.numel() == 0) return {output, mean, variance};
@@ -103,11 +89,9 @@ std::tuple<Tensor, Tensor, Tensor> channels_last_norm_backward(const Tensor& gra
   TIMM_EXT_CHECK(list(grad.sizes()) == list(input.sizes()), kOp, ": grad must have the shape of input, ",
                  list(input.sizes()), " (got ", list(grad.sizes()), ")");
   check_affine(kOp, input, weight, bias);
-  const int64_t batch = input.size(0), channels = input.size(2), groups = batch > 0 ? mean.numel() / batch : 0;
-  TIMM_EXT_CHECK(batch * channels == 0 || (groups > 0 && channels % groups == 0), kOp,
-                 ": mean must hold a number for each group of channels of each example, for input ",
-                 list(input.sizes()), " (got ", list(mean.sizes()), ")");
-  const cpu::NormSets sets = sets_of_groups(input, groups);
+  const int64_t batch = input.size(0), channels = input.size(2);
+  const int64_t groups = groups_of_mean(kOp, mean, input, channels);
+  const cpu::NormSets sets = sets_of_groups(input.size(0), groups, input.size(2), input.size(1));
   check_vector(kOp, "mean", mean, sets.count, input);
   check_vector(kOp, "variance", variance, sets.count, input);
 

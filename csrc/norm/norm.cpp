@@ -6,6 +6,7 @@
 
 #include "checks.h"
 #include "norm/cpu/kernels.h"
+#include "norm/norm_checks.h"
 #include "operators.h"
 
 namespace timm_ext {
@@ -14,13 +15,6 @@ namespace {
 void check_input(const char* op, const Tensor& input) {
   check_dtype(op, "input", input, ScalarType::Float, "");
   TIMM_EXT_CHECK(input.dim() >= 3, op, ": input must be [B, C, ...] (got ", list(input.sizes()), ")");
-}
-
-void check_vector(const char* op, const char* name, const Tensor& vector, int64_t size, const Tensor& input) {
-  check_same_device(op, name, vector, "input", input);
-  check_dtype(op, name, vector, ScalarType::Float, "");
-  TIMM_EXT_CHECK(vector.numel() == size && vector.is_contiguous(), op, ": ", name, " must hold ", size,
-                 " elements, contiguous, for input ", list(input.sizes()), " (got ", list(vector.sizes()), ")");
 }
 
 /// Whether the elements of each example lie side by side; examples may lie apart, as in a part of the channels.
@@ -37,14 +31,6 @@ int64_t points_of(const Tensor& input) {
   int64_t points = 1;
   for (int64_t axis = 2; axis < input.dim(); ++axis) points *= input.size(axis);
   return points;
-}
-
-std::vector<int64_t> sizes_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
-
-/// Sets of neighbouring channels of each example.
-cpu::NormSets sets_of_groups(const Tensor& input, int64_t groups) {
-  const int64_t channels = input.size(1), members = groups > 0 ? channels / groups : 0;
-  return {input.size(0) * groups, members, 1, members, channels, points_of(input)};
 }
 
 /// A set for each channel, of all examples.
@@ -90,11 +76,7 @@ cpu::NormSets sets_of_statistics(const char* op, const Tensor& input, const std:
   if (over == "batch" || over == "nothing") return sets_of_batch(input);
   TIMM_EXT_CHECK(over == "groups", op, ": over must be groups, batch or nothing (got ", over, ")");
   TIMM_EXT_CHECK(mean.has_value(), op, ": mean must be given where it is that of groups (got None)");
-  const int64_t groups = batch > 0 ? mean->numel() / batch : 0;
-  TIMM_EXT_CHECK(batch * channels == 0 || (groups > 0 && channels % groups == 0), op,
-                 ": mean must hold a number for each group of channels of each example, for input ",
-                 list(input.sizes()), " (got ", list(mean->sizes()), ")");
-  return sets_of_groups(input, groups);
+  return sets_of_groups(batch, groups_of_mean(op, *mean, input, channels), channels, points_of(input));
 }
 
 }  // namespace
@@ -103,9 +85,9 @@ std::tuple<Tensor, Tensor, Tensor> group_norm(const Tensor& input, const std::op
                                               const std::optional<Tensor>& bias, int64_t groups, double epsilon) {
   constexpr const char* kOp = "group_norm";
   check_input(kOp, input);
-  TIMM_EXT_CHECK(groups > 0 && input.size(1) % groups == 0, kOp, ": groups must divide the channels of input, ",
-                 input.size(1), " (got ", groups, ")");
-  return normalised(kOp, input, weight, bias, epsilon, sets_of_groups(input, groups));
+  check_groups(kOp, groups, input.size(1));
+  return normalised(kOp, input, weight, bias, epsilon,
+                    sets_of_groups(input.size(0), groups, input.size(1), points_of(input)));
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm(const Tensor& input, const std::optional<Tensor>& weight,

@@ -6,6 +6,7 @@ On the CPU; the same bits for any number of threads and any instruction set.
 import torch
 from torch import Tensor
 
+from timm_ext.ops.norm import check_vector
 from timm_ext.ops.operands import Operator, check_tensors, integers
 from timm_ext.ops.shapes import check_dtype, empty, is_contiguous, require, same_shape, sizes_of
 
@@ -108,8 +109,8 @@ def _(
     expected = "mean must hold a number for each group of channels of each example, for input "
     fits = batch * channels == 0 or (groups > 0 and channels % groups == 0)
     require(op, expected + str(sizes_of(input)), sizes_of(mean), fits)
-    _check_vector(op, "mean", mean, batch * groups, input)
-    _check_vector(op, "variance", variance, batch * groups, input)
+    check_vector(op, "mean", mean, batch * groups, input)
+    check_vector(op, "variance", variance, batch * groups, input)
     for_weight, for_bias = (input.new_empty(batch, channels, dtype=torch.float32) for _ in range(2))
     return empty(input, input.shape), for_weight, for_bias
 
@@ -133,12 +134,5 @@ def _check_volume(op: str, name: str, volume: Tensor) -> None:
 
 
 def _check_affine(op: str, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector is not None:
-            _check_vector(op, name, vector, input.shape[2], input)
-
-
-def _check_vector(op: str, name: str, vector: Tensor, size: int, input: Tensor) -> None:
-    check_dtype(op, name, vector, torch.float32)
-    expected = f"{name} must hold {size} elements, contiguous, for input {sizes_of(input)}"
-    require(op, expected, sizes_of(vector), vector.numel() == size, is_contiguous(vector))
+    check_vector(op, "weight", weight, input.shape[2], input)
+    check_vector(op, "bias", bias, input.shape[2], input)

@@ -146,12 +146,12 @@ def _(
     same = same_shape(grad, input)
     require(op, f"grad must have the shape of input, {sizes_of(input)}", sizes_of(grad), *same)
     sets = _count_of_sets(op, input, mean, over)
-    _check_vector(op, "mean", mean, sets, input)
-    _check_vector(op, "variance", variance, sets, input)
-    _check_vector(op, "weight", weight, input.shape[1], input)
-    _check_vector(op, "bias", bias, input.shape[1], input)
+    check_vector(op, "mean", mean, sets, input)
+    check_vector(op, "variance", variance, sets, input)
+    check_vector(op, "weight", weight, input.shape[1], input)
+    check_vector(op, "bias", bias, input.shape[1], input)
     single = slope is not None and slope.numel() == 1
-    _check_vector(op, "slope", slope, 1 if single else input.shape[1], input)
+    check_vector(op, "slope", slope, 1 if single else input.shape[1], input)
     rows = input.shape[:2]
     for_slope = input.new_empty(rows if slope_wanted else 0)
     return empty(input, input.shape), input.new_empty(rows), input.new_empty(rows), for_slope
@@ -172,8 +172,8 @@ def _count_of_sets(op: str, input: Tensor, mean: Tensor | None, over: str) -> in
 
 
 def _normalised(op: str, input: Tensor, weight: Tensor | None, bias: Tensor | None, sets: int) -> _Three:
-    _check_vector(op, "weight", weight, input.shape[1], input)
-    _check_vector(op, "bias", bias, input.shape[1], input)
+    check_vector(op, "weight", weight, input.shape[1], input)
+    check_vector(op, "bias", bias, input.shape[1], input)
     return empty(input, input.shape), input.new_empty(sets), input.new_empty(sets)
 
 
@@ -182,7 +182,8 @@ def _check_input(op: str, input: Tensor) -> None:
     require(op, "input must be [B, C, ...]", sizes_of(input), input.ndim >= 3)
 
 
-def _check_vector(op: str, name: str, vector: Tensor | None, size: int, input: Tensor) -> None:
+def check_vector(op: str, name: str, vector: Tensor | None, size: int, input: Tensor) -> None:
+    """Refuse what is no contiguous float32 vector of that size; None is right."""
     if vector is not None:
         check_dtype(op, name, vector, torch.float32)
         expected = f"{name} must hold {size} elements, contiguous, for input {sizes_of(input)}"
